@@ -1,0 +1,1 @@
+"""Benchmarks, pictures, and reports that watch a run from outside."""

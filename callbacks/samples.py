@@ -1,0 +1,101 @@
+"""Pictures for TensorBoard: the same prompts and noise every time, with their prompts and rewrites written below."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image, ImageDraw, ImageFont
+
+from lightning_modules.rollout import Rollout
+
+_SIDE = 160
+_CAPTION = 78
+
+
+class SamplePictures(L.Callback):
+    """Draws sheets of captioned pictures at every validation.
+
+    `samples/<set>`: the first `num` prompts of each evaluation set, without prompt enhancement above and with it
+    below. `samples/group`: one group of the latest rollout, with rewards and advantages, retained prompts first.
+
+    Args:
+        num: pictures per row.
+    """
+
+    def __init__(self, num: int = 6) -> None:
+        self.num = num
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Logs the first batch of every set."""
+        if batch_idx > 0 or not trainer.is_global_zero:
+            return
+        prompts = [sample.prompt for sample in outputs["samples"]]
+        captions = {"without_pe": prompts, "with_pe": outputs["rewrites"]}
+        rows = [
+            [_tile(image, text) for image, text in zip(images[: self.num], captions[mode], strict=False)]
+            for mode, images in outputs["images"].items()
+        ]
+        name = trainer.datamodule.eval_names[dataloader_idx]  # type: ignore[attr-defined]
+        _log(trainer, f"samples/{name}", _sheet(rows))
+        if outputs["rewrites"] is not None:
+            pairs = zip(prompts[: self.num], outputs["rewrites"], strict=False)
+            lines = [f"| {prompt} | {rewrite} |" for prompt, rewrite in pairs]
+            table = "\n".join(["| prompt | rewrite |", "|---|---|", *lines])
+            for logger in _tensorboards(trainer):
+                logger.experiment.add_text(f"rewrites/{name}", table, trainer.global_step)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Logs one group of the latest rollout."""
+        rollout: Rollout | None = getattr(pl_module, "latest", None)
+        if rollout is None or not trainer.is_global_zero:
+            return
+        size = rollout.rewards.shape[1]
+        numbers = zip(rollout.rewards[0].tolist(), rollout.advantages[0].tolist(), strict=True)
+        tiles = [
+            _tile(image, f"{prompt} | reward {reward:.2f}, advantage {advantage:+.2f}")
+            for image, prompt, (reward, advantage) in zip(
+                rollout.images[:size], rollout.prompts[:size], numbers, strict=True
+            )
+        ]
+        half = (len(tiles) + 1) // 2
+        _log(trainer, "samples/group", _sheet([tiles[:half], tiles[half:]]))
+
+
+def _tile(image: Image.Image, text: str) -> Image.Image:
+    """One picture with its caption below; small pictures are enlarged without smoothing."""
+    tile = Image.new("RGB", (_SIDE, _SIDE + _CAPTION), "white")
+    resample = Image.Resampling.NEAREST if image.width < _SIDE else Image.Resampling.LANCZOS
+    tile.paste(image.resize((_SIDE - 8, _SIDE - 8), resample), (4, 4))
+    wrapped = "\n".join(textwrap.wrap(text, 26)[:5])
+    ImageDraw.Draw(tile).multiline_text((4, _SIDE), wrapped, fill="black", font=ImageFont.load_default(11))
+    return tile
+
+
+def _sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    sheet = Image.new("RGB", (max(map(len, rows)) * _SIDE, len(rows) * (_SIDE + _CAPTION)), "white")
+    for y, row in enumerate(rows):
+        for x, tile in enumerate(row):
+            sheet.paste(tile, (x * _SIDE, y * (_SIDE + _CAPTION)))
+    return sheet
+
+
+def _log(trainer: L.Trainer, tag: str, sheet: Image.Image) -> None:
+    for logger in _tensorboards(trainer):
+        logger.experiment.add_image(tag, np.asarray(sheet), trainer.global_step, dataformats="HWC")
+
+
+def _tensorboards(trainer: L.Trainer) -> list[TensorBoardLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

@@ -1,0 +1,1 @@
+"""PromptRL on Lightning: joint reinforcement learning of a prompt refiner and a flow-matching image model."""

@@ -1,0 +1,136 @@
+"""The `lightning` command: `lightning fit|validate|test|predict --config ...`.
+
+Every run writes to `<trainer.default_root_dir>/<experiment>/version_N/`: TensorBoard events, `metrics.csv`, the
+resolved `config.yaml` and `checkpoints/` (with `last.ckpt`).
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jsonargparse
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from omegaconf.errors import OmegaConfBaseException
+
+OUR_PACKAGES = ("lightning_modules", "datamodules", "rewards", "callbacks")
+
+
+class Parser(LightningArgumentParser):
+    """Takes no abbreviated options (a misspelt one must not pass for another) and complains in one line."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+        """Ends with one line instead of the usage text."""
+        del ex
+        sys.exit(_complain(message))
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the resolved config once the models are loaded, so that a run that cannot start leaves nothing behind."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Waits for `on_fit_start`."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Writes `config.yaml` beside the logs."""
+        super().setup(trainer, pl_module, "fit")
+
+
+class Checkpoint(ModelCheckpoint):
+    """Keeps `last.ckpt` true to the last step, also when training ends between two checkpoints."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves `last.ckpt` unless this very step was saved."""
+        if self.save_last and trainer.global_step != self._last_global_step_saved:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class PromptRLCLI(LightningCLI):
+    """LightningCLI with the house's defaults: run folders, checkpoints, `${...}` resolved after merging."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds `experiment` (name of the run folder) and `checkpoint` (what is kept)."""
+        parser.add_argument("--experiment", type=str, default="default", help="name of the run folder")
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.save_last": True, "trainer.default_root_dir": "runs"})
+
+    def _parse_ckpt_path(self) -> None:
+        """Lets no checkpoint override the configuration: Lightning would take its hyperparameters silently."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Gives the trainer the run folder's two loggers, unless the configuration has its own."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        if config["trainer"]["logger"] in (None, True):
+            root, name = config["trainer"]["default_root_dir"], config["experiment"]
+            tensorboard = TensorBoardLogger(root, name=name, default_hp_metric=False)
+            # One version for both, so that one folder holds all of a run.
+            kwargs["logger"] = [tensorboard, CSVLogger(root, name=name, version=tensorboard.version)]
+        return super().instantiate_trainer(**kwargs)
+
+    def before_instantiate_classes(self) -> None:
+        """Refuses a checkpoint that cannot be read before anything is built or written."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        path = config.get("ckpt_path")
+        if path and path not in ("last", "best", "hpc") and not Path(path).is_file():
+            raise ValueError(f"`ckpt_path` is {path}, but there is no such file; give a .ckpt of an earlier run.")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of the `lightning` script.
+
+    Errors raised on purpose by this project's own code end in one line; any other keeps its traceback.
+    """
+    jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    _quieten()
+    try:
+        PromptRLCLI(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            parser_class=Parser,
+            parser_kwargs={"parser_mode": "omegaconf+"},
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=42,
+            args=args,
+        )
+    except OmegaConfBaseException as error:
+        sys.exit(_complain(f"in the configuration: {str(error).splitlines()[0]}"))
+    except ValueError as error:
+        if not _raised_by_us(error):
+            raise
+        sys.exit(_complain(str(error)))
+
+
+def _complain(message: str) -> int:
+    print(f"lightning: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    """Whether the innermost frame of the traceback is in one of our packages."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and frames[-1][0].f_globals.get("__name__", "").split(".")[0] in OUR_PACKAGES
+
+
+def _quieten() -> None:
+    """Silences notices that a user of this project can do nothing about."""
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*logging interval.*")
+    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty.*")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Builds the miniature's untrained models from stock diffusers and transformers classes.
+
+Only the sizes are small: every class, file name and call is the one that FLUX.1-dev and Qwen3 use, so that a folder
+saved from here is loaded by the production code path and by `FluxPipeline.from_pretrained` alike.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5EncoderModel,
+)
+
+TEXT_LENGTH = 18
+"""Longest caption in tokens, end of sequence included (FLUX.1-dev: 512)."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+def build_vae() -> AutoencoderKL:
+    """138k parameters; 4x downsampling, so that FLUX's 2 x 2 packing makes one token of one 8 x 8 cell."""
+    return AutoencoderKL(
+        block_out_channels=(12, 24, 24),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=12,
+        norm_num_groups=6,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        sample_size=32,
+    )
+
+
+def _clip_tokenizer(words: list[str]) -> CLIPTokenizer:
+    # CLIP's tokenizer is a byte-pair encoding: learn merges until every word of the vocabulary is one token.
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(
+        vocab_size=10_000,
+        min_frequency=1,
+        end_of_word_suffix="</w>",
+        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        show_progress=False,
+    )
+    bpe.train_from_iterator(words, trainer)
+    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
+    return CLIPTokenizer(vocab=bpe.get_vocab(), merges=merges, model_max_length=TEXT_LENGTH + 1)
+
+
+def _word_tokenizer(words: list[str], specials: list[str], **roles: str) -> PreTrainedTokenizerFast:
+    vocab = {word: i for i, word in enumerate([*specials, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if roles["eos_token"] == "</s>":  # T5 ends every text; a causal LM's prompt must stay open
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A </s>", special_tokens=[("</s>", vocab["</s>"])]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", **roles)
+
+
+def build_flow(words: list[str], vae: AutoencoderKL) -> FluxPipeline:
+    """A FLUX.1 pipeline of about 1M parameters around a trained autoencoder.
+
+    Args:
+        words: the vocabulary, one token a word in both tokenizers.
+        vae: its `scaling_factor` and `shift_factor` must be set.
+    """
+    clip = _clip_tokenizer(words)
+    t5 = _word_tokenizer(words, ["<pad>", "</s>", "<unk>"], eos_token="</s>")
+    t5.model_max_length = TEXT_LENGTH
+    clip_config = CLIPTextConfig(
+        vocab_size=len(clip),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=TEXT_LENGTH + 1,
+        bos_token_id=clip.bos_token_id,
+        eos_token_id=clip.eos_token_id,
+        pad_token_id=clip.pad_token_id,
+    )
+    t5_config = T5Config(
+        vocab_size=len(t5),
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        pad_token_id=t5.pad_token_id,
+        eos_token_id=t5.eos_token_id,
+    )
+    transformer = FluxTransformer2DModel(
+        in_channels=4 * vae.config.latent_channels,
+        num_layers=2,
+        num_single_layers=1,
+        attention_head_dim=32,
+        num_attention_heads=3,
+        joint_attention_dim=t5_config.d_model,
+        pooled_projection_dim=clip_config.hidden_size,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 12, 12),
+    )
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=CLIPTextModel(clip_config),
+        tokenizer=clip,
+        text_encoder_2=T5EncoderModel(t5_config),
+        tokenizer_2=t5,
+        transformer=transformer,
+    )
+
+
+def build_language(words: list[str]) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
+    """A Qwen3 of about 0.25M parameters with a word-level tokenizer and a chat template."""
+    specials = ["<pad>", "<end>", "<unk>", "<user>", "<assistant>"]
+    tokenizer = _word_tokenizer([*words, "<answer>", "</answer>"], specials, eos_token="<end>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.padding_side = "left"
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=24,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        dtype=torch.float32,
+    )
+    return Qwen3ForCausalLM(config), tokenizer

@@ -1,0 +1,1 @@
+"""The two agents: language models that rewrite prompts and flow models that draw them."""

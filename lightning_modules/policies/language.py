@@ -1,0 +1,262 @@
+"""The refiner: any Hugging Face causal LM with a chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
+
+from datamodules.base import PromptSample
+from lightning_modules.policies.base import DType, LoRA, Policy
+from lightning_modules.policies.loading import check_language_model, lora_config
+from lightning_modules.policies.templates import GENERAL, fill, parse_answer
+from lightning_modules.rl.log_probs import completion_mask, position_ids, token_log_probs
+from lightning_modules.rollout import Completions
+
+
+class LanguagePolicy(Policy):
+    """Rewrites prompts inside `<answer> </answer>`.
+
+    Args:
+        model: folder or hub id of a causal LM with a chat template.
+        template: the user's message, with `{prompt}` where the prompt goes.
+        temperature: of the rollouts' sampling, and of every log-prob.
+        max_new_tokens: longest completion in rollouts.
+        eval_max_new_tokens: longest completion of the greedy rewrites at test time.
+        chat_template_kwargs: handed to the chat template, e.g. `enable_thinking: false` for Qwen3.
+        learning_rate: null freezes the refiner.
+        weight_decay: AdamW's.
+        betas: AdamW's.
+        max_grad_norm: the refiner's gradient is clipped to this norm.
+        kl_weight: weight of the k3 KL per token to the model before training; 0 keeps no reference.
+        clip_range: of the ratio in the surrogate (matters with several updates per rollout only).
+        lora: adapters; null trains all weights.
+        dtype: of the loaded weights.
+        micro_batch_size: completions per forward pass of the update; null is all at once.
+    """
+
+    default_lora_targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+    def __init__(
+        self,
+        model: str,
+        template: str = GENERAL,
+        temperature: float = 1.0,
+        max_new_tokens: int = 512,
+        eval_max_new_tokens: int = 256,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        learning_rate: float | None = 1e-6,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        max_grad_norm: float = 1.0,
+        kl_weight: float = 0.01,
+        clip_range: float = 0.2,
+        lora: LoRA | None = None,
+        dtype: DType = "bfloat16",
+        micro_batch_size: int | None = None,
+    ) -> None:
+        super().__init__(
+            model=model,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            betas=betas,
+            max_grad_norm=max_grad_norm,
+            kl_weight=kl_weight,
+            clip_range=clip_range,
+            lora=lora,
+            dtype=dtype,
+            micro_batch_size=micro_batch_size,
+        )
+        if "{prompt}" not in template:
+            raise ValueError("`language.template` has no {prompt}, so the refiner would never see the prompt; add it.")
+        self.template = template
+        self.temperature = temperature
+        self.max_new_tokens = max_new_tokens
+        self.eval_max_new_tokens = eval_max_new_tokens
+        self.chat_template_kwargs = chat_template_kwargs or {}
+        self.tokenizer: Any = None
+
+    def load(self) -> None:
+        """Loads model and tokenizer."""
+        if self.tokenizer is not None:
+            return
+        check_language_model(self.model)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.model)
+        if self.tokenizer.chat_template is None:
+            raise ValueError(f"the tokenizer of {self.model} has no chat template; use an instruction-tuned model.")
+        self.network = AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype)
+        self._prepare()
+
+    def _add_adapters(self, lora: LoRA) -> None:
+        self.network = get_peft_model(
+            self.network, lora_config(self.network, lora, self.default_lora_targets, "language.lora")
+        )
+
+    @contextmanager
+    def _adapters_off(self) -> Iterator[None]:
+        with self.network.disable_adapter():
+            yield
+
+    @property
+    def causal_lm(self) -> Any:
+        """The transformers model, with adapters inside its layers if there are any."""
+        return self.active.get_base_model() if hasattr(self.active, "get_base_model") else self.active
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """Every token that ends a completion: the model's own list (chat models have several), or the tokenizer's."""
+        ids = self.causal_lm.generation_config.eos_token_id
+        ids = self.tokenizer.eos_token_id if ids is None else ids
+        return list(ids) if isinstance(ids, list | tuple) else [ids]
+
+    @torch.no_grad()
+    def refine(self, samples: Sequence[PromptSample], num: int) -> Completions:
+        """Draws `num` rewrites of every sample's prompt, those of one sample side by side.
+
+        The prompt is read once per sample: its keys and values are shared by the group.
+        """
+        return self._write(samples, num, self.max_new_tokens, greedy=False)
+
+    @torch.no_grad()
+    def rewrite(self, samples: Sequence[PromptSample]) -> list[str]:
+        """One greedy rewrite per sample, for test time ("with PE")."""
+        if not samples:
+            return []
+        return self._write(samples, 1, self.eval_max_new_tokens, greedy=True).rewrites
+
+    def log_probs(self, completions: Completions) -> Tensor:
+        """[B, T] fp32 log-probs of the completions' tokens under the policy as it is now; read them through `mask`.
+
+        Mask, positions and temperature are those of the sampling, so before an update these are the sampled ones.
+        """
+        ids = torch.cat([completions.prompt_ids, completions.tokens], dim=1)
+        attention = torch.cat([completions.prompt_mask, completions.mask.long()], dim=1)
+        model = self.causal_lm
+        hidden = model.get_decoder()(
+            input_ids=ids, attention_mask=attention, position_ids=position_ids(attention), use_cache=False
+        ).last_hidden_state
+        start = completions.prompt_ids.shape[1] - 1
+        return token_log_probs(
+            hidden[:, start:-1], model.get_output_embeddings(), completions.tokens, temperature=self.temperature
+        )
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes a PEFT adapter folder, or a transformers model folder; the tokenizer beside it."""
+        self.network.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+
+    def _write(self, samples: Sequence[PromptSample], num: int, max_new_tokens: int, *, greedy: bool) -> Completions:
+        ids, mask = self._encode([sample.prompt for sample in samples])
+        cache = self._prefill(ids, mask, num)
+        ids, mask = ids.repeat_interleave(num, 0), mask.repeat_interleave(num, 0)
+        recorder = _LogProbRecorder(self.temperature)
+        # Everything that would warp the distribution is switched off by name: a model's own generation config
+        # (Qwen's has top-k and a repetition penalty) fills in whatever is left unsaid.
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=not greedy,
+            temperature=1.0 if greedy else self.temperature,
+            top_k=0 if not greedy else 50,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            eos_token_id=self.eos_token_ids,
+            pad_token_id=self._pad_token_id,
+        )
+        sequences = self.causal_lm.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            generation_config=config,
+            logits_processor=None if greedy else LogitsProcessorList([recorder]),
+        )
+        tokens = sequences[:, ids.shape[1] :]
+        answered = completion_mask(tokens, self.eos_token_ids)
+        log_probs = torch.zeros(tokens.shape, device=tokens.device) if greedy else recorder.finish(tokens)
+        rows = zip(tokens, answered, strict=True)
+        texts = [self.tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in rows]
+        originals = [sample.prompt for sample in samples for _ in range(num)]
+        answers = [parse_answer(text, original) for text, original in zip(texts, originals, strict=True)]
+        ended = torch.isin(tokens, torch.tensor(self.eos_token_ids, device=tokens.device)).any(1)
+        return Completions(
+            prompt_ids=ids,
+            prompt_mask=mask,
+            tokens=tokens,
+            mask=answered,
+            log_probs=log_probs * answered,
+            texts=texts,
+            rewrites=[answer.rewrite for answer in answers],
+            formatted=torch.tensor([float(answer.formatted) for answer in answers], device=tokens.device),
+            truncated=~ended,
+        )
+
+    def _encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        chats = [[{"role": "user", "content": fill(self.template, prompt)}] for prompt in prompts]
+        texts = [
+            self.tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
+            )
+            for chat in chats
+        ]
+        self.tokenizer.pad_token_id = self._pad_token_id
+        encoded = self.tokenizer(
+            texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
+        ).to(self.device)
+        return encoded["input_ids"], encoded["attention_mask"]
+
+    @property
+    def _pad_token_id(self) -> int:
+        pad: int | None = self.tokenizer.pad_token_id
+        return self.eos_token_ids[0] if pad is None else pad
+
+    def _prefill(self, ids: Tensor, mask: Tensor, num: int) -> DynamicCache:
+        """Keys and values of all prompt tokens but the last, computed once per prompt and shared by `num` rows."""
+        model = self.causal_lm
+        cache = DynamicCache(config=model.config)
+        model.get_decoder()(
+            input_ids=ids[:, :-1],
+            attention_mask=mask[:, :-1],
+            position_ids=position_ids(mask)[:, :-1],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache.batch_repeat_interleave(num)
+        return cache
+
+
+class _LogProbRecorder(LogitsProcessor):
+    """Notes the log-prob of every drawn token, holding the logits of one step only.
+
+    It sees a step's raw scores before the token is drawn and reads the token off the next call's input.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+        self.latest: Tensor | None = None
+        self.log_probs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._take(input_ids[:, -1])
+        self.latest = (scores.float() / self.temperature).log_softmax(-1)
+        return scores
+
+    def finish(self, tokens: Tensor) -> Tensor:
+        """[B, T] log-probs, once the last token is known."""
+        self._take(tokens[:, -1])
+        return torch.stack(self.log_probs, 1)
+
+    def _take(self, drawn: Tensor) -> None:
+        if self.latest is not None:
+            self.log_probs.append(self.latest.gather(1, drawn[:, None])[:, 0])

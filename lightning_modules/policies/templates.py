@@ -1,0 +1,43 @@
+"""What the refiner is asked, and how its answer is read."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+GENERAL = """Rewrite the following prompt for an image generator. Keep every object, number, colour, position and \
+quoted text that it asks for, and add concrete visual detail that helps to draw it.
+Prompt: {prompt}
+Give only the rewritten prompt, inside <answer> </answer>."""
+
+_ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*)</answer>", re.DOTALL)
+
+
+class Answer(NamedTuple):
+    """A completion, read: the prompt to draw, and whether the format was kept."""
+
+    rewrite: str
+    formatted: bool
+
+
+def fill(template: str, prompt: str) -> str:
+    """Puts a prompt into a template at `{prompt}`; other braces stay as they are."""
+    return template.replace("{prompt}", prompt)
+
+
+def parse_answer(text: str, original: str) -> Answer:
+    """Takes the rewrite from a completion (paper Sec. 3; REWARDS.md 5.1).
+
+    The last `<answer>...</answer>` counts. Without one the whole text is the rewrite; an empty answer (or an empty
+    text) leaves the original prompt. Both miss the format.
+
+    >>> parse_answer("I say <answer>a red cat</answer>", "a cat")
+    Answer(rewrite='a red cat', formatted=True)
+    >>> parse_answer("a red cat", "a cat")
+    Answer(rewrite='a red cat', formatted=False)
+    >>> parse_answer("<answer> </answer>", "a cat")
+    Answer(rewrite='a cat', formatted=False)
+    """
+    answers = _ANSWER.findall(text)
+    rewrite = (answers[-1] if answers else text).strip()
+    return Answer(rewrite or original, formatted=bool(answers) and bool(rewrite))

@@ -1,0 +1,404 @@
+"""PromptRL (arXiv 2602.01382): joint GRPO of a prompt refiner and a flow-matching image model.
+
+One step: `collect` a rollout (rewrite, draw, score, compare within groups), then `update` both agents on it.
+
+Departures from the paper:
+1. The reward always judges against the original prompt (Algorithm 1 reads as if it were the rewrite; the released
+   trainers do as we do).
+2. Strictly on-policy steps use the ratio exp(log p - stop_gradient(log p)), whose gradient needs no stored log-prob, so
+   the rounding of bf16 cannot push samples out of the clip range; a guard measures what the ratio would have been.
+3. A refiner's loss is the mean over its completions' tokens, then over completions.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from datamodules.base import PromptSample
+from lightning_modules.gradients import average_gradients, clip, no_backward_sync
+from lightning_modules.objectives import flow_objective, language_objective
+from lightning_modules.policies.base import FlowPolicy, to_pil
+from lightning_modules.policies.language import LanguagePolicy
+from lightning_modules.rl.advantages import group_advantages, group_stats
+from lightning_modules.rollout import Completions, Rollout, chunks, seed_of
+from lightning_modules.statistics import Averages, group_similarity, refine_stats
+from lightning_modules.validation import validate_now
+from rewards.base import Reward, RewardBatch
+
+
+class PromptRL(L.LightningModule):
+    """Owns both agents. `language: null` is flow-only RL; an agent whose learning rate is null is frozen.
+
+    Args:
+        flow: the image model.
+        reward: scores images against the original prompts.
+        language: the refiner, or null.
+        group_size: n, prompts drawn per original prompt.
+        num_retained: m < n of them are the original itself (m = n without a refiner).
+        images_per_prompt: M images of each of the n; the refiner gets the mean of a rewrite's M advantages.
+        format_weight: weight of the format reward (1 for a well-formed answer).
+        task_weight: weight of the task reward.
+        advantage_scale: divide by the std of the "group", of the "tag" within the batch, or not ("none").
+        updates_per_rollout: optimizer steps on one rollout; 1 is strictly on-policy.
+        ratio_normalization: GRPO-Guard's, for several updates per rollout.
+        optimizer: gets one parameter group per agent; weight decay and betas are the agents' own.
+        check_ratio_every: steps between two checks that replayed log-probs equal sampled ones.
+        max_invalid_steps: stop after this many steps in a row in which no image could be scored.
+        seed: of all rollout noise.
+    """
+
+    def __init__(
+        self,
+        flow: FlowPolicy,
+        reward: Reward,
+        language: LanguagePolicy | None = None,
+        group_size: int = 8,
+        num_retained: int = 2,
+        images_per_prompt: int = 1,
+        format_weight: float = 1.0,
+        task_weight: float = 1.0,
+        advantage_scale: Literal["group", "tag", "none"] = "group",
+        updates_per_rollout: int = 1,
+        ratio_normalization: bool = False,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        check_ratio_every: int = 50,
+        max_invalid_steps: int = 5,
+        seed: int = 42,
+    ) -> None:
+        super().__init__()
+        _check_group(group_size, num_retained, language is not None)
+        if not flow.trained and (language is None or not language.trained):
+            raise ValueError("nothing learns: set a learning_rate for `model.flow` or for `model.language`.")
+        self.automatic_optimization = False
+        self.strict_loading = False  # checkpoints hold what is trained; on_load_checkpoint compares the names
+        self.flow = flow
+        self.language = language
+        self.reward = reward
+        self.group_size = group_size
+        self.num_retained = num_retained
+        self.images_per_prompt = images_per_prompt
+        self.format_weight = format_weight
+        self.task_weight = task_weight
+        self.advantage_scale = advantage_scale
+        self.updates_per_rollout = updates_per_rollout
+        self.ratio_normalization = ratio_normalization
+        self.optimizer = optimizer
+        self.check_ratio_every = check_ratio_every
+        self.max_invalid_steps = max_invalid_steps
+        self.seed = seed
+        self.num_rollouts = 0
+        """Images drawn for training so far, over all ranks."""
+        self.latest: Rollout | None = None
+        """The last rollout, for callbacks to show."""
+        self._invalid_steps = 0
+        self._seconds: dict[str, float] = {}
+        self._validated_step = -1
+
+    # --- set-up ---------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Loads both agents."""
+        self.flow.load()
+        if self.flow.trained and not self.flow.sampling.sde_steps:
+            raise ValueError("`flow.sampling.sde_steps` is empty, so the flow model has nothing to learn from; add some.")
+        if self.language is not None:
+            self.language.load()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """One optimizer with a parameter group per learning agent, so that one RL step is one `global_step`."""
+        return self.optimizer([agent.parameter_group() for agent in self._learners()])
+
+    def _learners(self) -> list[FlowPolicy | LanguagePolicy]:
+        agents = [self.flow, self.language]
+        return [agent for agent in agents if agent is not None and agent.trained]
+
+    # --- one step -------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Sequence[PromptSample], batch_idx: int) -> None:
+        """Collects a rollout for G prompts and updates both agents on it."""
+        self._seconds = {}
+        self._seed_step()
+        rollout = self.collect(batch)
+        self.latest = rollout
+        if self.global_step % self.check_ratio_every == 0:
+            self.check_ratio(rollout)
+        stats = self.update(rollout)
+        self.num_rollouts += len(rollout.images) * self.trainer.world_size
+        self._log_step(rollout, stats)
+
+    def collect(self, samples: Sequence[PromptSample]) -> Rollout:
+        """Rewrites, draws, scores and compares: the experience of G prompts (METHOD: "one group of n")."""
+        refined = self.group_size - self.num_retained
+        completions = None
+        with self._timed("refine"):
+            if self.language is not None:
+                completions = self.language.refine(samples, refined)
+        prompts = self._group_prompts(samples, completions)
+        per_group = self.group_size * self.images_per_prompt
+        with self._timed("rollout"):
+            seeds = [
+                seed_of("rollout", self.seed, self.global_step, sample.id, slot)
+                for sample in samples
+                for slot in range(per_group)
+            ]
+            window_seed = seed_of("window", self.seed, self.global_step)
+            trajectory = self.flow.rollout(prompts, seeds, window_seed=window_seed)
+            images = to_pil(self.flow.pictures(trajectory))
+        with self._timed("reward"):
+            scores = self.reward(RewardBatch([s for s in samples for _ in range(per_group)], images))
+        valid = torch.tensor([score.valid for score in scores], device=self.device).view(-1, per_group)
+        task = torch.tensor([score.rl for score in scores], device=self.device).view(-1, per_group)
+        rewards = self.task_weight * task + self.format_weight * self._format_reward(completions, len(samples))
+        tags = _tag_numbers(samples, rewards.device) if self.advantage_scale == "tag" else None
+        advantages = group_advantages(rewards, valid, scale=self.advantage_scale, tags=tags)
+        by_slot = advantages.view(len(samples), self.group_size, self.images_per_prompt).mean(-1)
+        return Rollout(
+            samples=samples,
+            prompts=prompts,
+            completions=completions,
+            trajectory=trajectory,
+            images=images,
+            scores=scores,
+            rewards=rewards,
+            valid=valid,
+            advantages=advantages,
+            language_advantages=None if completions is None else by_slot[:, self.num_retained :].flatten(),
+        )
+
+    def update(self, rollout: Rollout) -> dict[str, Tensor]:
+        """Takes `updates_per_rollout` optimizer steps on a rollout; returns stats for the log."""
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        stats = Averages()
+        old: dict[Any, tuple[Tensor, ...]] = {}  # (agent, rows, step) -> the drawing policy's log-probs (and means)
+        for number in range(self.updates_per_rollout):
+            optimizer.zero_grad()
+            with no_backward_sync(self.trainer):
+                if self.language is not None and self.language.trained:
+                    with self._timed("language_update"):
+                        self._language_backward(self.language, rollout, stats, old, first=number == 0)
+                if self.flow.trained:
+                    with self._timed("flow_update"):
+                        self._flow_backward(rollout, stats, old, first=number == 0)
+            for agent, group in zip(self._learners(), optimizer.param_groups, strict=True):
+                average_gradients(group["params"])
+                stats.add(f"train/{group['name']}/grad_norm", clip(group["params"], agent.max_grad_norm))
+            optimizer.step()
+        return stats.compute()
+
+    def _language_backward(
+        self, policy: LanguagePolicy, rollout: Rollout, stats: Averages, old: dict[Any, Any], *, first: bool
+    ) -> None:
+        assert rollout.completions is not None and rollout.language_advantages is not None
+        total = len(rollout.completions)
+        for rows in chunks(total, policy.micro_batch_size):
+            before = old.get(("language", rows.start))
+            loss, part, log_probs = language_objective(
+                policy,
+                rollout.completions.rows(rows),
+                rollout.language_advantages[rows],
+                old_log_probs=None if before is None else before[0],
+            )
+            if first and self.updates_per_rollout > 1:
+                old["language", rows.start] = (log_probs,)
+            self.manual_backward(loss.sum() / total)
+            stats.add_all("train/language", part, weight=len(loss))
+
+    def _flow_backward(self, rollout: Rollout, stats: Averages, old: dict[Any, Any], *, first: bool) -> None:
+        trajectory, advantages = rollout.trajectory, rollout.advantages.flatten()
+        steps = range(len(trajectory.sde_steps))
+        for rows in chunks(len(trajectory), self.flow.micro_batch_size):
+            part_of = trajectory.rows(rows)
+            for step in steps:
+                before = old.get(("flow", rows.start, step))
+                loss, part, log_probs, mean = flow_objective(
+                    self.flow,
+                    part_of,
+                    step,
+                    advantages[rows],
+                    old_log_probs=None if before is None else before[0],
+                    old_mean=before[1] if before is not None and self.ratio_normalization else None,
+                )
+                if first and self.updates_per_rollout > 1:
+                    old["flow", rows.start, step] = (log_probs, mean)
+                self.manual_backward(loss.sum() / (len(trajectory) * len(steps)))
+                stats.add_all("train/flow", part, weight=len(loss))
+
+    @torch.no_grad()
+    def check_ratio(self, rollout: Rollout) -> dict[str, float]:
+        """Replays the first micro-batch before any update: its log-probs must be those of the rollout (TRAPS.md).
+
+        Raises:
+            ValueError: if max |log ratio| of the flow policy, or the mean over the refiner's tokens, is above 10 % of
+                the agent's clip range. The refiner is judged by its mean since sampling with cached keys and values
+                rounds differently from a replay (bf16: 4e-3).
+        """
+        found: dict[str, float] = {}
+        if self.flow.trained:
+            rows = next(chunks(len(rollout.trajectory), self.flow.micro_batch_size))
+            part = rollout.trajectory.rows(rows)
+            replayed = [
+                self.flow.replay(part, step).log_prob(part.next_latents[:, step])
+                for step in range(len(part.sde_steps))
+            ]
+            found["flow"] = (torch.stack(replayed, 1) - part.log_probs).abs().max().item()
+            _require_ratio("flow", found["flow"], self.flow.clip_range)
+        if self.language is not None and self.language.trained and rollout.completions is not None:
+            rows = next(chunks(len(rollout.completions), self.language.micro_batch_size))
+            completions = rollout.completions.rows(rows)
+            difference = (self.language.log_probs(completions) - completions.log_probs)[completions.mask].abs()
+            found["language"] = difference.max().item()
+            _require_ratio("language", difference.mean().item(), self.language.clip_range)
+        self.log_dict({f"train/{agent}/max_log_ratio": value for agent, value in found.items()}, batch_size=1)
+        return found
+
+    # --- evaluation -------------------------------------------------------------------------------------------------
+
+    def validation_step(
+        self, batch: Sequence[PromptSample], batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Any]:
+        """Draws every prompt without and, if there is a refiner, with prompt enhancement; callbacks do the scoring."""
+        seeds = [seed_of("evaluation", sample.id) for sample in batch]
+        drawn: dict[str, Any] = {"samples": batch, "images": {}, "rewrites": None}
+        prompts = [sample.prompt for sample in batch]
+        drawn["images"]["without_pe"] = to_pil(self.flow.generate(prompts, seeds))
+        if self.language is not None:
+            drawn["rewrites"] = self.language.rewrite(batch)
+            drawn["images"]["with_pe"] = to_pil(self.flow.generate(drawn["rewrites"], seeds))
+        return drawn
+
+    test_step = validation_step
+
+    def on_validation_end(self) -> None:
+        """Notes that this step's agents have been evaluated."""
+        self._validated_step = self.global_step
+
+    def on_train_start(self) -> None:
+        """Evaluates the agents before training, unless the run is resumed."""
+        if self.global_step == 0:
+            validate_now(self.trainer)
+
+    def on_train_end(self) -> None:
+        """Evaluates the agents after training, unless that has just been done."""
+        if self._validated_step != self.global_step:
+            validate_now(self.trainer)
+
+    # --- checkpoints: what is trained, and nothing else ---------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps trained weights only, and the count of rollouts."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint["num_rollouts"] = self.num_rollouts
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of other agents: loading is not strict, so missing names would pass in silence."""
+        self.num_rollouts = checkpoint.get("num_rollouts", 0)
+        if self.flow.network is None:
+            return
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        wrong = trained.symmetric_difference(checkpoint["state_dict"])
+        if wrong:
+            raise ValueError(
+                f"the checkpoint does not fit this configuration: {len(wrong)} trained weights differ, for example "
+                f"{min(wrong)}; use the agents, LoRA settings and learning rates that it was trained with."
+            )
+
+    # --- helpers ------------------------------------------------------------------------------------------------------
+
+    def _group_prompts(self, samples: Sequence[PromptSample], completions: Completions | None) -> list[str]:
+        """G * n * M prompts, group by group, the retained ones first."""
+        refined = self.group_size - self.num_retained
+        prompts = []
+        for group, sample in enumerate(samples):
+            rewrites = [] if completions is None else completions.rewrites[group * refined : (group + 1) * refined]
+            for prompt in [sample.prompt] * self.num_retained + rewrites:
+                prompts += [prompt] * self.images_per_prompt
+        return prompts
+
+    def _format_reward(self, completions: Completions | None, groups: int) -> Tensor:
+        """[G, n * M]: a retained prompt gets the mean of its group's rewrites, so that format neither pays nor costs."""
+        if completions is None:
+            return torch.zeros(groups, self.group_size * self.images_per_prompt, device=self.device)
+        formatted = completions.formatted.view(groups, -1)
+        retained = formatted.mean(1, keepdim=True).expand(groups, self.num_retained)
+        return torch.cat([retained, formatted], 1).repeat_interleave(self.images_per_prompt, 1)
+
+    def _seed_step(self) -> None:
+        """Seeds the global generators by step and rank, so that a resumed run draws what an unbroken one would."""
+        seed = seed_of("step", self.seed, self.global_step, self.global_rank)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - start
+
+    def _log_step(self, rollout: Rollout, stats: dict[str, Tensor]) -> None:
+        valid = rollout.valid
+        self._invalid_steps = 0 if bool(valid.any()) else self._invalid_steps + 1
+        if self._invalid_steps >= self.max_invalid_steps:
+            raise ValueError(
+                f"no image could be scored in {self._invalid_steps} steps in a row (`max_invalid_steps`); the last "
+                f"reason was: {rollout.scores[0].detail.get('reason', 'unknown')}."
+            )
+        task = [score.rl for score in rollout.scores if score.valid]
+        logs: dict[str, Any] = {f"time/{part}": seconds for part, seconds in self._seconds.items()} | stats
+        logs |= {f"group/{name}": value for name, value in group_stats(rollout.rewards, valid).items()}
+        logs["group/image_similarity"] = group_similarity(rollout.images, len(rollout.samples))
+        logs[f"reward/{self.reward.name}"] = sum(task) / max(len(task), 1)
+        shown: dict[str, Any] = {"rollouts": float(self.num_rollouts)}
+        if valid.any():
+            shown["reward"] = rollout.rewards[valid].mean()
+        if rollout.completions is not None:
+            refine = refine_stats(rollout.completions, [s.prompt for s in rollout.samples])
+            shown["format"] = refine.pop("format")
+            logs |= {f"refine/{name}": value for name, value in refine.items()}
+        self.log_dict(logs, batch_size=len(rollout.samples))
+        self.log_dict(shown, batch_size=len(rollout.samples), prog_bar=True)
+
+
+def _check_group(group_size: int, num_retained: int, refines: bool) -> None:
+    if group_size < 2:
+        raise ValueError(f"`model.group_size` is {group_size}; a group needs at least 2 samples to compare.")
+    if num_retained < 0 or num_retained > group_size or (refines and num_retained == group_size):
+        raise ValueError(
+            f"`model.num_retained` is {num_retained} of `model.group_size` {group_size}, which leaves the refiner "
+            "nothing to write; set it below group_size, or `model.language: null`."
+        )
+    if not refines and num_retained != group_size:
+        raise ValueError(
+            f"`model.language` is null, but `model.num_retained` {num_retained} is less than `model.group_size` "
+            f"{group_size}, so {group_size - num_retained} prompts have no writer; set num_retained to {group_size}."
+        )
+
+
+def _require_ratio(agent: str, log_ratio: float, clip_range: float) -> None:
+    if not log_ratio <= 0.1 * clip_range:
+        raise ValueError(
+            f"the {agent} policy is not on-policy: replayed log-probs differ from sampled ones by {log_ratio:.2e}, "
+            f"more than 10 % of its clip range {clip_range:.0e}; use float32, the same micro-batches in rollout and "
+            "update, or a wider clip range."
+        )
+
+
+def _tag_numbers(samples: Sequence[PromptSample], device: torch.device) -> Tensor:
+    tags = sorted({sample.tag for sample in samples})
+    return torch.tensor([tags.index(sample.tag) for sample in samples], device=device)

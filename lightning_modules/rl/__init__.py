@@ -1,0 +1,1 @@
+"""Reinforcement learning in pure torch: transitions, schedules, advantages, losses, and log-probs as free functions."""

@@ -1,0 +1,170 @@
+"""What a rollout leaves behind: frozen records that the losses read and nothing changes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from datamodules.base import PromptSample
+from rewards.base import Score
+
+
+@dataclass(frozen=True)
+class Completions:
+    """What the language policy wrote: B completions, those of one prompt side by side.
+
+    Attributes:
+        prompt_ids: [B, P] tokens of the chat so far, padded on the left.
+        prompt_mask: [B, P] 1 for tokens, 0 for padding.
+        tokens: [B, T] tokens of the completions, padded on the right.
+        mask: [B, T] bool, True up to and including the first end-of-sequence token.
+        log_probs: [B, T] fp32, of the tokens when they were drawn; zeros where they were chosen greedily.
+        texts: B decoded completions.
+        rewrites: B prompts to draw, taken from the texts.
+        formatted: [B] 1.0 where the text held a well-formed answer, else 0.0.
+        truncated: [B] bool, cut off before its end of sequence.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    tokens: Tensor
+    mask: Tensor
+    log_probs: Tensor
+    texts: list[str]
+    rewrites: list[str]
+    formatted: Tensor
+    truncated: Tensor
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def rows(self, rows: slice) -> Completions:
+        """The completions of some rows."""
+        return Completions(
+            prompt_ids=self.prompt_ids[rows],
+            prompt_mask=self.prompt_mask[rows],
+            tokens=self.tokens[rows],
+            mask=self.mask[rows],
+            log_probs=self.log_probs[rows],
+            texts=self.texts[rows],
+            rewrites=self.rewrites[rows],
+            formatted=self.formatted[rows],
+            truncated=self.truncated[rows],
+        )
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts: every distinct text once, and which of them each sample uses.
+
+    Attributes:
+        tensors: name -> [D, ...] for D distinct prompts; the names are the family's own.
+        index: [B] long, row of `tensors` for each sample.
+    """
+
+    tensors: dict[str, Tensor]
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def rows(self, rows: slice) -> Conditioning:
+        """The conditioning of some samples."""
+        return replace(self, index=self.index[rows])
+
+    def __getitem__(self, name: str) -> Tensor:
+        """[B, ...] one of the tensors, a row for each sample."""
+        return self.tensors[name][self.index]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What a sampler went through: all that a replay needs to find the same log-probs again.
+
+    Attributes:
+        latents: [B, K, ...] fp32, exactly what the network was given before each of the K SDE steps.
+        next_latents: [B, K, ...] fp32, exactly what each SDE step led to.
+        log_probs: [B, K] fp32, of the SDE steps when they were drawn.
+        final: [B, ...] fp32 latents at sigma 0.
+        sigmas: [N + 1] fp32, the schedule.
+        sde_steps: K indices into the schedule.
+        conditioning: of the B samples.
+    """
+
+    latents: Tensor
+    next_latents: Tensor
+    log_probs: Tensor
+    final: Tensor
+    sigmas: Tensor
+    sde_steps: tuple[int, ...]
+    conditioning: Conditioning
+
+    def __len__(self) -> int:
+        return len(self.final)
+
+    def rows(self, rows: slice) -> Trajectory:
+        """The trajectories of some samples."""
+        return replace(
+            self,
+            latents=self.latents[rows],
+            next_latents=self.next_latents[rows],
+            log_probs=self.log_probs[rows],
+            final=self.final[rows],
+            conditioning=self.conditioning.rows(rows),
+        )
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One step's experience: G groups of N images, group by group; in a group the retained prompts come first.
+
+    Attributes:
+        samples: G original prompts.
+        prompts: G * N prompts as drawn.
+        completions: the rewrites, or None without a refiner.
+        trajectory: of the G * N images.
+        images: G * N pictures.
+        scores: G * N task scores, given against the original prompts.
+        rewards: [G, N] total reward.
+        valid: [G, N] bool, False where scoring failed.
+        advantages: [G, N] for the flow policy.
+        language_advantages: [G * rewrites] mean of the advantages of each rewrite's images, or None.
+    """
+
+    samples: Sequence[PromptSample]
+    prompts: list[str]
+    completions: Completions | None
+    trajectory: Trajectory
+    images: list[Image.Image]
+    scores: list[Score]
+    rewards: Tensor
+    valid: Tensor
+    advantages: Tensor
+    language_advantages: Tensor | None
+
+
+def chunks(total: int, size: int | None) -> Iterator[slice]:
+    """Slices that cover `total` rows, `size` at a time (all at once when None)."""
+    size = size or max(total, 1)
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))
+
+
+def seed_of(*key: object) -> int:
+    """A 63-bit seed that is a fixed function of the key.
+
+    Noise is keyed by what it is for (run seed, step, prompt id, place in the group), never by rank or batch
+    position, so that the same sample gets the same noise however the work is divided.
+    """
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def generators_for(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator for each sample: the same numbers on every kind of device."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -1,0 +1,66 @@
+"""Numbers for the log, computed from a rollout's records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_modules.rollout import Completions
+
+
+class Averages:
+    """Weighted means of named values; names that hold "max" keep their maximum instead."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._weights: dict[str, float] = {}
+
+    def add(self, name: str, value: Tensor, weight: float = 1.0) -> None:
+        """Takes one more value."""
+        if "max_" in name:
+            self._sums[name] = torch.maximum(self._sums.get(name, value), value)
+            self._weights[name] = 1.0
+        else:
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + weight * value
+            self._weights[name] = self._weights.get(name, 0.0) + weight
+
+    def add_all(self, prefix: str, values: Mapping[str, Tensor], weight: float) -> None:
+        """Takes several values under one prefix."""
+        for name, value in values.items():
+            self.add(f"{prefix}/{name}", value, weight)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The means (or maxima)."""
+        return {name: value / self._weights[name] for name, value in self._sums.items()}
+
+
+def refine_stats(completions: Completions, originals: Sequence[str]) -> dict[str, float]:
+    """Shares of rewrites that kept the format, were cut off, are distinct in their group or copy the original.
+
+    `length` is the mean number of tokens.
+    """
+    total, per_group = len(completions), len(completions) // len(originals)
+    groups = [completions.rewrites[i : i + per_group] for i in range(0, total, per_group)]
+    return {
+        "format": completions.formatted.mean().item(),
+        "length": completions.mask.sum(1).float().mean().item(),
+        "truncated": completions.truncated.float().mean().item(),
+        "distinct": sum(len(set(group)) for group in groups) / total,
+        "copies": sum(group.count(original) for group, original in zip(groups, originals, strict=True)) / total,
+    }
+
+
+def group_similarity(images: Sequence[Image.Image], groups: int) -> float:
+    """Mean cosine of two different pictures of a group, each shrunk to 32 x 32 and freed of its mean, -1..1.
+
+    A cheap stand-in for an encoder's image-image similarity (paper Fig. 2): it sees layout and colour.
+    """
+    small = [torch.frombuffer(bytearray(image.resize((32, 32)).tobytes()), dtype=torch.uint8) for image in images]
+    flat = torch.stack(small).float().view(groups, -1, 32 * 32 * 3)
+    flat = F.normalize(flat - flat.mean(-1, keepdim=True), dim=-1)
+    size = flat.shape[1]
+    return ((flat @ flat.transpose(1, 2)).sum((1, 2)) - size).div(size * (size - 1)).mean().item()

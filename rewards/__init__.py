@@ -1,0 +1,1 @@
+"""Rewards: each scores images against their original prompts (contracts in `rewards.base`)."""

@@ -1,0 +1,91 @@
+"""What every reward takes and gives: `RewardBatch` in, one `Score` per image out."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # keeps scorers, and the server that hosts them, free of Lightning
+    from PIL.Image import Image
+
+    from datamodules.base import PromptSample
+
+
+@dataclass(frozen=True)
+class Score:
+    """One image's score, in three units that must never be mixed.
+
+    Args:
+        native: what the scorer itself puts out (a cosine, a bool as 0/1, a mark from 1 to 5).
+        table: what papers print; averages of it are compared with published numbers.
+        rl: what the trainer maximises.
+        valid: False when the scorer failed. A failure is never a 0: it is masked before a group is normalised.
+        detail: the raw breakdown, for logs and pictures.
+    """
+
+    native: float
+    table: float
+    rl: float
+    valid: bool = True
+    detail: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.valid and not all(math.isfinite(value) for value in (self.native, self.table, self.rl)):
+            raise ValueError(
+                f"A valid Score must be finite, got native={self.native}, table={self.table}, rl={self.rl}: "
+                "return Score.invalid(reason) for an image that could not be scored."
+            )
+
+    @classmethod
+    def invalid(cls, reason: str) -> Score:
+        """A failed score: NaN in every unit, so that forgetting to mask it cannot go unnoticed.
+
+        Args:
+            reason: what went wrong, kept in `detail["reason"]`.
+        """
+        return cls(math.nan, math.nan, math.nan, valid=False, detail={"reason": reason})
+
+
+@dataclass(frozen=True)
+class RewardBatch:
+    """Images with the samples they are scored against.
+
+    Args:
+        samples: B samples, one per image. They hold the *original* prompt and its metadata, never a rewrite:
+            a reward that sees the rewrite can be raised by asking for something easier.
+        images: B images.
+    """
+
+    samples: Sequence[PromptSample]
+    images: Sequence[Image]
+
+    def __post_init__(self) -> None:
+        if len(self.samples) != len(self.images):
+            raise ValueError(
+                f"A RewardBatch needs one sample per image, got {len(self.samples)} samples and "
+                f"{len(self.images)} images: repeat the sample for every image of its group."
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+class Reward(ABC):
+    """A callable that scores images. Configuration is checked at construction, models load on first use."""
+
+    name: str
+    """The key of this reward in logs (`reward/<name>`) and results."""
+
+    @abstractmethod
+    def __call__(self, batch: RewardBatch) -> list[Score]:
+        """Score a batch.
+
+        Args:
+            batch: B images with their samples.
+
+        Returns:
+            B scores in the order of the images.
+        """

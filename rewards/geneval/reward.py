@@ -1,0 +1,87 @@
+"""The GenEval reward: an object detector's findings, judged by `rewards.geneval.rules`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Literal, Protocol, get_args, runtime_checkable
+
+from PIL.Image import Image
+
+from rewards.base import Reward, RewardBatch, Score
+from rewards.geneval.rules import Detection, judge
+
+RewardKind = Literal["soft", "strict", "correct"]
+
+
+@runtime_checkable
+class Detector(Protocol):
+    """Anything that finds objects in images."""
+
+    def detect(self, images: Sequence[Image]) -> list[list[Detection]]:
+        """Find objects.
+
+        Args:
+            images: B images.
+
+        Returns:
+            B lists of detections, with the labels and colours that the metadata uses.
+        """
+        ...
+
+
+class GenEvalReward(Reward):
+    """Scores images by GenEval's rules. native = table = 1 if officially correct, else 0.
+
+    The soft score ignores `exclude`, as Flow-GRPO's does: marks depend only on the classes asked for. In the miniature
+    a picture has room for every shape at once, so a policy that draws everything collects marks whatever the prompt
+    says. `exclude_penalty` takes that profit away.
+
+    An error of the detector is not caught: a reward that turns failures into scores trains on them unnoticed.
+
+    Args:
+        detector: finds the objects.
+        reward: what the trainer optimises: `soft` partial marks, `strict` exact match, or `correct`, the benchmark.
+        compat: `flow_grpo` reproduces the published soft score with its defects (see `judge`).
+        exclude_penalty: taken from the soft score when the image shows what `exclude` forbids; may make it negative.
+    """
+
+    name = "geneval"
+
+    def __init__(
+        self,
+        detector: Detector,
+        reward: RewardKind = "soft",
+        compat: Literal["flow_grpo"] | None = None,
+        exclude_penalty: float = 0.0,
+    ) -> None:
+        if reward not in get_args(RewardKind):
+            raise ValueError(f"GenEvalReward has reward={reward!r}, use one of {', '.join(get_args(RewardKind))}.")
+        if compat not in (None, "flow_grpo"):
+            raise ValueError(f"GenEvalReward has compat={compat!r}, use null or flow_grpo.")
+        if exclude_penalty < 0:
+            raise ValueError(f"GenEvalReward has exclude_penalty={exclude_penalty}, use 0 or more: it is subtracted.")
+        self.detector = detector
+        self.reward: RewardKind = reward
+        self.compat: Literal["flow_grpo"] | None = compat
+        self.exclude_penalty = exclude_penalty
+
+    def __call__(self, batch: RewardBatch) -> list[Score]:
+        """Score B images against their samples' GenEval metadata; `detail` holds the verdict's fields and the tag."""
+        found = self.detector.detect(batch.images)
+        if len(found) != len(batch):
+            raise ValueError(
+                f"{type(self.detector).__name__}.detect returned {len(found)} lists for {len(batch)} images: "
+                "it must return one list per image, empty where nothing is found."
+            )
+        return [
+            self._score(detections, sample.metadata) for detections, sample in zip(found, batch.samples, strict=True)
+        ]
+
+    def _score(self, detections: Sequence[Detection], metadata: dict[str, object]) -> Score:
+        verdict = judge(detections, metadata, compat=self.compat)
+        rl = float(getattr(verdict, self.reward))
+        if self.reward == "soft" and verdict.excluded_found:
+            rl -= self.exclude_penalty
+        correct = float(verdict.correct)
+        return Score(native=correct, table=correct, rl=rl, detail={"tag": metadata["tag"], **asdict(verdict)})

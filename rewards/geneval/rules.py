@@ -1,0 +1,241 @@
+"""GenEval's rules in pure Python: detections and metadata in, a verdict out.
+
+`correct` follows the official benchmark (djghosh13/geneval), `strict` and `soft` follow the reward that Flow-GRPO
+trains on; REWARDS.md 1.2, 1.4 and 1.5 state both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Box = tuple[float, float, float, float]
+Compat = Literal["flow_grpo"]
+Tag = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
+Relation = Literal["left of", "right of", "above", "below"]
+
+TAGS: tuple[str, ...] = get_args(Tag)
+RELATIONS: tuple[str, ...] = get_args(Relation)
+
+MIN_SCORE = 0.3
+MIN_SCORE_COUNTING = 0.9  # a spurious box would change the count, so counting trusts only sure ones
+MAX_OBJECTS = 16
+POSITION_SLACK = 0.1  # offsets below this share of the summed box sizes do not count as a direction
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One object found in an image.
+
+    Args:
+        label: class name as in the metadata.
+        box: x1, y1, x2, y2 in pixels, y downward, the far edge exclusive.
+        score: confidence in [0, 1].
+        color: colour name, or None when the colour was not looked at.
+    """
+
+    label: str
+    box: Box
+    score: float = 1.0
+    color: str | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What GenEval says of one image.
+
+    Args:
+        correct: the official benchmark's answer; more objects than asked pass unless `exclude` forbids them.
+        strict: every item is there in exactly the number, colour and place asked; `exclude` is ignored.
+        soft: mean of the partial marks, in [0, 1] (lower than 0 is possible with `compat="flow_grpo"`).
+        reason: the first thing that is wrong, as a short sentence; empty when nothing is.
+        excluded_found: the image holds what the metadata's `exclude` forbids.
+    """
+
+    correct: bool
+    strict: bool
+    soft: float
+    reason: str = ""
+    excluded_found: bool = False
+
+
+def judge(detections: Sequence[Detection], metadata: Mapping[str, Any], *, compat: Compat | None = None) -> Verdict:
+    """Judge one image.
+
+    Args:
+        detections: all objects found, in any order.
+        metadata: a GenEval record (`tag`, `include`, optional `exclude`) that passes `validate_metadata`.
+        compat: None for the repaired soft score; `"flow_grpo"` for the published one, whose marks may be negative and
+            which gives a wrong position a full mark beside its 0 (0.75 in place of 0.667). Compare with Flow-GRPO and
+            UniRL runs only under `"flow_grpo"`. `correct` and `strict` are the same in both.
+
+    Example:
+        >>> dog = Detection("dog", (0, 0, 10, 10))
+        >>> judge([dog], {"tag": "counting", "include": [{"class": "dog", "count": 2}]})
+        Verdict(correct=False, strict=False, soft=0.5, reason='1 of 2 dog found', excluded_found=False)
+    """
+    found = select(detections, metadata["tag"])
+    missing = _official_problem(found, metadata["include"])
+    excluded = _excluded_problem(found, metadata.get("exclude", ()))
+    soft, inexact = _graded(found, metadata["include"], compat)
+    return Verdict(
+        correct=not missing and not excluded,
+        strict=not inexact,
+        soft=soft,
+        reason=missing or excluded or inexact,
+        excluded_found=bool(excluded),
+    )
+
+
+def select(detections: Sequence[Detection], tag: str) -> dict[str, list[Detection]]:
+    """Sort the detections into classes, best first, dropping unsure ones and all after the 16th of a class."""
+    threshold = MIN_SCORE_COUNTING if tag == "counting" else MIN_SCORE
+    found: dict[str, list[Detection]] = {}
+    for detection in sorted(detections, key=lambda d: d.score, reverse=True):
+        objects = found.setdefault(detection.label, [])
+        if detection.score > threshold and len(objects) < MAX_OBJECTS:
+            objects.append(detection)
+    return found
+
+
+def relations(a: Detection, b: Detection) -> frozenset[str]:
+    """Where `a` lies as seen from `b`: none, one or two of `RELATIONS`.
+
+    The offset of the centres, less a slack of 10 % of the summed sizes, is divided by the length of the *whole* offset
+    (the official code does so), and a direction holds above 0.5.
+
+    Example:
+        >>> relations(Detection("tie", (0, 0, 10, 10)), Detection("sink", (0, 90, 10, 100)))
+        frozenset({'above'})
+    """
+    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a.box, b.box
+    offset_x, offset_y = (ax1 + ax2 - bx1 - bx2) / 2, (ay1 + ay2 - by1 - by2) / 2
+    shift_x = _shrink(offset_x, POSITION_SLACK * (ax2 - ax1 + bx2 - bx1))
+    shift_y = _shrink(offset_y, POSITION_SLACK * (ay2 - ay1 + by2 - by1))
+    if max(abs(shift_x), abs(shift_y)) < 1e-3:
+        return frozenset()
+    distance = math.hypot(offset_x, offset_y)
+    dx, dy = shift_x / distance, shift_y / distance
+    holds = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
+    return frozenset(relation for relation, true in holds.items() if true)
+
+
+def validate_metadata(metadata: Mapping[str, Any]) -> None:
+    """Check a GenEval record.
+
+    Args:
+        metadata: `{"tag", "include": [{"class", "count", "color"?, "position"?: [relation, index]}], "exclude"?}`.
+
+    Raises:
+        ValueError: with one sentence that names the key and the remedy.
+    """
+    tag = metadata.get("tag")
+    if tag not in TAGS:
+        raise ValueError(f"`tag` is {tag!r}, use one of {', '.join(TAGS)}.")
+    for key in ("include", "exclude"):
+        items = metadata.get(key, [])
+        if not isinstance(items, list | tuple) or (key == "include" and not items):
+            raise ValueError(f'`{key}` must be a list such as [{{"class": "dog", "count": 1}}], got {items!r}.')
+        for index, item in enumerate(items):
+            _validate_item(item, index, f"`{key}[{index}]`")
+
+
+def _validate_item(item: object, index: int, where: str) -> None:
+    """Check one entry of `include` or `exclude`; `index` bounds the entries that a position may point at."""
+    if not isinstance(item, dict) or not isinstance(item.get("class"), str) or not item["class"]:
+        raise ValueError(f"{where} needs a `class` that names an object, got {item!r}.")
+    count = item.get("count")
+    if type(count) is not int or count < 1:  # not isinstance: True is an int
+        raise ValueError(f"{where} has count {count!r}, use a whole number of at least 1.")
+    if not isinstance(item.get("color", ""), str):
+        raise ValueError(f"{where} has color {item['color']!r}, use a colour's name or leave the key out.")
+    if "position" not in item:
+        return
+    position = item["position"]
+    if not isinstance(position, list | tuple) or len(position) != 2:
+        raise ValueError(f'{where} has position {position!r}, use [relation, index] such as ["above", 0].')
+    relation, target = position
+    if relation not in RELATIONS:
+        raise ValueError(f"{where} has the relation {relation!r}, use one of {', '.join(RELATIONS)}.")
+    if type(target) is not int or not 0 <= target < index:
+        raise ValueError(f"{where} has a position that points at entry {target!r}, use the index of an earlier entry.")
+
+
+def _official_problem(found: Mapping[str, list[Detection]], include: Sequence[Mapping[str, Any]]) -> str:
+    """First item that the official benchmark misses, or an empty string; only the best `count` objects count."""
+    matched: list[list[Detection] | None] = []
+    first = ""
+    for item in include:
+        objects = found.get(item["class"], [])[: item["count"]]
+        problem = f"{len(objects)} of {item['count']} {item['class']} found" if len(objects) < item["count"] else ""
+        problem = problem or _color_problem(item, objects) or _position_problem(item, objects, matched)
+        matched.append(None if problem else objects)
+        first = first or problem
+    return first
+
+
+def _excluded_problem(found: Mapping[str, list[Detection]], exclude: Sequence[Mapping[str, Any]]) -> str:
+    """First class that has too many objects, or an empty string."""
+    for item in exclude:
+        num = len(found.get(item["class"], []))
+        if num >= item["count"]:
+            return f"{num} {item['class']} found, fewer than {item['count']} allowed"
+    return ""
+
+
+def _graded(
+    found: Mapping[str, list[Detection]], include: Sequence[Mapping[str, Any]], compat: Compat | None
+) -> tuple[float, str]:
+    """Soft score, and the first item that is not exactly as asked (all objects of a class are looked at)."""
+    marks: list[float] = []
+    matched: list[list[Detection] | None] = []
+    first = ""
+    for item in include:
+        count, objects = item["count"], found.get(item["class"], [])
+        problem = f"{len(objects)} {item['class']} found instead of {count}" if len(objects) != count else ""
+        marks.append(1 - abs(count - len(objects)) / count)
+        if problem and ("color" in item or "position" in item):
+            marks.append(0.0)
+        if not problem and "color" in item:
+            problem = _color_problem(item, objects)
+            marks.append(_num_of_color(item, objects) / count)
+        if not problem and "position" in item:
+            problem = _position_problem(item, objects, matched)
+            marks.append(0.0 if problem else 1.0)
+            if compat == "flow_grpo" and problem and matched[item["position"][1]] is not None:
+                marks.append(1.0)  # the published code falls through to the branch of a right position
+        matched.append(None if problem else objects)
+        first = first or problem
+    if compat is None:
+        marks = [max(mark, 0.0) for mark in marks]
+    return sum(marks) / len(marks), first
+
+
+def _color_problem(item: Mapping[str, Any], objects: Sequence[Detection]) -> str:
+    num = _num_of_color(item, objects)
+    return f"{num} of {item['count']} {item['class']} {item['color']}" if num < item["count"] else ""
+
+
+def _num_of_color(item: Mapping[str, Any], objects: Sequence[Detection]) -> int:
+    """Objects that have the colour asked for; all of them when none is."""
+    return sum("color" not in item or detection.color == item["color"] for detection in objects)
+
+
+def _position_problem(
+    item: Mapping[str, Any], objects: Sequence[Detection], matched: Sequence[list[Detection] | None]
+) -> str:
+    if "position" not in item:
+        return ""
+    relation, index = item["position"]
+    targets = matched[index]
+    if targets is None:
+        return f"nothing for {item['class']} to be {relation}"
+    if all(relation in relations(a, b) for a in objects for b in targets):
+        return ""
+    return f"{item['class']} not {relation} {targets[0].label}"
+
+
+def _shrink(offset: float, slack: float) -> float:
+    return math.copysign(max(abs(offset) - slack, 0.0), offset)

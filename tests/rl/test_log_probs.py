@@ -1,0 +1,141 @@
+"""Token log-probs against torch.distributions, their peak memory, and masks by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical
+
+from lightning_modules.rl.log_probs import completion_mask, position_ids, token_entropy, token_log_probs
+
+BATCH, LENGTH, WIDTH, VOCABULARY = 3, 7, 5, 11
+
+
+class RecordingHead(nn.Module):
+    """A linear head that notes how many positions it was asked for."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.weight = nn.Parameter(torch.randn(VOCABULARY, WIDTH, generator=generator).to(dtype))
+        self.calls: list[int] = []
+
+    def forward(self, states: Tensor) -> Tensor:
+        assert states.ndim == 2
+        self.calls.append(states.shape[0])
+        return nn.functional.linear(states, self.weight)
+
+
+def _batch(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(BATCH, LENGTH, WIDTH, generator=generator).to(dtype)
+    return hidden, torch.randint(VOCABULARY, (BATCH, LENGTH), generator=generator)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 7, 21, 1024])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_values_and_gradients_match_torch_distributions(temperature: float, chunk_size: int) -> None:
+    (hidden, targets), head = _batch(), RecordingHead()
+    hidden.requires_grad_()
+    weights = torch.linspace(-1, 1, BATCH * LENGTH).view(BATCH, LENGTH).double()
+    log_probs = token_log_probs(hidden, head, targets, temperature=temperature, chunk_size=chunk_size)
+    expected = Categorical(logits=hidden @ head.weight.T / temperature).log_prob(targets)
+    torch.testing.assert_close(log_probs, expected, rtol=1e-12, atol=1e-12)
+    gradients = torch.autograd.grad((weights * log_probs).sum(), (hidden, head.weight))
+    expected_gradients = torch.autograd.grad((weights * expected).sum(), (hidden, head.weight))
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-11, atol=1e-11)
+        assert gradient.abs().max() > 1e-2
+
+
+def test_by_hand() -> None:
+    # logits log(1), log(3), log(4): probabilities 1/8, 3/8, 1/2; at temperature 1/2 they are squared: 1/26, 9/26, 16/26
+    hidden = torch.tensor([1.0, 3.0, 4.0]).double().log().expand(1, 3, 3)
+    targets = torch.tensor([[0, 1, 2]])
+    log_probs = token_log_probs(hidden, nn.Identity(), targets)
+    assert log_probs.exp()[0].tolist() == pytest.approx([1 / 8, 3 / 8, 1 / 2])
+    log_probs = token_log_probs(hidden, nn.Identity(), targets, temperature=0.5)
+    assert log_probs.exp()[0].tolist() == pytest.approx([1 / 26, 9 / 26, 16 / 26])
+
+
+def test_a_head_alone_can_be_trained() -> None:
+    (hidden, targets), head = _batch(), RecordingHead()
+    token_log_probs(hidden, head, targets, chunk_size=4).sum().backward()
+    assert head.weight.grad is not None
+    assert head.weight.grad.abs().max() > 1e-2
+    assert len(head.calls) == 12, "recomputed, although the hidden states need no gradient"
+
+
+def test_peak_is_one_chunk_of_logits() -> None:
+    (hidden, targets), head = _batch(), RecordingHead()
+    hidden.requires_grad_()
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        log_probs = token_log_probs(hidden, head, targets, chunk_size=4)
+    assert head.calls == [4, 4, 4, 4, 4, 1]
+    # nothing the size of logits is kept for the backward pass
+    assert max(kept, default=0) < 4 * VOCABULARY
+    log_probs.sum().backward()
+    assert sorted(head.calls) == sorted(2 * [4, 4, 4, 4, 4, 1])
+
+
+def test_without_gradient_nothing_is_computed_twice() -> None:
+    (hidden, targets), head = _batch(), RecordingHead()
+    with torch.no_grad():
+        log_probs = token_log_probs(hidden, head, targets, chunk_size=8)
+    assert head.calls == [8, 8, 5]
+    assert not log_probs.requires_grad
+    torch.testing.assert_close(log_probs, token_log_probs(hidden, head, targets).detach(), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_log_softmax_is_fp32_whatever_the_logits(autocast: bool) -> None:
+    """Only the head may be bf16: from its logits on, the values are those of fp32 (bf16 would be off by 1e-2)."""
+    (hidden, targets), head = _batch(torch.float32), RecordingHead(torch.float32)
+    if not autocast:
+        hidden, head = hidden.bfloat16(), RecordingHead(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        logits = head(hidden.flatten(0, 1))
+        log_probs = token_log_probs(hidden, head, targets, temperature=0.7, chunk_size=BATCH * LENGTH)
+        entropy = token_entropy(hidden, head, temperature=0.7, chunk_size=BATCH * LENGTH)
+    assert logits.dtype == torch.bfloat16
+    assert log_probs.dtype == entropy.dtype == torch.float32
+    exact = Categorical(logits=logits.double().view(BATCH, LENGTH, VOCABULARY) / 0.7)
+    torch.testing.assert_close(log_probs.double(), exact.log_prob(targets), rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(entropy.double(), exact.entropy(), rtol=1e-6, atol=2e-6)
+
+
+def test_entropy_matches_torch_distributions() -> None:
+    (hidden, _), head = _batch(), RecordingHead()
+    entropy = token_entropy(hidden.requires_grad_(), head, temperature=0.6, chunk_size=4)
+    torch.testing.assert_close(entropy, Categorical(logits=hidden @ head.weight.T / 0.6).entropy().detach())
+    assert head.calls == [4, 4, 4, 4, 4, 1]
+    assert not entropy.requires_grad
+
+
+def test_entropy_of_masked_tokens() -> None:
+    logits = torch.tensor([[[0.0, 0.0, -torch.inf]]])
+    assert token_entropy(logits, nn.Identity()).item() == pytest.approx(0.6931472, rel=1e-6)
+
+
+def test_completion_mask_ends_with_the_first_eos() -> None:
+    tokens = torch.tensor([[5, 6, 9, 9, 7], [9, 5, 5, 5, 5], [5, 6, 7, 5, 6], [5, 5, 8, 9, 5], [5, 5, 5, 5, 9]])
+    expected = [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    assert completion_mask(tokens, [9, 8]).int().tolist() == expected
+    assert completion_mask(tokens, [9])[3].int().tolist() == [1, 1, 1, 1, 0]
+    assert completion_mask(tokens, []).all()
+    assert completion_mask(tokens, [9]).dtype == torch.bool
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.bool, torch.float32])
+def test_position_ids_skip_the_padding(dtype: torch.dtype) -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 0, 0]]).to(dtype)
+    positions = position_ids(mask)
+    assert positions.dtype == torch.long
+    assert positions.tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4], [0, 0, 1, 1, 1]]
