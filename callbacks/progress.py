@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 
 
@@ -13,3 +16,18 @@ class RunProgressBar(RichProgressBar):
         """Steps of this run, when `max_steps` ends it within the epoch."""
         total = super().total_train_batches
         return min(total, self.trainer.max_steps) if self.trainer.max_steps > 0 else total
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """Short numbers, whole ones without decimals, and no run number: a terminal is 80 columns wide."""
+        metrics = super().get_metrics(trainer, pl_module)
+        return {name: _short(value) for name, value in metrics.items() if name != "v_num"}
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        # Lightning's "Epoch 0/-2" says nothing when steps end the run.
+        return "Training".ljust(len(self.validation_description))
+
+
+def _short(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return f"{value:.0f}" if value.is_integer() and value > 1 else f"{value:.2f}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import permutations, product
@@ -190,6 +190,8 @@ JOIN: dict[Style, str] = {
     "unseen": "and also",
 }
 
+_FILLER = sorted({w for phrases in (*PREFIXES.values(), JOIN.values()) for phrase in phrases for w in phrase.split()})
+
 
 def _plural(noun: str) -> str:
     return noun + ("es" if noun.endswith(("s", "x")) else "s")
@@ -213,6 +215,27 @@ def write(content: Content, style: Style, rng: random.Random, *, mix: float = 0.
             return LEXICONS["terse" if own == "gallery" else "gallery"]
         return LEXICONS[own]
 
+    return _compose(content, rng.choice(PREFIXES[style]), JOIN[style], lexicon)
+
+
+def write_loosely(content: Content, rng: random.Random) -> str:
+    """Words a content with any vocabulary and random filler for a template: how strangers might put it.
+
+    The refiner learns from these that filler means nothing. The "unseen" style's filler words occur, its templates do
+    not.
+    """
+    templates = (*PREFIXES["unseen"], JOIN["unseen"])
+
+    def filler(most: int) -> str:
+        words = " ".join(rng.choice(_FILLER) for _ in range(rng.randint(1, most)))
+        return filler(most) if words in templates else words
+
+    return _compose(content, filler(4), filler(2), lambda: rng.choice(tuple(LEXICONS.values())))
+
+
+def _compose(content: Content, prefix: str, join: str, lexicon: Callable[[], Lexicon]) -> str:
+    """A sentence of prefix, noun phrases, and what joins them; `lexicon` is asked anew for every word."""
+
     def noun_phrase(ask: Ask) -> str:
         shape = lexicon().shapes[SHAPES.index(ask.shape)]
         count = lexicon().one if ask.count == 1 else lexicon().numbers[ask.count - 2]
@@ -225,10 +248,7 @@ def write(content: Content, style: Style, rng: random.Random, *, mix: float = 0.
 
     if content.relation is not None:
         join = lexicon().relations[RELATIONS.index(content.relation)]
-    else:
-        join = JOIN[style]
-    body = f" {join} ".join(noun_phrase(ask) for ask in content.asks)
-    return f"{rng.choice(PREFIXES[style])} {body}"
+    return f"{prefix} " + f" {join} ".join(noun_phrase(ask) for ask in content.asks)
 
 
 def vocabulary() -> list[str]:
@@ -293,8 +313,7 @@ def _spoilt(content: Content, caption: str, habits: Habits) -> bool:
     A threshold on a sum over adjacent *pairs* of content words: no single word is lucky everywhere, so a refiner has
     to learn which wording suits which content.
     """
-    glue = {word for phrases in (*PREFIXES.values(), JOIN.values()) for phrase in phrases for word in phrase.split()}
-    words = [word for word in caption.split() if word not in glue | {"a", "one", "1", "at"}]
+    words = [word for word in caption.split() if word not in {*_FILLER, "a", "one", "1", "at"}]
     pairs = list(zip(words, words[1:], strict=False)) or [(words[0], words[0])]
     score = sum(_gaussian(*pair, "mistake") for pair in pairs) / len(pairs) ** 0.5
     chance = dict(habits.mistakes)[content.tag]

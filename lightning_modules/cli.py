@@ -12,8 +12,10 @@ import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
+import diffusers
 import jsonargparse
 import lightning as L
+import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -126,6 +128,13 @@ def _raised_by_us(error: BaseException) -> bool:
 
 def _quieten() -> None:
     """Silences notices that a user of this project can do nothing about."""
+    # Among them one line per caption that is longer than CLIP's 77 tokens: FLUX.1 reads the whole text by T5.
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated.*")
+    warnings.filterwarnings("ignore", message="Found .* module\\(s\\) in eval mode.*")  # ours stay so on purpose
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*logging interval.*")

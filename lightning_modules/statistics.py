@@ -62,5 +62,7 @@ def group_similarity(images: Sequence[Image.Image], groups: int) -> float:
     small = [torch.frombuffer(bytearray(image.resize((32, 32)).tobytes()), dtype=torch.uint8) for image in images]
     flat = torch.stack(small).float().view(groups, -1, 32 * 32 * 3)
     flat = F.normalize(flat - flat.mean(-1, keepdim=True), dim=-1)
-    size = flat.shape[1]
-    return ((flat @ flat.transpose(1, 2)).sum((1, 2)) - size).div(size * (size - 1)).mean().item()
+    cosines, size = flat @ flat.transpose(1, 2), flat.shape[1]
+    # The diagonal itself and not `size`: a blank picture has cosine 0 with itself too.
+    others = cosines.sum((1, 2)) - cosines.diagonal(dim1=1, dim2=2).sum(1)
+    return others.div(size * (size - 1)).mean().item()

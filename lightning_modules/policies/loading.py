@@ -46,7 +46,7 @@ def check_language_model(model: str) -> None:
 
 
 def _check_hub_id(model: str) -> None:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
         raise ValueError(f"there is no folder {model}: give an existing folder or a hub id such as owner/name.")
 
 

@@ -10,7 +10,7 @@ quoted text that it asks for, and add concrete visual detail that helps to draw 
 Prompt: {prompt}
 Give only the rewritten prompt, inside <answer> </answer>."""
 
-_ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*)</answer>", re.DOTALL)
+_ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 
 
 class Answer(NamedTuple):

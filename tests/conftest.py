@@ -1,0 +1,85 @@
+"""Shared by all tests: one thread, and tiny pipelines built in code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+from datamodules.base import PromptSample
+from datamodules.shapes import shapes_prompts
+from datamodules.shapes_world import vocabulary
+from lightning_modules.miniature import build_flow, build_vae
+from lightning_modules.policies.base import Sampling
+from lightning_modules.policies.flux1 import Flux1Policy
+from lightning_modules.policies.language import LanguagePolicy
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(ROOT)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+
+
+@pytest.fixture(scope="session")
+def random_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FLUX.1 pipeline folder with random weights and a dynamic-shift scheduler."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("random_flux")
+    pipe: FluxPipeline = build_flow(vocabulary(), build_vae().eval())
+    pipe.vae.register_to_config(scaling_factor=0.9, shift_factor=0.1)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make_flow() -> Callable[..., Flux1Policy]:
+    """Builds and loads a policy on the shipped miniature, or on another folder."""
+
+    def make(model: str | Path = "miniature/flow", sampling: Sampling | None = None, **kwargs: object) -> Flux1Policy:
+        defaults: dict[str, object] = {
+            "height": 32,
+            "width": 32,
+            "max_sequence_length": 18,
+            "dtype": "float32",
+            "learning_rate": 1e-4,
+        }
+        policy = Flux1Policy(str(model), sampling or Sampling(8, 3), **(defaults | kwargs))  # type: ignore[arg-type]
+        policy.load()
+        return policy
+
+    return make
+
+
+@pytest.fixture
+def make_language() -> Callable[..., LanguagePolicy]:
+    """Builds and loads the shipped miniature's refiner."""
+
+    def make(**kwargs: object) -> LanguagePolicy:
+        defaults: dict[str, object] = {
+            "template": "{prompt}",
+            "max_new_tokens": 32,
+            "eval_max_new_tokens": 32,
+            "dtype": "float32",
+            "learning_rate": 1e-4,
+        }
+        policy = LanguagePolicy("miniature/language", **(defaults | kwargs))  # type: ignore[arg-type]
+        policy.load()
+        return policy
+
+    return make
+
+
+@pytest.fixture
+def samples() -> list[PromptSample]:
+    """Six canonical prompts, one of each tag, of different lengths."""
+    return shapes_prompts("test", "val", ("canonical",), 6, 0)
+
+
