@@ -104,6 +104,10 @@ class Benchmark(L.Callback, ABC):
         if trainer.is_global_zero:
             self._write(trainer)
 
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forgets the history that came with a checkpoint: it tells of other scenes."""
+        self.history = []
+
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end

@@ -16,10 +16,12 @@ import diffusers
 import jsonargparse
 import lightning as L
 import transformers
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from omegaconf.errors import OmegaConfBaseException
+
+from callbacks.progress import RunProgressBar
 
 OUR_PACKAGES = ("lightning_modules", "datamodules", "rewards", "callbacks")
 
@@ -69,14 +71,18 @@ class PromptRLCLI(LightningCLI):
         """Lets no checkpoint override the configuration: Lightning would take its hyperparameters silently."""
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Gives the trainer the run folder's two loggers, unless the configuration has its own."""
+        """Gives the trainer the run folder's two loggers and a bar over the run, unless the configuration has its own."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         if config["trainer"]["logger"] in (None, True):
             root, name = config["trainer"]["default_root_dir"], config["experiment"]
             tensorboard = TensorBoardLogger(root, name=name, default_hp_metric=False)
             # One version for both, so that one folder holds all of a run.
             kwargs["logger"] = [tensorboard, CSVLogger(root, name=name, version=tensorboard.version)]
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        bars = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]
+        if [type(bar) for bar in bars] in ([TQDMProgressBar], [RichProgressBar]):  # Lightning's default, not a choice
+            trainer.callbacks[trainer.callbacks.index(bars[0])] = RunProgressBar()
+        return trainer
 
     def before_instantiate_classes(self) -> None:
         """Refuses a checkpoint that cannot be read before anything is built or written."""
@@ -138,6 +144,8 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*logging interval.*")
+    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization.*")
+    warnings.filterwarnings("ignore", message="The dirpath has changed from.*")
     warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty.*")
 
 

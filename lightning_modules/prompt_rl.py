@@ -131,7 +131,10 @@ class PromptRL(L.LightningModule):
         rollout = self.collect(batch)
         self.latest = rollout
         if self.global_step % self.check_ratio_every == 0:
-            self.check_ratio(rollout)
+            # Straight to the loggers: `self.log` would repeat the number in every step until the epoch's end.
+            ratios = {f"train/{agent}/max_log_ratio": value for agent, value in self.check_ratio(rollout).items()}
+            for logger in self.loggers:
+                logger.log_metrics(ratios, step=self.global_step)
         stats = self.update(rollout)
         self.num_rollouts += len(rollout.images) * self.trainer.world_size
         self._log_step(rollout, stats)
@@ -259,7 +262,6 @@ class PromptRL(L.LightningModule):
             difference = (self.language.log_probs(completions) - completions.log_probs)[completions.mask].abs()
             found["language"] = difference.max().item()
             _require_ratio("language", difference.mean().item(), self.language.clip_range)
-        self.log_dict({f"train/{agent}/max_log_ratio": value for agent, value in found.items()}, batch_size=1)
         return found
 
     # --- evaluation -------------------------------------------------------------------------------------------------

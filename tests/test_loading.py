@@ -45,8 +45,11 @@ def test_a_folder_without_index_is_no_pipeline(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("check", [check_pipeline, check_language_model])
-def test_neither_folder_nor_hub_id(check: object, tmp_path: Path) -> None:
-    for model in (str(tmp_path / "gone"), "gone", "a/b/c", "./gone"):
+def test_neither_folder_nor_hub_id(check: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last one could be a hub id, but for the folder miniature/ here."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "miniature").mkdir()
+    for model in (str(tmp_path / "gone"), "gone", "a/b/c", "./gone", "../gone", "miniature/flwo"):
         with pytest.raises(ValueError, match=r"no folder .*: give an existing folder or a hub id such as owner/name"):
             check(model)  # type: ignore[operator]
     check("black-forest-labs/FLUX.1-dev")  # type: ignore[operator]
@@ -74,11 +77,15 @@ def test_language_model_folder_passes(tmp_path: Path) -> None:
 
 
 def test_lora_targets() -> None:
-    network = nn.ModuleDict({"attn": nn.ModuleDict({"to_q": nn.Linear(2, 2), "to_out": nn.ModuleList([nn.Identity()])})})
+    network = nn.ModuleDict(
+        {"attn": nn.ModuleDict({"to_q": nn.Linear(2, 2), "to_out": nn.ModuleList([nn.Identity()])})}
+    )
     config = lora_config(network, LoRA(rank=3, alpha=5), ["to_q", "to_out.0"], "flow.lora")
     assert (config.r, config.lora_alpha, config.target_modules) == (3, 5, {"to_q", "to_out.0"})
     assert lora_config(network, LoRA(targets=r"attn\.to_.*"), ["to_q"], "flow.lora").target_modules == r"attn\.to_.*"
     for targets, named in ((["to_q", "q"], "q"), (["to_k", "to_v"], "to_k, to_v"), ("to_q", "to_q")):
         # A string is a regular expression of the whole name, so "to_q" alone matches nothing.
-        with pytest.raises(ValueError, match=rf"`flow.lora.targets` names {named}, which .* of ModuleDict; use .*to_"):
+        with pytest.raises(
+            ValueError, match=rf"`flow.lora.targets` names {named}, which .* of ModuleDict; use .* such as to_q\."
+        ):
             lora_config(network, LoRA(targets=targets), ["to_q"], "flow.lora")  # type: ignore[arg-type]

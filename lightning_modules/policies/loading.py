@@ -46,7 +46,8 @@ def check_language_model(model: str) -> None:
 
 
 def _check_hub_id(model: str) -> None:
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
+    beside = Path(model).parent  # "miniature/flwo" looks like a hub id, but miniature/ is a folder here
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) or beside.is_dir():
         raise ValueError(f"there is no folder {model}: give an existing folder or a hub id such as owner/name.")
 
 
@@ -55,7 +56,7 @@ def _holds_files(folder: Path) -> bool:
 
 
 def lora_config(network: nn.Module, lora: LoRA, default_targets: list[str] | str, where: str) -> LoraConfig:
-    """peft's configuration, once every target is known to match a module.
+    """The configuration for peft, once every target is known to match a module.
 
     Args:
         network: where the adapters go.
@@ -72,11 +73,12 @@ def lora_config(network: nn.Module, lora: LoRA, default_targets: list[str] | str
     if unmatched:
         raise ValueError(
             f"`{where}.targets` names {', '.join(unmatched)}, which matches no module of {type(network).__name__}; "
-            f"use endings of module names such as {_example(names)}."
+            f"use endings of module names such as {_example(network)}."
         )
     return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0)
 
 
-def _example(names: list[str]) -> str:
-    endings = sorted({name.rsplit(".", 1)[-1] for name in names if re.search(r"(to_|_proj|linear)", name)})
-    return ", ".join(endings[:4]) or names[-1]
+def _example(network: nn.Module) -> str:
+    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    endings = sorted({name.rsplit(".", 1)[-1] for name in layers})
+    return ", ".join([ending for ending in endings if not ending.isdigit()][:4]) or "to_q"

@@ -203,9 +203,22 @@ def test_pictures_are_judged_as_the_world_meant_them(tag: str) -> None:
     for habits, correct in ((FAITHFUL, True), (Habits(slips=1.0), False)):
         rng = random.Random(2)
         scenes = [imagine(worded, caption, rng, habits) for _, worded, caption in wordings]
-        for found, (content, worded, caption) in zip(detector.detect(list(map(picture, scenes))), wordings, strict=True):
+        for found, (content, worded, caption) in zip(
+            detector.detect(list(map(picture, scenes))), wordings, strict=True
+        ):
             assert judge(found, content.metadata).correct is correct, caption
             assert judge(found, worded.metadata).correct is correct, caption
+
+
+def test_objects_stand_in_the_quadrants_that_are_said() -> None:
+    """By cells: rows and columns 0-1 are upper and left, 2-3 lower and right."""
+    upper_left, lower_right = {0, 1, 4, 5}, {10, 11, 14, 15}
+    for i in range(100):
+        rng = random.Random(i)
+        scene = imagine(PLACED, write(PLACED, "detailed", rng), rng, FAITHFUL)
+        (triangle,) = [item.cell for item in scene.items if item.shape == "triangle"]
+        (cross,) = [item.cell for item in scene.items if item.shape == "cross"]
+        assert triangle in upper_left and cross in lower_right
 
 
 def test_the_words_decide_the_scene() -> None:

@@ -1,0 +1,223 @@
+"""The benchmark under a real Trainer: rendered pictures, the real detector and rules, results by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from PIL import Image
+
+from callbacks.geneval import GenEvalBenchmark
+from datamodules.base import PromptDataModule, PromptSample
+from datamodules.shapes_world import Ask, Content, Item, Scene, render
+from lightning_modules.validation import validate_now
+from rewards.shapes import ShapesDetector
+
+pytestmark = pytest.mark.filterwarnings("ignore:Experiment logs directory", "ignore:The dirpath has changed")
+
+CIRCLE = Scene((Item("circle", "red", 0),))
+CROSSES = Scene((Item("cross", "blue", 3), Item("cross", "red", 9)))
+LEFT = Scene((Item("circle", "red", 4), Item("square", "red", 7)))
+ASKED = {
+    "circle": Content("single_object", (Ask("circle"),)),
+    "crosses": Content("counting", (Ask("cross", count=2),)),
+    "left": Content("position", (Ask("circle"), Ask("square")), "left of"),
+}
+RIGHT = {"circle": CIRCLE, "crosses": CROSSES, "left": LEFT}
+WRONG = {"circle": CROSSES, "crosses": LEFT, "left": CIRCLE}
+
+
+class Prompts(PromptDataModule):
+    """Three prompts in one set, the first of them in a second one."""
+
+    def __init__(self) -> None:
+        super().__init__(batch_size=1, eval_batch_size=2)
+
+    def train_samples(self) -> list[PromptSample]:
+        return [PromptSample(name, name, asked.tag, asked.metadata) for name, asked in ASKED.items()]
+
+    def eval_samples(self) -> dict[str, list[PromptSample]]:
+        return {"geneval": self.train_samples(), "few": self.train_samples()[:1]}
+
+
+class Painter(L.LightningModule):
+    """Draws the prompts of `right[mode][step]` right and others wrong; its steps change nothing else."""
+
+    def __init__(self, right: dict[str, dict[int, str]], refines: bool = True) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.language = object() if refines else None
+        self.right = right
+        self.num_rollouts = 0
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch: list[PromptSample], batch_idx: int) -> None:
+        self.optimizers().step()  # type: ignore[union-attr]
+        self.num_rollouts += 64
+
+    def on_train_start(self) -> None:
+        if self.global_step == 0:
+            validate_now(self.trainer)
+
+    def validation_step(self, batch: list[PromptSample], batch_idx: int, dataloader_idx: int) -> dict[str, Any]:
+        step = self.global_step
+
+        def draw(mode: str) -> list[Image.Image]:
+            right = self.right[mode][step].split()
+            return [Image.fromarray(render((RIGHT if s.prompt in right else WRONG)[s.prompt])) for s in batch]
+
+        modes = ["without_pe", "with_pe"] if self.language else ["without_pe"]
+        return {"samples": batch, "images": {mode: draw(mode) for mode in modes}, "rewrites": None}
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def make_trainer(root: Path, benchmark: GenEvalBenchmark, max_steps: int = 2, **kwargs: Any) -> L.Trainer:
+    tensorboard = TensorBoardLogger(root, name="run")
+    return L.Trainer(
+        accelerator="cpu", max_steps=max_steps, val_check_interval=2, check_val_every_n_epoch=None,
+        num_sanity_val_steps=kwargs.pop("num_sanity_val_steps", 0), log_every_n_steps=1,
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+        logger=[tensorboard, CSVLogger(root, name="run", version=tensorboard.version)],
+        callbacks=[benchmark], **kwargs,
+    )  # fmt: skip
+
+
+# Without PE: 1 of 3 right, then 2. With PE: 2 of 3, then all. The set "few" holds the circle alone.
+IMPROVES = {
+    "without_pe": {0: "left", 2: "left circle"},
+    "with_pe": {0: "left crosses", 2: "left crosses circle"},
+}
+
+
+def table_of(single_object: float, counting: float, position: float) -> dict[str, float]:
+    mean = (single_object + counting + position) / 3
+    tags = {"single_object": single_object, "counting": counting, "position": position}
+    return pytest.approx({**tags, "overall": mean, "images": mean})
+
+
+def one_tag(value: float) -> dict[str, float]:
+    return {"single_object": value, "overall": value, "images": value}
+
+
+def test_a_fit_leaves_results_before_after_and_history(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = make_trainer(tmp_path, GenEvalBenchmark(ShapesDetector()))
+    trainer.fit(Painter(IMPROVES), Prompts())
+    run = tmp_path / "run" / "version_0"
+    results = json.loads((run / "results.json").read_text())
+
+    before = {
+        "geneval": {"without_pe": table_of(0, 0, 1), "with_pe": table_of(0, 1, 1)},
+        "few": {"without_pe": one_tag(0), "with_pe": one_tag(0)},
+    }
+    after = {
+        "geneval": {"without_pe": table_of(1, 0, 1), "with_pe": table_of(1, 1, 1)},
+        "few": {"without_pe": one_tag(1), "with_pe": one_tag(1)},
+    }
+    assert set(results) == {"geneval", "few", "rollouts", "seconds", "before", "history"}
+    assert {name: results[name] for name in after} == after
+    assert results["before"] == before
+    assert results["rollouts"] == 128
+    history = results["history"]["GenEvalBenchmark"]
+    assert [(entry["step"], entry["rollouts"]) for entry in history] == [(0, 0), (2, 128)]
+    assert [entry["results"] for entry in history] == [before, after]
+    assert 0 <= history[0]["seconds"] <= history[1]["seconds"] == results["seconds"] < 60
+
+    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    logged = [[float(row[f"val/geneval/{mode}"]) for row in rows] for mode in ("without_pe", "with_pe")]
+    assert logged == [pytest.approx([1 / 3, 2 / 3]), pytest.approx([2 / 3, 1])]
+    assert [float(row["val/geneval/without_pe/single_object"]) for row in rows] == [0, 1]
+    assert [float(row["val/few/with_pe"]) for row in rows] == [0, 1]
+
+    table = [line for line in capsys.readouterr().out.splitlines() if " PE " in line or "rollouts" in line]
+    assert "GenEvalBenchmark after 128 rollouts" in table[0]
+    cells = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in table[1:]]
+    assert cells == [
+        ["geneval", "without PE", "0.333", "0.667", "+0.333"],
+        ["geneval", "with PE", "0.667", "1.000", "+0.333"],
+        ["few", "without PE", "0.000", "1.000", "+1.000"],
+        ["few", "with PE", "0.000", "1.000", "+1.000"],
+    ]
+
+
+def test_without_a_refiner_there_is_one_mode(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, GenEvalBenchmark(ShapesDetector(), sets=["few"]))
+    trainer.fit(Painter(IMPROVES, refines=False), Prompts())
+    results = json.loads((tmp_path / "run" / "version_0" / "results.json").read_text())
+    assert results["few"] == {"without_pe": one_tag(1)}
+    assert results["before"] == {"few": {"without_pe": one_tag(0)}}
+    assert "geneval" not in results  # `sets` leaves it out
+
+
+def test_a_sanity_check_is_no_beginning(tmp_path: Path) -> None:
+    benchmark = GenEvalBenchmark(ShapesDetector())
+    make_trainer(tmp_path, benchmark, num_sanity_val_steps=1).fit(Painter(IMPROVES), Prompts())
+    assert [entry["step"] for entry in benchmark.history] == [0, 2]
+
+
+def test_a_resumed_run_knows_its_beginning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = make_trainer(tmp_path, GenEvalBenchmark(ShapesDetector()))
+    first.fit(Painter(IMPROVES), Prompts())
+    first.save_checkpoint(tmp_path / "at_2.ckpt")
+    started = first.callbacks[0]
+    assert isinstance(started, GenEvalBenchmark)
+    capsys.readouterr()
+
+    worse = {mode: {4: "left"} for mode in IMPROVES}
+    resumed = GenEvalBenchmark(ShapesDetector())
+    make_trainer(tmp_path, resumed, max_steps=4).fit(Painter(worse), Prompts(), ckpt_path=tmp_path / "at_2.ckpt")
+    assert [entry["step"] for entry in resumed.history] == [0, 2, 4]
+    assert resumed.history[:2] == started.history
+    assert resumed.history[2]["seconds"] >= started.history[1]["seconds"]
+    results = json.loads((tmp_path / "run" / "version_1" / "results.json").read_text())
+    assert results["before"]["geneval"]["with_pe"]["overall"] == pytest.approx(2 / 3)
+    assert results["geneval"]["with_pe"]["overall"] == pytest.approx(1 / 3)
+    assert "-0.333" in capsys.readouterr().out
+
+
+def test_state_survives_a_round_trip() -> None:
+    benchmark, other = GenEvalBenchmark(ShapesDetector()), GenEvalBenchmark(ShapesDetector())
+    benchmark.history = [{"step": 3, "rollouts": 9, "seconds": 1.5, "results": {}}]
+    benchmark._seconds_before = 1000.0
+    state = json.loads(json.dumps(benchmark.state_dict()))  # plain values: checkpoints load with weights_only
+    other.load_state_dict(state)
+    assert other.history == benchmark.history
+    assert other.state_dict()["seconds"] == pytest.approx(1000, abs=5)
+
+
+def test_a_test_prints_its_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = make_trainer(tmp_path, GenEvalBenchmark(ShapesDetector()))
+    trainer.test(Painter(IMPROVES), Prompts(), verbose=False)
+    run = tmp_path / "run" / "version_0"
+    assert json.loads((run / "results.json").read_text())["geneval"]["without_pe"] == table_of(0, 0, 1)
+    assert float(next(csv.DictReader((run / "metrics.csv").open()))["test/geneval/with_pe"]) == pytest.approx(2 / 3)
+    lines = [line for line in capsys.readouterr().out.splitlines() if " PE " in line]
+    cells = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in lines]
+    assert cells[:2] == [["geneval", "without PE", "0.333"], ["geneval", "with PE", "0.667"]]
+
+
+def test_a_test_of_a_checkpoint_is_not_compared_with_validation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The fit's history travels in the checkpoint, but its scenes are others: no "before", no "change"."""
+    trainer = make_trainer(tmp_path, GenEvalBenchmark(ShapesDetector()))
+    trainer.fit(Painter(IMPROVES), Prompts())
+    trainer.save_checkpoint(tmp_path / "at_2.ckpt")
+    capsys.readouterr()
+    tested = make_trainer(tmp_path, GenEvalBenchmark(ShapesDetector()))
+    at_0 = {mode: {0: "circle"} for mode in IMPROVES}  # a test counts no steps
+    tested.test(Painter(at_0), Prompts(), ckpt_path=tmp_path / "at_2.ckpt", verbose=False)
+    results = json.loads((tmp_path / "run" / "version_1" / "results.json").read_text())
+    assert results["geneval"]["with_pe"] == table_of(1, 0, 0)
+    assert results.get("before", {}) in ({}, {k: results[k] for k in ("geneval", "few")})
+    lines = [line for line in capsys.readouterr().out.splitlines() if " PE " in line]
+    assert [len(line.strip("│ ").split("│")) for line in lines] == [3] * 4
