@@ -37,14 +37,15 @@ def to_tensor(pictures: np.ndarray) -> torch.Tensor:
 def rewrite_pair(rng: random.Random) -> tuple[str, str]:
     """One example for the refiner: a prompt and the completion that it should learn to give.
 
-    Prompts are half canonical, the others in known or in random wordings. Rewrites are half "gallery" and "terse" wordings (vocabularies mixed now and then, never the "unseen" templates)
-    and a third detailed ones; a tenth misrepresent the prompt and one in twenty breaks the answer format, so that RL
+    Prompts are half canonical, the others in known or in random wordings. Rewrites are "gallery", "terse" and
+    "detailed" wordings, vocabularies mixed now and then, never the canonical wording (greedy rewrites would be copies)
+    nor the "unseen" templates. A tenth misrepresent the prompt and one in twenty breaks the answer format, so that RL
     has something to teach.
     """
     content = rng.choice(all_contents(rng.choice(TAGS)))
     asked = rng.choices(("canonical", "gallery", "terse", "loose"), (0.5, 0.15, 0.15, 0.2))[0]
     prompt = write_loosely(content, rng) if asked == "loose" else write(content, asked, rng)  # type: ignore[arg-type]
-    style: Style = rng.choices(("canonical", "gallery", "terse", "detailed"), (0.1, 0.3, 0.3, 0.3))[0]  # type: ignore[assignment]
+    style: Style = rng.choices(("gallery", "terse", "detailed"), (0.35, 0.35, 0.3))[0]  # type: ignore[assignment]
     said: Content = content
     if rng.random() < 0.1:
         said = rng.choice(all_contents(content.tag))

@@ -228,7 +228,7 @@ def write_loosely(content: Content, rng: random.Random) -> str:
 
     def filler(most: int) -> str:
         words = " ".join(rng.choice(_FILLER) for _ in range(rng.randint(1, most)))
-        return filler(most) if words in templates else words
+        return filler(most) if any(template in words for template in templates) else words
 
     return _compose(content, filler(4), filler(2), lambda: rng.choice(tuple(LEXICONS.values())))
 

@@ -6,15 +6,19 @@ resolved `config.yaml` and `checkpoints/` (with `last.ckpt`).
 
 from __future__ import annotations
 
+import logging
 import sys
 import traceback
 import warnings
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import diffusers
 import jsonargparse
 import lightning as L
+import torch
 import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -33,9 +37,15 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
-        """Ends with one line instead of the usage text."""
-        del ex
-        sys.exit(_complain(message))
+        """Ends with one line instead of the usage text: ours, where a constructor of ours refused its arguments."""
+        ours = _raised_by_us(ex or sys.exc_info()[1])
+        sys.exit(_complain(message if ours is None else str(ours)))
+
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Parses; jsonargparse hands a null that lies two classes deep on to itself as the text "None"."""
+        if args is not None:
+            args = [f"{arg[:-4]}null" if arg.startswith("--") and arg.endswith("=None") else arg for arg in args]
+        return super().parse_args(args, *more, **kwargs)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -84,12 +94,27 @@ class PromptRLCLI(LightningCLI):
             trainer.callbacks[trainer.callbacks.index(bars[0])] = RunProgressBar()
         return trainer
 
+    @property
+    def _checkpoint_path(self) -> str | None:
+        """The file that `ckpt_path` names, if it names one rather than "last" or "best"."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        path: str | None = config.get("ckpt_path")
+        return None if path in (None, "last", "best", "hpc") else path
+
     def before_instantiate_classes(self) -> None:
         """Refuses a checkpoint that cannot be read before anything is built or written."""
-        config = self.config[self.subcommand] if self.subcommand else self.config
-        path = config.get("ckpt_path")
-        if path and path not in ("last", "best", "hpc") and not Path(path).is_file():
-            raise ValueError(f"`ckpt_path` is {path}, but there is no such file; give a .ckpt of an earlier run.")
+        path = self._checkpoint_path
+        if path is not None and not zipfile.is_zipfile(path):
+            what = "which is no checkpoint" if Path(path).is_file() else "but there is no such file"
+            raise ValueError(f"`ckpt_path` is {path}, {what}; give a .ckpt of an earlier run.")
+
+    def before_fit(self) -> None:
+        """Loads the models and compares the checkpoint before the trainer opens a run folder."""
+        self.model.configure_model()
+        if self._checkpoint_path is not None:
+            self.model.on_load_checkpoint(torch.load(self._checkpoint_path, map_location="cpu", mmap=True))
+
+    before_validate = before_test = before_predict = before_fit
 
 
 def main(args: list[str] | None = None) -> None:
@@ -116,9 +141,10 @@ def main(args: list[str] | None = None) -> None:
     except OmegaConfBaseException as error:
         sys.exit(_complain(f"in the configuration: {str(error).splitlines()[0]}"))
     except ValueError as error:
-        if not _raised_by_us(error):
+        ours = _raised_by_us(error)
+        if ours is None:
             raise
-        sys.exit(_complain(str(error)))
+        sys.exit(_complain(str(ours)))
 
 
 def _complain(message: str) -> int:
@@ -126,10 +152,15 @@ def _complain(message: str) -> int:
     return 2
 
 
-def _raised_by_us(error: BaseException) -> bool:
-    """Whether the innermost frame of the traceback is in one of our packages."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    return bool(frames) and frames[-1][0].f_globals.get("__name__", "").split(".")[0] in OUR_PACKAGES
+def _raised_by_us(error: BaseException | None) -> ValueError | None:
+    """The first ValueError in a chain of exceptions whose innermost frame is in one of our packages."""
+    while error is not None:
+        frames = list(traceback.walk_tb(error.__traceback__))
+        package = frames[-1][0].f_globals.get("__name__", "").split(".")[0] if frames else ""
+        if isinstance(error, ValueError) and package in OUR_PACKAGES:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _quieten() -> None:
@@ -139,6 +170,7 @@ def _quieten() -> None:
     transformers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
     warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated.*")
     warnings.filterwarnings("ignore", message="Found .* module\\(s\\) in eval mode.*")  # ours stay so on purpose
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
