@@ -1,6 +1,6 @@
 """Measures the miniature's base flow model: how often each wording is drawn right, and how varied its pictures are.
 
-    python benchmarks/miniature_base.py [--model miniature/flow] [--prompts 384]
+python benchmarks/miniature_base.py [--model miniature/flow] [--prompts 384]
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import random
 from collections import Counter
 
 import torch
-from PIL import Image
 
 from datamodules.shapes_world import STYLES, TAGS, Content, Style, contents, elaborate, write
 from lightning_modules.policies.base import Sampling, to_pil

@@ -1,6 +1,6 @@
 """Splits the time of an RL step into its parts, and measures the share spent inside the two networks.
 
-    python benchmarks/step_time.py [--config configs/miniature/promptrl.yaml] [--steps 20]
+python benchmarks/step_time.py [--config configs/miniature/promptrl.yaml] [--steps 20]
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class StepTimer(L.Callback):
         rest = self.total - sum(self.parts.values())
         for part, seconds in [*self.parts.items(), ("optimizer, logging, rest", rest), ("whole step", self.total)]:
             print(f"| {part} | {seconds / self.steps:.3f} | {seconds / self.total:.0%} |")
-        print(f"| inside the networks, forward and backward | {self.inside / self.steps:.3f} | {self.inside / self.total:.0%} |")
+        print(f"| inside the networks, both ways | {self.inside / self.steps:.3f} | {self.inside / self.total:.0%} |")
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ def rewrite_pair(rng: random.Random) -> tuple[str, str]:
     content = rng.choice(all_contents(rng.choice(TAGS)))
     asked = rng.choices(("canonical", "gallery", "terse", "loose"), (0.5, 0.15, 0.15, 0.2))[0]
     prompt = write_loosely(content, rng) if asked == "loose" else write(content, asked, rng)  # type: ignore[arg-type]
-    style: Style = rng.choices(("gallery", "terse", "detailed"), (0.35, 0.35, 0.3))[0]  # type: ignore[assignment]
+    style: Style = rng.choices(("gallery", "terse", "detailed"), (0.35, 0.35, 0.3))[0]
     said: Content = content
     if rng.random() < 0.1:
         said = rng.choice(all_contents(content.tag))
@@ -76,7 +76,10 @@ class _Stream(IterableDataset[dict[str, Any]]):
                 prompts, completions = zip(*(rewrite_pair(rng) for _ in range(size)), strict=True)
                 yield {"prompts": list(prompts), "completions": list(completions)}
         styles = [(style, 1.5 if style == "canonical" else 1.0) for style in STYLES]
-        streams = [captioned_scenes(rng, habits, styles) for habits in (replace(self.habits, slips=0.0, mistakes=FAITHFUL.mistakes), self.habits)]
+        streams = [
+            captioned_scenes(rng, habits, styles)
+            for habits in (replace(self.habits, slips=0.0, mistakes=FAITHFUL.mistakes), self.habits)
+        ]
         done = 0
         while True:
             stream = streams[done * workers >= self.faithful_batches]

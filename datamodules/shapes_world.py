@@ -14,7 +14,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import permutations, product
 from statistics import NormalDist
 from typing import Any, Literal
@@ -290,20 +290,20 @@ class Habits:
 FAITHFUL = Habits(mistakes=tuple((tag, 0.0) for tag in TAGS), slips=0.0)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _gaussian(*key: str) -> float:
     """A standard normal number that is a fixed function of the key."""
     digest = hashlib.blake2b("\0".join(key).encode(), digest_size=8).digest()
     return NormalDist().inv_cdf((int.from_bytes(digest, "big") + 0.5) / 2**64)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _word_scores(word: str, purpose: str, size: int) -> np.ndarray:
     return np.array([_gaussian(word, purpose, str(i)) for i in range(size)])
 
 
 def _scores(caption: str, purpose: str, size: int) -> np.ndarray:
-    """[size]: the caption's preference among `size` choices, a sum over its words (so that a small net can learn it)."""
+    """[size]: the caption's preference among `size` choices, a sum over its words (a small net can learn that)."""
     return np.sum([_word_scores(word, purpose, size) for word in caption.split()], axis=0)
 
 
@@ -351,7 +351,7 @@ def _related(cell: int, other: int, relation: str) -> bool:
 def _cells(content: Content, scores: np.ndarray) -> list[list[int]]:
     """Cells for every ask: the best by `scores` [asks, 16] among those that quadrants and the relation allow."""
     if content.relation is not None:
-        pairs = [pair for pair in product(range(GRID * GRID), repeat=2) if _related(*pair, content.relation)]
+        pairs = [pair for pair in product(range(GRID * GRID), repeat=2) if _related(pair[0], pair[1], content.relation)]
         best = max(pairs, key=lambda pair: scores[0, pair[0]] + scores[1, pair[1]])
         return [[best[0]], [best[1]]]
     taken: set[int] = set()

@@ -13,7 +13,7 @@ import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import diffusers
 import jsonargparse
@@ -36,7 +36,7 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends with one line instead of the usage text: ours, where a constructor of ours refused its arguments."""
         ours = _raised_by_us(ex or sys.exc_info()[1])
         sys.exit(_complain(message if ours is None else str(ours)))
@@ -81,18 +81,18 @@ class PromptRLCLI(LightningCLI):
         """Lets no checkpoint override the configuration: Lightning would take its hyperparameters silently."""
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Gives the trainer the run folder's two loggers and a bar over the run, unless the configuration has its own."""
+        """Gives the trainer two loggers in one run folder and a bar over the run, unless configured otherwise."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         if config["trainer"]["logger"] in (None, True):
             root, name = config["trainer"]["default_root_dir"], config["experiment"]
             tensorboard = TensorBoardLogger(root, name=name, default_hp_metric=False)
             # One version for both, so that one folder holds all of a run.
             kwargs["logger"] = [tensorboard, CSVLogger(root, name=name, version=tensorboard.version)]
-        trainer = super().instantiate_trainer(**kwargs)
+        trainer: Any = super().instantiate_trainer(**kwargs)
         bars = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]
         if [type(bar) for bar in bars] in ([TQDMProgressBar], [RichProgressBar]):  # Lightning's default, not a choice
             trainer.callbacks[trainer.callbacks.index(bars[0])] = RunProgressBar()
-        return trainer
+        return cast(L.Trainer, trainer)
 
     @property
     def _checkpoint_path(self) -> str | None:
@@ -170,7 +170,9 @@ def _quieten() -> None:
     transformers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
     warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated.*")
     warnings.filterwarnings("ignore", message="Found .* module\\(s\\) in eval mode.*")  # ours stay so on purpose
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")

@@ -7,6 +7,7 @@ saved from here is loaded by the production code path and by `FluxPipeline.from_
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
@@ -59,7 +60,7 @@ def _clip_tokenizer(words: list[str]) -> CLIPTokenizer:
         show_progress=False,
     )
     bpe.train_from_iterator(words, trainer)
-    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
+    merges: Any = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     return CLIPTokenizer(vocab=bpe.get_vocab(), merges=merges, model_max_length=TEXT_LENGTH + 1)
 
 
@@ -74,7 +75,7 @@ def _word_tokenizer(words: list[str], specials: list[str], **roles: str) -> PreT
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", **roles)
 
 
-def build_flow(words: list[str], vae: AutoencoderKL) -> FluxPipeline:
+def build_flow(words: list[str], vae: Any) -> FluxPipeline:
     """A FLUX.1 pipeline of about 1M parameters around a trained autoencoder.
 
     Args:

@@ -1,4 +1,4 @@
-"""The two agents' losses on one micro-batch of a rollout: functions of a policy and a record, returning loss and stats."""
+"""The two agents' losses on one micro-batch: functions of a policy and a record that return loss and stats."""
 
 from __future__ import annotations
 

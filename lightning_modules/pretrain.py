@@ -53,10 +53,12 @@ class _Pretraining(L.LightningModule):
 class VAEPretraining(_Pretraining):
     """Trains the autoencoder on scenes (L1 + L2, a little KL) and sets its latents' scale and shift."""
 
-    def __init__(self, output: str = "miniature/flow/vae", learning_rate: float = 3e-3, kl_weight: float = 1e-5) -> None:
+    def __init__(
+        self, output: str = "miniature/flow/vae", learning_rate: float = 3e-3, kl_weight: float = 1e-5
+    ) -> None:
         super().__init__(output, learning_rate)
         self.kl_weight = kl_weight
-        self.vae: AutoencoderKL
+        self.vae: Any
 
     def configure_model(self) -> None:
         """Builds the autoencoder."""
@@ -77,7 +79,9 @@ class VAEPretraining(_Pretraining):
         batches = self.trainer.train_dataloader
         assert batches is not None
         stream = iter(batches)
-        latents = torch.cat([self.vae.encode(next(stream)["pictures"].to(self.device)).latent_dist.mode() for _ in range(16)])
+        latents = torch.cat(
+            [self.vae.encode(next(stream)["pictures"].to(self.device)).latent_dist.mode() for _ in range(16)]
+        )
         self.vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
         self.vae.save_pretrained(self.output)
 
@@ -102,7 +106,7 @@ class FlowPretraining(_Pretraining):
         super().__init__(output, learning_rate, warmup_steps=200)
         self.guidance = guidance
         self.init = init
-        self.pipe: FluxPipeline
+        self.pipe: Any
 
     def configure_model(self) -> None:
         """Builds or loads the pipeline around the trained autoencoder."""

@@ -110,7 +110,9 @@ class PromptRL(L.LightningModule):
         """Loads both agents."""
         self.flow.load()
         if self.flow.trained and not self.flow.sampling.sde_steps:
-            raise ValueError("`flow.sampling.sde_steps` is empty, so the flow model has nothing to learn from; add some.")
+            raise ValueError(
+                "`flow.sampling.sde_steps` is empty, so the flow model has nothing to learn from; add some."
+            )
         if self.language is not None:
             self.language.load()
 
@@ -251,8 +253,7 @@ class PromptRL(L.LightningModule):
             rows = next(chunks(len(rollout.trajectory), self.flow.micro_batch_size))
             part = rollout.trajectory.rows(rows)
             replayed = [
-                self.flow.replay(part, step).log_prob(part.next_latents[:, step])
-                for step in range(len(part.sde_steps))
+                self.flow.replay(part, step).log_prob(part.next_latents[:, step]) for step in range(len(part.sde_steps))
             ]
             found["flow"] = (torch.stack(replayed, 1) - part.log_probs).abs().max().item()
             _require_ratio("flow", found["flow"], self.flow.clip_range)
@@ -266,9 +267,7 @@ class PromptRL(L.LightningModule):
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
-    def validation_step(
-        self, batch: Sequence[PromptSample], batch_idx: int, dataloader_idx: int = 0
-    ) -> dict[str, Any]:
+    def validation_step(self, batch: Sequence[PromptSample], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Draws every prompt without and, if there is a refiner, with prompt enhancement; callbacks do the scoring."""
         seeds = [seed_of("evaluation", sample.id) for sample in batch]
         drawn: dict[str, Any] = {"samples": batch, "images": {}, "rewrites": None}
@@ -329,7 +328,7 @@ class PromptRL(L.LightningModule):
         return prompts
 
     def _format_reward(self, completions: Completions | None, groups: int) -> Tensor:
-        """[G, n * M]: a retained prompt gets the mean of its group's rewrites, so that format neither pays nor costs."""
+        """[G, n * M]; a retained prompt gets its group's mean over rewrites, so that format neither pays nor costs."""
         if completions is None:
             return torch.zeros(groups, self.group_size * self.images_per_prompt, device=self.device)
         formatted = completions.formatted.view(groups, -1)

@@ -81,5 +81,3 @@ def make_language() -> Callable[..., LanguagePolicy]:
 def samples() -> list[PromptSample]:
     """Six canonical prompts, one of each tag, of different lengths."""
     return shapes_prompts("test", "val", ("canonical",), 6, 0)
-
-

@@ -194,7 +194,9 @@ def test_on_policy_gradient_is_the_policy_gradient(make_flow: MakeFlow, samples:
     log_probs = torch.stack(
         [flow.replay(rollout.trajectory, k).log_prob(rollout.trajectory.next_latents[:, k]) for k in range(3)], 1
     )
-    expected = torch.autograd.grad(-(rollout.advantages.flatten()[:, None] * log_probs).mean(), parameters, allow_unused=True)
+    expected = torch.autograd.grad(
+        -(rollout.advantages.flatten()[:, None] * log_probs).mean(), parameters, allow_unused=True
+    )
     module.update(rollout)
     for parameter, gradient in zip(parameters, expected, strict=True):
         if gradient is not None:
@@ -237,7 +239,9 @@ def test_an_agent_without_learning_rate_does_not_move(
     make_flow: MakeFlow, make_language: MakeLanguage, tmp_path: Path, frozen: str
 ) -> None:
     rates = {"flow": 1e-3, "language": 1e-3} | {frozen: None}
-    module = PromptRL(make_flow(learning_rate=rates["flow"]), Redness(), make_language(learning_rate=rates["language"]), 4, 2)
+    module = PromptRL(
+        make_flow(learning_rate=rates["flow"]), Redness(), make_language(learning_rate=rates["language"]), 4, 2
+    )
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
     fit(module, tmp_path, 2)
     moved = {n.split(".")[0] for n, p in module.named_parameters() if not torch.equal(p, before[n])}
@@ -257,7 +261,9 @@ def test_prompt_rl_raises_a_simple_reward_by_words_alone(
 ) -> None:
     """The frozen flow model cannot change, so whatever reddens the pictures is the refiner's doing."""
     language = make_language(learning_rate=2e-3, kl_weight=0.0)
-    module = PromptRL(make_flow(learning_rate=None, sampling=Sampling(4, 1)), Redness(), language, 8, 2, format_weight=0.0)
+    module = PromptRL(
+        make_flow(learning_rate=None, sampling=Sampling(4, 1)), Redness(), language, 8, 2, format_weight=0.0
+    )
     rewards = [step["reward"] for step in fit(module, tmp_path, 16, batch_size=4)]
     assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.02
 

@@ -74,7 +74,7 @@ class Flux1Policy(FlowPolicy):
         )
         self.guidance = guidance
         self.max_sequence_length = max_sequence_length
-        self.pipe: FluxPipeline = None
+        self.pipe: Any = None
 
     def load(self) -> None:
         """Loads the pipeline; its modules become submodules, so that Lightning moves them."""
@@ -87,7 +87,8 @@ class Flux1Policy(FlowPolicy):
         factor = 2 * self.pipe.vae_scale_factor
         if self.height % factor or self.width % factor:
             raise ValueError(
-                f"`height` and `width` are {self.height} x {self.width}; {self.model} needs multiples of {factor} pixels."
+                f"`height` and `width` are {self.height} x {self.width}; {self.model} needs multiples of {factor} "
+                "pixels."
             )
         self._prepare()
 

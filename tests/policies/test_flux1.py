@@ -63,7 +63,9 @@ def test_text_embeddings_equal_the_stock_pipelines_and_are_made_once_per_text(
     seen: list[str] = []
     encode_prompt = policy.pipe.encode_prompt
     monkeypatch.setattr(
-        policy.pipe, "encode_prompt", lambda texts, *args, **kwargs: (seen.extend(texts), encode_prompt(texts, *args, **kwargs))[1]
+        policy.pipe,
+        "encode_prompt",
+        lambda texts, *args, **kwargs: (seen.extend(texts), encode_prompt(texts, *args, **kwargs))[1],
     )
     conditioning = policy.encode(PROMPTS)
     assert seen == [PROMPTS[0], PROMPTS[1], PROMPTS[3]]
@@ -133,7 +135,10 @@ def test_a_window_is_one_for_the_whole_batch_and_moves_with_its_seed(make_flow: 
     policy = make_flow(sampling=Sampling(6, Window(2, 0, 5)))
     places = {policy.rollout(PROMPTS[:1], [1], window_seed=seed).sde_steps for seed in range(12)}
     assert places <= {(0, 1), (1, 2), (2, 3), (3, 4)} and len(places) > 1
-    assert policy.rollout(PROMPTS[:1], [1], window_seed=3).sde_steps == policy.rollout(PROMPTS[:1], [2], window_seed=3).sde_steps
+    assert (
+        policy.rollout(PROMPTS[:1], [1], window_seed=3).sde_steps
+        == policy.rollout(PROMPTS[:1], [2], window_seed=3).sde_steps
+    )
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
@@ -165,7 +170,9 @@ def test_full_fine_tuning_without_kl_keeps_no_reference(make_flow: MakeFlow) -> 
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-def test_saved_weights_draw_the_same_in_the_stock_pipeline(make_flow: MakeFlow, lora: LoRA | None, tmp_path: Path) -> None:
+def test_saved_weights_draw_the_same_in_the_stock_pipeline(
+    make_flow: MakeFlow, lora: LoRA | None, tmp_path: Path
+) -> None:
     policy = make_flow(lora=lora, sampling=Sampling(4, 0))
     untrained = policy.generate(PROMPTS[:2], [5, 6])
     perturb(policy)
@@ -178,7 +185,13 @@ def test_saved_weights_draw_the_same_in_the_stock_pipeline(make_flow: MakeFlow, 
     stock.set_progress_bar_config(disable=True)
     latents = policy.prepare_latents(generators_for([5, 6]))
     theirs = stock(
-        PROMPTS[:2], latents=latents, num_inference_steps=4, height=32, width=32, max_sequence_length=18, output_type="pt"
+        PROMPTS[:2],
+        latents=latents,
+        num_inference_steps=4,
+        height=32,
+        width=32,
+        max_sequence_length=18,
+        output_type="pt",
     ).images
     assert (ours.clamp(0, 1) - theirs).abs().max() < 1e-4
 

@@ -41,7 +41,9 @@ def test_replayed_log_probs_are_the_sampled_ones(
     assert difference.abs().max() < 1e-5
 
 
-def test_log_probs_equal_a_plain_forward_pass_of_each_row(make_language: MakeLanguage, samples: list[PromptSample]) -> None:
+def test_log_probs_equal_a_plain_forward_pass_of_each_row(
+    make_language: MakeLanguage, samples: list[PromptSample]
+) -> None:
     """Reference: transformers alone, no padding, no cache, one row at a time."""
     policy = make_language(temperature=0.8)
     completions = policy.refine(samples, 2)
