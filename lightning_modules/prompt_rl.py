@@ -18,13 +18,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from datamodules.base import PromptSample
+from lightning_modules.agents import Agents
 from lightning_modules.gradients import average_gradients, clip, no_backward_sync
 from lightning_modules.objectives import flow_objective, language_objective
 from lightning_modules.policies.base import FlowPolicy, to_pil
@@ -32,11 +32,10 @@ from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.rl.advantages import group_advantages, group_stats
 from lightning_modules.rollout import Completions, Rollout, chunks, seed_of
 from lightning_modules.statistics import Averages, group_similarity, refine_stats
-from lightning_modules.validation import validate_now
 from rewards.base import Reward, RewardBatch
 
 
-class PromptRL(L.LightningModule):
+class PromptRL(Agents):
     """Owns both agents. `language: null` is flow-only RL; an agent whose learning rate is null is frozen.
 
     Args:
@@ -75,14 +74,8 @@ class PromptRL(L.LightningModule):
         max_invalid_steps: int = 5,
         seed: int = 42,
     ) -> None:
-        super().__init__()
+        super().__init__(flow, language, optimizer)
         _check_group(group_size, num_retained, language is not None)
-        if not flow.trained and (language is None or not language.trained):
-            raise ValueError("nothing learns: set a learning_rate for `model.flow` or for `model.language`.")
-        self.automatic_optimization = False
-        self.strict_loading = False  # checkpoints hold what is trained; on_load_checkpoint compares the names
-        self.flow = flow
-        self.language = language
         self.reward = reward
         self.group_size = group_size
         self.num_retained = num_retained
@@ -92,37 +85,13 @@ class PromptRL(L.LightningModule):
         self.advantage_scale = advantage_scale
         self.updates_per_rollout = updates_per_rollout
         self.ratio_normalization = ratio_normalization
-        self.optimizer = optimizer
         self.check_ratio_every = check_ratio_every
         self.max_invalid_steps = max_invalid_steps
         self.seed = seed
-        self.num_rollouts = 0
-        """Images drawn for training so far, over all ranks."""
         self.latest: Rollout | None = None
         """The last rollout, for callbacks to show."""
         self._invalid_steps = 0
         self._seconds: dict[str, float] = {}
-        self._validated_step = -1
-
-    # --- set-up ---------------------------------------------------------------------------------------------------
-
-    def configure_model(self) -> None:
-        """Loads both agents."""
-        self.flow.load()
-        if self.flow.trained and not self.flow.sampling.sde_steps:
-            raise ValueError(
-                "`flow.sampling.sde_steps` is empty, so the flow model has nothing to learn from; add some."
-            )
-        if self.language is not None:
-            self.language.load()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """One optimizer with a parameter group per learning agent, so that one RL step is one `global_step`."""
-        return self.optimizer([agent.parameter_group() for agent in self._learners()])
-
-    def _learners(self) -> list[FlowPolicy | LanguagePolicy]:
-        agents = [self.flow, self.language]
-        return [agent for agent in agents if agent is not None and agent.trained]
 
     # --- one step -------------------------------------------------------------------------------------------------
 
@@ -264,56 +233,6 @@ class PromptRL(L.LightningModule):
             found["language"] = difference.max().item()
             _require_ratio("language", difference.mean().item(), self.language.clip_range)
         return found
-
-    # --- evaluation -------------------------------------------------------------------------------------------------
-
-    def validation_step(self, batch: Sequence[PromptSample], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Draws every prompt without and, if there is a refiner, with prompt enhancement; callbacks do the scoring."""
-        seeds = [seed_of("evaluation", sample.id) for sample in batch]
-        drawn: dict[str, Any] = {"samples": batch, "images": {}, "rewrites": None}
-        prompts = [sample.prompt for sample in batch]
-        drawn["images"]["without_pe"] = to_pil(self.flow.generate(prompts, seeds))
-        if self.language is not None:
-            drawn["rewrites"] = self.language.rewrite(batch)
-            drawn["images"]["with_pe"] = to_pil(self.flow.generate(drawn["rewrites"], seeds))
-        return drawn
-
-    test_step = validation_step
-
-    def on_validation_end(self) -> None:
-        """Notes that this step's agents have been evaluated."""
-        self._validated_step = self.global_step
-
-    def on_train_start(self) -> None:
-        """Evaluates the agents before training, unless the run is resumed."""
-        if self.global_step == 0:
-            validate_now(self.trainer)
-
-    def on_train_end(self) -> None:
-        """Evaluates the agents after training, unless that has just been done."""
-        if self._validated_step != self.global_step:
-            validate_now(self.trainer)
-
-    # --- checkpoints: what is trained, and nothing else ---------------------------------------------------------------
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps trained weights only, and the count of rollouts."""
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
-        checkpoint["num_rollouts"] = self.num_rollouts
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of other agents: loading is not strict, so missing names would pass in silence."""
-        self.num_rollouts = checkpoint.get("num_rollouts", 0)
-        if self.flow.network is None:
-            return
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        wrong = trained.symmetric_difference(checkpoint["state_dict"])
-        if wrong:
-            raise ValueError(
-                f"the checkpoint does not fit this configuration: {len(wrong)} trained weights differ, for example "
-                f"{min(wrong)}; use the agents, LoRA settings and learning rates that it was trained with."
-            )
 
     # --- helpers ------------------------------------------------------------------------------------------------------
 
