@@ -97,6 +97,8 @@ def full_size() -> None:
 
     from lightning_modules.objectives import flow_objective
 
+    # cuDNN's attention failed in the backward pass at this size (torch 2.11, H100).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     policy = Flux1Policy(
         str(ROOT / "miniature/flow"), Sampling(8, 3), height=512, width=512, lora=LoRA(64, 128), micro_batch_size=1
     )
