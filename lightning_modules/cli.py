@@ -26,6 +26,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from omegaconf.errors import OmegaConfBaseException
 
 from callbacks.progress import RunProgressBar
+from datamodules.base import PromptDataModule
 
 OUR_PACKAGES = ("lightning_modules", "datamodules", "rewards", "callbacks")
 
@@ -109,7 +110,9 @@ class PromptRLCLI(LightningCLI):
             raise ValueError(f"`ckpt_path` is {path}, {what}; give a .ckpt of an earlier run.")
 
     def before_fit(self) -> None:
-        """Loads the models and compares the checkpoint before the trainer opens a run folder."""
+        """Loads models, reads prompts and compares the checkpoint before the trainer opens a run folder."""
+        if isinstance(self.datamodule, PromptDataModule):
+            self.datamodule.setup(str(self.subcommand))
         self.model.configure_model()
         if self._checkpoint_path is not None:
             self.model.on_load_checkpoint(torch.load(self._checkpoint_path, map_location="cpu", mmap=True))

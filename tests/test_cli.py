@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lightning_modules.cli import main
 
@@ -133,6 +134,35 @@ def test_pipeline_without_vae(capfd: pytest.CaptureFixture[str], tmp_path: Path)
             (folder / part.name).symlink_to(part)
     line = complaint(capfd, tmp_path, f"--{FLOW}.model={folder}")
     assert f"the pipeline folder {folder} lacks vae: copy the missing part there" in line
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ('{"tag": "colors", "prompt": "a red dog"', r"prompts\.jsonl:2"),
+        ('{"tag": "colors", "include": [{"class": "dog", "count": 1}]}', r"prompts\.jsonl:2.*prompt"),
+        ('{"tag": "colours", "prompt": "x", "include": [{"class": "dog", "count": 1}]}', r"prompts\.jsonl:2.*colours"),
+        (
+            '{"tag": "position", "prompt": "x", "include": [{"class": "dog", "count": 1, "position": ["above", 3]}]}',
+            r"prompts\.jsonl:2.*3",
+        ),
+    ],
+    ids=["broken line", "no prompt", "unknown tag", "position pointing nowhere"],
+)
+def test_bad_prompts_file(capfd: pytest.CaptureFixture[str], tmp_path: Path, broken: str, said: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"tag": "colors", "prompt": "x", "include": [{"class": "dog", "count": 1}]}\n' + broken + "\n")
+    config = tmp_path / "config.yaml"
+    whole = yaml.safe_load((ROOT / QUICKSTART).read_text())
+    files = {"train_file": str(path), "eval_file": str(path)}
+    whole["data"] = {"class_path": "datamodules.geneval.GenEvalPrompts", "init_args": files}
+    config.write_text(yaml.safe_dump(whole))
+    runs = tmp_path / "runs"
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", f"--config={config}", f"--trainer.default_root_dir={runs}"])
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and line.startswith("lightning: error: ") and re.search(said, line), line
+    assert not runs.exists()
 
 
 def test_unreadable_checkpoint(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
