@@ -13,7 +13,7 @@ from peft import get_peft_model_state_dict
 from PIL import Image
 from torch import Tensor
 
-from lightning_modules.policies.base import DType, FlowPolicy, LoRA, Sampling
+from lightning_modules.policies.base import FlowPolicy, LoRA, Sampling
 from lightning_modules.policies.loading import check_pipeline, lora_config
 from lightning_modules.rl.schedule import dynamic_mu, sigma_grid
 from lightning_modules.rollout import Conditioning, chunks
@@ -27,16 +27,7 @@ class Flux1Policy(FlowPolicy):
         sampling: how rollouts are drawn.
         guidance: embedded guidance (3.5 for FLUX.1-dev); ignored by models without it.
         max_sequence_length: T5 tokens per prompt.
-        height: of the pictures in pixels.
-        width: of the pictures in pixels.
-        learning_rate: null freezes the flow model (prompt-only RL).
-        weight_decay: AdamW's.
-        betas: AdamW's.
-        max_grad_norm: the flow model's gradient is clipped to this norm.
-        kl_weight: weight of the Gaussian KL per step to the model before training; 0 keeps no reference.
-        lora: adapters; null trains all of the transformer.
-        dtype: of the loaded weights.
-        micro_batch_size: pictures per forward pass, in rollout and update alike; null is all at once.
+        **kwargs: as for `FlowPolicy`.
     """
 
     default_lora_targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -47,31 +38,9 @@ class Flux1Policy(FlowPolicy):
         sampling: Sampling,
         guidance: float = 3.5,
         max_sequence_length: int = 512,
-        height: int = 512,
-        width: int = 512,
-        learning_rate: float | None = 3e-7,
-        weight_decay: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.999),
-        max_grad_norm: float = 1.0,
-        kl_weight: float = 0.0,
-        lora: LoRA | None = None,
-        dtype: DType = "bfloat16",
-        micro_batch_size: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            model=model,
-            sampling=sampling,
-            height=height,
-            width=width,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            betas=betas,
-            max_grad_norm=max_grad_norm,
-            kl_weight=kl_weight,
-            lora=lora,
-            dtype=dtype,
-            micro_batch_size=micro_batch_size,
-        )
+        super().__init__(model, sampling, **kwargs)
         self.guidance = guidance
         self.max_sequence_length = max_sequence_length
         self.pipe: Any = None
