@@ -101,8 +101,9 @@ class Benchmark(L.Callback, ABC):
         self.history.append(
             {"step": trainer.global_step, "rollouts": rollouts, "seconds": round(seconds, 1), "results": results}
         )
-        if trainer.is_global_zero:
-            self._write(trainer)
+        folder = trainer.log_dir  # asked on every rank: Lightning broadcasts it
+        if trainer.is_global_zero and folder is not None:
+            self._write(Path(folder) / "results.json")
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forgets the history that came with a checkpoint: it tells of other scenes."""
@@ -147,11 +148,8 @@ class Benchmark(L.Callback, ABC):
                 table.add_row(name, mode.replace("_", " ").replace("pe", "PE"), *cells)
         Console().print(table)
 
-    def _write(self, trainer: L.Trainer) -> None:
+    def _write(self, path: Path) -> None:
         """Writes `results.json`: the last scores by set and mode, those before training, and the history."""
-        if trainer.log_dir is None:
-            return
-        path = Path(trainer.log_dir) / "results.json"
         merged = json.loads(path.read_text()) if path.is_file() else {}
         last = self.history[-1]
         merged |= last["results"] | {"rollouts": last["rollouts"], "seconds": last["seconds"]}

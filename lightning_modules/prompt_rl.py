@@ -90,6 +90,7 @@ class PromptRL(Agents):
         self.seed = seed
         self.latest: Rollout | None = None
         """The last rollout, for callbacks to show."""
+        self._checked = False
         self._invalid_steps = 0
         self._seconds: dict[str, float] = {}
 
@@ -101,7 +102,8 @@ class PromptRL(Agents):
         self._seed_step()
         rollout = self.collect(batch)
         self.latest = rollout
-        if self.global_step % self.check_ratio_every == 0:
+        if not self._checked or self.global_step % self.check_ratio_every == 0:
+            self._checked = True
             # Straight to the loggers: `self.log` would repeat the number in every step until the epoch's end.
             ratios = {f"train/{agent}/max_log_ratio": value for agent, value in self.check_ratio(rollout).items()}
             for logger in self.loggers:

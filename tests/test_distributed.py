@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +124,27 @@ def test_two_processes_equal_one_with_the_union(tmp_path: Path) -> None:
         assert other["rollouts"] == one["rollouts"] == 32
         for name, weight in one["weights"].items():
             torch.testing.assert_close(other["weights"][name], weight, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_validate_and_write_results(tmp_path: Path) -> None:
+    """The whole command under DDP: no rank may skip a collective, or this hangs."""
+    options = [
+        "fit",
+        "--config=configs/quickstart.yaml",
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=2",
+        "--trainer.strategy=ddp",
+        "--trainer.max_steps=1",
+        "--data.init_args.eval_prompts=7",
+        "--data.init_args.batch_size=1",
+        f"--trainer.default_root_dir={tmp_path}",
+        "--trainer.enable_progress_bar=false",
+    ]
+    subprocess.run([sys.executable, "-m", "lightning_modules.cli", *options], check=True, timeout=240)
+    (path,) = tmp_path.rglob("results.json")
+    results = json.loads(path.read_text())
+    assert results["rollouts"] == 2 * 8
+    # 7 prompts, none counted twice: the share of correct pictures is a whole number of sevenths.
+    sevenths = 7 * results["geneval"]["without_pe"]["images"]
+    assert abs(sevenths - round(sevenths)) < 1e-5

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from diffusers import FluxPipeline
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.training_utils import cast_training_params
 from peft import get_peft_model_state_dict
 from PIL import Image
 from torch import Tensor
 
 from lightning_modules.policies.base import FlowPolicy, LoRA, Sampling
-from lightning_modules.policies.loading import check_pipeline, lora_config
+from lightning_modules.policies.loading import check_pipeline, lora_config, one_line_errors
 from lightning_modules.rl.schedule import dynamic_mu, sigma_grid
 from lightning_modules.rollout import Conditioning, chunks
 
@@ -50,7 +51,8 @@ class Flux1Policy(FlowPolicy):
         if self.pipe is not None:
             return
         check_pipeline(self.model)
-        self.pipe = FluxPipeline.from_pretrained(self.model, torch_dtype=self.dtype)
+        with one_line_errors(self.model):
+            self.pipe = FluxPipeline.from_pretrained(self.model, torch_dtype=self.dtype, use_safetensors=True)
         self.network = self.pipe.transformer
         self.vae, self.clip, self.t5 = self.pipe.vae, self.pipe.text_encoder, self.pipe.text_encoder_2
         factor = 2 * self.pipe.vae_scale_factor
@@ -63,6 +65,7 @@ class Flux1Policy(FlowPolicy):
 
     def _add_adapters(self, lora: LoRA) -> None:
         self.network.add_adapter(lora_config(self.network, lora, self.default_lora_targets, "flow.lora"))
+        cast_training_params(self.network, torch.float32)  # bf16 would round small updates away
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

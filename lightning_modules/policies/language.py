@@ -21,7 +21,7 @@ from transformers import (
 
 from datamodules.base import PromptSample
 from lightning_modules.policies.base import DType, LoRA, Policy
-from lightning_modules.policies.loading import check_language_model, lora_config
+from lightning_modules.policies.loading import check_language_model, lora_config, one_line_errors
 from lightning_modules.policies.templates import GENERAL, fill, parse_answer
 from lightning_modules.rl.log_probs import completion_mask, position_ids, token_log_probs
 from lightning_modules.rollout import Completions
@@ -94,10 +94,12 @@ class LanguagePolicy(Policy):
         if self.tokenizer is not None:
             return
         check_language_model(self.model)
-        self.tokenizer = AutoTokenizer.from_pretrained(self.model)
+        with one_line_errors(self.model):
+            self.tokenizer = AutoTokenizer.from_pretrained(self.model)
         if self.tokenizer.chat_template is None:
             raise ValueError(f"the tokenizer of {self.model} has no chat template; use an instruction-tuned model.")
-        self.network = AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype)
+        with one_line_errors(self.model):
+            self.network = AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype, use_safetensors=True)
         self._prepare()
 
     def _add_adapters(self, lora: LoRA) -> None:

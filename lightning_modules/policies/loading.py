@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from peft import LoraConfig
@@ -28,6 +30,18 @@ def check_pipeline(model: str) -> None:
     missing = [name for name, (library, _) in parts.items() if library and not _holds_files(folder / name)]
     if missing:
         raise ValueError(f"the pipeline folder {folder} lacks {', '.join(missing)}: copy the missing part there.")
+
+
+@contextmanager
+def one_line_errors(model: str) -> Iterator[None]:
+    """Turns a loader's OSError (missing weights, gated or unknown hub id, no network) into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"cannot load {model}: {reason} (a gated hub model needs its licence accepted and `hf auth login`)"
+        ) from error
 
 
 def check_language_model(model: str) -> None:
