@@ -131,7 +131,7 @@ def build_flow(words: list[str], vae: Any) -> FluxPipeline:
 
 
 def build_language(words: list[str]) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
-    """A Qwen3 of about 0.25M parameters with a word-level tokenizer and a chat template."""
+    """A Qwen3 of 0.23M parameters with a word-level tokenizer and a chat template."""
     specials = ["<pad>", "<end>", "<unk>", "<user>", "<assistant>"]
     tokenizer = _word_tokenizer([*words, "<answer>", "</answer>"], specials, eos_token="<end>")
     tokenizer.chat_template = CHAT_TEMPLATE
