@@ -4,34 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import cast
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-
-@dataclass(frozen=True)
-class PromptSample:
-    """One original prompt.
-
-    Args:
-        id: unique within its file; names pictures and rows of results.
-        prompt: the text as the user wrote it. Rewards see this one, never a rewrite.
-        tag: category of the prompt (GenEval's six, or the name of the reward in tagged data).
-        metadata: what the reward needs: GenEval's `include`, OCR's target text.
-        image: the source image of an editing prompt.
-    """
-
-    id: str
-    prompt: str
-    tag: str
-    metadata: dict[str, Any]
-    image: Image | None = None
+from datamodules.sample import PromptSample as PromptSample
 
 
 class EpochSampler(Sampler[int]):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # keeps scorers, and the server that hosts them, free of Lightning
     from PIL.Image import Image
 
-    from datamodules.base import PromptSample
+    from datamodules.sample import PromptSample
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Score:
         rl: what the trainer maximises.
         valid: False when the scorer failed. A failure is never a 0: it is masked before a group is normalised.
         detail: the raw breakdown, for logs and pictures.
+        parts: scorer name -> its own score, where a reward only routes to or sums up others.
     """
 
     native: float
@@ -31,6 +32,7 @@ class Score:
     rl: float
     valid: bool = True
     detail: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, Score] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.valid and not all(math.isfinite(value) for value in (self.native, self.table, self.rl)):
@@ -73,11 +75,27 @@ class RewardBatch:
         return len(self.images)
 
 
+class RewardUnavailable(RuntimeError):
+    """No score can be had from a scorer at all; training saves a checkpoint and stops."""
+
+
 class Reward(ABC):
-    """A callable that scores images. Configuration is checked at construction, models load on first use."""
+    """A callable that scores images. Constructors check and store their arguments; models load on first use."""
 
     name: str
     """The key of this reward in logs (`reward/<name>`) and results."""
+    needs: tuple[str, ...] = ()
+    """What a sample must hold beside its prompt: keys of its metadata, and "image" for a source image."""
+    native_range: tuple[float, float] = (-math.inf, math.inf)
+    """Lowest and highest native score."""
+
+    @property
+    def version(self) -> str:
+        """What scores depend on (scorer, models, settings): scores of different versions are not comparable."""
+        return type(self).__name__
+
+    def load(self) -> None:
+        """Loads the models now rather than on first use; later calls do nothing."""
 
     @abstractmethod
     def __call__(self, batch: RewardBatch) -> list[Score]:
@@ -87,5 +105,8 @@ class Reward(ABC):
             batch: B images with their samples.
 
         Returns:
-            B scores in the order of the images.
+            B scores in the order of the images. An image that cannot be scored gets `Score.invalid(reason)`.
+
+        Raises:
+            RewardUnavailable: if no image can be scored now and the reward is configured not to go on without.
         """

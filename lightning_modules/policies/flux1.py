@@ -15,9 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_modules.policies.base import FlowPolicy, LoRA, Sampling
-from lightning_modules.policies.loading import check_pipeline, lora_config, one_line_errors
+from lightning_modules.policies.loading import check_pipeline, lora_config
 from lightning_modules.rl.schedule import dynamic_mu, sigma_grid
 from lightning_modules.rollout import Conditioning, chunks
+from rewards.models import one_line_errors
 
 
 class Flux1Policy(FlowPolicy):

@@ -21,10 +21,11 @@ from transformers import (
 
 from datamodules.base import PromptSample
 from lightning_modules.policies.base import DType, LoRA, Policy
-from lightning_modules.policies.loading import check_language_model, lora_config, one_line_errors
+from lightning_modules.policies.loading import check_language_model, lora_config
 from lightning_modules.policies.templates import GENERAL, fill, parse_answer
 from lightning_modules.rl.log_probs import completion_mask, position_ids, token_log_probs
 from lightning_modules.rollout import Completions
+from rewards.models import one_line_errors
 
 
 class LanguagePolicy(Policy):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from peft import LoraConfig
 from torch import nn
 
 from lightning_modules.policies.base import LoRA
+from rewards.models import check_hub_id
 
 
 def check_pipeline(model: str) -> None:
@@ -21,7 +20,7 @@ def check_pipeline(model: str) -> None:
     """
     folder = Path(model)
     if not folder.is_dir():
-        _check_hub_id(model)
+        check_hub_id(model)
         return
     index = folder / "model_index.json"
     if not index.is_file():
@@ -32,23 +31,11 @@ def check_pipeline(model: str) -> None:
         raise ValueError(f"the pipeline folder {folder} lacks {', '.join(missing)}: copy the missing part there.")
 
 
-@contextmanager
-def one_line_errors(model: str) -> Iterator[None]:
-    """Turns a loader's OSError (missing weights, gated or unknown hub id, no network) into one sentence."""
-    try:
-        yield
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"cannot load {model}: {reason} (a gated hub model needs its licence accepted and `hf auth login`)"
-        ) from error
-
-
 def check_language_model(model: str) -> None:
     """Raises a ValueError if a local folder is no transformers model with a tokenizer."""
     folder = Path(model)
     if not folder.is_dir():
-        _check_hub_id(model)
+        check_hub_id(model)
         return
     for part, patterns in {
         "config.json": ["config.json"],
@@ -57,12 +44,6 @@ def check_language_model(model: str) -> None:
     }.items():
         if not any(list(folder.glob(pattern)) for pattern in patterns):
             raise ValueError(f"the language model folder {folder} lacks its {part}: copy it there.")
-
-
-def _check_hub_id(model: str) -> None:
-    beside = Path(model).parent  # "miniature/flwo" looks like a hub id, but miniature/ is a folder here
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) or beside.is_dir():
-        raise ValueError(f"there is no folder {model}: give an existing folder or a hub id such as owner/name.")
 
 
 def _holds_files(folder: Path) -> bool:

@@ -47,6 +47,8 @@ class GenEvalReward(Reward):
     """
 
     name = "geneval"
+    needs = ("tag", "include")
+    native_range = (0.0, 1.0)
 
     def __init__(
         self,
@@ -65,6 +67,17 @@ class GenEvalReward(Reward):
         self.reward: RewardKind = reward
         self.compat: Literal["flow_grpo"] | None = compat
         self.exclude_penalty = exclude_penalty
+
+    @property
+    def version(self) -> str:
+        """The detector and the settings of the rl value."""
+        detector = getattr(self.detector, "version", type(self.detector).__name__)
+        return f"geneval {self.reward} compat={self.compat} exclude_penalty={self.exclude_penalty} by {detector}"
+
+    def load(self) -> None:
+        """Loads the detector, if it is one that loads."""
+        if hasattr(self.detector, "load"):
+            self.detector.load()
 
     def __call__(self, batch: RewardBatch) -> list[Score]:
         """Score B images against their samples' GenEval metadata; `detail` holds the verdict's fields and the tag."""

@@ -1,0 +1,72 @@
+"""What every scorer with a network shares: where it runs, how it loads, and errors that say what to do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def load_pretrained(cls: Any, model: str, *, device: str | None = None, **kwargs: Any) -> Any:
+    """A frozen transformers model in evaluation mode, fp32 unless `dtype` says otherwise.
+
+    Args:
+        cls: a class with `from_pretrained`.
+        model: folder or hub id.
+        device: null is this process's GPU if there is one, else the CPU.
+        **kwargs: for `from_pretrained`.
+    """
+    if not Path(model).is_dir():
+        check_hub_id(model)
+    with one_line_errors(model):
+        network = cls.from_pretrained(model, **{"dtype": torch.float32, **kwargs})
+    return network.to(pick_device(device)).eval().requires_grad_(False)
+
+
+def load_processor(cls: Any, model: str, **kwargs: Any) -> Any:
+    """A tokenizer or an image processor (a folder or hub id) with one-line errors."""
+    if not Path(model).is_dir():
+        check_hub_id(model)
+    with one_line_errors(model):
+        return cls.from_pretrained(model, **kwargs)
+
+
+def pick_device(device: str | None) -> torch.device:
+    """The device asked for; null is this process's current GPU if there is one, else the CPU.
+
+    Call it from the main thread: a new thread's current GPU is always the first.
+    """
+    if device is not None:
+        return torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@contextmanager
+def one_line_errors(model: str) -> Iterator[None]:
+    """Turns a loader's OSError (missing weights, gated or unknown hub id, no network) into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"cannot load {model}: {reason} (a gated hub model needs its licence accepted and `hf auth login`)"
+        ) from error
+
+
+def check_hub_id(model: str) -> None:
+    """Raises a ValueError if a name that is no folder cannot be a hub id either."""
+    beside = Path(model).parent  # "miniature/flwo" looks like a hub id, but miniature/ is a folder here
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) or beside.is_dir():
+        raise ValueError(f"there is no folder {model}: give an existing folder or a hub id such as owner/name.")
+
+
+def in_batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Consecutive slices of at most `size` items."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
