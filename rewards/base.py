@@ -94,7 +94,7 @@ class Reward(ABC):
         """What scores depend on (scorer, models, settings): scores of different versions are not comparable."""
         return type(self).__name__
 
-    def load(self) -> None:
+    def load(self) -> None:  # noqa: B027 (a hook that most rewards leave empty)
         """Loads the models now rather than on first use; later calls do nothing."""
 
     @abstractmethod
