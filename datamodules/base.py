@@ -83,6 +83,10 @@ class ResumableLoader(DataLoader[PromptSample]):
             self._batches += 1
             yield batch
 
+    def put_back(self) -> None:
+        """The batch handed out last counts as not yet handed out: its step was never finished."""
+        self._batches -= 1
+
     def state_dict(self) -> dict[str, int]:
         """Position (epoch and batches handed out, on every rank the same) and the settings that give it meaning."""
         epoch, batches = self._resume_from or (self._epoch, self._batches)

@@ -26,7 +26,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from omegaconf.errors import OmegaConfBaseException
 
 from callbacks.progress import RunProgressBar
-from datamodules.base import PromptDataModule
+from datamodules.base import PromptDataModule, ResumableLoader
+from rewards.base import RewardUnavailable
 
 OUR_PACKAGES = ("lightning_modules", "datamodules", "rewards", "callbacks")
 
@@ -66,6 +67,14 @@ class Checkpoint(ModelCheckpoint):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves `last.ckpt` unless this very step was saved."""
         if self.save_last and trainer.global_step != self._last_global_step_saved:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Saves `last.ckpt` when scores cannot be had: the step that lacked them is the first after a resume."""
+        super().on_exception(trainer, pl_module, exception)
+        if isinstance(exception, RewardUnavailable) and trainer.training and self.save_last:
+            if isinstance(trainer.train_dataloader, ResumableLoader):
+                trainer.train_dataloader.put_back()
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
@@ -143,6 +152,8 @@ def main(args: list[str] | None = None) -> None:
         )
     except OmegaConfBaseException as error:
         sys.exit(_complain(f"in the configuration: {str(error).splitlines()[0]}"))
+    except RewardUnavailable as error:
+        sys.exit(_complain(f"{error} Training stopped; resume with --ckpt_path and the run's checkpoints/last.ckpt."))
     except ValueError as error:
         ours = _raised_by_us(error)
         if ours is None:

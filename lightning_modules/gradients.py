@@ -19,13 +19,19 @@ def no_backward_sync(trainer: L.Trainer) -> AbstractContextManager[None]:
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replaces every gradient by its mean over the ranks; a parameter without one counts as zero there."""
+    """Replaces every gradient by its mean over the ranks; a parameter without one counts as zero there.
+
+    Where no rank has any, none gets one: an optimizer would move weights on by momentum for a gradient of zeros.
+    """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    present = parameters[0].new_tensor([any(parameter.grad is not None for parameter in parameters)])
+    flat = torch.cat([present, *((torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters)])
     dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+    if flat[0] == 0:
+        return
+    gradients = (flat[1:] / dist.get_world_size()).split([p.numel() for p in parameters])
+    for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient.view_as(parameter)
 
 

@@ -21,18 +21,21 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from PIL.Image import Image
 from torch import Tensor
 
 from datamodules.base import PromptSample
 from lightning_modules.agents import Agents
 from lightning_modules.gradients import average_gradients, clip, no_backward_sync
+from lightning_modules.groups import check_group, group_formats, group_prompts, tag_numbers
 from lightning_modules.objectives import flow_objective, language_objective
 from lightning_modules.policies.base import FlowPolicy, to_pil
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.rl.advantages import group_advantages, group_stats
-from lightning_modules.rollout import Completions, Rollout, chunks, seed_of
-from lightning_modules.statistics import Averages, group_similarity, refine_stats
-from rewards.base import Reward, RewardBatch
+from lightning_modules.rollout import Rollout, chunks, seed_of
+from lightning_modules.scoring import Scoring
+from lightning_modules.statistics import Averages, group_similarity, refine_stats, reward_stats
+from rewards.base import Reward, RewardUnavailable
 
 
 class PromptRL(Agents):
@@ -53,6 +56,7 @@ class PromptRL(Agents):
         optimizer: gets one parameter group per agent; weight decay and betas are the agents' own.
         check_ratio_every: steps between two checks that replayed log-probs equal sampled ones.
         max_invalid_steps: stop after this many steps in a row in which no image could be scored.
+        overlap_scoring: score a micro-batch of pictures while the flow model draws the next one; same results.
         seed: of all rollout noise.
     """
 
@@ -72,10 +76,11 @@ class PromptRL(Agents):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         check_ratio_every: int = 50,
         max_invalid_steps: int = 5,
+        overlap_scoring: bool = True,
         seed: int = 42,
     ) -> None:
         super().__init__(flow, language, optimizer)
-        _check_group(group_size, num_retained, language is not None)
+        check_group(group_size, num_retained, language is not None)
         self.reward = reward
         self.group_size = group_size
         self.num_retained = num_retained
@@ -87,6 +92,7 @@ class PromptRL(Agents):
         self.ratio_normalization = ratio_normalization
         self.check_ratio_every = check_ratio_every
         self.max_invalid_steps = max_invalid_steps
+        self.overlap_scoring = overlap_scoring
         self.seed = seed
         self.latest: Rollout | None = None
         """The last rollout, for callbacks to show."""
@@ -94,13 +100,18 @@ class PromptRL(Agents):
         self._invalid_steps = 0
         self._seconds: dict[str, float] = {}
 
+    def configure_model(self) -> None:
+        """Loads both agents and the scorers."""
+        super().configure_model()
+        self.reward.load()
+
     # --- one step -------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Sequence[PromptSample], batch_idx: int) -> None:
         """Collects a rollout for G prompts and updates both agents on it."""
         self._seconds = {}
         self._seed_step()
-        rollout = self.collect(batch)
+        rollout = self._collect_on_all_ranks(batch)
         self.latest = rollout
         if not self._checked or self.global_step % self.check_ratio_every == 0:
             self._checked = True
@@ -119,25 +130,40 @@ class PromptRL(Agents):
         with self._timed("refine"):
             if self.language is not None:
                 completions = self.language.refine(samples, refined)
-        prompts = self._group_prompts(samples, completions)
+        rewrites = None if completions is None else completions.rewrites
+        prompts = group_prompts(samples, rewrites, self.num_retained, self.images_per_prompt)
         per_group = self.group_size * self.images_per_prompt
-        with self._timed("rollout"):
-            seeds = [
-                seed_of("rollout", self.seed, self.global_step, sample.id, slot)
-                for sample in samples
-                for slot in range(per_group)
-            ]
-            window_seed = seed_of("window", self.seed, self.global_step)
-            trajectory = self.flow.rollout(prompts, seeds, window_seed=window_seed)
-            images = to_pil(self.flow.pictures(trajectory))
-        with self._timed("reward"):
-            scores = self.reward(RewardBatch([s for s in samples for _ in range(per_group)], images))
+        judged = [sample for sample in samples for _ in range(per_group)]
+        seeds = [
+            seed_of("rollout", self.seed, self.global_step, sample.id, slot)
+            for sample in samples
+            for slot in range(per_group)
+        ]
+        images: list[Image] = []
+
+        def score(rows: slice, pictures: Tensor) -> None:
+            images.extend(to_pil(pictures))
+            scoring.submit(judged[rows], images[rows])
+
+        with Scoring(self.reward, self.device, overlap=self.overlap_scoring) as scoring:
+            with self._timed("rollout"):
+                window_seed = seed_of("window", self.seed, self.global_step)
+                trajectory = self.flow.rollout(prompts, seeds, window_seed=window_seed, on_drawn=score)
+            with self._timed("reward"):  # what the overlap did not hide
+                scores = scoring.scores()
         valid = torch.tensor([score.valid for score in scores], device=self.device).view(-1, per_group)
         task = torch.tensor([score.rl for score in scores], device=self.device).view(-1, per_group)
-        rewards = self.task_weight * task + self.format_weight * self._format_reward(completions, len(samples))
-        tags = _tag_numbers(samples, rewards.device) if self.advantage_scale == "tag" else None
+        rewards = self.task_weight * task
+        if completions is not None:
+            formats = group_formats(completions.formatted, len(samples), self.num_retained, self.images_per_prompt)
+            rewards = rewards + self.format_weight * formats
+        tags = tag_numbers(samples).to(rewards.device) if self.advantage_scale == "tag" else None
         advantages = group_advantages(rewards, valid, scale=self.advantage_scale, tags=tags)
-        by_slot = advantages.view(len(samples), self.group_size, self.images_per_prompt).mean(-1)
+        counted = valid & (valid.sum(1, keepdim=True) >= 2)
+        slots = (len(samples), self.group_size, self.images_per_prompt)
+        # The mean over a rewrite's scored images; without any, the rewrite does not count.
+        by_slot = advantages.view(slots).sum(-1) / counted.view(slots).sum(-1).clamp(min=1)
+        refines = completions is not None
         return Rollout(
             samples=samples,
             prompts=prompts,
@@ -148,7 +174,8 @@ class PromptRL(Agents):
             rewards=rewards,
             valid=valid,
             advantages=advantages,
-            language_advantages=None if completions is None else by_slot[:, self.num_retained :].flatten(),
+            language_advantages=by_slot[:, self.num_retained :].flatten() if refines else None,
+            language_counted=counted.view(slots).any(-1)[:, self.num_retained :].flatten() if refines else None,
         )
 
     def update(self, rollout: Rollout) -> dict[str, Tensor]:
@@ -175,10 +202,14 @@ class PromptRL(Agents):
     def _language_backward(
         self, policy: LanguagePolicy, rollout: Rollout, stats: Averages, old: dict[Any, Any], *, first: bool
     ) -> None:
-        assert rollout.completions is not None and rollout.language_advantages is not None
+        assert rollout.completions is not None
+        assert rollout.language_advantages is not None and rollout.language_counted is not None
         total = len(rollout.completions)
         for rows in chunks(total, policy.micro_batch_size):
             before = old.get(("language", rows.start))
+            counted = rollout.language_counted[rows]
+            if not counted.any():
+                continue
             loss, part, log_probs = language_objective(
                 policy,
                 rollout.completions.rows(rows),
@@ -187,14 +218,16 @@ class PromptRL(Agents):
             )
             if first and self.updates_per_rollout > 1:
                 old["language", rows.start] = (log_probs,)
-            self.manual_backward(loss.sum() / total)
+            self.manual_backward((loss * counted).sum() / total)
             stats.add_all("train/language", part, weight=len(loss))
 
     def _flow_backward(self, rollout: Rollout, stats: Averages, old: dict[Any, Any], *, first: bool) -> None:
-        trajectory, advantages = rollout.trajectory, rollout.advantages.flatten()
+        trajectory, advantages, counts = rollout.trajectory, rollout.advantages.flatten(), rollout.counted.flatten()
         steps = range(len(trajectory.sde_steps))
         for rows in chunks(len(trajectory), self.flow.micro_batch_size):
-            part_of = trajectory.rows(rows)
+            part_of, counted = trajectory.rows(rows), counts[rows]
+            if not counted.any():
+                continue
             for step in steps:
                 before = old.get(("flow", rows.start, step))
                 loss, part, log_probs, mean = flow_objective(
@@ -207,7 +240,7 @@ class PromptRL(Agents):
                 )
                 if first and self.updates_per_rollout > 1:
                     old["flow", rows.start, step] = (log_probs, mean)
-                self.manual_backward(loss.sum() / (len(trajectory) * len(steps)))
+                self.manual_backward((loss * counted).sum() / (len(trajectory) * len(steps)))
                 stats.add_all("train/flow", part, weight=len(loss))
 
     @torch.no_grad()
@@ -238,23 +271,32 @@ class PromptRL(Agents):
 
     # --- helpers ------------------------------------------------------------------------------------------------------
 
-    def _group_prompts(self, samples: Sequence[PromptSample], completions: Completions | None) -> list[str]:
-        """G * n * M prompts, group by group, the retained ones first."""
-        refined = self.group_size - self.num_retained
-        prompts = []
-        for group, sample in enumerate(samples):
-            rewrites = [] if completions is None else completions.rewrites[group * refined : (group + 1) * refined]
-            for prompt in [sample.prompt] * self.num_retained + rewrites:
-                prompts += [prompt] * self.images_per_prompt
-        return prompts
+    def _collect_on_all_ranks(self, samples: Sequence[PromptSample]) -> Rollout:
+        """Collects, and stops all ranks together when one has no scorer or none has had a score for too long.
 
-    def _format_reward(self, completions: Completions | None, groups: int) -> Tensor:
-        """[G, n * M]; a retained prompt gets its group's mean over rewrites, so that format neither pays nor costs."""
-        if completions is None:
-            return torch.zeros(groups, self.group_size * self.images_per_prompt, device=self.device)
-        formatted = completions.formatted.view(groups, -1)
-        retained = formatted.mean(1, keepdim=True).expand(groups, self.num_retained)
-        return torch.cat([retained, formatted], 1).repeat_interleave(self.images_per_prompt, 1)
+        Raises:
+            RewardUnavailable: on every rank, before anything is updated; `cli.Checkpoint` saves this state.
+        """
+        failure: RewardUnavailable | None = None
+        rollout: Rollout | None = None
+        try:
+            rollout = self.collect(samples)
+        except RewardUnavailable as error:
+            failure = error
+        scored = rollout is not None and bool(rollout.valid.any())
+        # A collective: one rank that stopped alone would leave the others waiting.
+        ranks = torch.tensor([float(failure is not None), float(scored)], device=self.device)
+        failed, scored_ranks = self.trainer.strategy.reduce(ranks, reduce_op="sum").tolist()
+        if failed:
+            raise failure or RewardUnavailable("another process got no scores; its own message says why.")
+        assert rollout is not None
+        self._invalid_steps = 0 if scored_ranks else self._invalid_steps + 1
+        if self._invalid_steps >= self.max_invalid_steps:
+            raise RewardUnavailable(
+                f"no image could be scored in {self._invalid_steps} steps in a row (`max_invalid_steps`); the last "
+                f"reason was: {rollout.scores[0].detail.get('reason', 'unknown')}."
+            )
+        return rollout
 
     def _seed_step(self) -> None:
         """Seeds the global generators by step and rank, so that a resumed run draws what an unbroken one would."""
@@ -275,41 +317,18 @@ class PromptRL(Agents):
 
     def _log_step(self, rollout: Rollout, stats: dict[str, Tensor]) -> None:
         valid = rollout.valid
-        self._invalid_steps = 0 if bool(valid.any()) else self._invalid_steps + 1
-        if self._invalid_steps >= self.max_invalid_steps:
-            raise ValueError(
-                f"no image could be scored in {self._invalid_steps} steps in a row (`max_invalid_steps`); the last "
-                f"reason was: {rollout.scores[0].detail.get('reason', 'unknown')}."
-            )
-        task = [score.rl for score in rollout.scores if score.valid]
         logs: dict[str, Any] = {f"time/{part}": seconds for part, seconds in self._seconds.items()} | stats
         logs |= {f"group/{name}": value for name, value in group_stats(rollout.rewards, valid).items()}
         logs["group/image_similarity"] = group_similarity(rollout.images, len(rollout.samples))
-        logs[f"reward/{self.reward.name}"] = sum(task) / max(len(task), 1)
-        shown: dict[str, Any] = {"rollouts": float(self.num_rollouts)}
-        if valid.any():
-            shown["reward"] = rollout.rewards[valid].mean()
+        logs |= reward_stats(rollout.scores, self.reward.name)
+        # NaN where nothing could be scored: a gap in the curve, where a 0 would pass for a measurement.
+        shown: dict[str, Any] = {"rollouts": float(self.num_rollouts), "reward": rollout.rewards[valid].mean()}
         if rollout.completions is not None:
             refine = refine_stats(rollout.completions, [s.prompt for s in rollout.samples])
             shown["format"] = refine.pop("format")
             logs |= {f"refine/{name}": value for name, value in refine.items()}
         self.log_dict(logs, batch_size=len(rollout.samples))
         self.log_dict(shown, batch_size=len(rollout.samples), prog_bar=True)
-
-
-def _check_group(group_size: int, num_retained: int, refines: bool) -> None:
-    if group_size < 2:
-        raise ValueError(f"`model.group_size` is {group_size}; a group needs at least 2 samples to compare.")
-    if num_retained < 0 or num_retained > group_size or (refines and num_retained == group_size):
-        raise ValueError(
-            f"`model.num_retained` is {num_retained} of `model.group_size` {group_size}, which leaves the refiner "
-            "nothing to write; set it below group_size, or `model.language: null`."
-        )
-    if not refines and num_retained != group_size:
-        raise ValueError(
-            f"`model.language` is null, but `model.num_retained` {num_retained} is less than `model.group_size` "
-            f"{group_size}, so {group_size - num_retained} prompts have no writer; set num_retained to {group_size}."
-        )
 
 
 def _require_ratio(agent: str, log_ratio: float, clip_range: float) -> None:
@@ -319,8 +338,3 @@ def _require_ratio(agent: str, log_ratio: float, clip_range: float) -> None:
             f"more than 10 % of its clip range {clip_range:.0e}; use float32, the same micro-batches in rollout and "
             "update, or a wider clip range."
         )
-
-
-def _tag_numbers(samples: Sequence[PromptSample], device: torch.device) -> Tensor:
-    tags = sorted({sample.tag for sample in samples})
-    return torch.tensor([tags.index(sample.tag) for sample in samples], device=device)

@@ -133,7 +133,8 @@ class Rollout:
         rewards: [G, N] total reward.
         valid: [G, N] bool, False where scoring failed.
         advantages: [G, N] for the flow policy.
-        language_advantages: [G * rewrites] mean of the advantages of each rewrite's images, or None.
+        language_advantages: [G * rewrites] mean of the advantages of each rewrite's counted images, or None.
+        language_counted: [G * rewrites] bool, True where any of a rewrite's images counts, or None.
     """
 
     samples: Sequence[PromptSample]
@@ -146,6 +147,12 @@ class Rollout:
     valid: Tensor
     advantages: Tensor
     language_advantages: Tensor | None
+    language_counted: Tensor | None
+
+    @property
+    def counted(self) -> Tensor:
+        """[G, N] bool, True for samples that take part in the update: valid, with another valid one in their group."""
+        return self.valid & (self.valid.sum(1, keepdim=True) >= 2)
 
 
 def chunks(total: int, size: int | None) -> Iterator[slice]:

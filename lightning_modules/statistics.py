@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 import torch
 from PIL import Image
@@ -10,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_modules.rollout import Completions
+from rewards.base import Score
 
 
 class Averages:
@@ -52,6 +55,28 @@ def refine_stats(completions: Completions, originals: Sequence[str]) -> dict[str
         "distinct": sum(len(set(group)) for group in groups) / total,
         "copies": sum(group.count(original) for group, original in zip(groups, originals, strict=True)) / total,
     }
+
+
+def reward_stats(scores: Sequence[Score], name: str) -> dict[str, float]:
+    """Each scorer's mean native value (its raw score), mean rl value and share of invalid scores.
+
+    Means run over valid scores and are NaN where there is none.
+
+    Args:
+        scores: B scores of one reward.
+        name: of that reward.
+    """
+    by_name: dict[str, list[Score]] = {}
+    for score in scores:
+        for part_name, part in score.leaves(name):
+            by_name.setdefault(part_name, []).append(part)
+    stats: dict[str, float] = {}
+    for part_name, parts in by_name.items():
+        valid = [part for part in parts if part.valid]
+        stats[f"reward/{part_name}"] = fmean(part.native for part in valid) if valid else math.nan
+        stats[f"reward/{part_name}/rl"] = fmean(part.rl for part in valid) if valid else math.nan
+        stats[f"reward/{part_name}/invalid_share"] = 1 - len(valid) / len(parts)
+    return stats
 
 
 def group_similarity(images: Sequence[Image.Image], groups: int) -> float:

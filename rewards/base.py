@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,17 @@ class Score:
         """
         return cls(math.nan, math.nan, math.nan, valid=False, detail={"reason": reason})
 
+    def leaves(self, name: str) -> Iterator[tuple[str, Score]]:
+        """Scorers' names and their own scores, looking through what only routes or sums up.
+
+        Args:
+            name: of the reward that gave this score.
+        """
+        if not self.parts:
+            yield name, self
+        for part, score in self.parts.items():
+            yield from score.leaves(part)
+
 
 @dataclass(frozen=True)
 class RewardBatch:
@@ -75,7 +86,7 @@ class RewardBatch:
         return len(self.images)
 
 
-class RewardUnavailable(RuntimeError):
+class RewardUnavailable(ValueError):
     """No score can be had from a scorer at all; training saves a checkpoint and stops."""
 
 

@@ -40,7 +40,8 @@ class Shared(PromptRL):
         images = slice(mine.start * size, mine.stop * size)
         refined = size - self.num_retained
         rewrites = slice(mine.start * refined, mine.stop * refined)
-        assert whole.completions is not None and whole.language_advantages is not None
+        assert whole.completions is not None
+        assert whole.language_advantages is not None and whole.language_counted is not None
         return Rollout(
             samples=whole.samples[mine],
             prompts=whole.prompts[images],
@@ -52,6 +53,7 @@ class Shared(PromptRL):
             valid=whole.valid[mine],
             advantages=whole.advantages[mine],
             language_advantages=whole.language_advantages[rewrites],
+            language_counted=whole.language_counted[rewrites],
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -282,18 +282,27 @@ class FlowPolicy(Policy):
         return noise.to(self.device)
 
     @torch.no_grad()
-    def rollout(self, prompts: Sequence[str], seeds: Sequence[int], *, window_seed: int = 0) -> Trajectory:
+    def rollout(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        window_seed: int = 0,
+        on_drawn: Callable[[slice, Tensor], None] | None = None,
+    ) -> Trajectory:
         """Draws one trajectory per prompt by the mixed SDE-ODE sampler.
 
         Args:
             prompts: B prompts.
             seeds: B seeds; all noise of a sample comes from its own.
             window_seed: places a random window of SDE steps, one for the whole batch.
+            on_drawn: called after every micro-batch with its rows and its pictures [b, 3, height, width] in [0, 1],
+                so that scoring may begin before the whole batch is drawn.
         """
         sampling = self.sampling
         generator = torch.Generator().manual_seed(window_seed)
         steps = sde_step_indices(sampling.sde_steps, sampling.num_steps, generator=generator)
-        return self._sample(self.encode(prompts), seeds, self.sigmas(sampling.num_steps), steps)
+        return self._sample(self.encode(prompts), seeds, self.sigmas(sampling.num_steps), steps, on_drawn)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], num_steps: int | None = None) -> Tensor:
@@ -325,13 +334,20 @@ class FlowPolicy(Policy):
         )
 
     def _sample(
-        self, conditioning: Conditioning, seeds: Sequence[int], sigmas: Tensor, sde_steps: tuple[int, ...]
+        self,
+        conditioning: Conditioning,
+        seeds: Sequence[int],
+        sigmas: Tensor,
+        sde_steps: tuple[int, ...],
+        on_drawn: Callable[[slice, Tensor], None] | None = None,
     ) -> Trajectory:
         sigmas = sigmas.to(self.device)
-        parts = [
-            self._sample_chunk(conditioning.rows(rows), generators_for(seeds[rows]), sigmas, sde_steps)
-            for rows in chunks(len(seeds), self.micro_batch_size)
-        ]
+        parts = []
+        for rows in chunks(len(seeds), self.micro_batch_size):
+            generators = generators_for(seeds[rows])
+            parts.append(self._sample_chunk(conditioning.rows(rows), generators, sigmas, sde_steps))
+            if on_drawn is not None:
+                on_drawn(rows, self.decode(parts[-1][-1]))
         latents, next_latents, log_probs, final = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         return Trajectory(latents, next_latents, log_probs, final, sigmas, sde_steps, conditioning)
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from typing import NamedTuple
+
+from rewards.format import format_reward, last_answer
 
 GENERAL = """Rewrite the following prompt for an image generator. Keep every object, number, colour, position and \
 quoted text that it asks for, and add concrete visual detail that helps to draw it.
 Prompt: {prompt}
 Give only the rewritten prompt, inside <answer> </answer>."""
-
-_ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 
 
 class Answer(NamedTuple):
@@ -38,6 +37,6 @@ def parse_answer(text: str, original: str) -> Answer:
     >>> parse_answer("<answer> </answer>", "a cat")
     Answer(rewrite='a cat', formatted=False)
     """
-    answers = _ANSWER.findall(text)
-    rewrite = (answers[-1] if answers else text).strip()
-    return Answer(rewrite or original, formatted=bool(answers) and bool(rewrite))
+    answer = last_answer(text)
+    rewrite = text.strip() if answer is None else answer
+    return Answer(rewrite or original, formatted=format_reward(text) == 1.0)

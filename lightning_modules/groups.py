@@ -1,0 +1,66 @@
+"""How a group is made up: retained prompts first, then the rewrites, each drawn M times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from datamodules.sample import PromptSample
+
+
+def check_group(group_size: int, num_retained: int, refines: bool) -> None:
+    """Raises a ValueError if n, m and the refiner do not go together."""
+    if group_size < 2:
+        raise ValueError(f"`model.group_size` is {group_size}; a group needs at least 2 samples to compare.")
+    if num_retained < 0 or num_retained > group_size or (refines and num_retained == group_size):
+        raise ValueError(
+            f"`model.num_retained` is {num_retained} of `model.group_size` {group_size}, which leaves the refiner "
+            "nothing to write; set it below group_size, or `model.language: null`."
+        )
+    if not refines and num_retained != group_size:
+        raise ValueError(
+            f"`model.language` is null, but `model.num_retained` {num_retained} is less than `model.group_size` "
+            f"{group_size}, so {group_size - num_retained} prompts have no writer; set num_retained to {group_size}."
+        )
+
+
+def group_prompts(
+    samples: Sequence[PromptSample], rewrites: Sequence[str] | None, num_retained: int, images_per_prompt: int
+) -> list[str]:
+    """G * n * M prompts, group by group.
+
+    Args:
+        samples: G original prompts.
+        rewrites: G * (n - m) of them, or None without a refiner.
+        num_retained: m.
+        images_per_prompt: M.
+    """
+    refined = 0 if rewrites is None else len(rewrites) // len(samples)
+    prompts: list[str] = []
+    for group, sample in enumerate(samples):
+        written = [] if rewrites is None else rewrites[group * refined : (group + 1) * refined]
+        for prompt in [sample.prompt] * num_retained + list(written):
+            prompts += [prompt] * images_per_prompt
+    return prompts
+
+
+def group_formats(formatted: Tensor, groups: int, num_retained: int, images_per_prompt: int) -> Tensor:
+    """[G, n * M] format rewards; a retained prompt gets its group's mean, so that format neither pays nor costs it.
+
+    Args:
+        formatted: [G * (n - m)] format reward of each rewrite.
+        groups: G.
+        num_retained: m.
+        images_per_prompt: M.
+    """
+    by_group = formatted.view(groups, -1)
+    retained = by_group.mean(1, keepdim=True).expand(groups, num_retained)
+    return torch.cat([retained, by_group], 1).repeat_interleave(images_per_prompt, 1)
+
+
+def tag_numbers(samples: Sequence[PromptSample]) -> Tensor:
+    """[G] number of each sample's tag among the batch's tags in alphabetical order."""
+    tags = sorted({sample.tag for sample in samples})
+    return torch.tensor([tags.index(sample.tag) for sample in samples])

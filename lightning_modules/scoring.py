@@ -1,0 +1,66 @@
+"""Scores chunks of pictures while the next chunk is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+
+import torch
+from PIL import Image
+
+from datamodules.sample import PromptSample
+from rewards.base import Reward, RewardBatch, Score
+
+
+class Scoring:
+    """Hands chunks of pictures to a reward, in a thread of its own, and gives the scores back in order.
+
+    The thread serves without overlap too: autocast and the gradient mode are kept per thread, so that a scorer runs in
+    its own precision whatever the training's, and scores do not depend on the overlap.
+
+    Args:
+        reward: called by one thread at a time, once per chunk.
+        device: of the training; becomes the thread's current GPU.
+        overlap: go on at once; otherwise `submit` waits for the chunk's scores.
+    """
+
+    def __init__(self, reward: Reward, device: torch.device, *, overlap: bool = True) -> None:
+        self.reward = reward
+        self.overlap = overlap
+        self._device = device
+        self._chunks: list[Future[list[Score]]] = []
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward")
+
+    def __enter__(self) -> Scoring:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown(cancel_futures=error is not None)
+
+    def submit(self, samples: Sequence[PromptSample], images: Sequence[Image.Image]) -> None:
+        """Takes the next chunk: B pictures and their samples."""
+        self._chunks.append(self._thread.submit(self._score, RewardBatch(samples, images)))
+        if not self.overlap:
+            self._chunks[-1].exception()  # waits; `scores` raises it
+
+    def scores(self) -> list[Score]:
+        """All scores in the order of submission.
+
+        Raises:
+            Exception: what the reward raised at the first chunk that failed.
+        """
+        return [score for chunk in self._chunks for score in chunk.result()]
+
+    def _score(self, batch: RewardBatch) -> list[Score]:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        scores = self.reward(batch)
+        if len(scores) != len(batch):
+            raise ValueError(
+                f"{type(self.reward).__name__} returned {len(scores)} scores for {len(batch)} images: it must return "
+                "one per image, `Score.invalid(reason)` where it failed."
+            )
+        return scores

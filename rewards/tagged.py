@@ -1,0 +1,119 @@
+"""Several rewards in one run: by tag (each prompt has one judge), or as a weighted sum (each prompt has them all)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from rewards.base import Reward, RewardBatch, Score
+
+
+class TaggedReward(Reward):
+    """Routes every sample to the one scorer of its tag (reward tagging; METHOD.md, REWARDS.md 5.1).
+
+    Advantages are normalised within a group, a group has one prompt and a prompt one tag, so that scorers of very
+    different scales train together without weights.
+
+    Args:
+        rewards: tag -> scorer. A sample whose tag is not here is an error.
+    """
+
+    name = "tagged"
+
+    def __init__(self, rewards: dict[str, Reward]) -> None:
+        _check_parts(type(self).__name__, rewards)
+        self.rewards = rewards
+        self.needs = ("tag",)
+
+    @property
+    def version(self) -> str:
+        """The scorers' versions by tag."""
+        return "tagged " + "; ".join(f"{tag}: {reward.version}" for tag, reward in sorted(self.rewards.items()))
+
+    def load(self) -> None:
+        """Loads every scorer."""
+        for reward in self.rewards.values():
+            reward.load()
+
+    def __call__(self, batch: RewardBatch) -> list[Score]:
+        """Score B images, each by its tag's scorer; `parts` names the scorer."""
+        rows_of: dict[str, list[int]] = {}
+        for row, sample in enumerate(batch.samples):
+            rows_of.setdefault(sample.tag, []).append(row)
+        unknown = [tag for tag in rows_of if tag not in self.rewards]
+        if unknown:
+            sample = batch.samples[rows_of[unknown[0]][0]]
+            raise ValueError(
+                f"the prompt {sample.id!r} has the tag {unknown[0]!r}, but TaggedReward.rewards knows only "
+                f"{', '.join(sorted(self.rewards))}: add a scorer for the tag, or correct the tag in the data."
+            )
+        scores: dict[int, Score] = {}
+        for tag, rows in rows_of.items():
+            part = RewardBatch([batch.samples[row] for row in rows], [batch.images[row] for row in rows])
+            reward = self.rewards[tag]
+            for row, score in zip(rows, _score(reward, part), strict=True):
+                scores[row] = replace(score, parts=score.parts or {reward.name: score})
+        return [scores[row] for row in range(len(batch))]
+
+
+class WeightedSum(Reward):
+    """Adds up several scorers' rl values, each times its weight; native and table are that sum too.
+
+    An image that any of them could not score is invalid: a sum without one part would compare unlike things. Mind the
+    scales: weights act on `rl` values, whose ranges differ from scorer to scorer (REWARDS.md 0).
+
+    Args:
+        rewards: name -> scorer; the name is the scorer's key in the logs.
+        weights: name -> weight; null weighs every scorer with 1.
+    """
+
+    name = "sum"
+
+    def __init__(self, rewards: dict[str, Reward], weights: dict[str, float] | None = None) -> None:
+        _check_parts(type(self).__name__, rewards)
+        weights = dict.fromkeys(rewards, 1.0) if weights is None else weights
+        if set(weights) != set(rewards):
+            different = ", ".join(sorted(set(weights) ^ set(rewards)))
+            raise ValueError(f"WeightedSum needs one weight for each of its rewards; `weights` differs in {different}.")
+        self.rewards = rewards
+        self.weights = weights
+        self.needs = tuple(dict.fromkeys(need for reward in rewards.values() for need in reward.needs))
+
+    @property
+    def version(self) -> str:
+        """The weights and the scorers' versions."""
+        return "sum " + "; ".join(f"{self.weights[n]} x {n}: {r.version}" for n, r in sorted(self.rewards.items()))
+
+    def load(self) -> None:
+        """Loads every scorer."""
+        for reward in self.rewards.values():
+            reward.load()
+
+    def __call__(self, batch: RewardBatch) -> list[Score]:
+        """Score B images; `parts` holds every scorer's own score."""
+        by_name = {name: _score(reward, batch) for name, reward in self.rewards.items()}
+        return [self._sum({name: scores[row] for name, scores in by_name.items()}) for row in range(len(batch))]
+
+    def _sum(self, parts: Mapping[str, Score]) -> Score:
+        failed = [
+            f"{name}: {score.detail.get('reason', 'unknown')}" for name, score in parts.items() if not score.valid
+        ]
+        if failed:
+            return replace(Score.invalid("; ".join(failed)), parts=dict(parts))
+        total = sum(self.weights[name] * score.rl for name, score in parts.items())
+        return Score(native=total, table=total, rl=total, parts=dict(parts))
+
+
+def _score(reward: Reward, batch: RewardBatch) -> list[Score]:
+    scores = reward(batch)
+    if len(scores) != len(batch):
+        raise ValueError(
+            f"{type(reward).__name__} returned {len(scores)} scores for {len(batch)} images: it must return one per "
+            "image, `Score.invalid(reason)` where it failed."
+        )
+    return scores
+
+
+def _check_parts(owner: str, rewards: Mapping[str, Reward]) -> None:
+    if not rewards:
+        raise ValueError(f"{owner}.rewards is empty: give at least one scorer.")
