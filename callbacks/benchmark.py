@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -43,6 +44,10 @@ class Benchmark(L.Callback, ABC):
         self._metrics: dict[tuple[str, str], Metric] = {}
         self._started = time.monotonic()
         self._seconds_before = 0.0
+
+    def key(self, name: str) -> str:
+        """What the scores of an evaluation set are called in logs and results: its name, if nothing else is said."""
+        return name
 
     @abstractmethod
     def new_metric(self) -> Metric:
@@ -89,10 +94,11 @@ class Benchmark(L.Callback, ABC):
         results: Results = {}
         prefix = "test" if trainer.testing else "val"
         for (name, mode), metric in self._metrics.items():
+            key = self.key(name)
             scores = {score: float(value) for score, value in metric.compute().items()}
-            results.setdefault(name, {})[mode] = scores
-            pl_module.log(f"{prefix}/{name}/{mode}", scores[self.headline], rank_zero_only=True)
-            rest = {f"{prefix}/{name}/{mode}/{k}": v for k, v in scores.items() if k != self.headline}
+            results.setdefault(key, {})[mode] = scores
+            pl_module.log(f"{prefix}/{key}/{mode}", scores[self.headline], rank_zero_only=True)
+            rest = {f"{prefix}/{key}/{mode}/{k}": v for k, v in scores.items() if k != self.headline}
             pl_module.log_dict(rest, rank_zero_only=True)
         if trainer.sanity_checking:
             return
@@ -156,7 +162,16 @@ class Benchmark(L.Callback, ABC):
         merged["before"] = merged.get("before", {}) | self.history[0]["results"]
         merged.setdefault("history", {})[type(self).__name__] = self.history
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(merged, indent=2) + "\n")
+        path.write_text(json.dumps(_without_nan(merged), indent=2) + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN is no JSON: a score that no picture has is null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _eval_names(trainer: L.Trainer) -> list[str]:

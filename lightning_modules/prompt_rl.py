@@ -202,12 +202,13 @@ class PromptRL(Agents):
     def _language_backward(
         self, policy: LanguagePolicy, rollout: Rollout, stats: Averages, old: dict[Any, Any], *, first: bool
     ) -> None:
-        assert rollout.completions is not None
-        assert rollout.language_advantages is not None and rollout.language_counted is not None
+        assert rollout.completions is not None and rollout.language_advantages is not None
+        counts = rollout.language_counted
+        counts = torch.ones_like(rollout.language_advantages) if counts is None else counts
         total = len(rollout.completions)
         for rows in chunks(total, policy.micro_batch_size):
             before = old.get(("language", rows.start))
-            counted = rollout.language_counted[rows]
+            counted = counts[rows]
             if not counted.any():
                 continue
             loss, part, log_probs = language_objective(

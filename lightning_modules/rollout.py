@@ -134,7 +134,7 @@ class Rollout:
         valid: [G, N] bool, False where scoring failed.
         advantages: [G, N] for the flow policy.
         language_advantages: [G * rewrites] mean of the advantages of each rewrite's counted images, or None.
-        language_counted: [G * rewrites] bool, True where any of a rewrite's images counts, or None.
+        language_counted: [G * rewrites] bool, True where any of a rewrite's images counts; None: all do.
     """
 
     samples: Sequence[PromptSample]
@@ -147,7 +147,7 @@ class Rollout:
     valid: Tensor
     advantages: Tensor
     language_advantages: Tensor | None
-    language_counted: Tensor | None
+    language_counted: Tensor | None = None
 
     @property
     def counted(self) -> Tensor:

@@ -150,3 +150,30 @@ def test_two_processes_validate_and_write_results(tmp_path: Path) -> None:
     # 7 prompts, none counted twice: the share of correct pictures is a whole number of sevenths.
     sevenths = 7 * results["geneval"]["without_pe"]["images"]
     assert abs(sevenths - round(sevenths)) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_scorer_lost_on_one_rank_stops_both_with_a_checkpoint(tmp_path: Path) -> None:
+    """Rank 1 alone gets no scores in the second step; nobody hangs, and the state before that step is saved."""
+    options = [
+        "fit",
+        "--config=configs/quickstart.yaml",
+        "--model.init_args.reward=tests.test_scoring.DownAfter",
+        "--model.init_args.reward.init_args.batches=1",
+        "--model.init_args.reward.init_args.rank=1",
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=2",
+        "--trainer.strategy=ddp",
+        "--trainer.max_steps=3",
+        "--data.init_args.eval_prompts=2",
+        "--data.init_args.batch_size=1",
+        f"--trainer.default_root_dir={tmp_path}",
+        "--trainer.enable_progress_bar=false",
+    ]
+    command = [sys.executable, "-m", "lightning_modules.cli", *options]
+    env = os.environ | {"PYTHONPATH": "."}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
+    assert run.returncode != 0
+    assert "lightning: error: the reward server is gone." in run.stderr
+    (path,) = tmp_path.rglob("last.ckpt")
+    assert torch.load(path, weights_only=True)["global_step"] == 1

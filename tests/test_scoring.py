@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,16 +44,17 @@ class Width(Reward):
 
 
 class DownAfter(GenEvalReward):
-    """The miniature's reward until its server is gone for good."""
+    """The miniature's reward until its server is gone for good, on one rank or on all."""
 
-    def __init__(self, batches: int) -> None:
+    def __init__(self, batches: int, rank: int | None = None) -> None:
         super().__init__(ShapesDetector())
         self.batches = batches
+        self.rank = rank
 
     def __call__(self, batch: RewardBatch) -> list[Score]:
-        if self.batches == 0:
+        if self.batches == 0 and self.rank in (None, int(os.environ.get("LOCAL_RANK", 0))):
             raise RewardUnavailable("the reward server is gone.")
-        self.batches -= 1
+        self.batches = max(self.batches - 1, 0)
         return super().__call__(batch)
 
 

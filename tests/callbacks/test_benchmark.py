@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 
+from callbacks.benchmark import Benchmark
 from callbacks.geneval import GenEvalBenchmark
+from callbacks.reward import RewardBenchmark
 from datamodules.base import PromptDataModule, PromptSample
 from datamodules.shapes_world import Ask, Content, Item, Scene, render
 from lightning_modules.validation import validate_now
+from rewards.base import Reward, RewardBatch, Score
 from rewards.shapes import ShapesDetector
 
 pytestmark = pytest.mark.filterwarnings("ignore:Experiment logs directory", "ignore:The dirpath has changed")
@@ -81,14 +85,14 @@ class Painter(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def make_trainer(root: Path, benchmark: GenEvalBenchmark, max_steps: int = 2, **kwargs: Any) -> L.Trainer:
+def make_trainer(root: Path, *benchmarks: Benchmark, max_steps: int = 2, **kwargs: Any) -> L.Trainer:
     tensorboard = TensorBoardLogger(root, name="run")
     return L.Trainer(
         accelerator="cpu", max_steps=max_steps, val_check_interval=2, check_val_every_n_epoch=None,
         num_sanity_val_steps=kwargs.pop("num_sanity_val_steps", 0), log_every_n_steps=1,
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
         logger=[tensorboard, CSVLogger(root, name="run", version=tensorboard.version)],
-        callbacks=[benchmark], **kwargs,
+        callbacks=list(benchmarks), **kwargs,
     )  # fmt: skip
 
 
@@ -221,3 +225,42 @@ def test_a_test_of_a_checkpoint_is_not_compared_with_validation(
     assert results.get("before", {}) in ({}, {k: results[k] for k in ("geneval", "few")})
     lines = [line for line in capsys.readouterr().out.splitlines() if " PE " in line]
     assert [len(line.strip("│ ").split("│")) for line in lines] == [3] * 4
+
+
+class Redness(Reward):
+    """The red channel's mean from 0 to 1, as a percentage in tables; pictures of crosses cannot be scored."""
+
+    name = "redness"
+
+    def __init__(self, fails: tuple[str, ...] = ("crosses",)) -> None:
+        self.fails = fails
+
+    def __call__(self, batch: RewardBatch) -> list[Score]:
+        def score(sample: PromptSample, image: Image.Image) -> Score:
+            if sample.prompt in self.fails:
+                return Score.invalid("no crosses, please")
+            red = float(np.asarray(image)[..., 0].mean()) / 255
+            return Score(native=red, table=100 * red, rl=red / 2)
+
+        return [score(sample, image) for sample, image in zip(batch.samples, batch.images, strict=True)]
+
+
+def test_any_reward_is_a_benchmark_beside_another(tmp_path: Path) -> None:
+    """Table values of valid pictures are averaged; both benchmarks of one set stand in results.json."""
+    painter = Painter(IMPROVES, refines=False)
+    trainer = make_trainer(tmp_path, GenEvalBenchmark(ShapesDetector()), RewardBenchmark(Redness()))
+    trainer.fit(painter, Prompts())
+    results = json.loads((Path(trainer.log_dir or "") / "results.json").read_text())
+    assert set(results) >= {"geneval", "few", "geneval/redness", "few/redness"}
+    red = {name: float(render(scene)[..., 0].mean()) / 255 for name, scene in RIGHT.items()}
+    mean = (red["circle"] + red["left"]) / 2  # right at the end; the crosses are left out
+    found = results["geneval/redness"]["without_pe"]
+    assert found == pytest.approx({"mean": 100 * mean, "rl": mean / 2, "invalid_share": 1 / 3, "images": 3})
+    assert results["geneval"]["without_pe"]["images"] == pytest.approx(2 / 3)
+
+
+def test_a_score_that_no_picture_has_is_null(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, RewardBenchmark(Redness(("circle", "crosses", "left"))))
+    trainer.fit(Painter(IMPROVES, refines=False), Prompts())
+    text = (Path(trainer.log_dir or "") / "results.json").read_text()
+    assert "NaN" not in text and json.loads(text)["few/redness"]["without_pe"]["mean"] is None
