@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 
 from datamodules.base import PromptSample
+from lightning_modules.groups import source_images
 from lightning_modules.policies.base import FlowPolicy, to_pil
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.rollout import seed_of
@@ -64,11 +65,11 @@ class Agents(L.LightningModule):
         """Draws every prompt without and, if there is a refiner, with prompt enhancement; callbacks do the scoring."""
         seeds = [seed_of("evaluation", sample.id) for sample in batch]
         drawn: dict[str, Any] = {"samples": batch, "images": {}, "rewrites": None}
-        prompts = [sample.prompt for sample in batch]
-        drawn["images"]["without_pe"] = to_pil(self.flow.generate(prompts, seeds))
+        prompts, sources = [sample.prompt for sample in batch], source_images(batch)
+        drawn["images"]["without_pe"] = to_pil(self.flow.generate(prompts, seeds, images=sources))
         if self.language is not None:
             drawn["rewrites"] = self.language.rewrite(batch)
-            drawn["images"]["with_pe"] = to_pil(self.flow.generate(drawn["rewrites"], seeds))
+            drawn["images"]["with_pe"] = to_pil(self.flow.generate(drawn["rewrites"], seeds, images=sources))
         return drawn
 
     test_step = validation_step

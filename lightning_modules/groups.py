@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from datamodules.sample import PromptSample
@@ -58,6 +59,19 @@ def group_formats(formatted: Tensor, groups: int, num_retained: int, images_per_
     by_group = formatted.view(groups, -1)
     retained = by_group.mean(1, keepdim=True).expand(groups, num_retained)
     return torch.cat([retained, by_group], 1).repeat_interleave(images_per_prompt, 1)
+
+
+def source_images(samples: Sequence[PromptSample]) -> list[Image] | None:
+    """The samples' source images, or None where none has one.
+
+    Raises:
+        ValueError: if some have one and others do not: a model either edits or draws from text.
+    """
+    images = [sample.image for sample in samples if sample.image is not None]
+    if images and len(images) < len(samples):
+        bare = next(sample for sample in samples if sample.image is None)
+        raise ValueError(f"the prompt {bare.id!r} has no source image, but others of its batch have; do not mix them.")
+    return images or None
 
 
 def tag_numbers(samples: Sequence[PromptSample]) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor
 from datamodules.base import PromptSample
 from lightning_modules.agents import Agents
 from lightning_modules.gradients import average_gradients, clip, no_backward_sync
-from lightning_modules.groups import check_group, group_formats, group_prompts, tag_numbers
+from lightning_modules.groups import check_group, group_formats, group_prompts, source_images, tag_numbers
 from lightning_modules.objectives import flow_objective, language_objective
 from lightning_modules.policies.base import FlowPolicy, to_pil
 from lightning_modules.policies.language import LanguagePolicy
@@ -148,7 +148,9 @@ class PromptRL(Agents):
         with Scoring(self.reward, self.device, overlap=self.overlap_scoring) as scoring:
             with self._timed("rollout"):
                 window_seed = seed_of("window", self.seed, self.global_step)
-                trajectory = self.flow.rollout(prompts, seeds, window_seed=window_seed, on_drawn=score)
+                trajectory = self.flow.rollout(
+                    prompts, seeds, window_seed=window_seed, on_drawn=score, images=source_images(judged)
+                )
             with self._timed("reward"):  # what the overlap did not hide
                 scores = scoring.scores()
         valid = torch.tensor([score.valid for score in scores], device=self.device).view(-1, per_group)

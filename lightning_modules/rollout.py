@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from PIL import Image
@@ -60,26 +60,29 @@ class Completions:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded prompts: every distinct text once, and which of them each sample uses.
+    """Encoded prompts: every distinct text (or source image) once, and which of them each sample uses.
 
     Attributes:
         tensors: name -> [D, ...] for D distinct prompts; the names are the family's own.
         index: [B] long, row of `tensors` for each sample.
+        own_index: name -> [B] long, for tensors whose rows are something else than prompts (source images).
     """
 
     tensors: dict[str, Tensor]
     index: Tensor
+    own_index: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.index)
 
     def rows(self, rows: slice) -> Conditioning:
         """The conditioning of some samples."""
-        return replace(self, index=self.index[rows])
+        own_index = {name: index[rows] for name, index in self.own_index.items()}
+        return replace(self, index=self.index[rows], own_index=own_index)
 
     def __getitem__(self, name: str) -> Tensor:
         """[B, ...] one of the tensors, a row for each sample."""
-        return self.tensors[name][self.index]
+        return self.tensors[name][self.own_index.get(name, self.index)]
 
 
 @dataclass(frozen=True)

@@ -289,6 +289,7 @@ class FlowPolicy(Policy):
         *,
         window_seed: int = 0,
         on_drawn: Callable[[slice, Tensor], None] | None = None,
+        images: Sequence[Image.Image] | None = None,
     ) -> Trajectory:
         """Draws one trajectory per prompt by the mixed SDE-ODE sampler.
 
@@ -298,17 +299,24 @@ class FlowPolicy(Policy):
             window_seed: places a random window of SDE steps, one for the whole batch.
             on_drawn: called after every micro-batch with its rows and its pictures [b, 3, height, width] in [0, 1],
                 so that scoring may begin before the whole batch is drawn.
+            images: B source images for an editing model; the same object for samples that share one.
         """
         sampling = self.sampling
         generator = torch.Generator().manual_seed(window_seed)
         steps = sde_step_indices(sampling.sde_steps, sampling.num_steps, generator=generator)
-        return self._sample(self.encode(prompts), seeds, self.sigmas(sampling.num_steps), steps, on_drawn)
+        return self._sample(self.encode(prompts, images), seeds, self.sigmas(sampling.num_steps), steps, on_drawn)
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int], num_steps: int | None = None) -> Tensor:
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        num_steps: int | None = None,
+        images: Sequence[Image.Image] | None = None,
+    ) -> Tensor:
         """[B, 3, height, width] pictures in [0, 1], drawn without added noise (as stock pipelines do)."""
         num_steps = num_steps or self.sampling.eval_steps or self.sampling.num_steps
-        return self.pictures(self._sample(self.encode(prompts), seeds, self.sigmas(num_steps), ()))
+        return self.pictures(self._sample(self.encode(prompts, images), seeds, self.sigmas(num_steps), ()))
 
     @torch.no_grad()
     def pictures(self, trajectory: Trajectory) -> Tensor:

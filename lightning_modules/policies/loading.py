@@ -5,30 +5,69 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
+from huggingface_hub import hf_hub_download
 from peft import LoraConfig
 from torch import nn
 
 from lightning_modules.policies.base import LoRA
-from rewards.models import check_hub_id
+from rewards.models import check_hub_id, one_line_errors
+
+ADAPTERS = {
+    "FluxPipeline": "flux1.Flux1Policy",
+    "FluxKontextPipeline": "flux1_kontext.KontextPolicy",
+    "Flux2KleinPipeline": "flux2.Flux2KleinPolicy",
+    "StableDiffusion3Pipeline": "sd3.SD3Policy",
+    "QwenImagePipeline": "qwen_image.QwenImagePolicy",
+    "QwenImageEditPlusPipeline": "qwen_image.QwenImageEditPolicy",
+    "SanaPipeline": "sana.SanaPolicy",
+    "ZImagePipeline": "z_image.ZImagePolicy",
+}
+"""Stock pipeline -> our adapter under `lightning_modules.policies`, for the error that a wrong one gets."""
 
 
-def check_pipeline(model: str) -> None:
-    """Raises a ValueError if a local pipeline folder lacks a part that its `model_index.json` names.
+def check_pipeline(model: str, expected: str | None = None) -> None:
+    """Raises a ValueError if a pipeline is of another family, or a local folder lacks a part.
 
-    Hub ids ("organisation/name") are left to the hub's own loader.
+    Args:
+        model: folder or hub id; of the latter only `model_index.json` is fetched.
+        expected: name of the stock pipeline class that the adapter is for; None accepts any.
     """
     folder = Path(model)
     if not folder.is_dir():
         check_hub_id(model)
-        return
-    index = folder / "model_index.json"
-    if not index.is_file():
+        if expected is None:
+            return
+    elif not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} is not a diffusers pipeline: it has no model_index.json.")
-    parts = {name: value for name, value in json.loads(index.read_text()).items() if isinstance(value, list)}
-    missing = [name for name, (library, _) in parts.items() if library and not _holds_files(folder / name)]
-    if missing:
-        raise ValueError(f"the pipeline folder {folder} lacks {', '.join(missing)}: copy the missing part there.")
+    index = _read_json(model, "model_index.json")
+    found = index.get("_class_name")
+    if expected is not None and found != expected:
+        adapter = ADAPTERS.get(str(found))
+        advice = f"use lightning_modules.policies.{adapter}" if adapter else "which no adapter here is for"
+        raise ValueError(f"{model} is a {found}, not a {expected}: {advice}.")
+    if folder.is_dir():
+        parts = {name: value for name, value in index.items() if isinstance(value, list)}
+        missing = [name for name, (library, _) in parts.items() if library and not _holds_files(folder / name)]
+        if missing:
+            raise ValueError(f"the pipeline folder {folder} lacks {', '.join(missing)}: copy the missing part there.")
+
+
+def read_config(model: str, part: str) -> dict[str, Any]:
+    """The configuration of a pipeline's part, from its folder or from the hub."""
+    return _read_json(model, f"{part}/config.json")
+
+
+def _read_json(model: str, name: str) -> dict[str, Any]:
+    path = Path(model) / name
+    if not Path(model).is_dir():
+        with one_line_errors(model):
+            path = Path(hf_hub_download(model, name))
+    if not path.is_file():
+        raise ValueError(f"the pipeline folder {model} lacks {name}: copy it there.")
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
 
 
 def check_language_model(model: str) -> None:

@@ -1,0 +1,212 @@
+"""A flow policy over a stock diffusers pipeline: what all families share, so that an adapter says only what differs."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import diffusers
+import torch
+from diffusers.training_utils import cast_training_params
+from peft import get_peft_model_state_dict
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_modules.policies.base import FlowPolicy, LoRA, Sampling
+from lightning_modules.policies.loading import check_pipeline, lora_config, read_config
+from lightning_modules.rollout import Conditioning, chunks
+from rewards.models import one_line_errors
+
+NEGATIVE = "negative_"
+
+
+class PipelinePolicy(FlowPolicy):
+    """A family of flow models in diffusers' own folder layout.
+
+    An adapter sets `pipeline_class` and implements `encode_texts`, `predict`, `latent_shape`, `decode`, and `schedule`
+    where its pipeline's sampler gets more than a number of steps. Families with classifier-free guidance set
+    `guidance_scale` above 1: `velocity` then asks `predict` twice, for the prompt and for the negative prompt.
+
+    Args:
+        model: pipeline folder or hub id.
+        sampling: how rollouts are drawn.
+        batch_guidance: run the two passes of classifier-free guidance as one batch; faster on a GPU that is not full.
+        **kwargs: as for `FlowPolicy`.
+    """
+
+    pipeline_class: ClassVar[Any]
+    default_lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    guidance_scale: float = 1.0
+    negative_prompt: str = ""
+
+    def __init__(self, model: str, sampling: Sampling, batch_guidance: bool = False, **kwargs: Any) -> None:
+        super().__init__(model, sampling, **kwargs)
+        self.batch_guidance = batch_guidance
+        self.pipe: Any = None
+
+    # --- what a family says ---------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def encode_texts(self, texts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, Tensor]:
+        """What the network is told by D texts: name -> [D, ...], names of the adapter's choice.
+
+        A tensor whose second dimension depends on the texts' lengths needs a mask beside it: rows of other calls are
+        padded with zeros on the right.
+
+        Args:
+            texts: D texts.
+            images: D source images where the family's text encoder sees them, else None.
+        """
+
+    @abstractmethod
+    def predict(self, latents: Tensor, sigma: Tensor, told: dict[str, Tensor]) -> Tensor:
+        """[B, ...] one pass of `self.active`, as a velocity (noise minus image).
+
+        Args:
+            latents: [B, ...] fp32.
+            sigma: scalar, share of noise.
+            told: name -> [B, ...] as from `encode_texts` (and `encode_sources`).
+        """
+
+    def schedule(self, num_steps: int) -> dict[str, Any]:
+        """What the pipeline hands to its scheduler's `set_timesteps` beside the number of steps."""
+        return {}
+
+    def encode_sources(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """What the network is told by S source images: name -> [S, ...]."""
+        raise ValueError(f"{type(self).__name__} draws from text alone; take an editing model for source images.")
+
+    def guide(self, positive: Tensor, negative: Tensor) -> Tensor:
+        """[B, ...] classifier-free guidance of two fp32 velocities (arXiv 2207.12598)."""
+        return negative + self.guidance_scale * (positive - negative)
+
+    # --- what all families share ----------------------------------------------------------------------------------
+
+    @property
+    def guided(self) -> bool:
+        """Whether each velocity takes two passes."""
+        return self.guidance_scale > 1
+
+    def load(self) -> None:
+        """Loads the pipeline; its modules become submodules, so that Lightning moves them."""
+        if self.pipe is not None:
+            return
+        check_pipeline(self.model, self.pipeline_class.__name__)
+        self.check_config()
+        with one_line_errors(self.model):
+            self.pipe = self.pipeline_class.from_pretrained(self.model, torch_dtype=self.dtype, use_safetensors=True)
+        self.network = self.pipe.transformer
+        for name, part in self.pipe.components.items():
+            if isinstance(part, nn.Module) and part is not self.network:
+                self.add_module(name, part)
+        self._prepare()
+
+    def check_config(self) -> None:
+        """Refuses settings that the model cannot take; reads configuration files only, no weights."""
+        factor = self.pixels_per_token()
+        if self.height % factor or self.width % factor:
+            raise ValueError(
+                f"`height` and `width` are {self.height} x {self.width}; {self.model} needs multiples of "
+                f"{factor} pixels."
+            )
+        if self.lora is not None and self.trained:
+            lora_config(self.empty_network(), self.lora, self.default_lora_targets, "flow.lora")
+
+    def pixels_per_token(self) -> int:
+        """What height and width must be multiples of: the VAE halves them at all levels but one, a token has 2 x 2."""
+        return int(2 ** len(read_config(self.model, "vae")["block_out_channels"]))
+
+    def empty_network(self) -> nn.Module:
+        """The network's layers without memory for their weights, from its configuration alone."""
+        config = read_config(self.model, "transformer")
+        with torch.device("meta"):
+            network: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
+        return network
+
+    def _add_adapters(self, lora: LoRA) -> None:
+        self.network.add_adapter(lora_config(self.network, lora, self.default_lora_targets, "flow.lora"))
+        cast_training_params(self.network, torch.float32)  # bf16 would round small updates away
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        """[num_steps + 1] fp32 from 1 to 0, by the pipeline's own scheduler."""
+        scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
+        for flag in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas"):
+            if scheduler.config.get(flag):
+                raise ValueError(f"the scheduler of {self.model} sets {flag}, which rollouts do not support.")
+        scheduler.set_timesteps(num_steps, **self.schedule(num_steps))
+        sigmas: Tensor = scheduler.sigmas.float().cpu()
+        return sigmas
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], images: Sequence[Image.Image] | None = None) -> Conditioning:
+        """Encodes every distinct prompt, and every distinct source image, once."""
+        assert images is None or len(images) == len(prompts)
+        # An image object is one source: the samples of a group share it, equal pixels elsewhere do not matter.
+        source_of = [0] * len(prompts) if images is None else [id(image) for image in images]
+        sources = list(dict.fromkeys(source_of))
+        source_index = [sources.index(source) for source in source_of]
+        pairs = list(dict.fromkeys(zip(prompts, source_index, strict=True)))
+        place = {pair: row for row, pair in enumerate(pairs)}
+        index = [place[pair] for pair in zip(prompts, source_index, strict=True)]
+        distinct = None if images is None else [images[source_index.index(row)] for row in range(len(sources))]
+
+        shown = None if distinct is None else [distinct[row] for _, row in pairs]
+        tensors = self._encode_texts([prompt for prompt, _ in pairs], shown)
+        own_index: dict[str, list[int]] = {}
+        if self.guided:
+            # The negative prompt is the same for all; a text encoder that sees the source makes one per source.
+            negative = self._encode_texts([self.negative_prompt] * len(sources), distinct)
+            tensors |= {NEGATIVE + name: value for name, value in negative.items()}
+            own_index |= {NEGATIVE + name: source_index for name in negative}
+        if distinct is not None:
+            told = self.encode_sources(distinct)
+            tensors |= told
+            own_index |= dict.fromkeys(told, source_index)
+        device = self.device
+        return Conditioning(
+            {name: value.to(device) for name, value in tensors.items()},
+            torch.tensor(index, device=device),
+            {name: torch.tensor(rows, device=device) for name, rows in own_index.items()},
+        )
+
+    def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """[B, ...] fp32 velocity, with classifier-free guidance where the family uses it."""
+        told = {name: conditioning[name] for name in conditioning.tensors}
+        negative = {name[len(NEGATIVE) :]: told.pop(name) for name in list(told) if name.startswith(NEGATIVE)}
+        if not self.guided:
+            return self.predict(latents, sigma, told).float()
+        negative = told | negative  # what is told by the source is told both times
+        if self.batch_guidance:
+            joined = {name: torch.cat(_same_length([told[name], negative[name]])) for name in told}
+            both = self.predict(torch.cat([latents, latents]), sigma, joined).float()
+            return self.guide(*both.chunk(2))
+        return self.guide(self.predict(latents, sigma, told).float(), self.predict(latents, sigma, negative).float())
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes a LoRA that the stock pipeline's `load_lora_weights` reads, or the whole pipeline."""
+        if self.lora is None or not self.trained:
+            self.pipe.save_pretrained(directory)
+            return
+        self.pipeline_class.save_lora_weights(
+            directory,
+            transformer_lora_layers=get_peft_model_state_dict(self.network, adapter_name="default"),
+            transformer_lora_adapter_metadata=self.network.peft_config["default"].to_dict(),
+        )
+
+    def _encode_texts(self, texts: Sequence[str], images: Sequence[Image.Image] | None) -> dict[str, Tensor]:
+        parts = [
+            self.encode_texts(texts[rows], None if images is None else images[rows])
+            for rows in chunks(len(texts), self.micro_batch_size)
+        ]
+        return {name: torch.cat(_same_length([part[name] for part in parts])) for name in parts[0]}
+
+
+def _same_length(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors [b, L, ...] padded with zeros on the right to the longest L."""
+    if tensors[0].ndim < 2:
+        return list(tensors)
+    longest = max(tensor.shape[1] for tensor in tensors)
+    return [F.pad(t, (0, 0) * (t.ndim - 2) + (0, longest - t.shape[1])) for t in tensors]
