@@ -1,0 +1,148 @@
+"""Prompts from files: lines of text or JSON with errors that name the line, and the data module around such files."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+from datamodules.base import PromptDataModule, PromptSample
+
+Record = dict[str, Any]
+"""One prompt: `id` (unique text), `prompt` (not blank) and whatever else its line holds."""
+
+
+def read_records(path: str | Path) -> list[tuple[str, Record]]:
+    """Read a JSONL file of prompts.
+
+    Args:
+        path: one object per line with a `prompt` and an optional `id`. Blank lines are skipped. Without an `id`, the
+            prompt's position in the file serves, as five digits.
+
+    Returns:
+        `file:line` and the record, in file order.
+
+    Raises:
+        ValueError: naming `file:line`, what is wrong and what to do.
+    """
+    records: list[tuple[str, Record]] = []
+    line_of_id: dict[str, int] = {}
+    for number, line in _lines(path, "JSON object"):
+        where = f"{path}:{number}"
+        record = _parse(line, where)
+        record["id"] = str(record.get("id", f"{len(records):05d}"))
+        if record["id"] in line_of_id:
+            raise ValueError(
+                f"{where}: the id {record['id']!r} was used in line {line_of_id[record['id']]}: make ids unique."
+            )
+        line_of_id[record["id"]] = number
+        records.append((where, record))
+    return records
+
+
+def read_bare_prompts(path: str | Path) -> list[tuple[str, Record]]:
+    """Like `read_records` for a text file with one prompt per line and nothing else."""
+    return [
+        (f"{path}:{number}", {"id": f"{position:05d}", "prompt": line.strip()})
+        for position, (number, line) in enumerate(_lines(path, "prompt"))
+    ]
+
+
+def _lines(path: str | Path, unit: str) -> list[tuple[int, str]]:
+    """Numbers, from 1, and texts of the lines that are not blank; at least one."""
+    with open(path, encoding="utf-8-sig") as file:  # -sig: a byte order mark is not part of the first record
+        lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
+    if not lines:
+        raise ValueError(f"{path}: the file holds no prompts: write one {unit} per line.")
+    return lines
+
+
+def _parse(line: str, where: str) -> Record:
+    try:
+        record: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{where}: not valid JSON ({error.msg} at column {error.colno}): write one JSON object per line."
+        ) from None
+    if not isinstance(record, dict):
+        raise ValueError(
+            f"{where}: a JSON {type(record).__name__} in place of an object: write {{...}} with a `prompt`."
+        )
+    prompt = record.get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"{where}: `prompt` is {prompt!r}: give the text of the prompt.")
+    return record
+
+
+class PromptFiles(PromptDataModule):
+    """Base of the data modules that read a training, an evaluation and a test file; a subclass reads one of them.
+
+    Args:
+        train_file: training prompts.
+        eval_file: held-out prompts for validation.
+        test_file: prompts for `lightning test`; `eval_file` when not given.
+        limit: at most so many prompts of each file, spread evenly over it since files may be sorted.
+        batch_size: prompts per process and step.
+        eval_batch_size: prompts per process in a validation or test step.
+        seed: of the training order.
+        num_workers: loader processes.
+    """
+
+    eval_name: str
+    """Name of the evaluation set in logs and results."""
+    suffixes: tuple[str, ...] = (".jsonl",)
+    """Kinds of file that `read` knows, for the error message."""
+
+    def __init__(
+        self,
+        train_file: str,
+        eval_file: str,
+        test_file: str | None = None,
+        limit: int | None = None,
+        batch_size: int = 1,
+        eval_batch_size: int = 8,
+        seed: int = 42,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, seed, num_workers)
+        if limit is not None and limit < 1:
+            raise ValueError(f"data.limit is {limit}, use at least 1, or null for all prompts.")
+        self.train_file = train_file
+        self.eval_file = eval_file
+        self.test_file = test_file
+        self.limit = limit
+        self._samples: dict[str, list[PromptSample]] = {}
+
+    @abstractmethod
+    def read(self, path: Path) -> list[PromptSample]:
+        """All samples of one file, in its order."""
+
+    def setup(self, stage: str) -> None:
+        """Read the files that this stage needs."""
+        needed = {"fit": ("train_file", "eval_file"), "validate": ("eval_file",), "test": ("test_file",)}
+        for key in needed.get(stage, ()):
+            self._samples[key] = self._read(key)
+
+    def train_samples(self) -> list[PromptSample]:
+        """Prompts of `train_file`."""
+        return self._samples["train_file"]
+
+    def eval_samples(self) -> dict[str, list[PromptSample]]:
+        """Prompts of `eval_file`."""
+        return {self.eval_name: self._samples["eval_file"]}
+
+    def test_samples(self) -> dict[str, list[PromptSample]]:
+        """Prompts of `test_file`, or of `eval_file` when there is none."""
+        return {self.eval_name: self._samples["test_file"]}
+
+    def _read(self, key: str) -> list[PromptSample]:
+        key = "eval_file" if key == "test_file" and self.test_file is None else key
+        path = Path(getattr(self, key))
+        if not path.is_file():
+            kinds = " or ".join(self.suffixes)
+            raise ValueError(f"data.{key} is {str(path)!r}, which is not a file: give the path of a {kinds} file.")
+        samples = self.read(path)
+        if self.limit is None or self.limit >= len(samples):
+            return samples
+        return [samples[index * len(samples) // self.limit] for index in range(self.limit)]
