@@ -49,10 +49,10 @@ def pick_device(device: str | None) -> torch.device:
 
 @contextmanager
 def one_line_errors(model: str) -> Iterator[None]:
-    """Turns a loader's OSError (missing weights, gated or unknown hub id, no network) into one sentence."""
+    """Turns a loader's error (missing files, gated or unknown hub id, no network) into one sentence."""
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"cannot load {model}: {reason} (a gated hub model needs its licence accepted and `hf auth login`)"

@@ -11,11 +11,14 @@ import pytest
 import yaml
 
 from lightning_modules import cli
+from rewards.server import build_parser
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
+EVERY = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
+SERVED = [config for config in EVERY if config.startswith("configs/rewards/")]
+CONFIGS = [config for config in EVERY if config not in SERVED]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -39,7 +42,24 @@ def test_config(config: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert re.search(rf"^#   lightning fit --config {re.escape(config)}(\s|$)", header.group(), re.MULTILINE)
 
 
+@pytest.mark.parametrize("config", SERVED)
+def test_reward_config(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server's parser builds every reward; none loads anything yet. Each has a port of its own."""
+    monkeypatch.chdir(ROOT)
+    parser = build_parser()
+    rewards = parser.instantiate(parser.parse_args(["--config", config])).rewards
+    text = (ROOT / config).read_text()
+    resolved = yaml.safe_load(text)
+    for name, reward in rewards.items():
+        assert type(reward).__qualname__ == resolved["rewards"][name]["class_path"].rsplit(".", 1)[1]
+        assert reward.version
+    assert re.search(rf"^#   python -m rewards\.server --config {re.escape(config)}$", text, re.MULTILINE)
+    ports = [yaml.safe_load((ROOT / other).read_text())["port"] for other in SERVED]
+    assert ports.count(resolved["port"]) == 1 and resolved["host"] == "127.0.0.1"
+
+
 def test_there_are_configs() -> None:
+    assert "configs/rewards/shapes.yaml" in SERVED
     assert {"configs/quickstart.yaml", "configs/miniature/promptrl.yaml"} <= set(CONFIGS)
 
 
