@@ -10,7 +10,7 @@ from torchmetrics import Metric
 from callbacks.benchmark import Benchmark
 from datamodules.base import PromptSample
 from rewards.geneval.metric import GenEvalScore
-from rewards.geneval.reward import Detector
+from rewards.geneval.reward import Detector, detect_for
 from rewards.geneval.rules import judge
 
 
@@ -34,6 +34,8 @@ class GenEvalBenchmark(Benchmark):
 
     def update(self, metric: Metric, samples: Sequence[PromptSample], images: Sequence[Image]) -> None:
         """Judges every image against its original prompt's metadata."""
-        found = self.detector.detect(images)
-        verdicts = [judge(detections, sample.metadata) for detections, sample in zip(found, samples, strict=True)]
-        metric.update([verdict.correct for verdict in verdicts], [sample.tag for sample in samples])
+        metadata = [sample.metadata for sample in samples]
+        found = detect_for(self.detector, images, metadata)
+        verdicts = [judge(detections, record) for detections, record in zip(found, metadata, strict=True)]
+        # GenEval's tag, not the sample's: in tagged data that one names the reward.
+        metric.update([verdict.correct for verdict in verdicts], [record["tag"] for record in metadata])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from PIL.Image import Image
 
@@ -28,6 +28,31 @@ class Detector(Protocol):
             B lists of detections, with the labels and colours that the metadata uses.
         """
         ...
+
+
+@runtime_checkable
+class AskedDetector(Detector, Protocol):
+    """A detector that looks at what is asked, to leave out costly work that no rule would use."""
+
+    def detect_asked(self, images: Sequence[Image], metadata: Sequence[Mapping[str, Any]]) -> list[list[Detection]]:
+        """Like `detect`; colours may be None for classes whose colour the image's GenEval record does not ask."""
+        ...
+
+
+def detect_for(
+    detector: Detector, images: Sequence[Image], metadata: Sequence[Mapping[str, Any]]
+) -> list[list[Detection]]:
+    """Find what GenEval's rules need to judge B images against B records, with `detect_asked` where there is one."""
+    if isinstance(detector, AskedDetector):
+        found = detector.detect_asked(images, metadata)
+    else:
+        found = detector.detect(images)
+    if len(found) != len(images):
+        raise ValueError(
+            f"{type(detector).__name__}.detect returned {len(found)} lists for {len(images)} images: "
+            "it must return one list per image, empty where nothing is found."
+        )
+    return found
 
 
 class GenEvalReward(Reward):
@@ -81,12 +106,7 @@ class GenEvalReward(Reward):
 
     def __call__(self, batch: RewardBatch) -> list[Score]:
         """Score B images against their samples' GenEval metadata; `detail` holds the verdict's fields and the tag."""
-        found = self.detector.detect(batch.images)
-        if len(found) != len(batch):
-            raise ValueError(
-                f"{type(self.detector).__name__}.detect returned {len(found)} lists for {len(batch)} images: "
-                "it must return one list per image, empty where nothing is found."
-            )
+        found = detect_for(self.detector, batch.images, [sample.metadata for sample in batch.samples])
         return [
             self._score(detections, sample.metadata) for detections, sample in zip(found, batch.samples, strict=True)
         ]
