@@ -15,6 +15,37 @@ from rewards.base import Score
 
 
 @dataclass(frozen=True)
+class SeenImages:
+    """What a refiner sees of D source images: made once by its frozen vision tower, and read again by every replay.
+
+    Attributes:
+        features: D tensors [tokens, 1 + layers, hidden]: what stands in place of an image's tokens, then what is added
+            after the first decoder layers (Qwen3-VL's DeepStack). No tokens for a prompt without an image.
+        index: B numbers, the image of each row.
+        mask: [B, P] bool, True at the prompts' image tokens.
+        positions: [B, 3, P] positions (time, height, width) of the prompts' tokens.
+    """
+
+    features: tuple[Tensor, ...]
+    index: tuple[int, ...]
+    mask: Tensor
+    positions: Tensor
+
+    def rows(self, rows: slice) -> SeenImages:
+        """What some rows see."""
+        return replace(self, index=self.index[rows], mask=self.mask[rows], positions=self.positions[rows])
+
+    def repeat(self, num: int) -> SeenImages:
+        """Each row `num` times, side by side."""
+        return SeenImages(
+            self.features,
+            tuple(image for image in self.index for _ in range(num)),
+            self.mask.repeat_interleave(num, 0),
+            self.positions.repeat_interleave(num, 0),
+        )
+
+
+@dataclass(frozen=True)
 class Completions:
     """What the language policy wrote: B completions, those of one prompt side by side.
 
@@ -28,6 +59,7 @@ class Completions:
         rewrites: B prompts to draw, taken from the texts.
         formatted: [B] 1.0 where the text held a well-formed answer, else 0.0.
         truncated: [B] bool, cut off before its end of sequence.
+        seen: the source images as the refiner sees them, or None if it reads text alone.
     """
 
     prompt_ids: Tensor
@@ -39,6 +71,7 @@ class Completions:
     rewrites: list[str]
     formatted: Tensor
     truncated: Tensor
+    seen: SeenImages | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -55,6 +88,7 @@ class Completions:
             rewrites=self.rewrites[rows],
             formatted=self.formatted[rows],
             truncated=self.truncated[rows],
+            seen=None if self.seen is None else self.seen.rows(rows),
         )
 
 

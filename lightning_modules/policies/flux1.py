@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ class Flux1Policy(PipelinePolicy):
         **kwargs: as for `FlowPolicy`.
     """
 
-    pipeline_class = FluxPipeline
+    pipeline_class: ClassVar[Any] = FluxPipeline  # KontextPolicy has another
     default_lora_targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
     def __init__(
@@ -75,11 +75,15 @@ class Flux1Policy(PipelinePolicy):
         image_ids = self.pipe._prepare_latent_image_ids(
             batch, self.height // factor, self.width // factor, latents.device, self.dtype
         )
+        tokens = latents.to(self.dtype)
+        if "source" in told:  # FLUX.1-Kontext
+            tokens = torch.cat([tokens, told["source"]], 1)
+            image_ids = torch.cat([image_ids, told["source_ids"][0]])
         guidance = None
         if self.network.config.guidance_embeds:
             guidance = torch.full((batch,), self.guidance, device=latents.device)
         velocity: Tensor = self.active(
-            hidden_states=latents.to(self.dtype),
+            hidden_states=tokens,
             timestep=sigma.expand(batch).to(self.dtype),
             guidance=guidance,
             pooled_projections=told["pooled"],
@@ -88,7 +92,7 @@ class Flux1Policy(PipelinePolicy):
             img_ids=image_ids,
             return_dict=False,
         )[0]
-        return velocity
+        return velocity[:, : latents.shape[1]]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The refiner: any Hugging Face causal LM with a chat template."""
+"""The refiner: any Hugging Face model that writes text and has a chat template."""
 
 from __future__ import annotations
 
@@ -11,28 +11,37 @@ import torch
 from peft import get_peft_model
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from datamodules.base import PromptSample
 from lightning_modules.policies.base import DType, LoRA, Policy
 from lightning_modules.policies.loading import check_language_model, lora_config
 from lightning_modules.policies.templates import GENERAL, fill, parse_answer
 from lightning_modules.rl.log_probs import completion_mask, position_ids, token_log_probs
-from lightning_modules.rollout import Completions
+from lightning_modules.rollout import Completions, SeenImages
 from rewards.models import one_line_errors
+
+VISION_LANGUAGE_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+"""Adapters of models with a vision tower, whose layers may have the same names."""
 
 
 class LanguagePolicy(Policy):
     """Rewrites prompts inside `<answer> </answer>`.
 
+    A vision-language model such as Qwen2.5-VL serves as well: it reads the prompt alone, and its vision tower stays as
+    it is (`VisionLanguagePolicy` also shows it the source image).
+
     Args:
-        model: folder or hub id of a causal LM with a chat template.
+        model: folder or hub id of a model that writes text and has a chat template.
         template: the user's message, with `{prompt}` where the prompt goes.
         temperature: of the rollouts' sampling, and of every log-prob.
         max_new_tokens: longest completion in rollouts.
@@ -92,21 +101,37 @@ class LanguagePolicy(Policy):
 
     def load(self) -> None:
         """Loads model and tokenizer."""
-        if self.tokenizer is not None:
+        if self.network is not None:
             return
         check_language_model(self.model)
         with one_line_errors(self.model):
+            config = AutoConfig.from_pretrained(self.model)
             self.tokenizer = AutoTokenizer.from_pretrained(self.model)
-        if self.tokenizer.chat_template is None:
-            raise ValueError(f"the tokenizer of {self.model} has no chat template; use an instruction-tuned model.")
+        self._check_chat(config)
+        text_alone = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        loader = AutoModelForCausalLM if text_alone else AutoModelForImageTextToText
         with one_line_errors(self.model):
-            self.network = AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype, use_safetensors=True)
+            self.network = loader.from_pretrained(self.model, dtype=self.dtype, use_safetensors=True)
         self._prepare()
 
+    def _check_chat(self, config: Any) -> None:
+        """Refuses a model that cannot be asked; `config` is its configuration, no weights are loaded yet."""
+        if self.tokenizer.chat_template is None:
+            raise ValueError(f"the tokenizer of {self.model} has no chat template; use an instruction-tuned model.")
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        # A vision tower never learns: text alone gives it no gradient, and what it makes of an image is kept.
+        parts = (self.causal_lm.get_decoder(), self.causal_lm.get_output_embeddings())
+        learning = {id(parameter) for part in parts for parameter in part.parameters()}
+        for parameter in self.network.parameters():
+            if id(parameter) not in learning:
+                parameter.requires_grad_(False)
+
     def _add_adapters(self, lora: LoRA) -> None:
-        self.network = get_peft_model(
-            self.network, lora_config(self.network, lora, self.default_lora_targets, "language.lora")
-        )
+        sees = hasattr(self.network.config, "vision_config")
+        targets = VISION_LANGUAGE_TARGETS if sees else self.default_lora_targets
+        self.network = get_peft_model(self.network, lora_config(self.network, lora, targets, "language.lora"))
 
     @contextmanager
     def _adapters_off(self) -> Iterator[None]:
@@ -147,14 +172,9 @@ class LanguagePolicy(Policy):
         """
         ids = torch.cat([completions.prompt_ids, completions.tokens], dim=1)
         attention = torch.cat([completions.prompt_mask, completions.mask.long()], dim=1)
-        model = self.causal_lm
-        hidden = model.get_decoder()(
-            input_ids=ids, attention_mask=attention, position_ids=position_ids(attention), use_cache=False
-        ).last_hidden_state
-        start = completions.prompt_ids.shape[1] - 1
-        return token_log_probs(
-            hidden[:, start:-1], model.get_output_embeddings(), completions.tokens, temperature=self.temperature
-        )
+        hidden = self._hidden(ids, attention, completions.seen, use_cache=False)
+        start, head = completions.prompt_ids.shape[1] - 1, self.causal_lm.get_output_embeddings()
+        return token_log_probs(hidden[:, start:-1], head, completions.tokens, temperature=self.temperature)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes a PEFT adapter folder, or a transformers model folder; the tokenizer beside it."""
@@ -162,9 +182,10 @@ class LanguagePolicy(Policy):
         self.tokenizer.save_pretrained(directory)
 
     def _write(self, samples: Sequence[PromptSample], num: int, max_new_tokens: int, *, greedy: bool) -> Completions:
-        ids, mask = self._encode([sample.prompt for sample in samples])
-        cache = self._prefill(ids, mask, num)
+        ids, mask, seen = self._encode(samples)
+        cache = self._prefill(ids, mask, seen, num)
         ids, mask = ids.repeat_interleave(num, 0), mask.repeat_interleave(num, 0)
+        seen = None if seen is None else seen.repeat(num)
         recorder = _LogProbRecorder(self.temperature)
         # Everything that would warp the distribution is switched off by name: a model's own generation config
         # (Qwen's has top-k and a repetition penalty) fills in whatever is left unsaid.
@@ -181,6 +202,7 @@ class LanguagePolicy(Policy):
         sequences = self.causal_lm.generate(
             input_ids=ids,
             attention_mask=mask,
+            position_ids=self._positions(mask, seen),  # Qwen-VL would take up those of the call before
             past_key_values=cache,
             generation_config=config,
             logits_processor=None if greedy else LogitsProcessorList([recorder]),
@@ -203,19 +225,25 @@ class LanguagePolicy(Policy):
             rewrites=[answer.rewrite for answer in answers],
             formatted=torch.tensor([float(answer.formatted) for answer in answers], device=tokens.device),
             truncated=~ended,
+            seen=seen,
         )
 
-    def _encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        chats = [[{"role": "user", "content": fill(self.template, prompt)}] for prompt in prompts]
-        texts = [
-            self.tokenizer.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
-            )
-            for chat in chats
-        ]
+    def _encode(self, samples: Sequence[PromptSample]) -> tuple[Tensor, Tensor, SeenImages | None]:
+        """[B, P] tokens of the chats, their mask, and what is seen of the samples' images: here nothing."""
+        texts = [self._chat(fill(self.template, sample.prompt)) for sample in samples]
+        return *self._tokenize(texts), None
+
+    def _chat(self, content: Any) -> str:
+        chat = [{"role": "user", "content": content}]
+        text: str = self.tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
+        )
+        return text
+
+    def _tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         self.tokenizer.pad_token_id = self._pad_token_id
         encoded = self.tokenizer(
-            texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
+            list(texts), padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
         ).to(self.device)
         return encoded["input_ids"], encoded["attention_mask"]
 
@@ -224,19 +252,23 @@ class LanguagePolicy(Policy):
         pad: int | None = self.tokenizer.pad_token_id
         return self.eos_token_ids[0] if pad is None else pad
 
-    def _prefill(self, ids: Tensor, mask: Tensor, num: int) -> DynamicCache:
+    def _prefill(self, ids: Tensor, mask: Tensor, seen: SeenImages | None, num: int) -> DynamicCache:
         """Keys and values of all prompt tokens but the last, computed once per prompt and shared by `num` rows."""
-        model = self.causal_lm
-        cache = DynamicCache(config=model.config)
-        model.get_decoder()(
-            input_ids=ids[:, :-1],
-            attention_mask=mask[:, :-1],
-            position_ids=position_ids(mask)[:, :-1],
-            past_key_values=cache,
-            use_cache=True,
-        )
+        cache = DynamicCache(config=self.causal_lm.config)
+        self._hidden(ids[:, :-1], mask[:, :-1], seen, past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(num)
         return cache
+
+    def _hidden(self, ids: Tensor, attention: Tensor, seen: SeenImages | None, **kwargs: Any) -> Tensor:
+        """[B, L, D] last hidden states of L tokens from the prompt's first on; shared by sampling and replay."""
+        positions = self._positions(attention, seen)
+        output = self.causal_lm.get_decoder()(input_ids=ids, attention_mask=attention, position_ids=positions, **kwargs)
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def _positions(self, attention: Tensor, seen: SeenImages | None) -> Tensor:
+        """Positions of the tokens of [B, L], as the model takes them."""
+        return position_ids(attention)
 
 
 class _LogProbRecorder(LogitsProcessor):

@@ -20,7 +20,7 @@ ADAPTERS = {
     "Flux2KleinPipeline": "flux2.Flux2KleinPolicy",
     "StableDiffusion3Pipeline": "sd3.SD3Policy",
     "QwenImagePipeline": "qwen_image.QwenImagePolicy",
-    "QwenImageEditPlusPipeline": "qwen_image.QwenImageEditPolicy",
+    "QwenImageEditPlusPipeline": "qwen_image_edit.QwenImageEditPolicy",
     "SanaPipeline": "sana.SanaPolicy",
     "ZImagePipeline": "z_image.ZImagePolicy",
 }
@@ -54,9 +54,19 @@ def check_pipeline(model: str, expected: str | None = None) -> None:
             raise ValueError(f"the pipeline folder {folder} lacks {', '.join(missing)}: copy the missing part there.")
 
 
-def read_config(model: str, part: str) -> dict[str, Any]:
+def absent_parts(model: str) -> dict[str, None]:
+    """Parts that a pipeline's index says it goes without, such as SD3's T5; `from_pretrained` wants to be told so."""
+    return {name: None for name, value in read_index(model).items() if value == [None, None]}
+
+
+def read_config(model: str, part: str, name: str = "config.json") -> dict[str, Any]:
     """The configuration of a pipeline's part, from its folder or from the hub."""
-    return _read_json(model, f"{part}/config.json")
+    return _read_json(model, f"{part}/{name}")
+
+
+def read_index(model: str) -> dict[str, Any]:
+    """A pipeline's own configuration, `model_index.json`, from its folder or from the hub."""
+    return _read_json(model, "model_index.json")
 
 
 def _read_json(model: str, name: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_modules.policies.base import FlowPolicy, LoRA, Sampling
-from lightning_modules.policies.loading import check_pipeline, lora_config, read_config
+from lightning_modules.policies.loading import absent_parts, check_pipeline, lora_config, read_config
 from lightning_modules.rollout import Conditioning, chunks
 from rewards.models import one_line_errors
 
@@ -38,7 +38,7 @@ class PipelinePolicy(FlowPolicy):
     """
 
     pipeline_class: ClassVar[Any]
-    default_lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    default_lora_targets: list[str] | str = ["to_q", "to_k", "to_v", "to_out.0"]
     guidance_scale: float = 1.0
     negative_prompt: str = ""
 
@@ -61,6 +61,10 @@ class PipelinePolicy(FlowPolicy):
             images: D source images where the family's text encoder sees them, else None.
         """
 
+    def encode_negatives(self, texts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, Tensor]:
+        """As `encode_texts`, for the negative prompt; some pipelines word it differently."""
+        return self.encode_texts(texts, images)
+
     @abstractmethod
     def predict(self, latents: Tensor, sigma: Tensor, told: dict[str, Tensor]) -> Tensor:
         """[B, ...] one pass of `self.active`, as a velocity (noise minus image).
@@ -74,6 +78,14 @@ class PipelinePolicy(FlowPolicy):
     def schedule(self, num_steps: int) -> dict[str, Any]:
         """What the pipeline hands to its scheduler's `set_timesteps` beside the number of steps."""
         return {}
+
+    def scheduler(self) -> Any:
+        """A fresh scheduler for `sigmas`; the pipeline's own stays as it came."""
+        return type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
+
+    def passed_parts(self) -> dict[str, Any]:
+        """Parts that `from_pretrained` is given instead of loading them, by name; None where the pipeline has none."""
+        return dict(absent_parts(self.model))
 
     def encode_sources(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """What the network is told by S source images: name -> [S, ...]."""
@@ -97,7 +109,9 @@ class PipelinePolicy(FlowPolicy):
         check_pipeline(self.model, self.pipeline_class.__name__)
         self.check_config()
         with one_line_errors(self.model):
-            self.pipe = self.pipeline_class.from_pretrained(self.model, torch_dtype=self.dtype, use_safetensors=True)
+            self.pipe = self.pipeline_class.from_pretrained(
+                self.model, torch_dtype=self.dtype, use_safetensors=True, **self.passed_parts()
+            )
         self.network = self.pipe.transformer
         for name, part in self.pipe.components.items():
             if isinstance(part, nn.Module) and part is not self.network:
@@ -132,7 +146,7 @@ class PipelinePolicy(FlowPolicy):
 
     def sigmas(self, num_steps: int) -> Tensor:
         """[num_steps + 1] fp32 from 1 to 0, by the pipeline's own scheduler."""
-        scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
+        scheduler = self.scheduler()
         for flag in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas"):
             if scheduler.config.get(flag):
                 raise ValueError(f"the scheduler of {self.model} sets {flag}, which rollouts do not support.")
@@ -154,11 +168,11 @@ class PipelinePolicy(FlowPolicy):
         distinct = None if images is None else [images[source_index.index(row)] for row in range(len(sources))]
 
         shown = None if distinct is None else [distinct[row] for _, row in pairs]
-        tensors = self._encode_texts([prompt for prompt, _ in pairs], shown)
+        tensors = self._encode_texts(self.encode_texts, [prompt for prompt, _ in pairs], shown)
         own_index: dict[str, list[int]] = {}
         if self.guided:
             # The negative prompt is the same for all; a text encoder that sees the source makes one per source.
-            negative = self._encode_texts([self.negative_prompt] * len(sources), distinct)
+            negative = self._encode_texts(self.encode_negatives, [self.negative_prompt] * len(sources), distinct)
             tensors |= {NEGATIVE + name: value for name, value in negative.items()}
             own_index |= {NEGATIVE + name: source_index for name in negative}
         if distinct is not None:
@@ -196,9 +210,14 @@ class PipelinePolicy(FlowPolicy):
             transformer_lora_adapter_metadata=self.network.peft_config["default"].to_dict(),
         )
 
-    def _encode_texts(self, texts: Sequence[str], images: Sequence[Image.Image] | None) -> dict[str, Tensor]:
+    def _encode_texts(
+        self,
+        encode: Callable[[Sequence[str], Sequence[Image.Image] | None], dict[str, Tensor]],
+        texts: Sequence[str],
+        images: Sequence[Image.Image] | None,
+    ) -> dict[str, Tensor]:
         parts = [
-            self.encode_texts(texts[rows], None if images is None else images[rows])
+            encode(texts[rows], None if images is None else images[rows])
             for rows in chunks(len(texts), self.micro_batch_size)
         ]
         return {name: torch.cat(_same_length([part[name] for part in parts])) for name in parts[0]}

@@ -34,6 +34,7 @@ class Family:
         options: arguments of the policy besides model, sampling and size.
         sources: takes source images.
         learning_rates: of full fine-tuning and LoRA for the toy reward.
+        parts: of a folder, what stock diffusers cannot load here by itself: name -> part for `from_pretrained`.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Family:
     options: dict[str, Any] = field(default_factory=dict)
     sources: bool = False
     learning_rates: tuple[float, float] = (1e-3, 1e-2)
+    parts: Callable[[Path], dict[str, Any]] = lambda folder: {}
 
     def save(self, folder: Path) -> Path:
         """The tiny pipeline's folder. Models made from a configuration are in training mode: dropout goes off."""
@@ -75,23 +77,27 @@ class Family:
         return [Image.fromarray(picture.numpy()) for picture in pixels]
 
 
-def byte_tokenizer(specials: Sequence[str] = (), **roles: Any) -> PreTrainedTokenizerFast:
+def byte_tokenizer(
+    specials: Sequence[str] = (), texts: Sequence[str] = PROMPTS, vocab_size: int = 400, **roles: Any
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer (Qwen's and Gemma's kind) over a few words.
 
     Args:
         specials: special tokens, first in the vocabulary.
+        texts: whose words get tokens.
+        vocab_size: at most this many tokens, the 256 bytes among them.
         **roles: `eos_token`, `pad_token`, `chat_template` and so on for the fast tokenizer.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
+        vocab_size=vocab_size,
         special_tokens=list(specials),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(PROMPTS, trainer)
+    bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **roles)
 
 

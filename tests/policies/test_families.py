@@ -18,9 +18,16 @@ from rewards.base import Reward, RewardBatch, Score
 from tests.policies.family import PROMPTS, Family
 from tests.policies.test_flux1 import perturb
 from tests.policies.tiny_flux1 import FLUX1
+from tests.policies.tiny_flux1_kontext import FLUX1_KONTEXT
+from tests.policies.tiny_flux2 import FLUX2_KLEIN, FLUX2_KLEIN_EDIT
+from tests.policies.tiny_qwen_image import QWEN_IMAGE
+from tests.policies.tiny_qwen_image_edit import QWEN_IMAGE_EDIT
+from tests.policies.tiny_sana import SANA
+from tests.policies.tiny_sd3 import SD3
+from tests.policies.tiny_z_image import Z_IMAGE
 from tests.test_prompt_rl import attach
 
-FAMILIES = [FLUX1]
+FAMILIES = [FLUX1, FLUX1_KONTEXT, FLUX2_KLEIN, FLUX2_KLEIN_EDIT, SD3, SANA, Z_IMAGE, QWEN_IMAGE, QWEN_IMAGE_EDIT]
 LORA = LoRA(rank=4, alpha=8)
 
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -33,7 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def stock(family: Family, folder: Path) -> DiffusionPipeline:
-    pipe = family.policy.pipeline_class.from_pretrained(folder)
+    pipe = family.policy.pipeline_class.from_pretrained(folder, **family.parts(folder))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -172,7 +179,7 @@ def test_bad_settings_are_refused_before_weights_are_loaded(family: Family, fold
         with pytest.raises(ValueError, match=message):
             policy.load()
         assert policy.pipe is None
-    others = [other for other in FAMILIES if other.name != family.name]
+    others = [other for other in FAMILIES if other.policy is not family.policy]
     for other in others:
         policy = other.policy(str(folder), Sampling(4, 2), height=height, width=width, **other.options)
         with pytest.raises(

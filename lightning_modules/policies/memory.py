@@ -1,0 +1,75 @@
+"""Ways to make a policy smaller: quantized frozen weights, recomputed activations, parts that wait on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+Quantization = Literal["nf4", "int8"]
+
+
+def quantize_linears(network: nn.Module, kind: Quantization, compute_dtype: torch.dtype) -> None:
+    """Puts bitsandbytes' layers in the place of all linear ones, so that adapters can be trained on them (QLoRA).
+
+    Weights are rounded when the network moves to its device. Biases, norms and embeddings stay as they are.
+
+    Args:
+        network: a frozen network with its weights loaded.
+        kind: `nf4` is 4-bit NormalFloat (arXiv 2305.14314), `int8` is LLM.int8() (arXiv 2208.07339).
+        compute_dtype: what products are computed in.
+    """
+    import bitsandbytes as bnb  # slow to import, and seldom needed
+
+    for name, module in list(network.named_modules()):
+        for child_name, child in list(module.named_children()):
+            if type(child) is not nn.Linear:
+                continue
+            bias, weight = child.bias is not None, child.weight.data
+            if kind == "nf4":
+                new = bnb.nn.Linear4bit(
+                    child.in_features, child.out_features, bias, compute_dtype=compute_dtype, quant_type="nf4"
+                )
+                new.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+            else:
+                new = bnb.nn.Linear8bitLt(child.in_features, child.out_features, bias, has_fp16_weights=False)
+                new.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+            if bias:
+                new.bias = nn.Parameter(child.bias.data, requires_grad=False)
+            setattr(network.get_submodule(name) if name else network, child_name, new)
+    # What peft looks at to choose its layers.
+    network.is_loaded_in_4bit, network.is_loaded_in_8bit = kind == "nf4", kind == "int8"  # type: ignore[assignment]
+    network.to(next(network.parameters()).device)  # rounds now, where the weights are
+
+
+@contextmanager
+def recomputing(network: nn.Module, on: bool) -> Iterator[None]:
+    """Inside, transformers' layers keep no activations and compute them again in the backward pass.
+
+    transformers does so in training mode only, but policies stay in evaluation mode (no dropout): the layers alone are
+    told that they train, what they are made of is not.
+    """
+    layers = [module for module in network.modules() if on and isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+
+
+@contextmanager
+def lent(parts: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Inside, parts that otherwise wait on the CPU are on the device."""
+    for part in parts:
+        part.to(device)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.to("cpu")

@@ -1,0 +1,148 @@
+"""Qwen-Image over the stock diffusers pipeline: packed latents, a masked text, guidance that keeps the length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import QwenImagePipeline
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from torch import Tensor
+
+from lightning_modules.policies.base import Sampling
+from lightning_modules.policies.loading import read_config
+from lightning_modules.policies.pipeline import PipelinePolicy
+from lightning_modules.rl.schedule import dynamic_mu
+
+
+class QwenImagePolicy(PipelinePolicy):
+    """Qwen-Image, or any `QwenImagePipeline` folder.
+
+    Args:
+        model: pipeline folder or hub id.
+        sampling: how rollouts are drawn.
+        guidance_scale: classifier-free guidance, off at 1 (4.0 is the pipeline's default `true_cfg_scale` and the model
+            card's; a few-step distilled model, which no configuration file tells apart, wants 1).
+        negative_prompt: what guidance leads away from (a space in the model card).
+        max_sequence_length: tokens per prompt, at most 1024 (the pipeline's default).
+        **kwargs: as for `PipelinePolicy`.
+    """
+
+    pipeline_class = QwenImagePipeline
+    default_lora_targets = [
+        *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+    ]
+
+    def __init__(
+        self,
+        model: str,
+        sampling: Sampling,
+        guidance_scale: float = 4.0,
+        negative_prompt: str = " ",
+        max_sequence_length: int = 512,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, sampling, **kwargs)
+        self.guidance_scale = guidance_scale
+        self.negative_prompt = negative_prompt
+        self.max_sequence_length = max_sequence_length
+
+    def check_config(self) -> None:
+        """Also refuses prompts that the pipeline cuts, and models with embedded guidance."""
+        super().check_config()
+        if not 1 <= self.max_sequence_length <= 1024:
+            raise ValueError(
+                f"`max_sequence_length` is {self.max_sequence_length}; {self.model} takes 1 to 1024 tokens."
+            )
+        if read_config(self.model, "transformer").get("guidance_embeds"):
+            # The stock transformer hands the guidance to a time embedding that has no such argument.
+            raise ValueError(
+                f"{self.model} sets `guidance_embeds`, which diffusers' Qwen-Image transformer cannot run; take a "
+                "model without embedded guidance."
+            )
+
+    def pixels_per_token(self) -> int:
+        """The VAE halves height and width once per entry of `temperal_downsample`, a token has 2 x 2 latent pixels."""
+        return int(2 ** (len(read_config(self.model, "vae")["temperal_downsample"]) + 1))
+
+    @property
+    def latent_grid(self) -> tuple[int, int]:
+        """Rows and columns of the picture's tokens."""
+        factor = 2 * self.pipe.vae_scale_factor
+        return self.height // factor, self.width // factor
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """[tokens, channels] of the packed latents: one token for 2 x 2 latent pixels."""
+        rows, columns = self.latent_grid
+        return rows * columns, self.network.config.in_channels
+
+    def schedule(self, num_steps: int) -> dict[str, Any]:
+        """Sigmas 1 ... 1/n and the shift for this number of image tokens; `shift_terminal` is the scheduler's work."""
+        config = self.pipe.scheduler.config
+        mu = dynamic_mu(
+            self.latent_shape[0],
+            base_seq_len=config.get("base_image_seq_len", 256),
+            max_seq_len=config.get("max_image_seq_len", 4096),
+            base_shift=config.get("base_shift", 0.5),
+            max_shift=config.get("max_shift", 1.15),
+        )
+        return {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps), "mu": mu}
+
+    def encode_texts(self, texts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, Tensor]:
+        """Tokens [D, L, C] padded on the right, and their mask [D, L]: 1 for tokens, 0 for padding."""
+        embeds, mask = self.pipe.encode_prompt(
+            list(texts), device=self.device, max_sequence_length=self.max_sequence_length
+        )
+        return {"embeds": embeds, "mask": embeds.new_ones(embeds.shape[:2], dtype=torch.long) if mask is None else mask}
+
+    def predict(self, latents: Tensor, sigma: Tensor, told: dict[str, Tensor]) -> Tensor:
+        """[B, tokens, channels] velocity; the transformer multiplies sigma by 1000 itself."""
+        batch, num_tokens = latents.shape[:2]
+        embeds, mask = _without_padding(told["embeds"], told["mask"])
+        tokens, grids = latents.to(self.dtype), [(1, *self.latent_grid)]
+        if "source" in told:  # Qwen-Image-Edit
+            _, channels, height, width = told["source"].shape
+            source = self.pipe._pack_latents(told["source"], batch, channels, height, width)
+            tokens = torch.cat([tokens, source], 1)
+            grids.append((1, height // 2, width // 2))
+        velocity: Tensor = self.active(
+            hidden_states=tokens,
+            timestep=sigma.expand(batch).to(self.dtype),
+            encoder_hidden_states=embeds,
+            encoder_hidden_states_mask=mask,
+            img_shapes=[grids] * batch,
+            return_dict=False,
+        )[0]
+        return velocity[:, :num_tokens]
+
+    def guide(self, positive: Tensor, negative: Tensor) -> Tensor:
+        """[B, tokens, channels] guidance, each token scaled back to the length that it has for the prompt alone."""
+        guided = super().guide(positive, negative)
+        return guided * (positive.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, 3, height, width] pictures in [0, 1] of packed latents, as one-frame videos of the VAE."""
+        vae = self.pipe.vae
+        unpacked = self.pipe._unpack_latents(latents, self.height, self.width, self.pipe.vae_scale_factor)
+        mean, std = (
+            torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        frames = vae.decode((unpacked * std + mean).to(self.dtype), return_dict=False)[0]
+        pictures: Tensor = VaeImageProcessor.denormalize(frames[:, :, 0])
+        return pictures.float()
+
+
+def _without_padding(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Texts cut to the longest one here, and their mask: None if it hides nothing, since attention is faster without.
+
+    Padding changes no result: it is masked as a key, and text positions count from the left.
+    """
+    shortest, longest = torch.stack(torch.aminmax(mask.sum(1))).tolist()
+    return embeds[:, :longest], None if shortest == longest else mask[:, :longest]

@@ -1,0 +1,135 @@
+"""Sana over the stock diffusers pipeline: linear attention, deeply compressed latents, Gemma 2 reads the prompt."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from torch import Tensor
+
+from lightning_modules.policies.base import Sampling
+from lightning_modules.policies.loading import read_config
+from lightning_modules.policies.pipeline import PipelinePolicy
+
+EULER = "FlowMatchEulerDiscreteScheduler"
+
+
+class SanaPolicy(PipelinePolicy):
+    """Sana, or any `SanaPipeline` folder.
+
+    Published folders sample by DPM-Solver++, a multistep method: a step needs the velocities before it, so that it is
+    no Markov transition that RL could give a probability. Rollouts, and evaluation with them, take Euler steps on the
+    schedule that the stock pipeline has with a `FlowMatchEulerDiscreteScheduler` of the same shift. Exports keep the
+    folder's own scheduler. Pictures are drawn in the size asked for, without the pipeline's binning of resolutions.
+    With dtype float16, which several cards advise, Gemma and the autoencoder stay in bfloat16, as diffusers' page on
+    Sana demands.
+
+    Args:
+        model: pipeline folder or hub id.
+        sampling: how rollouts are drawn.
+        guidance_scale: classifier-free guidance, off at 1 (the pipeline's default).
+        negative_prompt: what guidance leads away from.
+        complex_human_instruction: lines put before each prompt, though not before the negative one; true is the
+            pipeline's own, false none.
+        max_sequence_length: Gemma tokens per prompt (the pipeline's default).
+        **kwargs: as for `PipelinePolicy`.
+    """
+
+    pipeline_class = SanaPipeline
+
+    def __init__(
+        self,
+        model: str,
+        sampling: Sampling,
+        guidance_scale: float = 4.5,
+        negative_prompt: str = "",
+        complex_human_instruction: bool | list[str] = True,
+        max_sequence_length: int = 300,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, sampling, **kwargs)
+        self.guidance_scale = guidance_scale
+        self.negative_prompt = negative_prompt
+        self.complex_human_instruction = complex_human_instruction
+        self.max_sequence_length = max_sequence_length
+
+    def load(self) -> None:
+        """Also keeps float16 from the parts that do not work in it."""
+        super().load()
+        if self.dtype == torch.float16:
+            self.pipe.text_encoder.to(torch.bfloat16)
+            self.pipe.vae.to(torch.bfloat16)
+
+    def check_config(self) -> None:
+        """Also refuses a scheduler whose sigmas are not noise shares of a rectified flow."""
+        super().check_config()
+        config = read_config(self.model, "scheduler", "scheduler_config.json")
+        if config["_class_name"] != EULER and not config.get("use_flow_sigmas"):
+            raise ValueError(
+                f"the scheduler of {self.model} is a {config['_class_name']} without `use_flow_sigmas`; put a "
+                f"{EULER} there."
+            )
+
+    def pixels_per_token(self) -> int:
+        """DC-AE halves height and width between its stages; a patch is one latent pixel in published models."""
+        stages = len(read_config(self.model, "vae")["encoder_block_out_channels"])
+        return int(2 ** (stages - 1) * read_config(self.model, "transformer").get("patch_size", 1))
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """[channels, height / 32, width / 32]."""
+        factor = self.pipe.vae_scale_factor
+        return self.network.config.in_channels, self.height // factor, self.width // factor
+
+    def scheduler(self) -> Any:
+        """The folder's own scheduler if it takes Euler steps, else one that does with the same shift."""
+        config = self.pipe.scheduler.config
+        if isinstance(self.pipe.scheduler, FlowMatchEulerDiscreteScheduler):
+            return super().scheduler()
+        return FlowMatchEulerDiscreteScheduler(config.num_train_timesteps, shift=config.flow_shift)
+
+    def encode_texts(self, texts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, Tensor]:
+        """Gemma's tokens behind the instruction, and which of them are no padding."""
+        lines = self.complex_human_instruction
+        if lines is True:
+            lines = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+        return self._encode(texts, lines or None)
+
+    def encode_negatives(self, texts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, Tensor]:
+        """The negative prompt stands alone."""
+        return self._encode(texts, None)
+
+    def _encode(self, texts: Sequence[str], instruction: list[str] | None) -> dict[str, Tensor]:
+        embeds, mask, _, _ = self.pipe.encode_prompt(
+            texts,
+            do_classifier_free_guidance=False,
+            device=self.device,
+            max_sequence_length=self.max_sequence_length,
+            complex_human_instruction=instruction,
+        )
+        return {"embeds": embeds, "mask": mask}
+
+    def predict(self, latents: Tensor, sigma: Tensor, told: dict[str, Tensor]) -> Tensor:
+        """[B, channels, height / 32, width / 32] velocity; a learned variance, if any, is left out."""
+        config = self.network.config
+        velocity: Tensor = self.active(
+            latents.to(self.dtype),
+            encoder_hidden_states=told["embeds"].to(self.dtype),
+            encoder_attention_mask=told["mask"],
+            timestep=sigma.expand(len(latents)) * 1000 * config.timestep_scale,
+            return_dict=False,
+        )[0]
+        return velocity.chunk(2, dim=1)[0] if config.out_channels == 2 * config.in_channels else velocity
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, 3, height, width] pictures in [0, 1]."""
+        vae = self.pipe.vae
+        decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        pictures: Tensor = VaeImageProcessor.denormalize(decoded)
+        return pictures.float()

@@ -1,0 +1,112 @@
+"""Stable Diffusion 3 and 3.5 over the stock diffusers pipeline: spatial latents, three text encoders, guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from torch import Tensor
+
+from lightning_modules.policies.base import Sampling
+from lightning_modules.policies.loading import read_config
+from lightning_modules.policies.pipeline import PipelinePolicy
+from lightning_modules.rl.schedule import dynamic_mu
+
+
+class SD3Policy(PipelinePolicy):
+    """SD3 or SD3.5, or any `StableDiffusion3Pipeline` folder; T5, its third text encoder, may be absent.
+
+    Args:
+        model: pipeline folder or hub id.
+        sampling: how rollouts are drawn.
+        guidance_scale: classifier-free guidance, off at 1 (4.5 on the card of SD3.5-medium, 3.5 on SD3.5-large's, 7.0
+            on SD3-medium's; the distilled SD3.5-large-turbo, which no configuration file tells apart, wants 1).
+        negative_prompt: what guidance leads away from.
+        max_sequence_length: T5 tokens per prompt (the pipeline's default); the CLIPs always take 77.
+        **kwargs: as for `PipelinePolicy`.
+    """
+
+    pipeline_class = StableDiffusion3Pipeline
+    default_lora_targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+
+    def __init__(
+        self,
+        model: str,
+        sampling: Sampling,
+        guidance_scale: float = 4.5,
+        negative_prompt: str = "",
+        max_sequence_length: int = 256,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, sampling, **kwargs)
+        self.guidance_scale = guidance_scale
+        self.negative_prompt = negative_prompt
+        self.max_sequence_length = max_sequence_length
+
+    def check_config(self) -> None:
+        """Also refuses pictures that the transformer has no positions for."""
+        super().check_config()
+        positions = read_config(self.model, "transformer").get("pos_embed_max_size", 96)
+        longest = positions * self.pixels_per_token()
+        if max(self.height, self.width) > longest:
+            raise ValueError(
+                f"`height` and `width` are {self.height} x {self.width}; {self.model} draws at most {longest} pixels "
+                "a side."
+            )
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """[channels, height / 8, width / 8]."""
+        factor = self.pipe.vae_scale_factor
+        return self.network.config.in_channels, self.height // factor, self.width // factor
+
+    def schedule(self, num_steps: int) -> dict[str, Any]:
+        """Published models have a constant shift; with dynamic shifting, that for this number of image tokens."""
+        config = self.pipe.scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            return {}
+        _, height, width = self.latent_shape
+        patch = self.network.config.patch_size
+        mu = dynamic_mu(
+            (height // patch) * (width // patch),
+            base_seq_len=config.get("base_image_seq_len", 256),
+            max_seq_len=config.get("max_image_seq_len", 4096),
+            base_shift=config.get("base_shift", 0.5),
+            max_shift=config.get("max_shift", 1.16),
+        )
+        return {"mu": mu}
+
+    def encode_texts(self, texts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, Tensor]:
+        """Tokens of both CLIPs, then T5's (zeros where it is absent), and the pooled vector of both CLIPs."""
+        embeds, _, pooled, _ = self.pipe.encode_prompt(
+            texts,
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )
+        return {"embeds": embeds, "pooled": pooled}
+
+    def predict(self, latents: Tensor, sigma: Tensor, told: dict[str, Tensor]) -> Tensor:
+        """[B, channels, height / 8, width / 8] velocity."""
+        velocity: Tensor = self.active(
+            hidden_states=latents.to(self.dtype),
+            timestep=sigma.expand(len(latents)) * 1000,
+            encoder_hidden_states=told["embeds"],
+            pooled_projections=told["pooled"],
+            return_dict=False,
+        )[0]
+        return velocity
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, 3, height, width] pictures in [0, 1]."""
+        vae = self.pipe.vae
+        latents = latents.to(self.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+        pictures: Tensor = VaeImageProcessor.denormalize(vae.decode(latents, return_dict=False)[0])
+        return pictures.float()

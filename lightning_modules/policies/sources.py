@@ -1,0 +1,34 @@
+"""Source images of editing models: one size per batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+
+def crop_to(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
+    """An image scaled to cover (height, width) and cropped around its centre; None leaves it as it is."""
+    if size is None:
+        return image
+    return ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
+
+
+def stack_sources(pictures: Sequence[Tensor]) -> Tensor:
+    """[S, 3, h, w] of S pictures [1, 3, h, w].
+
+    Attention here has no mask and all samples share their position ids, so S sources must become equally many tokens.
+
+    Raises:
+        ValueError: if sizes differ.
+    """
+    sizes = sorted({(picture.shape[2], picture.shape[3]) for picture in pictures})
+    if len(sizes) > 1:
+        found = ", ".join(f"{height} x {width}" for height, width in sizes)
+        raise ValueError(
+            f"the source images of one batch would be encoded as {found} pixels; a batch takes one size: set "
+            "`source_size` to crop all of them to the same height and width."
+        )
+    return torch.cat(list(pictures))

@@ -1,0 +1,139 @@
+"""Z-Image over the stock diffusers pipeline: one stream of picture and caption tokens, captions of their own length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import ZImagePipeline
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from lightning_modules.policies.base import Sampling
+from lightning_modules.policies.loading import read_config
+from lightning_modules.policies.pipeline import PipelinePolicy
+from lightning_modules.rl.schedule import dynamic_mu
+
+
+class ZImagePolicy(PipelinePolicy):
+    """Z-Image or Z-Image-Turbo, or any `ZImagePipeline` folder.
+
+    The pipeline's `cfg_truncation`, which drops guidance late in the schedule, is left at its default: never.
+
+    Args:
+        model: pipeline folder or hub id.
+        sampling: how rollouts are drawn.
+        guidance_scale: classifier-free guidance as this pipeline counts it: 0 is off, and s stands for s + 1 elsewhere
+            (5.0 is the pipeline's default; the distilled Z-Image-Turbo, which no configuration file tells apart, wants
+            0).
+        negative_prompt: what guidance leads away from.
+        cfg_normalization: guidance may lengthen a picture's velocity to at most this many times that of the prompt
+            alone; 0 sets no limit (the pipeline's default; its `True` is 1).
+        max_sequence_length: tokens per prompt, chat template included (the pipeline's default).
+        **kwargs: as for `PipelinePolicy`.
+    """
+
+    pipeline_class = ZImagePipeline
+    default_lora_targets = [
+        *(f"attention.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.0")),
+        *(f"feed_forward.{layer}" for layer in ("w1", "w2", "w3")),
+    ]
+
+    def __init__(
+        self,
+        model: str,
+        sampling: Sampling,
+        guidance_scale: float = 5.0,
+        negative_prompt: str = "",
+        cfg_normalization: float = 0.0,
+        max_sequence_length: int = 512,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, sampling, **kwargs)
+        self.guidance_scale = guidance_scale
+        self.negative_prompt = negative_prompt
+        self.cfg_normalization = cfg_normalization
+        self.max_sequence_length = max_sequence_length
+
+    def check_config(self) -> None:
+        """Also refuses pictures and captions that the transformer has no positions for."""
+        super().check_config()
+        # Captions count along the first axis, and the picture stands one position behind them.
+        captions, rows, columns = read_config(self.model, "transformer")["axes_lens"]
+        factor = self.pixels_per_token()
+        if self.height > rows * factor or self.width > columns * factor:
+            raise ValueError(
+                f"`height` and `width` are {self.height} x {self.width}; {self.model} draws at most {rows * factor} x "
+                f"{columns * factor} pixels."
+            )
+        longest = (captions - 2) // 32 * 32  # the transformer fills captions up to multiples of 32
+        if self.max_sequence_length > longest:
+            raise ValueError(
+                f"`max_sequence_length` is {self.max_sequence_length}; {self.model} takes at most {longest} tokens."
+            )
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """[channels, height / 8, width / 8]."""
+        factor = self.pipe.vae_scale_factor
+        return self.network.config.in_channels, self.height // factor, self.width // factor
+
+    def schedule(self, num_steps: int) -> dict[str, Any]:
+        """Sigmas 1 ... 1/n; published models shift them by a constant, others by this number of picture tokens."""
+        config, (_, height, width) = self.pipe.scheduler.config, self.latent_shape
+        mu = dynamic_mu(
+            (height // 2) * (width // 2),
+            base_seq_len=config.get("base_image_seq_len", 256),
+            max_seq_len=config.get("max_image_seq_len", 4096),
+            base_shift=config.get("base_shift", 0.5),
+            max_shift=config.get("max_shift", 1.15),
+        )
+        return {"sigmas": torch.linspace(1.0, 1 / num_steps, num_steps).tolist(), "mu": mu}
+
+    @property
+    def guided(self) -> bool:
+        """Whether each velocity takes two passes: here from 0 on, not from 1."""
+        return self.guidance_scale > 0
+
+    def guide(self, positive: Tensor, negative: Tensor) -> Tensor:
+        """[B, ...] the prompt's velocity, led away from the negative prompt's (arXiv 2205.11487, Eq. 2, s = w - 1)."""
+        guided = positive + self.guidance_scale * (positive - negative)
+        if self.cfg_normalization > 0:
+            limit = self.cfg_normalization * positive.flatten(1).norm(dim=1)
+            factor = (limit / guided.flatten(1).norm(dim=1)).clamp(max=1)
+            guided = guided * factor.view(-1, 1, 1, 1)
+        return guided
+
+    def encode_texts(self, texts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, Tensor]:
+        """Qwen3's hidden states of each chat, and which of them are no padding."""
+        # The pipeline writes the chats into the list that it is given.
+        captions, _ = self.pipe.encode_prompt(
+            list(texts),
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )
+        masks = [torch.ones(len(caption), dtype=torch.bool, device=caption.device) for caption in captions]
+        return {"embeds": pad_sequence(captions, batch_first=True), "mask": pad_sequence(masks, batch_first=True)}
+
+    def predict(self, latents: Tensor, sigma: Tensor, told: dict[str, Tensor]) -> Tensor:
+        """[B, channels, height / 8, width / 8] velocity; the transformer's own points from noise to image."""
+        lengths = told["mask"].sum(1).tolist()
+        outputs = self.active(
+            list(latents.to(self.dtype).unsqueeze(2)),
+            (1000 - 1000 * sigma.expand(len(latents))) / 1000,  # 1 - sigma as the pipeline rounds it
+            [caption[:length] for caption, length in zip(told["embeds"], lengths, strict=True)],
+            return_dict=False,
+        )[0]
+        return -torch.stack(outputs).squeeze(2)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, 3, height, width] pictures in [0, 1]."""
+        vae = self.pipe.vae
+        latents = latents.to(self.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+        pictures: Tensor = VaeImageProcessor.denormalize(vae.decode(latents, return_dict=False)[0])
+        return pictures.float()
