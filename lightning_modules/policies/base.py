@@ -6,7 +6,7 @@ import copy
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from lightning_modules.policies.memory import Quantization, quantize_linears
 from lightning_modules.rl.schedule import Window, sde_step_indices
 from lightning_modules.rl.sde import SDEType, Transition, euler, sde_by_name
 from lightning_modules.rollout import Conditioning, Trajectory, chunks, generators_for
@@ -54,6 +55,8 @@ class Policy(nn.Module, ABC):
         lora: adapters; null trains all weights.
         dtype: of the loaded weights.
         micro_batch_size: samples per forward pass, in rollout and update alike; null is all at once.
+        gradient_checkpointing: computes activations again in the backward pass in place of keeping them.
+        quantization: keeps the frozen weights in 4 or 8 bits (bitsandbytes); an agent that learns needs `lora` then.
     """
 
     default_lora_targets: list[str] | str
@@ -70,8 +73,20 @@ class Policy(nn.Module, ABC):
         lora: LoRA | None,
         dtype: DType,
         micro_batch_size: int | None,
+        gradient_checkpointing: bool = False,
+        quantization: Quantization | None = None,
     ) -> None:
         super().__init__()
+        agent = "flow" if isinstance(self, FlowPolicy) else "language"
+        if quantization is not None and learning_rate is not None and lora is None:
+            raise ValueError(
+                f"`{agent}.quantization` is {quantization}, whose weights cannot be trained; add `{agent}.lora`."
+            )
+        if learning_rate is not None and lora is None and dtype != "float32" and learning_rate < 1e-5:
+            raise ValueError(
+                f"`{agent}` trains all weights in {dtype} with a learning rate of {learning_rate:g}, most of whose "
+                "updates would be rounded away; use `dtype: float32` with `trainer.precision: bf16-mixed`, or `lora`."
+            )
         self.model = model
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -82,6 +97,8 @@ class Policy(nn.Module, ABC):
         self.lora = lora
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.micro_batch_size = micro_batch_size
+        self.gradient_checkpointing = gradient_checkpointing
+        self.quantization: Quantization | None = quantization
         self.network: Any = None
         self._frozen_copy: nn.Module | None = None
         self._use_frozen_copy = False
@@ -112,6 +129,8 @@ class Policy(nn.Module, ABC):
         """Freezes everything but what this agent learns, and keeps a reference if the KL needs one."""
         self.requires_grad_(False)
         self.eval()
+        if self.quantization is not None:
+            quantize_linears(self.network, self.quantization, self.dtype)
         if not self.trained:
             return
         if self.lora is not None:
@@ -216,6 +235,8 @@ class FlowPolicy(Policy):
         lora: adapters; null trains all of the transformer.
         dtype: of the loaded weights.
         micro_batch_size: pictures per forward pass, in rollout and update alike; null is all at once.
+        gradient_checkpointing: computes activations again in the backward pass in place of keeping them.
+        quantization: keeps the frozen weights in 4 or 8 bits (bitsandbytes); a flow model that learns needs `lora`.
     """
 
     def __init__(
@@ -232,6 +253,8 @@ class FlowPolicy(Policy):
         lora: LoRA | None = None,
         dtype: DType = "bfloat16",
         micro_batch_size: int | None = None,
+        gradient_checkpointing: bool = False,
+        quantization: Quantization | None = None,
     ) -> None:
         super().__init__(
             model=model,
@@ -244,6 +267,8 @@ class FlowPolicy(Policy):
             lora=lora,
             dtype=dtype,
             micro_batch_size=micro_batch_size,
+            gradient_checkpointing=gradient_checkpointing,
+            quantization=quantization,
         )
         self.sampling = sampling
         self.height = height
@@ -321,8 +346,13 @@ class FlowPolicy(Policy):
     @torch.no_grad()
     def pictures(self, trajectory: Trajectory) -> Tensor:
         """[B, 3, height, width] the pictures that trajectories ended in, values in [0, 1]."""
-        parts = [self.decode(trajectory.final[rows]) for rows in chunks(len(trajectory), self.micro_batch_size)]
+        with self.decoding():
+            parts = [self.decode(trajectory.final[rows]) for rows in chunks(len(trajectory), self.micro_batch_size)]
         return torch.cat(parts)
+
+    def decoding(self) -> AbstractContextManager[None]:
+        """Inside, the parts that `decode` needs are where it runs."""
+        return nullcontext()
 
     def replay(self, trajectory: Trajectory, step: int) -> Transition:
         """The distribution that the policy, as it is now, gives to the SDE step number `step` of a trajectory."""
@@ -355,7 +385,8 @@ class FlowPolicy(Policy):
             generators = generators_for(seeds[rows])
             parts.append(self._sample_chunk(conditioning.rows(rows), generators, sigmas, sde_steps))
             if on_drawn is not None:
-                on_drawn(rows, self.decode(parts[-1][-1]))
+                with self.decoding():
+                    on_drawn(rows, self.decode(parts[-1][-1]))
         latents, next_latents, log_probs, final = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         return Trajectory(latents, next_latents, log_probs, final, sigmas, sde_steps, conditioning)
 

@@ -53,10 +53,10 @@ class KontextPolicy(Flux1Policy):
         pixels = stack_sources([self._preprocess(crop_to(image, self.source_size)) for image in images])
         latents = torch.cat([self.pipe._encode_vae_image(part, generator=None) for part in pixels.split(1)])
         batch, channels, height, width = latents.shape
-        ids = self.pipe._prepare_latent_image_ids(batch, height // 2, width // 2, latents.device, latents.dtype)
+        ids = self.pipe._prepare_latent_image_ids(batch, height // 2, width // 2, latents.device, self.dtype)
         ids[..., 0] = 1  # the pipeline's mark of a source; the picture being drawn has 0
         packed = self.pipe._pack_latents(latents, batch, channels, height, width)
-        return {"source": packed, "source_ids": ids.expand(batch, -1, -1)}
+        return {"source": packed.to(self.dtype), "source_ids": ids.expand(batch, -1, -1)}
 
     def _preprocess(self, image: Image.Image) -> Tensor:
         processor = self.pipe.image_processor
@@ -65,4 +65,4 @@ class KontextPolicy(Flux1Policy):
             aspect = width / height
             _, width, height = min((abs(aspect - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
         pixels: Tensor = processor.preprocess(image, *processor.get_default_height_width(image, height, width))
-        return pixels.to(self.device, self.dtype)
+        return pixels.to(self.device, self.pipe.vae.dtype)

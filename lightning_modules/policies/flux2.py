@@ -105,11 +105,11 @@ class Flux2KleinPolicy(PipelinePolicy):
         pixels = stack_sources([self._preprocess(crop_to(image, self.source_size)) for image in images])
         # One call a source: several in one call would be several references of one picture.
         encoded = [
-            self.pipe.prepare_image_latents([part], 1, generator=None, device=self.device, dtype=self.dtype)
+            self.pipe.prepare_image_latents([part], 1, generator=None, device=self.device, dtype=self.pipe.vae.dtype)
             for part in pixels.split(1)
         ]
         latents, ids = zip(*encoded, strict=True)
-        return {"source": torch.cat(latents), "source_ids": torch.cat(ids)}
+        return {"source": torch.cat(latents).to(self.dtype), "source_ids": torch.cat(ids)}
 
     def _preprocess(self, image: Image.Image) -> Tensor:
         processor, factor = self.pipe.image_processor, 2 * self.pipe.vae_scale_factor
@@ -145,6 +145,6 @@ class Flux2KleinPolicy(PipelinePolicy):
         vae = self.pipe.vae
         mean, variance = (x.float().view(1, -1, 1, 1) for x in (vae.bn.running_mean, vae.bn.running_var))
         latents = latents * torch.sqrt(variance + vae.config.batch_norm_eps) + mean
-        unpacked = self.pipe._unpatchify_latents(latents).to(self.dtype)
+        unpacked = self.pipe._unpatchify_latents(latents).to(vae.dtype)
         pictures: Tensor = VaeImageProcessor.denormalize(vae.decode(unpacked, return_dict=False)[0])
         return pictures.float()

@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from datamodules.base import PromptSample
 from lightning_modules.policies.base import DType, LoRA, Policy
 from lightning_modules.policies.loading import check_language_model, lora_config
+from lightning_modules.policies.memory import Quantization, recomputing
 from lightning_modules.policies.templates import GENERAL, fill, parse_answer
 from lightning_modules.rl.log_probs import completion_mask, position_ids, token_log_probs
 from lightning_modules.rollout import Completions, SeenImages
@@ -56,6 +57,8 @@ class LanguagePolicy(Policy):
         lora: adapters; null trains all weights.
         dtype: of the loaded weights.
         micro_batch_size: completions per forward pass of the update; null is all at once.
+        gradient_checkpointing: computes activations again in the backward pass in place of keeping them.
+        quantization: keeps the frozen weights in 4 or 8 bits (bitsandbytes); a refiner that learns needs `lora`.
     """
 
     default_lora_targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -77,6 +80,8 @@ class LanguagePolicy(Policy):
         lora: LoRA | None = None,
         dtype: DType = "bfloat16",
         micro_batch_size: int | None = None,
+        gradient_checkpointing: bool = False,
+        quantization: Quantization | None = None,
     ) -> None:
         super().__init__(
             model=model,
@@ -89,6 +94,8 @@ class LanguagePolicy(Policy):
             lora=lora,
             dtype=dtype,
             micro_batch_size=micro_batch_size,
+            gradient_checkpointing=gradient_checkpointing,
+            quantization=quantization,
         )
         if "{prompt}" not in template:
             raise ValueError("`language.template` has no {prompt}, so the refiner would never see the prompt; add it.")
@@ -127,6 +134,8 @@ class LanguagePolicy(Policy):
         for parameter in self.network.parameters():
             if id(parameter) not in learning:
                 parameter.requires_grad_(False)
+        if self.gradient_checkpointing:
+            self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
 
     def _add_adapters(self, lora: LoRA) -> None:
         sees = hasattr(self.network.config, "vision_config")
@@ -172,7 +181,8 @@ class LanguagePolicy(Policy):
         """
         ids = torch.cat([completions.prompt_ids, completions.tokens], dim=1)
         attention = torch.cat([completions.prompt_mask, completions.mask.long()], dim=1)
-        hidden = self._hidden(ids, attention, completions.seen, use_cache=False)
+        with recomputing(self.active, on=self.gradient_checkpointing and torch.is_grad_enabled()):
+            hidden = self._hidden(ids, attention, completions.seen, use_cache=False)
         start, head = completions.prompt_ids.shape[1] - 1, self.causal_lm.get_output_embeddings()
         return token_log_probs(hidden[:, start:-1], head, completions.tokens, temperature=self.temperature)
 

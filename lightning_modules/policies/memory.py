@@ -11,12 +11,14 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 Quantization = Literal["nf4", "int8"]
+BLOCK = 64
+"""Weights that share a scale in NF4; rows of another length have no CPU kernel and occur in toy models only."""
 
 
 def quantize_linears(network: nn.Module, kind: Quantization, compute_dtype: torch.dtype) -> None:
     """Puts bitsandbytes' layers in the place of all linear ones, so that adapters can be trained on them (QLoRA).
 
-    Weights are rounded when the network moves to its device. Biases, norms and embeddings stay as they are.
+    Biases, norms, embeddings and the last layer stay as they are.
 
     Args:
         network: a frozen network with its weights loaded.
@@ -27,14 +29,17 @@ def quantize_linears(network: nn.Module, kind: Quantization, compute_dtype: torc
 
     for name, module in list(network.named_modules()):
         for child_name, child in list(module.named_children()):
-            if type(child) is not nn.Linear:
-                continue
+            if type(child) is not nn.Linear or child_name in ("lm_head", "proj_out") or child.in_features % BLOCK:
+                continue  # heads: small in a flow model, tied to the embedding in a language model
             bias, weight = child.bias is not None, child.weight.data
+            new: nn.Linear
             if kind == "nf4":
                 new = bnb.nn.Linear4bit(
                     child.in_features, child.out_features, bias, compute_dtype=compute_dtype, quant_type="nf4"
                 )
                 new.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+                # A CPU kernel that rounds otherwise, repacks the weights for good and fails once gradients are on.
+                new.support_avx512bf16_for_cpu = False
             else:
                 new = bnb.nn.Linear8bitLt(child.in_features, child.out_features, bias, has_fp16_weights=False)
                 new.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
@@ -42,7 +47,7 @@ def quantize_linears(network: nn.Module, kind: Quantization, compute_dtype: torc
                 new.bias = nn.Parameter(child.bias.data, requires_grad=False)
             setattr(network.get_submodule(name) if name else network, child_name, new)
     # What peft looks at to choose its layers.
-    network.is_loaded_in_4bit, network.is_loaded_in_8bit = kind == "nf4", kind == "int8"  # type: ignore[assignment]
+    setattr(network, "is_loaded_in_4bit" if kind == "nf4" else "is_loaded_in_8bit", True)
     network.to(next(network.parameters()).device)  # rounds now, where the weights are
 
 

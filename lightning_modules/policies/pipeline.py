@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,8 +16,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_modules.policies.base import FlowPolicy, LoRA, Sampling
+from lightning_modules.policies.base import DType, FlowPolicy, LoRA, Sampling
 from lightning_modules.policies.loading import absent_parts, check_pipeline, lora_config, read_config
+from lightning_modules.policies.memory import lent
 from lightning_modules.rollout import Conditioning, chunks
 from rewards.models import one_line_errors
 
@@ -34,6 +36,10 @@ class PipelinePolicy(FlowPolicy):
         model: pipeline folder or hub id.
         sampling: how rollouts are drawn.
         batch_guidance: run the two passes of classifier-free guidance as one batch; faster on a GPU that is not full.
+        offload: keep text encoders and VAE on the CPU between uses.
+        frozen_dtype: of text encoders and VAE; null is `dtype`.
+        attention_backend: one of diffusers' (such as `flash`, `sage`, `_native_cudnn`); null is PyTorch's own choice.
+        compile: compile the network's repeated blocks with torch.compile.
         **kwargs: as for `FlowPolicy`.
     """
 
@@ -42,9 +48,23 @@ class PipelinePolicy(FlowPolicy):
     guidance_scale: float = 1.0
     negative_prompt: str = ""
 
-    def __init__(self, model: str, sampling: Sampling, batch_guidance: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: str,
+        sampling: Sampling,
+        batch_guidance: bool = False,
+        offload: bool = False,
+        frozen_dtype: DType | None = None,
+        attention_backend: str | None = None,
+        compile: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(model, sampling, **kwargs)
         self.batch_guidance = batch_guidance
+        self.offload = offload
+        self.frozen_dtype: torch.dtype = self.dtype if frozen_dtype is None else getattr(torch, frozen_dtype)
+        self.attention_backend = attention_backend
+        self.compile_blocks = compile
         self.pipe: Any = None
 
     # --- what a family says ---------------------------------------------------------------------------------------
@@ -110,13 +130,39 @@ class PipelinePolicy(FlowPolicy):
         self.check_config()
         with one_line_errors(self.model):
             self.pipe = self.pipeline_class.from_pretrained(
-                self.model, torch_dtype=self.dtype, use_safetensors=True, **self.passed_parts()
+                self.model,
+                torch_dtype={"transformer": self.dtype, "default": self.frozen_dtype},
+                use_safetensors=True,
+                **self.passed_parts(),
             )
         self.network = self.pipe.transformer
-        for name, part in self.pipe.components.items():
-            if isinstance(part, nn.Module) and part is not self.network:
+        for name, part in self._frozen_parts().items():
+            part.requires_grad_(False).eval()
+            if not self.offload:
                 self.add_module(name, part)
         self._prepare()
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        if self.gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()
+        if self.attention_backend is not None:
+            self.network.set_attention_backend(self.attention_backend)
+        if self.compile_blocks:
+            self.network.compile_repeated_blocks()
+
+    def _frozen_parts(self) -> dict[str, nn.Module]:
+        """Text encoders and VAE."""
+        parts = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
+        return {name: part for name, part in parts.items() if part is not self.network}
+
+    def decoding(self) -> AbstractContextManager[None]:
+        """Inside, the VAE is on the policy's device."""
+        return lent([self.pipe.vae], self.device) if self.offload else nullcontext()
+
+    def encoding(self) -> AbstractContextManager[None]:
+        """Inside, text encoders and VAE are on the policy's device."""
+        return lent(list(self._frozen_parts().values()), self.device) if self.offload else nullcontext()
 
     def check_config(self) -> None:
         """Refuses settings that the model cannot take; reads configuration files only, no weights."""
@@ -168,23 +214,48 @@ class PipelinePolicy(FlowPolicy):
         distinct = None if images is None else [images[source_index.index(row)] for row in range(len(sources))]
 
         shown = None if distinct is None else [distinct[row] for _, row in pairs]
-        tensors = self._encode_texts(self.encode_texts, [prompt for prompt, _ in pairs], shown)
+        with self.encoding():
+            tensors, own_index = self._encode_distinct([prompt for prompt, _ in pairs], shown, distinct, source_index)
+        device = self.device
+        return Conditioning(
+            {name: self._placed(value) for name, value in tensors.items()},
+            torch.tensor(index, device=device),
+            {name: torch.tensor(rows, device=device) for name, rows in own_index.items()},
+        )
+
+    def _encode_distinct(
+        self,
+        prompts: Sequence[str],
+        shown: Sequence[Image.Image] | None,
+        distinct: Sequence[Image.Image] | None,
+        source_index: list[int],
+    ) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+        """All that the network is told, and which row each sample takes of what does not go by prompt.
+
+        Args:
+            prompts: D texts.
+            shown: the D source images that go with them, or None.
+            distinct: S source images, or None.
+            source_index: [B] numbers of the samples' source images (zeros without).
+        """
+        tensors = self._encode_texts(self.encode_texts, prompts, shown)
         own_index: dict[str, list[int]] = {}
         if self.guided:
             # The negative prompt is the same for all; a text encoder that sees the source makes one per source.
-            negative = self._encode_texts(self.encode_negatives, [self.negative_prompt] * len(sources), distinct)
+            texts = [self.negative_prompt] * (max(source_index) + 1)
+            negative = self._encode_texts(self.encode_negatives, texts, distinct)
             tensors |= {NEGATIVE + name: value for name, value in negative.items()}
             own_index |= {NEGATIVE + name: source_index for name in negative}
         if distinct is not None:
             told = self.encode_sources(distinct)
             tensors |= told
             own_index |= dict.fromkeys(told, source_index)
-        device = self.device
-        return Conditioning(
-            {name: value.to(device) for name, value in tensors.items()},
-            torch.tensor(index, device=device),
-            {name: torch.tensor(rows, device=device) for name, rows in own_index.items()},
-        )
+        return tensors, own_index
+
+    def _placed(self, value: Tensor) -> Tensor:
+        """A tensor on the network's device and, where the frozen parts compute in another type, in the network's."""
+        other = value.is_floating_point() and self.frozen_dtype != self.dtype
+        return value.to(self.device, self.dtype if other else value.dtype)
 
     def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """[B, ...] fp32 velocity, with classifier-free guidance where the family uses it."""

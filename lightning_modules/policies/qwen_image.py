@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ class QwenImagePolicy(PipelinePolicy):
         **kwargs: as for `PipelinePolicy`.
     """
 
-    pipeline_class = QwenImagePipeline
+    pipeline_class: ClassVar[Any] = QwenImagePipeline
     default_lora_targets = [
         *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
         *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
@@ -134,7 +134,7 @@ class QwenImagePolicy(PipelinePolicy):
             torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
-        frames = vae.decode((unpacked * std + mean).to(self.dtype), return_dict=False)[0]
+        frames = vae.decode((unpacked * std + mean).to(vae.dtype), return_dict=False)[0]
         pictures: Tensor = VaeImageProcessor.denormalize(frames[:, :, 0])
         return pictures.float()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -90,7 +89,7 @@ class QwenImageEditPolicy(QwenImagePolicy):
         """[S, channels, h, w] normalised latents (the mode of the VAE's posterior) of S source images."""
         processor = self.pipe.image_processor
         pixels = stack_sources([processor.preprocess(*self._resized(image, self.source_area)) for image in images])
-        frames = pixels.to(self.device, self.dtype).unsqueeze(2).split(1)
+        frames = pixels.to(self.device, self.pipe.vae.dtype).unsqueeze(2).split(1)
         latents = [self.pipe._encode_vae_image(frame, generator=None) for frame in frames]
         return {"source": torch.cat(latents).squeeze(2)}
 

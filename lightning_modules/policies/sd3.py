@@ -107,6 +107,6 @@ class SD3Policy(PipelinePolicy):
     def decode(self, latents: Tensor) -> Tensor:
         """[B, 3, height, width] pictures in [0, 1]."""
         vae = self.pipe.vae
-        latents = latents.to(self.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+        latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
         pictures: Tensor = VaeImageProcessor.denormalize(vae.decode(latents, return_dict=False)[0])
         return pictures.float()

@@ -174,14 +174,14 @@ def test_bad_settings_are_refused_before_weights_are_loaded(family: Family, fold
         ({"height": height + 1, "width": width}, rf"`height` and `width` are {height + 1} x {width}; .* multiples of"),
         ({"lora": LoRA(targets=["to_q", "nope"])}, r"`flow\.lora\.targets` names nope, which matches no module"),
     ):
-        options = {"height": height, "width": width} | family.options | options
+        options = {"height": height, "width": width, "dtype": "float32"} | family.options | options
         policy = family.policy(str(folder), Sampling(4, 2), **options)
         with pytest.raises(ValueError, match=message):
             policy.load()
         assert policy.pipe is None
     others = [other for other in FAMILIES if other.policy is not family.policy]
     for other in others:
-        policy = other.policy(str(folder), Sampling(4, 2), height=height, width=width, **other.options)
+        policy = other.policy(str(folder), Sampling(4, 2), height=height, width=width, dtype="float32", **other.options)
         with pytest.raises(
             ValueError, match=rf"is a {family.policy.pipeline_class.__name__}, .*{family.policy.__name__}"
         ):

@@ -29,7 +29,8 @@ def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refused(folder: Path, message: str, **options: object) -> None:
-    policy = Flux2KleinPolicy(str(folder), Sampling(4, 0), **({"height": 32, "width": 32} | OPTIONS | options))
+    fixed = {"height": 32, "width": 32, "dtype": "float32"}
+    policy = Flux2KleinPolicy(str(folder), Sampling(4, 0), **(fixed | OPTIONS | options))
     with pytest.raises(ValueError, match=message):
         policy.load()
     assert policy.pipe is None  # no weights were read
