@@ -1,0 +1,94 @@
+"""Takes a multipart body apart as it streams in: bytes by name, in memory, whether or not a part has a filename."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable
+
+from python_multipart import MultipartParser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
+
+
+class MultipartError(ValueError):
+    """The body is no multipart body that we take, in one sentence."""
+
+
+async def read_parts(content_type: str, stream: AsyncIterable[bytes], max_parts: int) -> dict[str, bytes]:
+    """The parts of a `multipart/form-data` body by name.
+
+    Args:
+        content_type: the request's header, which holds the boundary.
+        stream: the body; bounding its length is the caller's business.
+        max_parts: most parts.
+
+    Raises:
+        MultipartError: if the body is malformed or ends early, has too many parts, or two of one name.
+    """
+    parts = _Parts(max_parts)
+    try:
+        boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
+        if not boundary:
+            raise MultipartError("the Content-Type names no multipart boundary.")
+        parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": parts.begin,
+                "on_header_field": parts.header_field,
+                "on_header_value": parts.header_value,
+                "on_header_end": parts.header_end,
+                "on_headers_finished": parts.headers_finished,
+                "on_part_data": parts.data,
+                "on_end": parts.end,
+            },
+        )
+        async for chunk in stream:
+            parser.write(chunk)
+        parser.finalize()
+    except FormParserError as error:
+        raise MultipartError("the body is not well-formed multipart.") from error
+    if not parts.complete:
+        raise MultipartError("the body ends before its last multipart boundary.")
+    return {name: bytes(data) for name, data in parts.by_name.items()}
+
+
+class _Parts:
+    """What the parser calls."""
+
+    def __init__(self, max_parts: int) -> None:
+        self.max_parts = max_parts
+        self.by_name: dict[str, bytearray] = {}
+        self.complete = False
+        self._part = bytearray()
+        self._field = b""
+        self._value = b""
+        self._disposition = b""
+
+    def begin(self) -> None:
+        self._field = self._value = self._disposition = b""
+
+    def header_field(self, data: bytes, start: int, end: int) -> None:
+        self._field += data[start:end]
+
+    def header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def header_end(self) -> None:
+        if self._field.lower() == b"content-disposition":
+            self._disposition = self._value
+        self._field = self._value = b""
+
+    def headers_finished(self) -> None:
+        name = parse_options_header(self._disposition)[1].get(b"name", b"").decode(errors="replace")
+        if not name:
+            raise MultipartError("a part of the multipart body has no name.")
+        if name in self.by_name:
+            raise MultipartError(f"there are two parts {name[:70]!r}: give every part a name of its own.")
+        if len(self.by_name) == self.max_parts:
+            raise MultipartError(f"the body has more than {self.max_parts} parts.")
+        self._part = self.by_name[name] = bytearray()
+
+    def data(self, data: bytes, start: int, end: int) -> None:
+        self._part += data[start:end]
+
+    def end(self) -> None:
+        self.complete = True
