@@ -49,6 +49,16 @@ class Benchmark(L.Callback, ABC):
         """What the scores of an evaluation set are called in logs and results: its name, if nothing else is said."""
         return name
 
+    @property
+    def title(self) -> str:
+        """What sets this benchmark apart from others of the run, in the table, the history and the checkpoint."""
+        return type(self).__name__ + (f" of {', '.join(self.sets)}" if self.sets else "")
+
+    @property
+    def state_key(self) -> str:
+        """Lightning's name for `state_dict`: one for each benchmark of a run."""
+        return self.title
+
     @abstractmethod
     def new_metric(self) -> Metric:
         """An empty metric whose `compute` gives a dict of scores."""
@@ -141,7 +151,7 @@ class Benchmark(L.Callback, ABC):
         """Headline scores before and after, per set and mode, on the console."""
         first, last = self.history[0], self.history[-1]
         fitted = last["step"] > first["step"]
-        table = Table(title=f"{type(self).__name__} after {last['rollouts']:,} rollouts ({last['seconds']:.0f} s)")
+        table = Table(title=f"{self.title} after {last['rollouts']:,} rollouts ({last['seconds']:.0f} s)")
         for column in ("set", "prompt", *(("before", "after", "change") if fitted else ("score",))):
             table.add_column(column, justify="left" if column in ("set", "prompt") else "right")
         for name, modes in last["results"].items():
@@ -160,7 +170,7 @@ class Benchmark(L.Callback, ABC):
         last = self.history[-1]
         merged |= last["results"] | {"rollouts": last["rollouts"], "seconds": last["seconds"]}
         merged["before"] = merged.get("before", {}) | self.history[0]["results"]
-        merged.setdefault("history", {})[type(self).__name__] = self.history
+        merged.setdefault("history", {})[self.title] = self.history
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(_without_nan(merged), indent=2) + "\n")
 

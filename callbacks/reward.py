@@ -30,6 +30,11 @@ class RewardBenchmark(Benchmark):
         super().__init__(sets)
         self.reward = reward
 
+    @property
+    def title(self) -> str:
+        """Names the reward, too."""
+        return f"{super().title} by {self.reward.name}"
+
     def key(self, name: str) -> str:
         """The set's name, with the reward's where they differ."""
         return name if name == self.reward.name else f"{name}/{self.reward.name}"
