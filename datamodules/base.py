@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import NamedTuple, TypeVar, cast
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datamodules.sample import PromptSample as PromptSample
+
+_Batch = TypeVar("_Batch")
 
 
 class EpochSampler(Sampler[int]):
@@ -126,6 +128,14 @@ class ResumableLoader(DataLoader[PromptSample]):
         return self.sampler
 
 
+class PredictBatch(NamedTuple):
+    """Prompts of one set to draw together, for `lightning predict`."""
+
+    name: str
+    """Name of the set."""
+    samples: list[PromptSample]
+
+
 class PromptDataModule(L.LightningDataModule):
     """Base of all data modules: a subclass says which prompts, this class makes the loaders.
 
@@ -157,6 +167,8 @@ class PromptDataModule(L.LightningDataModule):
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.eval_names: list[str] = []
         """Names of the evaluation sets, in the order of the loaders (index = Lightning's `dataloader_idx`)."""
+        self.predicted: set[tuple[str, str]] = set()
+        """Set and id of prompts whose pictures an earlier `lightning predict` has left; a callback says so."""
 
     @abstractmethod
     def train_samples(self) -> list[PromptSample]:
@@ -169,6 +181,10 @@ class PromptDataModule(L.LightningDataModule):
     def test_samples(self) -> dict[str, list[PromptSample]]:
         """Likewise for `lightning test`; the validation sets unless a subclass has fresh ones."""
         return self.eval_samples()
+
+    def predict_samples(self) -> dict[str, list[PromptSample]]:
+        """Likewise for `lightning predict`; the test sets unless a subclass reads a file for it."""
+        return self.test_samples()
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled batches of `batch_size` prompts for this process."""
@@ -185,7 +201,7 @@ class PromptDataModule(L.LightningDataModule):
             sampler=EpochSampler(len(samples), seed=self.seed, rank=rank, world=world),
             drop_last=True,
             num_workers=self.num_workers,
-            collate_fn=_as_list,
+            collate_fn=_as_it_is,
         )
 
     def val_dataloader(self) -> list[DataLoader[PromptSample]]:
@@ -196,9 +212,24 @@ class PromptDataModule(L.LightningDataModule):
         """One loader per test set, in the order of `eval_names`."""
         return self._eval_loaders(self.test_samples())
 
-    def transfer_batch_to_device(
-        self, batch: list[PromptSample], device: torch.device, dataloader_idx: int
-    ) -> list[PromptSample]:
+    def predict_dataloader(self) -> DataLoader[PredictBatch]:
+        """This process's batches of all sets, less those that are `predicted` to the last prompt.
+
+        The others stay whole: a batch of another make-up could round differently, and continuing an interrupted run
+        is to give the pictures of an unbroken one.
+        """
+        rank, world = self._rank_and_world()
+        batches = []
+        for name, samples in self.predict_samples().items():
+            share = samples[rank::world]
+            for start in range(0, len(share), self.eval_batch_size):
+                batch = PredictBatch(name, share[start : start + self.eval_batch_size])
+                if not all((name, sample.id) in self.predicted for sample in batch.samples):
+                    batches.append(batch)
+        dataset = cast("Dataset[PredictBatch]", batches)
+        return DataLoader(dataset, batch_size=None, num_workers=self.num_workers, collate_fn=_as_it_is)
+
+    def transfer_batch_to_device(self, batch: _Batch, device: torch.device, dataloader_idx: int) -> _Batch:
         """Nothing to move; Lightning's default would try to rewrite the frozen samples and fail."""
         return batch
 
@@ -210,7 +241,7 @@ class PromptDataModule(L.LightningDataModule):
                 _as_dataset(samples[rank::world]),
                 batch_size=self.eval_batch_size,
                 num_workers=self.num_workers,
-                collate_fn=_as_list,
+                collate_fn=_as_it_is,
             )
             for samples in sets.values()
         ]
@@ -232,6 +263,6 @@ def _as_dataset(samples: Sequence[PromptSample]) -> Dataset[PromptSample]:
     return cast("Dataset[PromptSample]", samples)
 
 
-def _as_list(samples: list[PromptSample]) -> list[PromptSample]:
+def _as_it_is(batch: _Batch) -> _Batch:
     """Collate nothing (a named function, because worker processes pickle it)."""
-    return samples
+    return batch

@@ -87,6 +87,8 @@ class PromptFiles(PromptDataModule):
         eval_batch_size: prompts per process in a validation or test step.
         seed: of the training order.
         num_workers: loader processes.
+        predict_file: prompts for `lightning predict`, where they are a set named as the file; `.txt` files, with one
+            prompt per line and nothing else, serve here whatever the other files hold. The test prompts when not given.
     """
 
     eval_name: str
@@ -104,6 +106,7 @@ class PromptFiles(PromptDataModule):
         eval_batch_size: int = 8,
         seed: int = 42,
         num_workers: int = 0,
+        predict_file: str | None = None,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, seed, num_workers)
         if limit is not None and limit < 1:
@@ -111,6 +114,7 @@ class PromptFiles(PromptDataModule):
         self.train_file = train_file
         self.eval_file = eval_file
         self.test_file = test_file
+        self.predict_file = predict_file
         self.limit = limit
         self._samples: dict[str, list[PromptSample]] = {}
 
@@ -120,8 +124,14 @@ class PromptFiles(PromptDataModule):
 
     def setup(self, stage: str) -> None:
         """Read the files that this stage needs."""
-        needed = {"fit": ("train_file", "eval_file"), "validate": ("eval_file",), "test": ("test_file",)}
-        for key in needed.get(stage, ()):
+        drawn = "test_file" if self.predict_file is None else "predict_file"
+        needed = {
+            "fit": ("train_file", "eval_file"),
+            "validate": ("eval_file",),
+            "test": ("test_file",),
+            "predict": (drawn,),
+        }
+        for key in needed[stage]:
             self._samples[key] = self._read(key)
 
     def train_samples(self) -> list[PromptSample]:
@@ -136,13 +146,23 @@ class PromptFiles(PromptDataModule):
         """Prompts of `test_file`, or of `eval_file` when there is none."""
         return {self.eval_name: self._samples["test_file"]}
 
+    def predict_samples(self) -> dict[str, list[PromptSample]]:
+        """Prompts of `predict_file`, or the test sets when there is none."""
+        if self.predict_file is None:
+            return self.test_samples()
+        return {Path(self.predict_file).stem: self._samples["predict_file"]}
+
     def _read(self, key: str) -> list[PromptSample]:
         key = "eval_file" if key == "test_file" and self.test_file is None else key
         path = Path(getattr(self, key))
         if not path.is_file():
-            kinds = " or ".join(self.suffixes)
+            bare = (".txt",) if key == "predict_file" else ()
+            kinds = " or ".join(dict.fromkeys(self.suffixes + bare))
             raise ValueError(f"data.{key} is {str(path)!r}, which is not a file: give the path of a {kinds} file.")
-        samples = self.read(path)
+        if key == "predict_file" and path.suffix == ".txt":
+            samples = [PromptSample(r["id"], r["prompt"], "text", {}) for _, r in read_bare_prompts(path)]
+        else:
+            samples = self.read(path)
         if self.limit is None or self.limit >= len(samples):
             return samples
         return [samples[index * len(samples) // self.limit] for index in range(self.limit)]

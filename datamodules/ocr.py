@@ -104,6 +104,7 @@ class OCRPrompts(PromptFiles):
         eval_batch_size: prompts per process in a validation or test step.
         seed: of the training order.
         num_workers: loader processes.
+        predict_file: prompts for `lightning predict`; the test prompts when not given.
     """
 
     eval_name = "ocr"
@@ -120,8 +121,11 @@ class OCRPrompts(PromptFiles):
         eval_batch_size: int = 8,
         seed: int = 42,
         num_workers: int = 0,
+        predict_file: str | None = None,
     ) -> None:
-        super().__init__(train_file, eval_file, test_file, limit, batch_size, eval_batch_size, seed, num_workers)
+        super().__init__(
+            train_file, eval_file, test_file, limit, batch_size, eval_batch_size, seed, num_workers, predict_file
+        )
         if quotes not in get_args(Quotes):
             raise ValueError(f"data.quotes is {quotes!r}, use one of {', '.join(get_args(Quotes))}.")
         self.quotes: Quotes = quotes

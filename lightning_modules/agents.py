@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from PIL.Image import Image
 
-from datamodules.base import PromptSample
+from datamodules.base import PredictBatch, PromptSample
 from lightning_modules.groups import source_images
 from lightning_modules.policies.base import FlowPolicy, to_pil
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.rollout import seed_of
 from lightning_modules.validation import validate_now
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What `predict_step` draws for B prompts of one set, K pictures each.
+
+    Attributes:
+        name: of the set.
+        samples: B original prompts.
+        rewrites: B greedy rewrites, or None without a refiner.
+        seeds: K lists of B seeds.
+        images: mode ("without_pe" or "with_pe") -> K lists of B pictures.
+    """
+
+    name: str
+    samples: Sequence[PromptSample]
+    rewrites: list[str] | None
+    seeds: list[list[int]]
+    images: dict[str, list[list[Image]]]
 
 
 class Agents(L.LightningModule):
@@ -37,6 +58,8 @@ class Agents(L.LightningModule):
         self.optimizer = optimizer
         self.num_rollouts = 0
         """Images drawn for training so far, over all ranks."""
+        self.images_per_prediction = 1
+        """Pictures that `predict_step` draws of each prompt in each mode."""
         self._validated_step = -1
 
     # --- set-up ---------------------------------------------------------------------------------------------------
@@ -63,16 +86,29 @@ class Agents(L.LightningModule):
 
     def validation_step(self, batch: Sequence[PromptSample], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Draws every prompt without and, if there is a refiner, with prompt enhancement; callbacks do the scoring."""
-        seeds = [seed_of("evaluation", sample.id) for sample in batch]
-        drawn: dict[str, Any] = {"samples": batch, "images": {}, "rewrites": None}
-        prompts, sources = [sample.prompt for sample in batch], source_images(batch)
-        drawn["images"]["without_pe"] = to_pil(self.flow.generate(prompts, seeds, images=sources))
-        if self.language is not None:
-            drawn["rewrites"] = self.language.rewrite(batch)
-            drawn["images"]["with_pe"] = to_pil(self.flow.generate(drawn["rewrites"], seeds, images=sources))
-        return drawn
+        wordings = self._wordings(batch)
+        images = {mode: self._draw(batch, prompts, _seeds(batch)) for mode, prompts in wordings.items()}
+        return {"samples": batch, "images": images, "rewrites": wordings.get("with_pe")}
 
     test_step = validation_step
+
+    def predict_step(self, batch: PredictBatch, batch_idx: int) -> Predictions:
+        """Draws every prompt as `validation_step` does, and again with other noise for further pictures."""
+        wordings = self._wordings(batch.samples)
+        seeds = [_seeds(batch.samples, number) for number in range(self.images_per_prediction)]
+        # Picture by picture, so that the first ones come from the same batch as in validation, to the last bit.
+        images = {mode: [self._draw(batch.samples, prompts, s) for s in seeds] for mode, prompts in wordings.items()}
+        return Predictions(batch.name, batch.samples, wordings.get("with_pe"), seeds, images)
+
+    def _wordings(self, samples: Sequence[PromptSample]) -> dict[str, list[str]]:
+        """The prompts to draw in each mode."""
+        wordings = {"without_pe": [sample.prompt for sample in samples]}
+        if self.language is not None:
+            wordings["with_pe"] = self.language.rewrite(samples)
+        return wordings
+
+    def _draw(self, samples: Sequence[PromptSample], prompts: list[str], seeds: list[int]) -> list[Image]:
+        return to_pil(self.flow.generate(prompts, seeds, images=source_images(samples)))
 
     def on_validation_end(self) -> None:
         """Notes that this step's agents have been evaluated."""
@@ -108,3 +144,8 @@ class Agents(L.LightningModule):
                 f"the checkpoint does not fit this configuration: {len(wrong)} trained weights differ, for example "
                 f"{min(wrong)}; use the agents, LoRA settings and learning rates that it was trained with."
             )
+
+
+def _seeds(samples: Sequence[PromptSample], number: int = 0) -> list[int]:
+    """Of evaluation noise: a function of the prompt's id and of the picture's number, 0 being validation's."""
+    return [seed_of("evaluation", sample.id, *([number] if number else [])) for sample in samples]

@@ -25,8 +25,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from omegaconf.errors import OmegaConfBaseException
 
+from callbacks.predictions import SavePredictions
 from callbacks.progress import RunProgressBar
 from datamodules.base import PromptDataModule, ResumableLoader
+from lightning_modules import preflight
+from lightning_modules.agents import Agents
 from rewards.base import RewardUnavailable
 
 OUR_PACKAGES = ("lightning_modules", "datamodules", "rewards", "callbacks")
@@ -82,10 +85,20 @@ class PromptRLCLI(LightningCLI):
     """LightningCLI with the house's defaults: run folders, checkpoints, `${...}` resolved after merging."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds `experiment` (name of the run folder) and `checkpoint` (what is kept)."""
+        """Adds `experiment` (name of the run folder), `checkpoint` (what is kept) and `preflight` (see there)."""
         parser.add_argument("--experiment", type=str, default="default", help="name of the run folder")
+        said = "if a fit's weights and optimizer cannot fit the device: stop, warn, or do not look"
+        parser.add_argument("--preflight", type=preflight.Mode, default="stop", help=said)
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "trainer.default_root_dir": "runs"})
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Adds `predictions` (where pictures go, how many) to `lightning predict` and to nothing else."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            parser.add_lightning_class_args(SavePredictions, "predictions")
+            parser.set_defaults({"return_predictions": False})  # they are on the disk; thousands would fill the memory
+        return parser
 
     def _parse_ckpt_path(self) -> None:
         """Lets no checkpoint override the configuration: Lightning would take its hyperparameters silently."""
@@ -93,7 +106,9 @@ class PromptRLCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Gives the trainer two loggers in one run folder and a bar over the run, unless configured otherwise."""
         config = self.config[self.subcommand] if self.subcommand else self.config
-        if config["trainer"]["logger"] in (None, True):
+        if self.subcommand == "predict":
+            kwargs["logger"] = False  # there is nothing to log, and no run folder to fill
+        elif config["trainer"]["logger"] in (None, True):
             root, name = config["trainer"]["default_root_dir"], config["experiment"]
             tensorboard = TensorBoardLogger(root, name=name, default_hp_metric=False)
             # One version for both, so that one folder holds all of a run.
@@ -122,11 +137,22 @@ class PromptRLCLI(LightningCLI):
         """Loads models, reads prompts and compares the checkpoint before the trainer opens a run folder."""
         if isinstance(self.datamodule, PromptDataModule):
             self.datamodule.setup(str(self.subcommand))
+        if self.subcommand == "fit":
+            preflight.check(self.model, self.datamodule, self.trainer, self.config["fit"]["preflight"])
         self.model.configure_model()
+        self.model.setup(str(self.subcommand))
         if self._checkpoint_path is not None:
             self.model.on_load_checkpoint(torch.load(self._checkpoint_path, map_location="cpu", mmap=True))
 
-    before_validate = before_test = before_predict = before_fit
+    before_validate = before_test = before_fit
+
+    def before_predict(self) -> None:
+        """Opens no run folder, so it leaves loading to the trainer, behind the check of the pictures' folder."""
+        if not isinstance(self.model, Agents) or not isinstance(self.datamodule, PromptDataModule):
+            raise ValueError(
+                f"`lightning predict` draws prompts, but this configuration has {type(self.model).__name__} and "
+                f"{type(self.datamodule).__name__}: use one of PromptRL."
+            )
 
 
 def main(args: list[str] | None = None) -> None:
@@ -192,6 +218,7 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*logging interval.*")
+    warnings.filterwarnings("ignore", message="Total length of `DataLoader` across ranks is zero.*")  # all predicted
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization.*")
     warnings.filterwarnings("ignore", message="The dirpath has changed from.*")
     warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty.*")

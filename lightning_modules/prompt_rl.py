@@ -100,10 +100,10 @@ class PromptRL(Agents):
         self._invalid_steps = 0
         self._seconds: dict[str, float] = {}
 
-    def configure_model(self) -> None:
-        """Loads both agents and the scorers."""
-        super().configure_model()
-        self.reward.load()
+    def setup(self, stage: str) -> None:
+        """Loads the scorers, which predictions do without."""
+        if stage != "predict":
+            self.reward.load()
 
     # --- one step -------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 ROOT = Path(__file__).parents[1]
 EVERY = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
 SERVED = [config for config in EVERY if config.startswith("configs/rewards/")]
-CONFIGS = [config for config in EVERY if config not in SERVED]
+OVERLAYS = [config for config in EVERY if config.startswith("configs/gpu/")]
+CONFIGS = [config for config in EVERY if config not in {*SERVED, *OVERLAYS}]
+LORA = [config for config in CONFIGS if config.startswith("configs/lora/")]
+JOINT = [config for config in CONFIGS if config.endswith("promptrl.yaml")]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -71,16 +74,42 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differing(one: str, other: str) -> set[str]:
-    a, b = (flat(yaml.safe_load((ROOT / "configs" / "miniature" / f"{n}.yaml").read_text())) for n in (one, other))
+    a, b = (flat(yaml.safe_load((ROOT / path).read_text())) for path in (one, other))
     return {name for name in {*a, *b} if a.get(name, "absent") != b.get(name, "absent")}
 
 
-def test_the_miniatures_three_differ_in_their_agents_alone() -> None:
+@pytest.mark.parametrize("joint", JOINT)
+def test_three_modes_differ_in_their_agents_alone(joint: str) -> None:
+    """Data, reward, seeds, number of steps, evaluation and learning rates are the same."""
     model = ".model.init_args"
-    assert differing("promptrl", "prompt_only") == {".experiment", f"{model}.flow.init_args.learning_rate"}
-    differ = differing("promptrl", "flow_only")
+    frozen = differing(joint, joint.replace("promptrl.yaml", "prompt_only.yaml"))
+    assert f"{model}.flow.init_args.learning_rate" in frozen
+    # A frozen model is not compared with what it was.
+    assert frozen <= {".experiment", f"{model}.flow.init_args.learning_rate", f"{model}.flow.init_args.kl_weight"}
+    differ = differing(joint, joint.replace("promptrl.yaml", "flow_only.yaml"))
     assert {name for name in differ if not name.startswith(f"{model}.language")} == {
         ".experiment",
         f"{model}.num_retained",
     }
     assert f"{model}.language" in differ
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("config", LORA)
+def test_overlay(config: str, overlay: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A smaller GPU's settings replace the file's own, whichever family it is for."""
+    built: list[cli.PromptRLCLI] = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cli.PromptRLCLI, "_run_subcommand", lambda self, _: built.append(self))
+    options = ["--trainer.accelerator=cpu", "--trainer.default_root_dir", str(tmp_path)]
+    cli.main(["fit", "--config", config, "--config", overlay, *options])
+    flow: Any = built[0].model.flow
+    wanted = yaml.safe_load((ROOT / overlay).read_text())["model"]["init_args"]["flow"]["init_args"]
+    assert flow.offload and flow.gradient_checkpointing
+    assert (flow.micro_batch_size, flow.quantization) == (wanted["micro_batch_size"], wanted.get("quantization"))
+    assert (
+        flow.lora is not None
+        and flow.model
+        == yaml.safe_load((ROOT / config).read_text())["model"]["init_args"]["flow"]["init_args"]["model"]
+    )
+    assert re.search(rf"--config {re.escape(overlay)}$", (ROOT / overlay).read_text(), re.MULTILINE)

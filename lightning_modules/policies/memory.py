@@ -29,8 +29,9 @@ def quantize_linears(network: nn.Module, kind: Quantization, compute_dtype: torc
 
     for name, module in list(network.named_modules()):
         for child_name, child in list(module.named_children()):
-            if type(child) is not nn.Linear or child_name in ("lm_head", "proj_out") or child.in_features % BLOCK:
-                continue  # heads: small in a flow model, tied to the embedding in a language model
+            head = not name and child_name in ("lm_head", "proj_out")  # small in a flow model, else tied to embeddings
+            if type(child) is not nn.Linear or head or child.in_features % BLOCK:
+                continue
             bias, weight = child.bias is not None, child.weight.data
             new: nn.Linear
             if kind == "nf4":

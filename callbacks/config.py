@@ -1,0 +1,33 @@
+"""What a run was configured with, for callbacks that keep it beside what they write."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import lightning as L
+import yaml
+from lightning.pytorch.cli import SaveConfigCallback
+
+_SECRET = re.compile(r"(^|_)(token|key|secret|password|authorization)$", re.IGNORECASE)
+
+
+def resolved_config(trainer: L.Trainer) -> dict[str, Any]:
+    """The command's configuration with all defaults, as in `config.yaml`; empty where no command built the trainer.
+
+    Tokens and passwords are left out: what this is written into may be published.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, SaveConfigCallback):
+            config: dict[str, Any] = yaml.safe_load(callback.parser.dump(callback.config, skip_none=False))
+            return _without_secrets(config)
+    return {}
+
+
+def _without_secrets(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {
+            name: "left out" if isinstance(value, str) and _SECRET.search(str(name)) else _without_secrets(value)
+            for name, value in tree.items()
+        }
+    return [_without_secrets(item) for item in tree] if isinstance(tree, list) else tree
