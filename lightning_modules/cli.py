@@ -23,6 +23,7 @@ import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from omegaconf.errors import OmegaConfBaseException
 
 from callbacks.predictions import SavePredictions
@@ -75,8 +76,9 @@ class Checkpoint(ModelCheckpoint):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Saves `last.ckpt` when scores cannot be had: the step that lacked them is the first after a resume."""
         super().on_exception(trainer, pl_module, exception)
-        if isinstance(exception, RewardUnavailable) and trainer.training and self.save_last:
-            if isinstance(trainer.train_dataloader, ResumableLoader):
+        fitting = trainer.state.fn == TrainerFn.FITTING and trainer.global_step > 0
+        if isinstance(exception, RewardUnavailable) and fitting and self.save_last:
+            if trainer.training and isinstance(trainer.train_dataloader, ResumableLoader):
                 trainer.train_dataloader.put_back()
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
@@ -179,7 +181,7 @@ def main(args: list[str] | None = None) -> None:
     except OmegaConfBaseException as error:
         sys.exit(_complain(f"in the configuration: {str(error).splitlines()[0]}"))
     except RewardUnavailable as error:
-        sys.exit(_complain(f"{error} Training stopped; resume with --ckpt_path and the run's checkpoints/last.ckpt."))
+        sys.exit(_complain(f"{error} A fit stops so with its state in checkpoints/last.ckpt: go on with --ckpt_path."))
     except ValueError as error:
         ours = _raised_by_us(error)
         if ours is None:

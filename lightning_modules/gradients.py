@@ -1,15 +1,18 @@
-"""Gradients of ragged micro-batches across processes: no sync in backward, one averaged all-reduce before the step."""
+"""Across processes: gradients of ragged micro-batches without sync in backward, and what every rank has to say."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 def no_backward_sync(trainer: L.Trainer) -> AbstractContextManager[None]:
@@ -33,6 +36,15 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     gradients = (flat[1:] / dist.get_world_size()).split([p.numel() for p in parameters])
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient.view_as(parameter)
+
+
+def gather_lists(items: list[T]) -> list[T]:
+    """Every rank's list, one after the other (a collective; only small things that pickle)."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return items
+    lists: list[list[T]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(lists, items)
+    return [item for one in lists for item in one]
 
 
 def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:

@@ -12,6 +12,7 @@ Departures from the paper:
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from datamodules.base import PromptSample
 from lightning_modules.agents import Agents
-from lightning_modules.gradients import average_gradients, clip, no_backward_sync
+from lightning_modules.gradients import average_gradients, clip, gather_lists, no_backward_sync
 from lightning_modules.groups import check_group, group_formats, group_prompts, source_images, tag_numbers
 from lightning_modules.objectives import flow_objective, language_objective
 from lightning_modules.policies.base import FlowPolicy, to_pil
@@ -99,6 +100,7 @@ class PromptRL(Agents):
         self._checked = False
         self._invalid_steps = 0
         self._seconds: dict[str, float] = {}
+        self._logged: set[str] = set()
 
     def setup(self, stage: str) -> None:
         """Loads the scorers, which predictions do without."""
@@ -323,7 +325,11 @@ class PromptRL(Agents):
         logs: dict[str, Any] = {f"time/{part}": seconds for part, seconds in self._seconds.items()} | stats
         logs |= {f"group/{name}": value for name, value in group_stats(rollout.rewards, valid).items()}
         logs["group/image_similarity"] = group_similarity(rollout.images, len(rollout.samples))
-        logs |= reward_stats(rollout.scores, self.reward.name)
+        parts = [part for score in rollout.scores for part in score.leaves(self.reward.name)]
+        logs |= reward_stats(gather_lists(parts))  # of all ranks: a scorer may be lost on one alone
+        # Lightning would go on showing the last value of what this step lacks (another tag's scorer): a gap instead.
+        logs |= {name: math.nan for name in self._logged - logs.keys()}
+        self._logged |= logs.keys()
         # NaN where nothing could be scored: a gap in the curve, where a 0 would pass for a measurement.
         shown: dict[str, Any] = {"rollouts": float(self.num_rollouts), "reward": rollout.rewards[valid].mean()}
         if rollout.completions is not None:

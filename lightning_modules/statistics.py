@@ -57,25 +57,23 @@ def refine_stats(completions: Completions, originals: Sequence[str]) -> dict[str
     }
 
 
-def reward_stats(scores: Sequence[Score], name: str) -> dict[str, float]:
+def reward_stats(named: Sequence[tuple[str, Score]]) -> dict[str, float]:
     """Each scorer's mean native value (its raw score), mean rl value and share of invalid scores.
 
     Means run over valid scores and are NaN where there is none.
 
     Args:
-        scores: B scores of one reward.
-        name: of that reward.
+        named: scorers' names and scores.
     """
     by_name: dict[str, list[Score]] = {}
-    for score in scores:
-        for part_name, part in score.leaves(name):
-            by_name.setdefault(part_name, []).append(part)
+    for name, score in named:
+        by_name.setdefault(name, []).append(score)
     stats: dict[str, float] = {}
-    for part_name, parts in by_name.items():
-        valid = [part for part in parts if part.valid]
-        stats[f"reward/{part_name}"] = fmean(part.native for part in valid) if valid else math.nan
-        stats[f"reward/{part_name}/rl"] = fmean(part.rl for part in valid) if valid else math.nan
-        stats[f"reward/{part_name}/invalid_share"] = 1 - len(valid) / len(parts)
+    for name, scores in by_name.items():
+        valid = [score for score in scores if score.valid]
+        stats[f"reward/{name}"] = fmean(score.native for score in valid) if valid else math.nan
+        stats[f"reward/{name}/rl"] = fmean(score.rl for score in valid) if valid else math.nan
+        stats[f"reward/{name}/invalid_share"] = 1 - len(valid) / len(scores)
     return stats
 
 

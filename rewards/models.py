@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,13 +39,17 @@ def load_processor(cls: Any, model: str, **kwargs: Any) -> Any:
 
 
 def pick_device(device: str | None) -> torch.device:
-    """The device asked for; null is this process's current GPU if there is one, else the CPU.
+    """The device asked for; null is this process's GPU if there is one, else the CPU.
 
-    Call it from the main thread: a new thread's current GPU is always the first.
+    Call it from the main thread: a new thread's current GPU is always the first. Of several processes on a machine each
+    takes the GPU of its `LOCAL_RANK`, since scorers load before the trainer has made that one the current.
     """
     if device is not None:
         return torch.device(device)
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
 @contextmanager

@@ -24,6 +24,9 @@ class TaggedReward(Reward):
         _check_parts(type(self).__name__, rewards)
         self.rewards = rewards
         self.needs = ("tag",)
+        names = [reward.name for reward in rewards.values()]
+        # Scorers of one name (two judges) would be averaged together in the log: they go by their tags.
+        self._log_names = {tag: tag if names.count(r.name) > 1 else r.name for tag, r in rewards.items()}
 
     @property
     def version(self) -> str:
@@ -52,7 +55,7 @@ class TaggedReward(Reward):
             part = RewardBatch([batch.samples[row] for row in rows], [batch.images[row] for row in rows])
             reward = self.rewards[tag]
             for row, score in zip(rows, _score(reward, part), strict=True):
-                scores[row] = replace(score, parts=score.parts or {reward.name: score})
+                scores[row] = replace(score, parts=score.parts or {self._log_names[tag]: score})
         return [scores[row] for row in range(len(batch))]
 
 

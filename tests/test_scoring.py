@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from lightning_modules.scoring import Scoring
 from rewards.base import Reward, RewardBatch, RewardUnavailable, Score
 from rewards.geneval.reward import GenEvalReward
 from rewards.shapes import ShapesDetector
-from tests.test_prompt_rl import Listed, attach, gradients
+from tests.test_prompt_rl import Listed, attach, fit, gradients
 from tests.test_resume import SHORT, same
 
 MakeFlow = Callable[..., Flux1Policy]
@@ -149,6 +150,45 @@ def test_kl_and_momentum_do_not_move_a_policy_without_scores(
     assert not same(before, {name: parameter.detach() for name, parameter in module.named_parameters()})
 
 
+class Alternates(Reward):
+    """Scores a step's prompts by one scorer or the other, in turn."""
+
+    name = "alternates"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, batch: RewardBatch) -> list[Score]:
+        self.calls += 1
+        part = Score(self.calls, self.calls, self.calls)
+        return [Score(1.0, 1.0, 1.0, parts={"ab"[self.calls % 2]: part}) for _ in batch.images]
+
+
+def test_a_scorer_that_was_not_asked_leaves_a_gap(make_flow: MakeFlow, tmp_path: Path) -> None:
+    steps = fit(PromptRL(make_flow(), Alternates(), None, 2, 2), tmp_path, 3)
+    assert [step["reward/b"] for step in steps][0] == 1.0
+    assert [math.isnan(step["reward/b"]) for step in steps] == [False, True, False]
+    assert [step["reward/a"] for step in steps[1:2]] == [2.0] and math.isnan(steps[2]["reward/a"])
+
+
+def test_a_scorer_lost_in_validation_leaves_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = yaml.safe_load(Path("configs/quickstart.yaml").read_text())
+    lost = {"class_path": "tests.test_scoring.DownAfter", "init_args": {"batches": 3}}  # before training: three sets
+    config["trainer"]["callbacks"] += [
+        {"class_path": "callbacks.reward.RewardBenchmark", "init_args": {"reward": lost}}
+    ]
+    config["model"]["init_args"] |= {"language": None, "num_retained": 8}
+    path = tmp_path / "lost.yaml"
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit):
+        main(
+            ["fit", f"--config={path}", *SHORT[2:-1], "--trainer.max_steps=6", f"--trainer.default_root_dir={tmp_path}"]
+        )
+    assert "the reward server is gone." in capsys.readouterr().err
+    (checkpoint,) = tmp_path.rglob("last.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 3
+
+
 def test_training_stops_with_a_checkpoint_when_scores_end_and_resumes_exactly(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,7 +207,7 @@ def test_training_stops_with_a_checkpoint_when_scores_end_and_resumes_exactly(
     ]
     with pytest.raises(SystemExit):
         main(["fit", f"--config={path}", *options, f"--trainer.default_root_dir={tmp_path / 'stopped'}"])
-    assert "lightning: error: the reward server is gone. Training stopped; resume" in capsys.readouterr().err
+    assert "lightning: error: the reward server is gone. A fit stops so with its state in" in capsys.readouterr().err
     (stopped,) = (tmp_path / "stopped").rglob("last.ckpt")
     assert torch.load(stopped, weights_only=True)["global_step"] == 2
     again = "--model.init_args.reward.init_args.batches=100"

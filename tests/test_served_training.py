@@ -125,7 +125,7 @@ def test_a_server_that_stays_away_skips_or_stops(
     options = {"retries": 1, "backoff": 0.05}
     with pytest.raises(SystemExit):
         run(tmp_path / "fail", *served(server.url, **options))
-    assert "Training stopped; resume with --ckpt_path" in capsys.readouterr().err
+    assert "go on with --ckpt_path" in capsys.readouterr().err
     (path,) = (tmp_path / "fail").rglob("last.ckpt")
     assert torch.load(path, weights_only=True)["global_step"] == 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -82,11 +83,6 @@ class Policy(nn.Module, ABC):
             raise ValueError(
                 f"`{agent}.quantization` is {quantization}, whose weights cannot be trained; add `{agent}.lora`."
             )
-        if learning_rate is not None and lora is None and dtype != "float32" and learning_rate < 1e-5:
-            raise ValueError(
-                f"`{agent}` trains all weights in {dtype} with a learning rate of {learning_rate:g}, most of whose "
-                "updates would be rounded away; use `dtype: float32` with `trainer.precision: bf16-mixed`, or `lora`."
-            )
         self.model = model
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -136,6 +132,13 @@ class Policy(nn.Module, ABC):
         if self.lora is not None:
             self._add_adapters(self.lora)
         else:
+            if self.dtype != torch.float32 and (self.learning_rate or 0.0) < 1e-5:
+                warnings.warn(
+                    f"{type(self).__name__} trains all weights in {self.dtype} with a learning rate of "
+                    f"{self.learning_rate:g}: most updates will be rounded away; use `dtype: float32` with "
+                    "`trainer.precision: bf16-mixed`, or `lora`.",
+                    stacklevel=2,
+                )
             if self.kl_weight > 0:
                 self._frozen_copy = copy.deepcopy(self.network)
             self.network.requires_grad_(True)

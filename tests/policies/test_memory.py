@@ -135,12 +135,16 @@ def test_attention_backends_are_checked(make_flow: MakeFlow) -> None:
     ("options", "message"),
     [
         ({"quantization": "nf4"}, r"`flow\.quantization` is nf4, whose weights cannot be trained; add `flow\.lora`"),
-        ({"dtype": "bfloat16", "learning_rate": 3e-7}, r"`flow` trains all weights in bfloat16 .* rounded away"),
     ],
 )
 def test_settings_that_cannot_train_are_refused(make_flow: MakeFlow, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_flow(**options)
+
+
+def test_updates_that_would_be_rounded_away_are_warned_of(make_flow: MakeFlow) -> None:
+    with pytest.warns(UserWarning, match="Flux1Policy trains all weights in torch.bfloat16 .* rounded away"):
+        make_flow(dtype="bfloat16", learning_rate=3e-7)
 
 
 def test_eight_bit_adamw_keeps_an_agent_a_group(

@@ -58,6 +58,11 @@ def test_every_sample_goes_to_its_tags_scorer_and_comes_back_in_place() -> None:
     assert (wide.loaded, tall.loaded) == (1, 1)
 
 
+def test_scorers_of_one_name_go_by_their_tags() -> None:
+    scores = TaggedReward({"a": Size(0), "b": Size(0, 2.0), "c": Size(1)})(batch(("a", 5, 2), ("b", 5, 2), ("c", 5, 2)))
+    assert [list(score.parts) for score in scores] == [["a"], ["b"], ["height"]]
+
+
 @given(st.lists(st.tuples(st.sampled_from(["wide", "tall"]), st.integers(2, 9), st.integers(2, 9)), max_size=12))
 def test_routing_keeps_the_order(rows: list[tuple[str, int, int]]) -> None:
     scores = TaggedReward({"wide": Size(0), "tall": Size(1)})(batch(*rows))
@@ -89,7 +94,7 @@ def test_wrong_compositions() -> None:
 def test_the_log_shows_every_scorer_raw_with_its_failures() -> None:
     nested = TaggedReward({"both": WeightedSum({"w": Size(0), "h": Size(1, 0.5)}), "wide": Size(0)})
     scores = nested(batch(("both", 6, 4), ("both", 3, 1), ("wide", 8, 1), ("wide", 1, 1)))
-    stats = reward_stats(scores, nested.name)
+    stats = reward_stats([part for score in scores for part in score.leaves(nested.name)])
     expected = {
         "reward/w": (6 + 3) / 2,
         "reward/w/rl": (6 + 3) / 2,
@@ -102,7 +107,7 @@ def test_the_log_shows_every_scorer_raw_with_its_failures() -> None:
         "reward/width/invalid_share": 0.5,
     }
     assert stats == expected
-    nothing = reward_stats([Score.invalid("down")], "solo")
+    nothing = reward_stats([("solo", Score.invalid("down"))])
     assert math.isnan(nothing["reward/solo"]) and nothing["reward/solo/invalid_share"] == 1.0
 
 
