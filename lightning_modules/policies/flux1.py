@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lightning_modules.policies.base import Sampling
 from lightning_modules.policies.pipeline import PipelinePolicy
-from lightning_modules.rl.schedule import dynamic_mu
 
 
 class Flux1Policy(PipelinePolicy):
@@ -51,14 +50,7 @@ class Flux1Policy(PipelinePolicy):
 
     def schedule(self, num_steps: int) -> dict[str, Any]:
         """Sigmas 1 ... 1/n and, with dynamic shifting, the shift for this number of image tokens."""
-        config = self.pipe.scheduler.config
-        mu = dynamic_mu(
-            self.latent_shape[0],
-            base_seq_len=config.get("base_image_seq_len", 256),
-            max_seq_len=config.get("max_image_seq_len", 4096),
-            base_shift=config.get("base_shift", 0.5),
-            max_shift=config.get("max_shift", 1.15),
-        )
+        mu = self.dynamic_shift(self.latent_shape[0])
         return {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps), "mu": mu}
 
     def encode_texts(self, texts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, Tensor]:

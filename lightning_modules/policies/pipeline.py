@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from lightning_modules.policies.base import DType, FlowPolicy, LoRA, Sampling
 from lightning_modules.policies.loading import absent_parts, check_pipeline, lora_config, read_config
 from lightning_modules.policies.memory import lent
+from lightning_modules.rl.schedule import dynamic_mu
 from lightning_modules.rollout import Conditioning, chunks
 from rewards.models import one_line_errors
 
@@ -98,6 +99,17 @@ class PipelinePolicy(FlowPolicy):
     def schedule(self, num_steps: int) -> dict[str, Any]:
         """What the pipeline hands to its scheduler's `set_timesteps` beside the number of steps."""
         return {}
+
+    def dynamic_shift(self, num_tokens: int, max_shift: float = 1.15) -> float:
+        """`mu` for a number of image tokens, by the scheduler's configuration (`max_shift` where it names none)."""
+        config = self.pipe.scheduler.config
+        return dynamic_mu(
+            num_tokens,
+            base_seq_len=config.get("base_image_seq_len", 256),
+            max_seq_len=config.get("max_image_seq_len", 4096),
+            base_shift=config.get("base_shift", 0.5),
+            max_shift=config.get("max_shift", max_shift),
+        )
 
     def scheduler(self) -> Any:
         """A fresh scheduler for `sigmas`; the pipeline's own stays as it came."""

@@ -14,7 +14,6 @@ from torch import Tensor
 from lightning_modules.policies.base import Sampling
 from lightning_modules.policies.loading import read_config
 from lightning_modules.policies.pipeline import PipelinePolicy
-from lightning_modules.rl.schedule import dynamic_mu
 
 
 class SD3Policy(PipelinePolicy):
@@ -66,19 +65,11 @@ class SD3Policy(PipelinePolicy):
 
     def schedule(self, num_steps: int) -> dict[str, Any]:
         """Published models have a constant shift; with dynamic shifting, that for this number of image tokens."""
-        config = self.pipe.scheduler.config
-        if not config.get("use_dynamic_shifting"):
+        if not self.pipe.scheduler.config.get("use_dynamic_shifting"):
             return {}
         _, height, width = self.latent_shape
         patch = self.network.config.patch_size
-        mu = dynamic_mu(
-            (height // patch) * (width // patch),
-            base_seq_len=config.get("base_image_seq_len", 256),
-            max_seq_len=config.get("max_image_seq_len", 4096),
-            base_shift=config.get("base_shift", 0.5),
-            max_shift=config.get("max_shift", 1.16),
-        )
-        return {"mu": mu}
+        return {"mu": self.dynamic_shift((height // patch) * (width // patch), max_shift=1.16)}
 
     def encode_texts(self, texts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, Tensor]:
         """Tokens of both CLIPs, then T5's (zeros where it is absent), and the pooled vector of both CLIPs."""

@@ -15,7 +15,6 @@ from torch.nn.utils.rnn import pad_sequence
 from lightning_modules.policies.base import Sampling
 from lightning_modules.policies.loading import read_config
 from lightning_modules.policies.pipeline import PipelinePolicy
-from lightning_modules.rl.schedule import dynamic_mu
 
 
 class ZImagePolicy(PipelinePolicy):
@@ -83,14 +82,8 @@ class ZImagePolicy(PipelinePolicy):
 
     def schedule(self, num_steps: int) -> dict[str, Any]:
         """Sigmas 1 ... 1/n; published models shift them by a constant, others by this number of picture tokens."""
-        config, (_, height, width) = self.pipe.scheduler.config, self.latent_shape
-        mu = dynamic_mu(
-            (height // 2) * (width // 2),
-            base_seq_len=config.get("base_image_seq_len", 256),
-            max_seq_len=config.get("max_image_seq_len", 4096),
-            base_shift=config.get("base_shift", 0.5),
-            max_shift=config.get("max_shift", 1.15),
-        )
+        _, height, width = self.latent_shape
+        mu = self.dynamic_shift((height // 2) * (width // 2))
         return {"sigmas": torch.linspace(1.0, 1 / num_steps, num_steps).tolist(), "mu": mu}
 
     @property
