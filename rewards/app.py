@@ -7,6 +7,7 @@ import hmac
 import json
 import logging
 import math
+import re
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
@@ -22,7 +23,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rewards.base import Reward, RewardUnavailable
-from rewards.intake import Limits, read_request
+from rewards.intake import Budget, Limits, Share, busy, read_request
 from rewards.scheduler import Job, QueueFull, Scheduler
 from rewards.wire import PART_NAME, Health, Problem, RewardInfo, RewardList, ScoreReply, ScoreRequest
 
@@ -32,16 +33,19 @@ REMEMBERED = 512
 """Answers that are kept for clients that ask again."""
 REMEMBERED_S = 600.0
 """How long they are kept, in seconds."""
-RETRY_AFTER_S = 1
+LOOPBACK = re.compile(rb"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)
+"""What `Host` holds where a client asks its own machine."""
 
 
 def create_app(rewards: Mapping[str, Reward], limits: Limits, token: str | None = None) -> FastAPI:
     """The application; loads the rewards.
 
+    Who serves it sets `app.state.stopping` when it stops, so that half-sent requests are dropped.
+
     Args:
         rewards: name -> reward; clients ask by this name.
         limits: what a client may ask.
-        token: clients must send it as `Authorization: Bearer <token>`, unless it is null.
+        token: clients must send it as `Authorization: Bearer <token>`; null takes clients of this machine, no browsers.
     """
     infos = []
     for name, reward in rewards.items():
@@ -66,7 +70,7 @@ def create_app(rewards: Mapping[str, Reward], limits: Limits, token: str | None 
         )
         for name, reward in rewards.items()
     }
-    answers = Answers()
+    answers, budget, stopping = Answers(), Budget(limits.max_waiting_bytes), asyncio.Event()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -77,9 +81,10 @@ def create_app(rewards: Mapping[str, Reward], limits: Limits, token: str | None 
             await asyncio.to_thread(scheduler.close)
 
     app = FastAPI(title="Rewards", version="1", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.stopping = stopping
     app.add_middleware(Gate, token=token)
 
-    @app.get("/v1/health", responses=_problems(405))
+    @app.get("/v1/health", responses=_problems(403, 405))
     async def health() -> Health:
         """Whether the server takes requests, and how busy it is. Needs no token."""
         return Health(
@@ -88,7 +93,7 @@ def create_app(rewards: Mapping[str, Reward], limits: Limits, token: str | None 
             queue=sum(scheduler.waiting for scheduler in schedulers.values()),
         )
 
-    @app.get("/v1/rewards", responses=_problems(401, 405))
+    @app.get("/v1/rewards", responses=_problems(401, 403, 405))
     async def listed() -> RewardList:
         """The rewards that can be asked for."""
         return listing
@@ -96,19 +101,20 @@ def create_app(rewards: Mapping[str, Reward], limits: Limits, token: str | None 
     @app.post(
         "/v1/score",
         response_model=ScoreReply,
-        responses=_problems(400, 401, 404, 405, 409, 413, 415, 422, 503),
+        responses=_problems(400, 401, 403, 404, 405, 408, 409, 413, 415, 422, 503),
         openapi_extra={"requestBody": _BODY},
     )
     async def score(request: Request) -> Response:
         """Scores pictures. An item that cannot be scored is invalid; the others are scored all the same."""
-        ask, jobs, digest = await read_request(request, limits)
-        request.state.note.update(id=str(ask.id), reward=ask.reward[:200], items=len(jobs))
-        if ask.reward not in schedulers:
-            known = ", ".join(sorted(schedulers))
-            raise HTTPException(404, f"there is no reward {ask.reward[:80]!r}: ask for one of {known}.")
-        reply = await answers.once(
-            ask.id, digest, lambda: _score(ask, jobs, schedulers[ask.reward], versions[ask.reward])
-        )
+        with Share(budget) as share:  # held until the answer is there, even if the client leaves
+            ask, jobs, digest = await read_request(request, limits, share, stopping)
+            request.state.note.update(id=str(ask.id), reward=ask.reward[:200], items=len(jobs))
+            if ask.reward not in schedulers:
+                known = ", ".join(sorted(schedulers))
+                raise HTTPException(404, f"there is no reward {ask.reward[:80]!r}: ask for one of {known}.")
+            reply = await answers.once(
+                ask.id, digest, lambda: _score(ask, jobs, schedulers[ask.reward], versions[ask.reward])
+            )
         request.state.note.update(invalid=reply.invalid)
         return Response(reply.body, media_type="application/json")
 
@@ -132,15 +138,11 @@ async def _score(ask: ScoreRequest, jobs: Sequence[Job], scheduler: Scheduler, v
         scheduler.submit(jobs)
         results = await asyncio.gather(*(asyncio.wrap_future(job.result) for job in jobs))
     except QueueFull as error:
-        raise _busy("too many items wait for this reward") from error
+        raise busy("too many items wait for this reward") from error
     except RewardUnavailable as error:
-        raise _busy("the scorer is unavailable") from error
+        raise busy("the scorer is unavailable") from error
     reply = ScoreReply(schema=1, id=ask.id, reward_version=version, results=results)
     return Answer(reply.model_dump_json(by_alias=True).encode(), sum(not result.valid for result in results))
-
-
-def _busy(why: str) -> HTTPException:
-    return HTTPException(503, f"{why}: come again later.", {"Retry-After": str(RETRY_AFTER_S)})
 
 
 class Answers:
@@ -160,10 +162,11 @@ class Answers:
             HTTPException: 409 if the id was given to another request.
         """
         now = time.monotonic()
-        while self._known and (
-            len(self._known) > REMEMBERED or next(iter(self._known.values()))[1] < now - REMEMBERED_S
-        ):
-            self._known.popitem(last=False)
+        excess = len(self._known) - REMEMBERED
+        for other, (_, since, task) in list(self._known.items()):  # the oldest first
+            if task.done() and (excess > 0 or since < now - REMEMBERED_S):  # what is under way must not start twice
+                del self._known[other]
+                excess -= 1
         if name not in self._known:
             task = asyncio.get_running_loop().create_task(start())
             self._known[name] = (digest, now, task)
@@ -187,9 +190,12 @@ class Answers:
 class Gate:
     """Asks for the token before a byte of the body is read; names and logs every request in one line.
 
+    Without a token the server listens to this machine alone, where a browser could still be sent by any web page: it
+    names the page in `Origin`, or the page's host in `Host` if that was made to resolve to this machine.
+
     Args:
         app: what is behind the gate.
-        token: null lets everybody in.
+        token: null lets in whoever is on this machine and no browser.
     """
 
     def __init__(self, app: ASGIApp, token: str | None) -> None:
@@ -197,7 +203,7 @@ class Gate:
         self.expected = None if token is None else f"Bearer {token}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers 401 or lets the request through."""
+        """Answers 401 or 403, or lets the request through."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -213,22 +219,22 @@ class Gate:
             await send(message)
 
         try:
-            if self._may_enter(scope):
-                await self.app(scope, receive, send_named)
-            else:
-                refusal = {"detail": "send the server's token: `Authorization: Bearer <REWARD_TOKEN>`."}
-                answer = JSONResponse(refusal, 401, {"WWW-Authenticate": "Bearer"})
-                await answer(scope, receive, send_named)
+            await (self._refusal(scope) or self.app)(scope, receive, send_named)
         finally:
             ms = round(1000 * (time.monotonic() - started), 1)
             # JSON: a path with line breaks cannot pass for a line of its own.
             log.info(json.dumps({**note, "to": f"{scope['method']} {scope['path'][:200]}", "status": status, "ms": ms}))
 
-    def _may_enter(self, scope: Scope) -> bool:
-        if self.expected is None or scope["path"] == "/v1/health":
-            return True
-        given = next((value for key, value in scope["headers"] if key == b"authorization"), b"")
-        return hmac.compare_digest(given, self.expected)
+    def _refusal(self, scope: Scope) -> JSONResponse | None:
+        headers = dict(scope["headers"])
+        if self.expected is None:
+            if b"origin" not in headers and LOOPBACK.fullmatch(headers.get(b"host", b"")):
+                return None
+            return JSONResponse({"detail": "without a REWARD_TOKEN ask 127.0.0.1 or localhost, and no browser."}, 403)
+        if scope["path"] == "/v1/health" or hmac.compare_digest(headers.get(b"authorization", b""), self.expected):
+            return None
+        refusal = {"detail": "send the server's token: `Authorization: Bearer <REWARD_TOKEN>`."}
+        return JSONResponse(refusal, 401, {"WWW-Authenticate": "Bearer"})
 
 
 # --- what OpenAPI says ------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable
+from collections.abc import AsyncIterable, Mapping
 
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
@@ -13,18 +13,26 @@ class MultipartError(ValueError):
     """The body is no multipart body that we take, in one sentence."""
 
 
-async def read_parts(content_type: str, stream: AsyncIterable[bytes], max_parts: int) -> dict[str, bytes]:
+class PartTooLarge(MultipartError):
+    """A part is over its limit."""
+
+
+async def read_parts(
+    content_type: str, stream: AsyncIterable[bytes], max_parts: int, max_bytes: Mapping[str, int] | None = None
+) -> dict[str, bytes]:
     """The parts of a `multipart/form-data` body by name.
 
     Args:
         content_type: the request's header, which holds the boundary.
         stream: the body; bounding its length is the caller's business.
         max_parts: most parts.
+        max_bytes: part's name -> its largest size; parts without a name here are as large as the body allows.
 
     Raises:
+        PartTooLarge: as soon as a part is over its `max_bytes`.
         MultipartError: if the body is malformed or ends early, has too many parts, or two of one name.
     """
-    parts = _Parts(max_parts)
+    parts = _Parts(max_parts, max_bytes or {})
     try:
         boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
         if not boundary:
@@ -54,11 +62,13 @@ async def read_parts(content_type: str, stream: AsyncIterable[bytes], max_parts:
 class _Parts:
     """What the parser calls."""
 
-    def __init__(self, max_parts: int) -> None:
+    def __init__(self, max_parts: int, max_bytes: Mapping[str, int]) -> None:
         self.max_parts = max_parts
+        self.max_bytes = max_bytes
         self.by_name: dict[str, bytearray] = {}
         self.complete = False
         self._part = bytearray()
+        self._name = ""
         self._field = b""
         self._value = b""
         self._disposition = b""
@@ -85,9 +95,13 @@ class _Parts:
             raise MultipartError(f"there are two parts {name[:70]!r}: give every part a name of its own.")
         if len(self.by_name) == self.max_parts:
             raise MultipartError(f"the body has more than {self.max_parts} parts.")
-        self._part = self.by_name[name] = bytearray()
+        self._name, self._part = name, bytearray()
+        self.by_name[name] = self._part
 
     def data(self, data: bytes, start: int, end: int) -> None:
+        most = self.max_bytes.get(self._name)
+        if most is not None and len(self._part) + end - start > most:
+            raise PartTooLarge(f"the part `{self._name}` is over {most} bytes")
         self._part += data[start:end]
 
     def end(self) -> None:

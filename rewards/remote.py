@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 from PIL.Image import Image
 from pydantic import ValidationError
@@ -16,15 +17,26 @@ from pydantic import ValidationError
 from datamodules.sample import PromptSample
 from rewards.base import Reward, RewardBatch, RewardUnavailable, Score
 from rewards.models import in_batches
-from rewards.remote_servers import NoAnswer, Servers
+from rewards.remote_servers import MAX_REPLY_BYTES, NoAnswer, Servers
 from rewards.wire import Item, RewardInfo, RewardList, ScoreReply, ScoreRequest, encode_image, to_score
 
-Files = list[tuple[str, tuple[str | None, bytes, str]]]
 OnFailure = Literal["skip", "fail"]
+Pair = tuple[PromptSample, Image]
+
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+"""Modes of images that PNG holds, and gives back as they were."""
+PART_BYTES = 256
+"""More than a part's headers and boundary."""
+ENVELOPE_BYTES = 1024
+"""More than a request without its items and pictures, and without the reward's name."""
+REPLY_BYTES_PER_ITEM = 64 * 2**10
 
 
 class RemoteReward(Reward):
     """Scores images on reward servers, exactly as the reward would here: images travel lossless, numbers unrounded.
+
+    Images of modes that PNG cannot hold (CMYK, F, I and other rare ones) are converted to RGB first, as scorers do.
+    In `metadata`, tuples and arrays arrive as lists, and the numbers of numpy as plain numbers.
 
     `version`, `needs` and `native_range` are the served reward's, known once loaded. Copies and pickles of it are not
     loaded. May be called from several threads at once. Draws nothing from global random generators.
@@ -33,11 +45,13 @@ class RemoteReward(Reward):
         urls: the servers, such as `http://127.0.0.1:18080`. They take turns; one that cannot be reached is left out
             until `cooldown` is over.
         reward: the reward's name in the servers' configuration.
-        timeout: how long one request may wait for its answer, in seconds.
-        retries: how often a request is sent again after a lost connection, a timeout, or status 502, 503 or 504.
-        on_failure: what is done about a request that stays without an answer: `fail` raises RewardUnavailable, so that
-            training saves a checkpoint and stops; `skip` makes its images invalid, so that training goes on without.
-        max_items: most images of one request; fewer where the server takes fewer.
+        timeout: how long one attempt may take until the whole answer is there, in seconds.
+        retries: how often a request is sent again after a lost connection, a timeout, or status 408, 425, 429, 502,
+            503 or 504.
+        on_failure: what is done about a request that stays without an answer, or an image too large for the server:
+            `fail` raises RewardUnavailable, so that training saves a checkpoint and stops; `skip` makes its images
+            invalid, so that training goes on without.
+        max_items: most images of one request; fewer where the server takes fewer, or where they are too many bytes.
         concurrency: most requests of one call under way.
         backoff: pause before the first retry, in seconds, give or take a half; doubles with every retry, up to 30.
         cooldown: how long a server that could not be reached is left out, in seconds.
@@ -156,8 +170,8 @@ class RemoteReward(Reward):
 
         Raises:
             RewardUnavailable: if a request stays without an answer and `on_failure` is `fail`, and always if a server
-                changed its version.
-            ValueError: if a server refuses a request as wrong.
+                changed its version or refuses a request as wrong.
+            ValueError: if a sample holds what cannot be sent.
         """
         self.load()
         requests = list(in_batches(list(zip(batch.samples, batch.images, strict=True)), self.max_items))
@@ -176,18 +190,53 @@ class RemoteReward(Reward):
             given_up.set()  # after an error the others need not come again
             pool.shutdown(cancel_futures=True)
 
-    def _score(self, pairs: Sequence[tuple[PromptSample, Image]], given_up: threading.Event) -> list[Score]:
+    def _score(self, pairs: Sequence[Pair], given_up: threading.Event) -> list[Score]:
+        """The scores of up to `max_items` images, in one request where the server takes that many bytes."""
+        scores: list[Score] = []
+        for draft in self._drafts(pairs):
+            if given_up.is_set():
+                break  # the call has failed: nobody reads these scores
+            try:
+                scores += self._ask(draft, given_up)
+            except NoAnswer as error:
+                reason = f"no scores from reward {self.reward!r}: {error}"
+                if self.on_failure == "fail":
+                    raise RewardUnavailable(f"{reason}.") from error
+                scores += [Score.invalid(reason) for _ in draft.items]
+        return scores
+
+    def _drafts(self, pairs: Sequence[Pair]) -> Iterator[_Draft]:
+        """Requests for all pairs in their order, each within the servers' `max_request_bytes` if it can be."""
+        pngs: dict[int, bytes] = {}  # a source is encoded once, even if several requests need it
+        draft = _Draft()
+        for pair in pairs:
+            longer = draft.with_pair(pair, pngs)
+            if draft.items and self._num_bytes(longer) > self._max_bytes:
+                yield draft
+                longer = _Draft().with_pair(pair, pngs)
+            draft = longer
+        yield draft
+
+    def _num_bytes(self, draft: _Draft) -> int:
+        return ENVELOPE_BYTES + len(self.reward.encode()) + draft.num_bytes
+
+    def _ask(self, draft: _Draft, given_up: threading.Event) -> list[Score]:
         """The scores of one request's images."""
         assert self._servers is not None
-        name = uuid4()
-        try:
-            url, body = self._servers.post("/v1/score", self._write(name, pairs), given_up)
-            reply = self._read(url, body, name, len(pairs))
-        except NoAnswer as error:
-            reason = f"no scores from reward {self.reward!r}: {error}"
-            if self.on_failure == "skip":
-                return [Score.invalid(reason) for _ in pairs]
-            raise RewardUnavailable(f"{reason}.") from error
+        num_bytes, num_items = self._num_bytes(draft), len(draft.items)
+        if num_bytes > self._max_bytes:
+            raise NoAnswer(
+                f"the image of prompt {draft.items[0].id!r} alone needs a request of {num_bytes} bytes, but the server "
+                f"takes at most {self._max_bytes}: raise its max_request_bytes"
+            )
+        request = ScoreRequest(schema=1, id=uuid4(), reward=self.reward, items=draft.items)
+        files = [
+            ("request", (None, request.model_dump_json(by_alias=True).encode(), "application/json")),
+            *((name, (f"{name}.png", data, "image/png")) for name, data in draft.pictures.values()),
+        ]
+        max_reply = max(MAX_REPLY_BYTES, REPLY_BYTES_PER_ITEM * num_items)
+        url, body = self._servers.post("/v1/score", files, given_up, max_reply)
+        reply = _read(url, body, request)
         if reply.reward_version != self._version:
             raise RewardUnavailable(
                 f"{url} now serves {reply.reward_version!r} as reward {self.reward!r}, but this run was scored by "
@@ -195,54 +244,76 @@ class RemoteReward(Reward):
             )
         return [to_score(result) for result in reply.results]
 
-    def _write(self, name: UUID, pairs: Sequence[tuple[PromptSample, Image]]) -> Files:
-        """The multipart body's parts. A picture that several items share, such as an edit's source, is sent once."""
-        parts: dict[int, str] = {}
-        files: Files = []
 
-        def part(image: Image) -> str:
-            if id(image) not in parts:
-                parts[id(image)] = f"img{len(parts)}"
-                files.append((parts[id(image)], (f"{parts[id(image)]}.png", encode_image(image), "image/png")))
-            return parts[id(image)]
+@dataclass(frozen=True)
+class _Draft:
+    """Items of a request and their pictures: id of the image -> (part, PNG). `num_bytes` is more than they take."""
 
-        items = []
-        for sample, image in pairs:
-            try:
-                item = Item(
-                    prompt=sample.prompt,
-                    images=[part(image)],
-                    source=[] if sample.image is None else [part(sample.image)],
-                    metadata=sample.metadata,
-                    tag=sample.tag,
-                    id=sample.id,
-                )
-            except ValidationError as error:
-                problem = error.errors(include_url=False)[0]
-                where = ".".join(map(str, problem["loc"]))
-                raise ValueError(f"the prompt {sample.id!r} cannot be sent: {where}: {problem['msg']}.") from error
-            items.append(item)
-        num_bytes = sum(len(data) for _, (_, data, _) in files)
-        if num_bytes > self._max_bytes:
-            raise ValueError(
-                f"{len(pairs)} images for reward {self.reward!r} are {num_bytes} bytes, but its server takes requests "
-                f"of at most {self._max_bytes}: lower `max_items`, or raise the server's max_request_bytes."
-            )
-        request = ScoreRequest(schema=1, id=name, reward=self.reward, items=items)
-        return [("request", (None, request.model_dump_json(by_alias=True).encode(), "application/json")), *files]
+    items: list[Item] = field(default_factory=list)
+    pictures: dict[int, tuple[str, bytes]] = field(default_factory=dict)
+    num_bytes: int = 0
 
-    def _read(self, url: str, body: bytes, name: UUID, num_items: int) -> ScoreReply:
+    def with_pair(self, pair: Pair, pngs: dict[int, bytes]) -> _Draft:
+        """A longer draft. A picture that several items share, such as an edit's source, is sent once.
+
+        Args:
+            pair: what to add.
+            pngs: id of the image -> PNG, where that is known; grows.
+        """
+        sample, image = pair
+        pictures = dict(self.pictures)
+        num_bytes = self.num_bytes
+        for picture in (image, sample.image):
+            if picture is None or id(picture) in pictures:
+                continue
+            if id(picture) not in pngs:
+                pngs[id(picture)] = encode_image(picture if picture.mode in PNG_MODES else picture.convert("RGB"))
+            pictures[id(picture)] = (f"img{len(pictures)}", pngs[id(picture)])
+            num_bytes += len(pngs[id(picture)]) + PART_BYTES
         try:
-            reply = ScoreReply.model_validate_json(body)
+            item = Item(
+                prompt=sample.prompt,
+                images=[pictures[id(image)][0]],
+                source=[] if sample.image is None else [pictures[id(sample.image)][0]],
+                metadata=_plain(sample.metadata),
+                tag=sample.tag,
+                id=sample.id,
+            )
         except ValidationError as error:
-            problem = error.errors(include_url=False, include_input=False)[0]
+            problem = error.errors(include_url=False)[0]
             where = ".".join(map(str, problem["loc"]))
-            raise NoAnswer(f"{url} sent a reply that is wrong at {where or 'its JSON'} ({problem['msg']})") from error
-        if reply.id != name:
-            raise NoAnswer(f"{url} answered request {reply.id} in place of {name}")
-        if len(reply.results) != num_items:
-            raise NoAnswer(f"{url} sent {len(reply.results)} results for {num_items} images")
-        return reply
+            raise ValueError(f"the prompt {sample.id!r} cannot be sent: {where}: {problem['msg']}.") from error
+        return _Draft([*self.items, item], pictures, num_bytes + len(item.model_dump_json().encode()) + 1)
+
+
+def _plain(value: Any) -> Any:
+    """A copy with lists for tuples and plain numbers for numpy's; what JSON cannot hold stays, for `Item` to refuse."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if callable(getattr(value, "tolist", None)):  # arrays, tensors and their scalars
+        return value.tolist()
+    return value
+
+
+def _read(url: str, body: bytes, request: ScoreRequest) -> ScoreReply:
+    """The reply to a request.
+
+    Raises:
+        NoAnswer: if it is none.
+    """
+    try:
+        reply = ScoreReply.model_validate_json(body)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise NoAnswer(f"{url} sent a reply that is wrong at {where or 'its JSON'} ({problem['msg']})") from error
+    if reply.id != request.id:
+        raise NoAnswer(f"{url} answered request {reply.id} in place of {request.id}")
+    if len(reply.results) != len(request.items):
+        raise NoAnswer(f"{url} sent {len(reply.results)} results for {len(request.items)} images")
+    return reply
 
 
 def _listing(url: str, body: bytes) -> RewardList:

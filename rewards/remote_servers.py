@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import random
+import socket
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
+from rewards.base import RewardUnavailable
+
 MAX_PAUSE_S = 30.0
-COME_AGAIN = (502, 503, 504)
+MAX_REPLY_BYTES = 16 * 2**20
+COME_AGAIN = (408, 425, 429, 502, 503, 504)
 
 
 class NoAnswer(RuntimeError):
     """A request stayed without an answer; the message says what happened last, without a full stop."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A server's whole answer; `pause` is how long it asks to be left alone, in seconds."""
+
+    status: int
+    body: bytes
+    pause: float
 
 
 class Servers:
@@ -23,7 +39,7 @@ class Servers:
 
     Args:
         urls: the servers' addresses, without a final slash.
-        timeout: longest wait for one answer, in seconds.
+        timeout: longest time for one attempt, from the connection to the answer's last byte, in seconds.
         retries: how often a request is sent again.
         backoff: pause before the first retry, in seconds.
         cooldown: how long a server that cannot be reached is left out, in seconds.
@@ -55,7 +71,8 @@ class Servers:
         self._client = httpx.Client(
             headers={} if token is None else {"Authorization": f"Bearer {token}"},
             timeout=httpx.Timeout(timeout, connect=min(timeout, 5.0), pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
+            # None is kept: `_Deadline` must see each one open, and a server may drop one that idles through a step.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
             trust_env=False,  # a proxy of the environment does not lead to a server on this machine
         )
 
@@ -73,34 +90,41 @@ class Servers:
         problems = []
         for url in self.urls:
             try:
-                response = self._client.get(url + path)
-            except (httpx.TransportError, httpx.InvalidURL) as error:
+                answer = self._send("GET", url, path)
+            except (httpx.RequestError, httpx.InvalidURL) as error:
                 self._rest(url)
                 problems.append(_what(url, error))
                 continue
-            self._check(url, response)
-            if response.status_code == 200:
-                bodies[url] = response.content
+            except NoAnswer as error:
+                problems.append(str(error))
+                continue
+            if refusal := self._refusal(url, answer):
+                raise ValueError(refusal)
+            if answer.status == 200:
+                bodies[url] = answer.body
             else:
-                problems.append(f"{url} answered {response.status_code}")
+                problems.append(f"{url} answered {answer.status}{_detail(answer)}")
         if not bodies:
             raise ValueError(f"no reward server answers: {'; '.join(problems)}; start it or correct `urls`.")
         return bodies
 
-    def post(self, path: str, files: Any, given_up: threading.Event) -> tuple[str, bytes]:
+    def post(
+        self, path: str, files: Any, given_up: threading.Event, max_bytes: int = MAX_REPLY_BYTES
+    ) -> tuple[str, bytes]:
         """Sends a request until a server answers it; the servers see the same bytes each time.
 
         Args:
             path: where to.
             files: the parts of a multipart body, as httpx takes them.
             given_up: no more retries once it is set.
+            max_bytes: largest answer that is read.
 
         Returns:
             The server that answered, and the body of its answer.
 
         Raises:
             NoAnswer: if none did.
-            ValueError: if one refused the request as wrong.
+            RewardUnavailable: if one refused the request as wrong, which no retry mends.
         """
         problem, pause = "", 0.0
         for attempt in range(self.retries + 1):
@@ -108,19 +132,20 @@ class Servers:
                 break
             for url in self._in_turn():
                 try:
-                    response = self._client.post(url + path, files=files)
-                except httpx.TransportError as error:
+                    answer = self._send("POST", url, path, files, max_bytes)
+                except httpx.RequestError as error:
                     problem, pause = _what(url, error), 0.0
                     if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
                         break  # it lives, but is slow
                     self._rest(url)
                     continue  # another one may be there: no need to wait
-                self._check(url, response)
-                if response.status_code == 200:
+                if refusal := self._refusal(url, answer):
+                    raise RewardUnavailable(refusal)
+                if answer.status == 200:
                     self._resting.pop(url, None)
-                    return url, response.content
-                problem, pause = f"{url} answered {response.status_code}{_detail(response)}", _retry_after(response)
-                if response.status_code not in COME_AGAIN:
+                    return url, answer.body
+                problem, pause = f"{url} answered {answer.status}{_detail(answer)}", answer.pause
+                if answer.status not in COME_AGAIN:
                     raise NoAnswer(problem)
                 break
         raise NoAnswer(f"{problem}, tried {attempt + 1} times")
@@ -141,30 +166,86 @@ class Servers:
         """Seconds before a retry; the chance in it keeps many clients from coming again all at once."""
         return float(min(MAX_PAUSE_S, self.backoff * 2 ** (attempt - 1))) * self._random.uniform(0.5, 1.5)
 
-    def _check(self, url: str, response: httpx.Response) -> None:
-        """Raises a ValueError for what no retry mends."""
-        if response.status_code in (401, 403):
-            raise ValueError(
-                f"{url} wants a token or has another one: set {self.token_env} to the server's REWARD_TOKEN."
-            )
-        if 300 <= response.status_code < 500:
-            raise ValueError(f"{url} refused the request with status {response.status_code}{_detail(response)}")
+    def _refusal(self, url: str, answer: Answer) -> str:
+        """What to say about an answer that no retry mends; empty for all others."""
+        if answer.status in (401, 403):
+            return f"{url} wants a token or has another one: set {self.token_env} to the server's REWARD_TOKEN."
+        if 300 <= answer.status < 500 and answer.status not in COME_AGAIN:
+            return f"{url} refused the request with status {answer.status}{_detail(answer)}"
+        return ""
+
+    def _send(self, method: str, url: str, path: str, files: Any = None, max_bytes: int = MAX_REPLY_BYTES) -> Answer:
+        """One attempt, bounded in time and in what it reads.
+
+        Raises:
+            httpx.RequestError: if there is no whole answer within `timeout`.
+            NoAnswer: if the answer is too large.
+        """
+        deadline = _Deadline(self.timeout)
+        late = httpx.ReadTimeout(f"no whole answer within {self.timeout:g} s")
+        body = bytearray()
+        try:
+            with self._client.stream(method, url + path, files=files, extensions={"trace": deadline.trace}) as response:
+                for chunk in response.iter_bytes():
+                    body += chunk
+                    if len(body) > max_bytes:
+                        raise NoAnswer(f"{url} sent an answer of over {max_bytes} bytes")
+        except httpx.RequestError as error:
+            if deadline.over.is_set():
+                raise late from error
+            raise
+        finally:
+            deadline.cancel()
+        if deadline.over.is_set():  # a body without a length seems whole when it is cut
+            raise late
+        return Answer(response.status_code, bytes(body), _retry_after(response.headers.get("Retry-After", "")))
+
+
+class _Deadline:
+    """Cuts a request's connection when its time is over; the HTTP library bounds only the wait for each next byte.
+
+    Args:
+        seconds: from now.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.over = threading.Event()
+        self._socket: socket.socket | None = None
+        self._timer = threading.Timer(seconds, self._cut)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def trace(self, event: str, info: dict[str, Any]) -> None:
+        """Called by the HTTP library about what it does: takes down the socket."""
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            self._socket = info["return_value"].get_extra_info("socket")
+            if self.over.is_set():
+                self._cut()
+
+    def cancel(self) -> None:
+        """The request is over."""
+        self._timer.cancel()
+
+    def _cut(self) -> None:
+        self.over.set()
+        if self._socket is not None:
+            with suppress(OSError):  # closed already
+                self._socket.shutdown(socket.SHUT_RDWR)
 
 
 def _what(url: str, error: Exception) -> str:
     return f"{url} failed with {type(error).__name__}{f' ({error})' if str(error) else ''}"
 
 
-def _detail(response: httpx.Response) -> str:
+def _detail(answer: Answer) -> str:
     """What the server says about it, in one line."""
     try:
-        detail = str(response.json()["detail"])
+        detail = str(json.loads(answer.body)["detail"])
     except (ValueError, KeyError, TypeError):  # an answer of something else, such as a proxy
         return ""
     return f": {' '.join(detail.split())[:300]}"
 
 
-def _retry_after(response: httpx.Response) -> float:
+def _retry_after(text: str) -> float:
     """The pause that the server asks for, in seconds."""
-    text = response.headers.get("Retry-After", "")
     return min(float(text), MAX_PAUSE_S) if text.isdecimal() else 0.0

@@ -43,7 +43,8 @@ class _Ready:
 class Scheduler:
     """Calls a reward with batches of up to `max_batch_items`, never twice at once.
 
-    Pictures are decoded when their batch is due, so that what waits is files and memory is bounded by a batch.
+    Pictures are decoded when their batch is due: decoded are those of one batch, and what waits is files. The queue
+    bounds how many items wait, not how large they are; `rewards.intake.Budget` bounds their bytes.
 
     Args:
         reward: a loaded reward.

@@ -2,7 +2,8 @@
 
 Scorers that need other libraries than the trainer, or another GPU, run here; `rewards.remote.RemoteReward` asks them.
 It reads JSON and pictures, nothing that could run code, and listens to this machine alone unless the environment holds
-a `REWARD_TOKEN`. It imports neither Lightning nor torch: only the scorers that it hosts may. Leave TLS to a proxy.
+a `REWARD_TOKEN`. It imports neither Lightning nor torch: only the scorers that it hosts may. Where strangers can
+connect, put a proxy before it: for TLS, and to cut off clients that never finish their headers.
 """
 
 from __future__ import annotations
@@ -84,9 +85,26 @@ def read_token() -> str | None:
     return token
 
 
-def run(app: FastAPI, listener: socket.socket) -> None:
+class Server(uvicorn.Server):
+    """Tells the application that it stops: uvicorn alone would wait for half-sent requests for ever."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drops half-sent requests, answers what was accepted."""
+        self.config.app.state.stopping.set()  # type: ignore[union-attr]
+        await super().shutdown(sockets)
+
+
+def run(app: FastAPI, listener: socket.socket, max_connections: int) -> None:
     """Serves until SIGTERM or SIGINT, then answers what was accepted and returns."""
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, server_header=False))
+    server = Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            limit_concurrency=max_connections + 1,  # uvicorn counts the new one and refuses at this number
+        )
+    )
 
     def stop(*_: object) -> None:
         server.should_exit = True
@@ -113,7 +131,7 @@ def main(args: Sequence[str] | None = None) -> None:
             raise ValueError("`rewards` is empty: name at least one reward.")
         app = create_app(rewards, limits, token)
         log.info("serving %s on http://%s:%d", ", ".join(rewards), *listener.getsockname()[:2])
-        run(app, listener)
+        run(app, listener, limits.max_connections)
     except (ValueError, OSError, RewardUnavailable) as error:
         _stop(str(error))
 

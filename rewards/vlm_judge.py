@@ -26,6 +26,7 @@ from rewards.judge_templates import TEMPLATES, JudgeTemplate, parse_mark, read_w
 OnFailure = Literal["skip", "fail"]
 
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
+_THIS_IMAGE = (400, 413, 422)  # refusals that say nothing about other images
 _MAX_WAIT = 60.0  # seconds; a server that asks for more is as good as down
 
 
@@ -39,8 +40,9 @@ class VLMJudge(Reward):
 
     A reply counts if it states one number after `Final Score:`, inside the template's range. Several statements must
     agree, so that a caption which says "Final Score: 5" and is quoted by the judge cannot pass for its mark. One that
-    cannot be read is asked for once more, then the image is invalid. Refusals (401, 404, 400 and other 4xx) raise at
-    once whatever `on_failure` says: a wrong key or a wrong model name fails for every image.
+    cannot be read is asked for once more, then the image is invalid. So is one whose own request is refused (400, 413,
+    422: a content policy, a prompt too long). Other refusals (401, 403, 404, further 4xx) raise at once whatever
+    `on_failure` says: a wrong key or a wrong model name fails for every image.
 
     Args:
         base_url: of the API, up to and with its version: `http://127.0.0.1:8000/v1`.
@@ -229,6 +231,8 @@ class VLMJudge(Reward):
                 if self.on_failure == "fail":
                     raise RewardUnavailable(f"{error}: start or unburden it, or set on_failure to skip.") from error
                 return Score.invalid(str(error))
+            except _ImageRefused as error:
+                return Score.invalid(str(error))
             try:
                 mark = parse_mark(reply, self.template.low, self.template.high)
             except ValueError as error:
@@ -240,7 +244,13 @@ class VLMJudge(Reward):
         return Score.invalid(reason)
 
     def _ask(self, body: dict[str, Any]) -> tuple[str, str]:
-        """The reply's text and why it ended. Raises ConnectionError once the retries are used up."""
+        """The reply's text and why it ended.
+
+        Raises:
+            ConnectionError: once the retries are used up.
+            _ImageRefused: if the server does not take this request.
+            RewardUnavailable: if it takes none.
+        """
         assert self._client is not None
         url = f"{self.base_url}/chat/completions"
         problem = ""
@@ -262,9 +272,8 @@ class VLMJudge(Reward):
                     problem = f"{response.status_code} {_short(text)}"
                     wait = max(wait, _retry_after(response.headers.get("retry-after")))
                 else:
-                    raise RewardUnavailable(
-                        f"{url} refused with {response.status_code} ({_short(text)}): {self._advice(response)}"
-                    )
+                    kind = _ImageRefused if response.status_code in _THIS_IMAGE else RewardUnavailable
+                    raise kind(f"{url} refused with {response.status_code} ({_short(text)}): {self._advice(response)}")
             if attempt < self.max_retries:
                 time.sleep(wait)
         raise ConnectionError(f"{url} failed {self.max_retries + 1} times, last with {problem}")
@@ -274,7 +283,11 @@ class VLMJudge(Reward):
             return f"check the key in {self.api_key_env}." if self.api_key_env else "set api_key_env to its key's name."
         if response.status_code in (404, 405) or response.is_redirect:
             return f"check base_url (it ends in /v1 on most servers) and that model {self.model} is served there."
-        return f"check that model {self.model} takes images and a reply of max_tokens={self.max_tokens}."
+        return f"check that model {self.model} takes this prompt, images and a reply of max_tokens={self.max_tokens}."
+
+
+class _ImageRefused(Exception):
+    """The server does not take this image or its prompt; it may take others."""
 
 
 def _checked_url(url: str) -> str:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, StringConstraints, field_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, FiniteFloat, JsonValue, StringConstraints, field_validator
 
 from rewards.base import Score
 
@@ -27,7 +27,11 @@ MAX_TEXT = 500
 MAX_DEPTH = 6
 """How deep `detail` may nest, and `parts` within `parts`."""
 
+MAX_SCANS = 64
+"""Most scans of one JPEG; encoders make about 10, and each costs as much time as a picture of its own."""
+
 Z_RLE = 3  # of zlib.h
+START_OF_SCAN = b"\xff\xda"  # ITU-T T.81, table B.1; in compressed data a zero follows every FF
 
 PART_NAME = "^[A-Za-z0-9_-]{1,64}$"
 PartName = Annotated[str, StringConstraints(pattern=PART_NAME)]
@@ -62,7 +66,8 @@ class ScoreRequest(Wire):
     version: Literal[1] = Field(alias="schema")
     id: UUID
     reward: str = Field(max_length=200)
-    items: list[Item] = Field(min_length=1)
+    # The first wrong item ends it: a report on each of a million would cost gigabytes.
+    items: Annotated[list[Item], FailFast()] = Field(min_length=1)
 
 
 class Scored(Wire):
@@ -222,7 +227,7 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
         max_pixels: most pixels; asked of the header, before anything is decoded. At most PIL's own limit.
 
     Raises:
-        BadImage: if the file is none of the three, damaged, cut short or too large.
+        BadImage: if the file is none of the three, damaged, cut short, too large or made to take long.
     """
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
@@ -230,6 +235,8 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
                 raise BadImage(
                     "too_many_pixels", f"the picture is {image.size[0]} x {image.size[1]}, over {max_pixels} pixels"
                 )
+            if data.startswith(b"\xff\xd8") and data.count(START_OF_SCAN) > MAX_SCANS:
+                raise BadImage("bad_image", f"the JPEG has over {MAX_SCANS} scans")
             image.verify()  # checksums up to the end of a PNG, which decoding alone does not ask for
         with Image.open(BytesIO(data), formats=FORMATS) as image:
             return image.copy()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
 import pickle
 import random
+import re
 import signal
 import socket
 import threading
@@ -29,6 +31,7 @@ from rewards.remote import RemoteReward
 from rewards.server import bind
 from rewards.shapes import ShapesDetector
 from rewards.tagged import TaggedReward, WeightedSum
+from rewards.wire import encode_image
 
 
 def batch_of(*numbers: int, prompt: str = "") -> RewardBatch:
@@ -66,6 +69,19 @@ class NumberReward(Reward):
         red, green, blue = image.getpixel((0, 0))
         number = red * 65536 + green * 256 + blue
         return Score(float(number), number / 3, math.sin(number))
+
+
+class KeepReward(Reward):
+    """Keeps what it is asked about."""
+
+    name = "keep"
+
+    def __init__(self) -> None:
+        self.batches: list[RewardBatch] = []
+
+    def __call__(self, batch: RewardBatch) -> list[Score]:
+        self.batches.append(batch)
+        return [Score(1.0, 1.0, 1.0)] * len(batch)
 
 
 @pytest.fixture
@@ -113,16 +129,7 @@ def test_shapes_equal_in_process(serve: Callable[..., str]) -> None:
 
 def test_samples_and_pictures_arrive_whole(serve: Callable[..., str]) -> None:
     """All fields, pixels of every mode; a source that items share is one object less to send."""
-
-    class Keep(Reward):
-        name = "keep"
-        batches: list[RewardBatch] = []
-
-        def __call__(self, batch: RewardBatch) -> list[Score]:
-            self.batches.append(batch)
-            return [Score(1.0, 1.0, 1.0)] * len(batch)
-
-    keep = Keep()
+    keep = KeepReward()
     noise = np.random.default_rng(0).integers(0, 256, (40, 30, 4), np.uint8)
     images = [Image.fromarray(noise).convert(mode) for mode in ("RGB", "L", "RGBA", "P")]
     source = Image.fromarray(noise[::-1]).convert("RGB")
@@ -249,12 +256,14 @@ class Scripted(BaseHTTPRequestHandler):
         answer = self.script.pop(0) if len(self.script) > 1 else self.script[0]
         self._send(*answer(request["id"], len(request["items"])))
 
-    def _send(self, status: int, body: Any) -> None:
+    def _send(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
+        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+            self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(data)
+        with contextlib.suppress(OSError):  # a client may have had enough
+            self.wfile.write(data)
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -287,11 +296,126 @@ def busy(status: int) -> Callable[[str, int], tuple[int, Any]]:
     return lambda *_: (status, {"detail": "come again later"})
 
 
-@pytest.mark.parametrize("status", [502, 503, 504])
+@pytest.mark.parametrize("status", [408, 425, 429, 502, 503, 504])
 def test_comes_again_with_the_same_id(scripted: Callable[..., tuple[str, list[str]]], status: int) -> None:
     url, seen = scripted(busy(status), busy(status), good)
     assert [score.rl for score in remote(url)(batch_of(1, 2))] == [3.0, 3.0]
     assert len(seen) == 3 and len(set(seen)) == 1
+
+
+def test_retry_after_goes_first(scripted: Callable[..., tuple[str, list[str]]]) -> None:
+    url, _ = scripted(lambda *_: (429, {"detail": "slow"}, {"Retry-After": "1"}), good)
+    started = time.monotonic()
+    assert remote(url, backoff=0.001)(batch_of(1))[0].valid
+    assert 1 <= time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("status", [408, 425, 429])
+def test_a_server_that_stays_busy_may_be_skipped(scripted: Callable[..., tuple[str, list[str]]], status: int) -> None:
+    url, seen = scripted(busy(status))
+    (score,) = remote(url, retries=1, on_failure="skip")(batch_of(1))
+    assert f"answered {status}: come again later, tried 2 times" in score.detail["reason"] and len(seen) == 2
+    with pytest.raises(RewardUnavailable, match=f"answered {status}"):
+        remote(url, retries=1)(batch_of(1))
+
+
+@pytest.mark.parametrize("on_failure", ["skip", "fail"])
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [(307, "status 307"), (401, "set REWARD_TOKEN"), (403, "set REWARD_TOKEN"), (404, "404: come"), (413, "413: come")],
+)
+def test_refused_after_loading(
+    scripted: Callable[..., tuple[str, list[str]]], status: int, words: str, on_failure: str
+) -> None:
+    """A server that was restarted otherwise: training must be able to save before it stops."""
+    url, seen = scripted(good, busy(status))
+    client = remote(url, on_failure=on_failure)
+    client(batch_of(1))
+    with pytest.raises(RewardUnavailable, match=words):
+        client(batch_of(1))
+    assert len(seen) == 2
+
+
+def test_a_reply_that_cannot_be_decoded_is_a_lost_connection(scripted: Callable[..., tuple[str, list[str]]]) -> None:
+    def garbled(*_: Any) -> tuple[int, Any, dict[str, str]]:
+        return 200, b"no gzip", {"Content-Encoding": "gzip"}
+
+    url, seen = scripted(garbled, good)
+    assert remote(url)(batch_of(1))[0].valid and len(seen) == 2
+    (score,) = remote(scripted(garbled)[0], retries=1, on_failure="skip")(batch_of(1))
+    assert "DecodingError" in score.detail["reason"] and "tried 2 times" in score.detail["reason"]
+
+
+def test_a_reply_without_end(scripted: Callable[..., tuple[str, list[str]]]) -> None:
+    """16 MiB are read and no more."""
+    long = b" " * (16 * 2**20)
+
+    def padded(more: int) -> Callable[[str, int], tuple[int, Any]]:
+        def answer(name: str, num_items: int) -> tuple[int, Any]:
+            text = json.dumps(good(name, num_items)[1]).encode()
+            return 200, text + long[: len(long) - len(text) + more]
+
+        return answer
+
+    url, seen = scripted(padded(0), padded(1))
+    client = remote(url, on_failure="skip")
+    (score,) = client(batch_of(1))
+    assert score.rl == 3.0
+    (score,) = client(batch_of(1))
+    assert "an answer of over 16777216 bytes" in score.detail["reason"] and len(seen) == 2
+
+
+@pytest.fixture
+def drip() -> Iterator[Callable[[bytes], str]]:
+    """Starts a server that lists, then answers score requests with `head` and a byte every 50 ms for 10 s."""
+    listening: list[socket.socket] = []
+    info = {"name": "number", "version": "number 1", "native_range": [None, None], "needs": []}
+    listing = json.dumps({"schema": 1, "rewards": [info], "max_items": 4, "max_request_bytes": 9999, "max_pixels": 9})
+
+    def talk(connection: socket.socket, head: bytes) -> None:
+        with connection, contextlib.suppress(OSError):
+            if connection.recv(65536).startswith(b"GET"):
+                connection.sendall(f"HTTP/1.1 200 OK\r\nContent-Length: {len(listing)}\r\n\r\n{listing}".encode())
+                return
+            connection.sendall(head)
+            for _ in range(200):
+                time.sleep(0.05)
+                connection.sendall(b"1")
+
+    def listen(listener: socket.socket, head: bytes) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=talk, args=(listener.accept()[0], head), daemon=True).start()
+
+    def start(head: bytes) -> str:
+        listening.append(socket.create_server(("127.0.0.1", 0)))
+        threading.Thread(target=listen, args=(listening[-1], head), daemon=True).start()
+        return f"http://127.0.0.1:{listening[-1].getsockname()[1]}"
+
+    yield start
+    for listener in listening:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"HTTP/1.1 200 OK\r\nX-Endless: ",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0;",
+    ],
+    ids=["headers", "body", "body without length", "chunk header"],
+)
+def test_a_server_that_drips_is_not_waited_for(drip: Callable[[bytes], str], head: bytes) -> None:
+    """`timeout` is for the whole answer, not for each next byte."""
+    client = remote(drip(head), timeout=0.5, retries=1, on_failure="skip")
+    client.load()
+    started = time.monotonic()
+    (score,) = client(batch_of(1))
+    assert 1.0 <= time.monotonic() - started < 4.0
+    assert "ReadTimeout (no whole answer within 0.5 s), tried 2 times" in score.detail["reason"]
 
 
 def lie(**changes: Any) -> Callable[[str, int], tuple[int, Any]]:
@@ -401,32 +525,117 @@ def test_token(serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> No
     assert [score.native for score in remote(url, token_env="OTHER_TOKEN")(batch_of(4))] == [4.0]
 
 
-def test_too_large_requests(serve: Callable[..., str]) -> None:
+def noise(*sizes: int) -> RewardBatch:
+    """Square pictures that do not compress: 3 x size ** 2 bytes and a little more."""
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)) for size in sizes]
+    return RewardBatch([PromptSample(str(n), "", "", {}) for n in range(len(sizes))], images)
+
+
+def first_pixels(batch: RewardBatch) -> list[float]:
+    return [float(r << 16 | g << 8 | b) for r, g, b in (image.getpixel((0, 0)) for image in batch.images)]
+
+
+def test_requests_are_cut_by_bytes(serve: Callable[..., str]) -> None:
+    """67.5 kB each for a server that takes 150 kB: two a request, in order; a prompt's bytes count too."""
+    scorer = NumberReward()
+    client = remote(serve({"number": scorer}, Limits(max_request_bytes=150_000, batch_wait_ms=0)), concurrency=1)
+    batch = noise(*[150] * 7)
+    assert [score.native for score in client(batch)] == first_pixels(batch)
+    assert scorer.batches == [2, 2, 2, 1]
+    scorer.batches.clear()
+    long = batch_of(*range(9), prompt="\u2603" * 10_000)  # 30 kB of UTF-8 each
+    assert [score.native for score in client(long)] == [float(n) for n in range(9)]
+    assert scorer.batches == [4, 4, 1]
+
+
+def test_a_shared_source_is_counted_once_a_request(serve: Callable[..., str]) -> None:
+    scorer = NumberReward()
+    client = remote(serve({"number": scorer}, Limits(max_request_bytes=150_000, batch_wait_ms=0)), concurrency=1)
+    (source,) = noise(200).images  # 120 kB, and the pictures 7.5 kB
+    batch = noise(*[50] * 5)
+    batch = RewardBatch([PromptSample(s.id, "", "", {}, source) for s in batch.samples], batch.images)
+    assert [score.native for score in client(batch)] == first_pixels(batch)
+    assert scorer.batches == [3, 2]
+
+
+@pytest.mark.parametrize("spare", range(-700, 2_000, 300))
+def test_the_limit_is_met_to_the_byte(serve: Callable[..., str], spare: int) -> None:
+    """Whatever the limit is, no request goes over it."""
+    batch = noise(*[40] * 12)
+    longest = 6 * len(encode_image(batch.images[0])) + spare
+    client = remote(serve({"number": NumberReward()}, Limits(max_request_bytes=longest)))
+    assert [score.native for score in client(batch)] == first_pixels(batch)
+
+
+def test_one_image_too_large(serve: Callable[..., str]) -> None:
     url = serve({"number": NumberReward()}, Limits(max_request_bytes=100_000))
+    batch = noise(50, 200, 50)
+    words = "image of prompt '1' alone needs a request of 12.... bytes, but the server takes at most 100000: raise"
+    scores = remote(url, on_failure="skip")(batch)
+    assert [score.valid for score in scores] == [True, False, True]
+    assert [scores[n].native for n in (0, 2)] == [first_pixels(batch)[n] for n in (0, 2)]
+    assert re.search(words, scores[1].detail["reason"])
     client = remote(url, retries=100, backoff=10.0)
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (150, 150, 3), np.uint8))
-    batch = RewardBatch([PromptSample("7", "", "", {})] * 2, [noise, noise.copy()])
-    with pytest.raises(ValueError, match="2 images .* takes requests of at most 100000: lower `max_items`"):
+    with pytest.raises(RewardUnavailable, match=words):
         client(batch)
-    client.load()
     client._max_bytes = 10**9  # as if the server had come back with a lower limit
-    with pytest.raises(ValueError, match="status 413: the request is over 100000 bytes"):
+    with pytest.raises(RewardUnavailable, match="status 413: the request is over 100000 bytes"):
         client(batch)
 
 
 @pytest.mark.parametrize(
-    ("sample", "mode", "words"),
+    ("sample", "words"),
     [
-        (PromptSample("7", "", "", {"x": math.nan}), "RGB", "prompt '7' cannot be sent: metadata"),
-        (PromptSample("7", "", "", {"x": {1, 2}}), "RGB", "prompt '7' cannot be sent: metadata"),
-        (PromptSample("7", "p" * 20_001, "", {}), "RGB", "prompt '7' cannot be sent: prompt"),
-        (PromptSample("7", "", "", {}), "CMYK", "mode CMYK cannot be sent as PNG"),
+        (PromptSample("7", "", "", {"x": math.nan}), "prompt '7' cannot be sent: metadata"),
+        (PromptSample("7", "", "", {"x": {1, 2}}), "prompt '7' cannot be sent: metadata"),
+        (PromptSample("7", "p" * 20_001, "", {}), "prompt '7' cannot be sent: prompt"),
+        (PromptSample("7", "", "", {"x": np.nan * np.ones(1)}), "prompt '7' cannot be sent: metadata"),
+        (PromptSample("7", "", "", {"x": {1: 2}}), "prompt '7' cannot be sent: metadata"),
     ],
 )
-def test_what_cannot_be_sent(serve: Callable[..., str], sample: PromptSample, mode: str, words: str) -> None:
+def test_what_cannot_be_sent(serve: Callable[..., str], sample: PromptSample, words: str) -> None:
     client = remote(serve({"number": NumberReward()}))
     with pytest.raises(ValueError, match=words):
-        client(RewardBatch([sample], [Image.new(mode, (2, 2))]))
+        client(RewardBatch([sample], [Image.new("RGB", (2, 2))]))
+
+
+def test_rare_modes_are_sent_as_rgb(serve: Callable[..., str]) -> None:
+    """The RGB pixels are those that a scorer here would make of the image."""
+    keep = KeepReward()
+    rgb = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8))
+    images = [rgb.convert(mode) for mode in ("CMYK", "F", "I", "YCbCr", "HSV")]
+    images += [rgb.convert("RGBA").convert("RGBa"), Image.linear_gradient("L").convert("I;16")]
+    source = rgb.convert("CMYK")
+    client = remote(serve({"keep": keep}, Limits(batch_wait_ms=0)), "keep")
+    assert all(score.valid for score in client(RewardBatch([PromptSample("7", "", "", {}, source)] * 7, images)))
+    (batch,) = keep.batches
+    assert [image.mode for image in batch.images] == ["RGB"] * 6 + ["I;16"]
+    expected = [image.convert("RGB").tobytes() for image in images]
+    assert [image.convert("RGB").tobytes() for image in batch.images] == expected
+    assert batch.samples[0].image is not None and batch.samples[0].image.tobytes() == source.convert("RGB").tobytes()
+
+
+def test_metadata_of_tuples_and_numpy(serve: Callable[..., str]) -> None:
+    keep = KeepReward()
+    metadata = {
+        "box": (1, (2.5, None)),
+        "include": [{"count": np.int64(3), "area": np.float32(0.5), "score": np.float64(0.1)}],
+        "flag": np.bool_(True),
+        "word": np.str_("cat"),
+        "array": np.arange(4).reshape(2, 2),
+    }
+    client = remote(serve({"keep": keep}), "keep")
+    client(RewardBatch([PromptSample("7", "", "", metadata)], [Image.new("RGB", (2, 2))]))
+    assert repr(keep.batches[0].samples[0].metadata) == repr(
+        {
+            "box": [1, [2.5, None]],
+            "include": [{"count": 3, "area": 0.5, "score": 0.1}],
+            "flag": True,
+            "word": "cat",
+            "array": [[0, 1], [2, 3]],
+        }
+    )
 
 
 def test_no_reward_server(scripted: Callable[..., tuple[str, list[str]]]) -> None:

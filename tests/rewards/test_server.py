@@ -34,12 +34,13 @@ from PIL import Image
 from datamodules.sample import PromptSample
 from datamodules.shapes_world import TAGS, all_contents, random_scene, render
 from rewards import server
+from rewards.app import REMEMBERED, REMEMBERED_S, Answer, Answers
 from rewards.base import Reward, RewardBatch, RewardUnavailable, Score
 from rewards.geneval.reward import GenEvalReward
 from rewards.intake import Limits
 from rewards.multipart import MultipartError, read_parts
 from rewards.shapes import ShapesDetector
-from rewards.wire import BadImage, Scored, ScoreReply, decode_image, encode_image, to_result, to_score
+from rewards.wire import MAX_SCANS, BadImage, Scored, ScoreReply, decode_image, encode_image, to_result, to_score
 
 ROOT = Path(__file__).parents[2]
 SMALL = Limits(
@@ -358,6 +359,29 @@ def test_other_formats(url: str, kind: str) -> None:
     assert codes(ask(url, [""], [data.getvalue()[: len(data.getvalue()) // 2]])) == ["bad_image"]
 
 
+def jpeg_with_scans(size: int, scans: int) -> bytes:
+    """A progressive JPEG whose last scan comes again until there are so many."""
+    buffer = BytesIO()
+    Image.effect_noise((size, size), 60).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    assert data.endswith(b"\xff\xd9")
+    last, given = data[data.rindex(b"\xff\xda") : -2], data.count(b"\xff\xda")
+    return data[:-2] + last * (scans - given) + b"\xff\xd9"
+
+
+def test_jpeg_of_many_scans() -> None:
+    """65 are refused and 64 are not; thousands, which would be decoded for many seconds, are refused at once."""
+    assert MAX_SCANS == 64
+    assert decode_image(jpeg_with_scans(32, 64), 32 * 32).size == (32, 32)
+    for size, scans in [(32, 65), (1024, 1000)]:
+        data = jpeg_with_scans(size, scans)
+        started = time.monotonic()
+        with pytest.raises(BadImage, match="the JPEG has over 64 scans") as refused:
+            decode_image(data, size * size)
+        assert refused.value.error == "bad_image"
+        assert time.monotonic() - started < 2
+
+
 # --- requests that are refused ----------------------------------------------------------------------------------------
 
 
@@ -439,6 +463,97 @@ def test_multipart_parts_are_taken_apart_exactly(parts: dict[str, bytes], step: 
     assert asyncio.run(read_parts(request.headers["Content-Type"], stream(), len(parts))) == parts
     with pytest.raises(MultipartError):
         asyncio.run(read_parts(request.headers["Content-Type"], stream(), len(parts) - 1))
+
+
+def hostile_json() -> dict[str, tuple[str, int, str]]:
+    """Name -> JSON of nearly 2 MiB, the status and the words that answer it."""
+    head = f'{{"schema": 1, "id": "{uuid4()}", "reward": "number", '
+    extras = ", ".join(f'"{n:06}": 0' for n in range(150_000))
+    item = '"prompt": "", "images": ["img0"]'
+    return {
+        "items": (head + f'"items": [{",".join("0" * 900_000)}]}}', 413, "900000 items are too many: send at most 64"),
+        "fields": (head + extras + "}", 422, "wrong at 000000: Extra inputs"),
+        "fields of an item": (head + f'"items": [{{{item}, {extras}}}]}}', 422, "wrong at items.0.000000: Extra"),
+        "images": (head + f'"items": [{{"prompt": "", "images": [{",".join("0" * 900_000)}]}}]}}', 422, "at most 1"),
+        "depth": (head + f'"items": {"[" * 900_000}{"]" * 900_000}}}', 422, "recursion limit"),
+        "wrong items": (head + '"items": [0, {}]}', 422, "wrong at items.0: "),
+    }
+
+
+@pytest.mark.parametrize("what", list(hostile_json()))
+def test_hostile_json_costs_little(serve: Callable[..., str], scorer: NumberReward, what: str) -> None:
+    """One fault is reported, and a million of them take no million reports."""
+    text, status, words = hostile_json()[what]
+    assert len(text) < 2 * 2**20
+    url = serve({"number": scorer})
+    started = time.monotonic()
+    response = ask(url, files=[("request", (None, text)), ("img0", ("0.png", b""))])
+    assert time.monotonic() - started < 2
+    assert response.status_code == status and words in response.json()["detail"]
+    assert len(response.content) < 400
+
+
+def test_json_is_bounded(serve: Callable[..., str], scorer: NumberReward) -> None:
+    url = serve({"number": scorer}, Limits(max_json_bytes=1000, batch_wait_ms=1))
+    assert codes(ask(url, ["a" * 700])) == ["ok"]
+    response = ask(url, ["a" * 1000])
+    assert response.status_code == 413
+    assert (
+        response.json()["detail"] == "the part `request` is over 1000 bytes: send fewer items a request, or less text."
+    )
+
+
+def half_sent(url: str, body: bytes = b"--x\r\n", length: int = 1000) -> socket.socket:
+    """A connection whose request's body is not complete."""
+    address = httpx.URL(url)
+    connection = socket.create_connection((address.host, address.port), timeout=10)
+    head = f"POST /v1/score HTTP/1.1\r\nHost: {address.netloc.decode()}\r\nContent-Length: {length}\r\n"
+    connection.sendall(head.encode() + b"Content-Type: multipart/form-data; boundary=x\r\n\r\n" + body)
+    return connection
+
+
+def everything(connection: socket.socket) -> bytes:
+    """What is sent on a connection until it is closed."""
+    with connection, connection.makefile("rb") as stream:
+        return stream.read()
+
+
+def test_slow_body_is_cut_off(serve: Callable[..., str], scorer: NumberReward) -> None:
+    url = serve({"number": scorer}, Limits(read_timeout=0.3, batch_wait_ms=1))
+    started = time.monotonic()
+    answer = everything(half_sent(url))
+    assert 0.25 < time.monotonic() - started < 5
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2]) == {
+        "detail": "the request took over 0.3 s to arrive: send fewer items a request."
+    }
+    assert codes(ask(url)) == ["ok"]
+
+
+def test_waiting_bytes_are_bounded(serve: Callable[..., str], scorer: NumberReward) -> None:
+    """Of 120 kB, 90 wait for their answer or are on their way: 60 more are welcome later."""
+    limits = Limits(max_request_bytes=100_000, max_json_bytes=600, max_waiting_bytes=120_000, batch_wait_ms=0)
+    url = serve({"number": scorer}, limits)
+    picture = encode_image(number_image(7))
+    large, more = picture + b"\0" * 90_000, picture + b"\0" * 60_000
+    scorer.open.clear()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(ask, url, images=[large])
+        while not scorer.batches:
+            time.sleep(0.01)
+        refused = ask(url, images=[more])
+        assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+        assert refused.json()["detail"] == "too many bytes of requests wait: come again later."
+        scorer.open.set()
+        assert codes(first.result()) == ["ok"]
+    deadline = time.monotonic() + 10
+    with half_sent(url, b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n' + b"0" * 90_000, 95_000):
+        while ask(url, images=[more]).status_code != 503:
+            assert time.monotonic() < deadline
+    while ask(url, images=[large]).status_code != 200:
+        assert time.monotonic() < deadline
+    for _ in range(3):  # everything was given back
+        assert codes(ask(url, images=[large])) == ["ok"]
 
 
 class Trap:
@@ -558,6 +673,38 @@ def test_same_id_is_scored_once(url: str, scorer: NumberReward) -> None:
     assert sum(scorer.batches) == 2
 
 
+def test_what_is_under_way_is_not_forgotten() -> None:
+    """However many came since and however long ago: a repetition joins it. What is finished is forgotten in time."""
+    started = []
+
+    async def main() -> None:
+        answers, go = Answers(), asyncio.Event()
+
+        async def work(number: int) -> Answer:
+            started.append(number)
+            if number < 0:
+                await go.wait()
+            return Answer(b"", 0)
+
+        slow = uuid4()
+        first = asyncio.ensure_future(answers.once(slow, b"", lambda: work(-1)))
+        await asyncio.sleep(0)
+        names = [uuid4() for _ in range(REMEMBERED + 3)]
+        for number, name in enumerate(names):
+            await answers.once(name, b"", lambda number=number: work(number))
+        again = asyncio.ensure_future(answers.once(slow, b"", lambda: work(-2)))
+        await asyncio.sleep(0)
+        assert started == [-1, *range(REMEMBERED + 3)]
+        assert len(answers._known) <= REMEMBERED + 1 and names[0] not in answers._known and names[-1] in answers._known
+        answers._known.update({key: (d, since - REMEMBERED_S - 1, t) for key, (d, since, t) in answers._known.items()})
+        await answers.once(uuid4(), b"", lambda: work(1000))
+        assert len(answers._known) == 2 and slow in answers._known
+        go.set()
+        assert await first is await again
+
+    asyncio.run(main())
+
+
 def test_full_queue(url: str, scorer: NumberReward) -> None:
     """8 may wait: 4 are being scored, 8 wait, the next is sent away and is welcome later."""
     scorer.open.clear()
@@ -598,6 +745,37 @@ def test_token(serve: Callable[..., str], scorer: NumberReward) -> None:
     assert codes(ask(url, headers={"Authorization": "Bearer s3cret"})) == ["ok"]
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "localhost"}, 200),
+        ({"Host": "LOCALHOST:1"}, 200),
+        ({"Host": "127.0.0.1:18080"}, 200),
+        ({"Host": "127.8.9.10"}, 200),
+        ({"Host": "[::1]:18080"}, 200),
+        ({"Host": "page.example"}, 403),
+        ({"Host": "127.0.0.1.page.example"}, 403),
+        ({"Host": "localhost.page.example:18080"}, 403),
+        ({"Host": "192.0.2.1"}, 403),
+        ({"Host": ""}, 403),
+        ({"Origin": "http://page.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://localhost:18080"}, 403),
+    ],
+)
+def test_web_pages_stay_out(
+    serve: Callable[..., str], scorer: NumberReward, headers: dict[str, str], status: int
+) -> None:
+    """They name themselves in one of two headers. Where a token is asked for, nobody else needs to be kept out."""
+    url = serve({"number": scorer})
+    for path in ("/v1/health", "/v1/rewards", "/openapi.json"):
+        assert httpx.get(url + path, headers=headers, trust_env=False).status_code == status
+    assert ask(url, headers=headers).status_code == status
+    assert len(scorer.batches) == (status == 200)
+    url = serve({"number": NumberReward()}, token="s3cret")
+    assert codes(ask(url, headers={**headers, "Authorization": "Bearer s3cret"})) == ["ok"]
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "", "::", "192.0.2.1"])
 def test_bind_needs_a_token(host: str) -> None:
     with pytest.raises(ValueError, match="REWARD_TOKEN is not set"):
@@ -633,7 +811,11 @@ def test_log_lines(url: str, caplog: pytest.LogCaptureFixture) -> None:
     name = str(uuid4())
     ask(url, ["a", "nan"], id=name)
     httpx.get(f"{url}/a%0Afake: line", trust_env=False)
-    scored, lost = [json.loads(record.getMessage()) for record in caplog.records if "status" in record.getMessage()]
+    deadline = time.monotonic() + 10
+    while len(lines := [json.loads(text) for text in caplog.messages if "status" in text]) < 2:
+        assert time.monotonic() < deadline  # a line is written once its client has the answer
+        time.sleep(0.01)
+    scored, lost = lines
     assert scored.pop("ms") > 0
     assert scored == {
         "id": name,
@@ -685,6 +867,12 @@ rewards:
         (GOOD % "" + "\nqueue_limit: 3", "raise queue_limit"),
         (GOOD % "" + "\nmax_pixels: 100000000000", "max_pixels"),
         (GOOD % "" + "\nmax_items: 0", "max_items=0"),
+        (GOOD % "" + "\nread_timeout: 0", "read_timeout=0"),
+        (GOOD % "" + "\nread_timeout: .nan", "read_timeout=nan"),
+        (
+            GOOD % "" + "\nmax_waiting_bytes: 100000000",
+            "but one request may take 134217728",
+        ),
     ],
 )
 def test_one_line_errors(
@@ -755,3 +943,52 @@ def test_sigterm_finishes_what_was_accepted(slow_server: Callable[..., Any]) -> 
         assert [r["native"] for r in second.result().json()["results"]] == [0.0, 1.0]
     with pytest.raises(httpx.ConnectError):
         ask(process.url)
+
+
+def test_sigterm_drops_what_is_half_sent(slow_server: Callable[..., Any]) -> None:
+    """Neither half a body nor half a header holds it up; what was accepted is answered; exit code 0."""
+    process = slow_server(seconds=1.0)
+    process.wait_until_ready()
+    halves = [half_sent(process.url), half_sent(process.url, b"")]
+    address = httpx.URL(process.url)
+    header = socket.create_connection((address.host, address.port), timeout=10)
+    header.sendall(b"POST /v1/score HTTP/1.1\r\nHo")
+    with ThreadPoolExecutor(1) as pool:
+        accepted = pool.submit(ask, process.url, [""] * 2, reward="slow")
+        process.wait_until_scoring()
+        started = time.monotonic()
+        assert process.end(signal.SIGTERM) == 0
+        assert time.monotonic() - started < 5
+        assert codes(accepted.result()) == ["ok"] * 2
+    for connection in halves:
+        answer = everything(connection)
+        assert answer.startswith(b"HTTP/1.1 503 ") and b"the server stops: come again later." in answer
+    assert everything(header) == b""
+
+
+def test_connections_are_bounded() -> None:
+    """Two may be open; the third is told to come again, and may once another has left."""
+    with server.bind("127.0.0.1", 0, None) as free:
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "rewards.server", "--config", "configs/rewards/shapes.yaml"]
+    process = subprocess.Popen([*command, f"--port={port}", "--max_connections=2"], stderr=subprocess.DEVNULL, cwd=ROOT)
+    deadline = time.monotonic() + 30
+
+    def wait_for(status: int) -> None:
+        while time.monotonic() < deadline:
+            try:
+                if httpx.get(f"{url}/v1/health", trust_env=False).status_code == status:
+                    return
+            except httpx.TransportError:  # it does not listen yet
+                time.sleep(0.05)
+        raise AssertionError(f"no status {status}")
+
+    try:
+        wait_for(200)
+        with half_sent(url), half_sent(url):
+            wait_for(503)
+        wait_for(200)
+    finally:
+        process.terminate()
+        assert process.wait(20) == 0

@@ -396,7 +396,7 @@ def test_waits_double_and_retry_after_goes_first(judge: Judge) -> None:
 
 @pytest.mark.parametrize(
     ("status", "advice"),
-    [(401, "check the key in JUDGE_KEY"), (403, "check the key"), (404, "check base_url"), (400, "takes images")],
+    [(401, "check the key in JUDGE_KEY"), (403, "check the key"), (404, "check base_url"), (402, "takes this prompt")],
 )
 def test_a_refusal_raises_at_once_and_keeps_the_key(
     judge: Judge, monkeypatch: pytest.MonkeyPatch, status: int, advice: str
@@ -409,6 +409,21 @@ def test_a_refusal_raises_at_once_and_keeps_the_key(
     assert len(judge.requests) == 1 and judge.headers[0]["Authorization"] == f"Bearer {KEY}"
     assert KEY not in str(caught.value) and "***" in str(caught.value)
     assert KEY not in repr(reward) and KEY not in reward.version
+
+
+@pytest.mark.parametrize("on_failure", ["skip", "fail"])
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_refused_image_is_invalid_and_alone(
+    judge: Judge, monkeypatch: pytest.MonkeyPatch, status: int, on_failure: str
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    refusal = Reply(status=status, raw=f"content policy of {KEY}")
+    judge.answer = lambda prompt, turn: refusal if prompt == "bad" else Reply()
+    reward = make(judge, api_key_env="JUDGE_KEY", on_failure=on_failure, max_retries=5)
+    first, bad, last = reward(batch("one", "bad", "two"))
+    assert (first.native, last.native, bad.valid) == (4.0, 4.0, False) and len(judge.requests) == 3
+    assert re.search(rf"refused with {status} \(content policy of \*\*\*\): .*this prompt", bad.detail["reason"])
+    assert KEY not in repr(bad)
 
 
 def test_the_key_stays_out_of_scores_and_cache(judge: Judge, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
