@@ -17,7 +17,8 @@ class EMA(EMAWeightAveraging):
     Lightning's own copies the whole module, text encoders and all, and cannot resume from checkpoints that hold trained
     weights only. Here validations draw with the average, training never sees it, a checkpoint's `state_dict` is the
     average (so `lightning test` and `predict` use it) and a resumed run has both. At the end of a fit the module is
-    left with the average: list this callback before `callbacks.export.Export` to export it.
+    left with the average: list this callback before `callbacks.export.Export` to export it (exports during training,
+    `every_n_train_steps`, are of the weights in training). Resume with this callback still in the configuration.
 
     Args:
         decay: share of the average that a step keeps, 0..1.
@@ -29,6 +30,14 @@ class EMA(EMAWeightAveraging):
         if not 0 <= decay < 1:
             raise ValueError(f"EMA has decay={decay}, use 0 or more and less than 1.")
         super().__init__(device, use_buffers=False, decay=decay, update_every_n_steps=update_every_n_steps)
+        self._swapped = False
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """Whether another `update_every_n_steps` steps are complete; one rollout may take several steps at once."""
+        if step_idx is None:
+            return False
+        every = self.update_every_n_steps
+        return (step_idx + 1) // every > self._latest_update_step // every
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Starts the average at the weights before training."""
@@ -40,6 +49,11 @@ class EMA(EMAWeightAveraging):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leaves the weights alone: a checkpoint of the last step is about to be written."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Gives a validation that broke off its weights back, before checkpoints are saved (they come last)."""
+        if self._swapped:
+            self._swap_models(pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leaves the module with the average."""
@@ -68,6 +82,7 @@ class EMA(EMAWeightAveraging):
 
     def _swap_models(self, pl_module: L.LightningModule) -> None:
         super()._swap_models(_trained(pl_module))  # type: ignore[arg-type]
+        self._swapped = not self._swapped
 
     def _copy_average_to_current(self, pl_module: L.LightningModule) -> None:
         super()._copy_average_to_current(_trained(pl_module))  # type: ignore[arg-type]

@@ -74,6 +74,10 @@ class Agents(L.LightningModule):
         if self.language is not None:
             self.language.load()
 
+    def on_fit_start(self) -> None:
+        """Refuses precisions that would train wrongly in silence."""
+        check_precision(self.trainer.precision)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One optimizer with a parameter group per learning agent, so that one RL step is one `global_step`."""
         return self.optimizer([agent.parameter_group() for agent in self._learners()])
@@ -144,6 +148,18 @@ class Agents(L.LightningModule):
                 f"the checkpoint does not fit this configuration: {len(wrong)} trained weights differ, for example "
                 f"{min(wrong)}; use the agents, LoRA settings and learning rates that it was trained with."
             )
+
+
+def check_precision(precision: str | int) -> None:
+    """Raises a ValueError for precisions other than fp32 and bf16-mixed.
+
+    fp16 scales its losses, and clipping would see scaled gradients; the "true" ones convert inputs, which are prompts.
+    """
+    if str(precision) not in ("32-true", "32", "bf16-mixed", "bf16"):
+        raise ValueError(
+            f"`trainer.precision` is {precision}, which PromptRL does not train in; use bf16-mixed, or 32-true with "
+            "the agents' own `dtype`."
+        )
 
 
 def _seeds(samples: Sequence[PromptSample], number: int = 0) -> list[int]:

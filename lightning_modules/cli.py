@@ -30,7 +30,7 @@ from callbacks.predictions import SavePredictions
 from callbacks.progress import RunProgressBar
 from datamodules.base import PromptDataModule, ResumableLoader
 from lightning_modules import preflight
-from lightning_modules.agents import Agents
+from lightning_modules.agents import Agents, check_precision
 from rewards.base import RewardUnavailable
 
 OUR_PACKAGES = ("lightning_modules", "datamodules", "rewards", "callbacks")
@@ -140,6 +140,8 @@ class PromptRLCLI(LightningCLI):
         if isinstance(self.datamodule, PromptDataModule):
             self.datamodule.setup(str(self.subcommand))
         if self.subcommand == "fit":
+            if isinstance(self.model, Agents):
+                check_precision(self.trainer.precision)
             preflight.check(self.model, self.datamodule, self.trainer, self.config["fit"]["preflight"])
         self.model.configure_model()
         self.model.setup(str(self.subcommand))

@@ -49,7 +49,7 @@ def check(module: L.LightningModule, datamodule: Any, trainer: L.Trainer, mode: 
         source=_source(module, datamodule),
         cuda=device.type == "cuda",
         num_devices=trainer.world_size,
-        autocast={"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(trainer.precision),
+        autocast={"bf16-mixed": torch.bfloat16}.get(str(trainer.precision)),
     )
     found = estimate(module, setting, device_memory(device, trainer.num_devices))
     report(found, str(device))

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lightning_modules.policies.base import Policy
 
-BYTES_PER_WEIGHT = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
-"""Of quantized linear layers: nf4 has an fp32 scale for each block of 64 weights, int8 one for each row."""
+BYTES_PER_WEIGHT = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
+"""Of quantized linear layers: nf4 has an 8-bit scale for each block of 64 weights and an fp32 one for each 256 of those
+(double quantization), int8 one for each row."""
 
 
 def weight_bytes(network: nn.Module) -> int:

@@ -28,6 +28,7 @@ from lightning_modules.objectives import flow_objective, language_objective
 from lightning_modules.policies.base import LoRA, Policy, Sampling
 from lightning_modules.policies.flux1 import Flux1Policy
 from lightning_modules.policies.language import LanguagePolicy
+from lightning_modules.policies.memory import quantize_linears
 from lightning_modules.policies.vision_language import VisionLanguagePolicy
 from lightning_modules.preflight import Estimate, switches
 from lightning_modules.prompt_rl import PromptRL
@@ -220,7 +221,7 @@ def test_weight_bytes_by_hand() -> None:
     network[0].requires_grad_(False)
     assert weight_bytes(network) == 2 * (64 * 128 + 128) + 4 * 2 * 128 + 4 * (128 * 10 + 10)
     layers = [nn.Linear(64, 128, dtype=torch.bfloat16)]
-    assert quantized_savings(layers, "nf4") == 2 * 64 * 128 - (64 * 128 // 2 + 4 * 128)  # 128 blocks of 64
+    assert quantized_savings(layers, "nf4") == 2 * 64 * 128 - (64 * 128 // 2 + 128 + 2)  # 128 blocks of 64
     assert quantized_savings(layers, "int8") == 64 * 128
 
 
@@ -238,6 +239,16 @@ def test_quantized_bytes_are_bitsandbytes(quantization: str) -> None:
         if (state := getattr(parameter, "quant_state", None)) is not None:
             size += state.absmax.nbytes
     assert transformer.bytes == pytest.approx(size, rel=0.01)
+
+
+def test_bytes_of_one_large_nf4_layer_are_bitsandbytes() -> None:
+    """The scales are most of what a formula can get wrong: here they are not lost among other weights."""
+    network = nn.Sequential(nn.Linear(512, 1024, bias=False).requires_grad_(False))
+    expected = weight_bytes(network) - quantized_savings(list(network.children()), "nf4")  # type: ignore[arg-type]
+    quantize_linears(network, "nf4", torch.float32)
+    state = network[0].weight.quant_state
+    size = network[0].weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+    assert expected == pytest.approx(size, rel=1e-4)
 
 
 def test_key_value_cache_bytes_are_the_caches() -> None:

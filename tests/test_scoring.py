@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 from datamodules.sample import PromptSample
+from lightning_modules.agents import check_precision
 from lightning_modules.cli import main
 from lightning_modules.policies.flux1 import Flux1Policy
 from lightning_modules.policies.language import LanguagePolicy
@@ -219,3 +220,12 @@ def test_training_stops_with_a_checkpoint_when_scores_end_and_resumes_exactly(
     assert resumed["global_step"] == unbroken["global_step"] == 4
     assert same(resumed["state_dict"], unbroken["state_dict"])
     assert same(resumed["optimizer_states"], unbroken["optimizer_states"])
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_precisions_that_would_train_wrongly_are_refused(precision: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--config=configs/quickstart.yaml", f"--trainer.precision={precision}"])
+    assert f"`trainer.precision` is {precision}, which PromptRL does not train in" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="is 16-mixed"):  # on a CPU Lightning itself falls back to bf16-mixed
+        check_precision("16-mixed")

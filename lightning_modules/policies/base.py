@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lightning_modules.policies.memory import Quantization, quantize_linears
+from lightning_modules.policies.memory import Quantization, follow_weights, quantize_linears
 from lightning_modules.rl.schedule import Window, sde_step_indices
 from lightning_modules.rl.sde import SDEType, Transition, euler, sde_by_name
 from lightning_modules.rollout import Conditioning, Trajectory, chunks, generators_for
@@ -143,6 +143,11 @@ class Policy(nn.Module, ABC):
                 self._frozen_copy = copy.deepcopy(self.network)
             self.network.requires_grad_(True)
         self.eval()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Policy:
+        super()._apply(fn, recurse)
+        follow_weights(self)
+        return self
 
     def train(self, mode: bool = True) -> Policy:
         """Stays in evaluation mode whatever is asked."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch._dynamo
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -22,7 +23,8 @@ def quantize_linears(network: nn.Module, kind: Quantization, compute_dtype: torc
 
     Args:
         network: a frozen network with its weights loaded.
-        kind: `nf4` is 4-bit NormalFloat (arXiv 2305.14314), `int8` is LLM.int8() (arXiv 2208.07339).
+        kind: `nf4` is 4-bit NormalFloat (arXiv 2305.14314), `int8` is LLM.int8() (arXiv 2208.07339) without its
+            outlier columns, which would make a product depend on the rest of the batch.
         compute_dtype: what products are computed in.
     """
     import bitsandbytes as bnb  # slow to import, and seldom needed
@@ -50,6 +52,34 @@ def quantize_linears(network: nn.Module, kind: Quantization, compute_dtype: torc
     # What peft looks at to choose its layers.
     setattr(network, "is_loaded_in_4bit" if kind == "nf4" else "is_loaded_in_8bit", True)
     network.to(next(network.parameters()).device)  # rounds now, where the weights are
+
+
+def follow_weights(network: nn.Module) -> None:
+    """Brings what bitsandbytes keeps beside int8 weights to where the weights are.
+
+    Moving a module leaves those tensors behind, and the first product would then fail on a GPU.
+    """
+    for module in network.modules():
+        if type(module).__name__ != "Linear8bitLt":  # by name: bitsandbytes is slow to import
+            continue
+        layer: Any = module
+        for holder in (layer.weight, layer.state):
+            if getattr(holder, "CB", None) is not None:
+                holder.CB = layer.weight.data
+            if getattr(holder, "SCB", None) is not None:
+                holder.SCB = holder.SCB.to(layer.weight.device)
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """Compiles the layers that a network repeats, each kind once, for all the ways that a step calls them."""
+    # With and without gradient, adapters, recomputation and two batch sizes: more than dynamo's 8 variants.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    if getattr(network, "_repeated_blocks", None):
+        network.compile_repeated_blocks()  # type: ignore[operator]
+        return
+    for blocks in [module for module in network.children() if isinstance(module, nn.ModuleList)]:
+        for block in blocks:
+            block.compile()
 
 
 @contextmanager

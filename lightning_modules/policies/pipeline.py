@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import diffusers
 import torch
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lightning_modules.policies.base import DType, FlowPolicy, LoRA, Sampling
 from lightning_modules.policies.loading import absent_parts, check_pipeline, lora_config, read_config
-from lightning_modules.policies.memory import lent
+from lightning_modules.policies.memory import compile_blocks, lent
 from lightning_modules.rl.schedule import dynamic_mu
 from lightning_modules.rollout import Conditioning, chunks
 from rewards.models import one_line_errors
@@ -158,10 +158,12 @@ class PipelinePolicy(FlowPolicy):
         super()._prepare()
         if self.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
-        if self.attention_backend is not None:
-            self.network.set_attention_backend(self.attention_backend)
-        if self.compile_blocks:
-            self.network.compile_repeated_blocks()
+        # The reference too: with other kernels its KL to an untrained policy would not be 0.
+        for network in (self.network, self._frozen_copy):
+            if network is not None and self.attention_backend is not None:
+                cast(Any, network).set_attention_backend(self.attention_backend)
+            if network is not None and self.compile_blocks:
+                compile_blocks(network)
 
     def _frozen_parts(self) -> dict[str, nn.Module]:
         """Text encoders and VAE."""

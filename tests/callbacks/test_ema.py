@@ -100,6 +100,32 @@ def test_a_resumed_run_keeps_both(config: Path, tmp_path: Path) -> None:
         assert same(resumed[key], whole[key]), key
 
 
+@pytest.mark.parametrize(("every", "steps", "expected"), [(2, [2, 4, 6], [2, 4, 6]), (3, [1, 2, 3, 4, 6], [3, 6])])
+def test_updates_come_whenever_enough_steps_are_complete(every: int, steps: list[int], expected: list[int]) -> None:
+    """Also when one rollout takes two steps, so that odd numbers of steps never show."""
+    average, found = EMA(0.5, update_every_n_steps=every), []
+    for step in steps:
+        if average.should_update(step_idx=step - 1):
+            average._latest_update_step = step
+            found.append(step)
+    assert found == expected
+
+
+def test_a_validation_that_breaks_off_is_saved_unswapped(config: Path, tmp_path: Path) -> None:
+    lost = {"class_path": "tests.test_scoring.DownAfter", "init_args": {"batches": 3}}
+    content = yaml.safe_load(config.read_text())
+    benchmark = {"class_path": "callbacks.reward.RewardBenchmark", "init_args": {"reward": lost}}
+    content["trainer"]["callbacks"].append(benchmark)
+    content["model"]["init_args"] |= {"language": None, "num_retained": 8}
+    config.write_text(yaml.safe_dump(content))
+    with pytest.raises(SystemExit):
+        fit(config, tmp_path / "lost", 6)
+    saved = torch.load(next((tmp_path / "lost").rglob("last.ckpt")), weights_only=True)
+    assert saved["global_step"] == 3
+    assert same(saved["current_model_state"], Witness.steps[3])
+    assert not same(dict(saved["state_dict"]), Witness.steps[3])
+
+
 def test_bad_decay() -> None:
     with pytest.raises(ValueError, match="EMA has decay=1, use 0 or more and less than 1"):
         EMA(decay=1)

@@ -167,6 +167,30 @@ def test_exports_draw_the_same_in_the_stock_pipeline(
 
 
 @every_family
+@pytest.mark.parametrize("more", [{"gradient_checkpointing": True}, {"quantization": "int8"}, {"quantization": "nf4"}])
+def test_savings_keep_the_ratio_at_one(family: Family, folders: dict[str, Path], more: dict[str, object]) -> None:
+    """With adapters, offloaded encoders and other frozen types, in bf16 as on a GPU; gradients reach the adapters."""
+    options = {"lora": LORA, "offload": True, "dtype": "bfloat16", "frozen_dtype": "float32"} | more
+    policy = family.load(folders[family.name], Sampling(4, [0, 2]), **options)
+    perturb(policy)
+    trajectory = policy.rollout(PROMPTS[:2], [1, 2], images=family.images(2))
+    replayed = policy.replay(trajectory, 1).log_prob(trajectory.next_latents[:, 1])
+    assert (replayed - trajectory.log_probs[:, 1]).abs().max() < 1e-5
+    replayed.sum().backward()
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    assert sum(p.grad.abs().sum() for p in trained if p.grad is not None) > 0
+    assert {p.dtype for p in trained} == {torch.float32} == {trajectory.latents.dtype}
+
+
+@every_family
+def test_there_are_blocks_to_compile(family: Family, folders: dict[str, Path]) -> None:
+    policy = family.load(folders[family.name], Sampling(4, 2), compile=True, kl_weight=0.1)
+    for network in (policy.network, policy._frozen_copy):
+        assert network is not None
+        assert sum(module._compiled_call_impl is not None for module in network.modules()) >= 1
+
+
+@every_family
 def test_bad_settings_are_refused_before_weights_are_loaded(family: Family, folders: dict[str, Path]) -> None:
     folder = folders[family.name]
     height, width = family.sizes[0]

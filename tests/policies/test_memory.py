@@ -90,6 +90,18 @@ def test_quantized_policies_roll_out_replay_and_learn(
     assert 0 < (ours - exact).norm() / exact.norm() < error
 
 
+def test_int8_keeps_its_scales_beside_its_weights(make_flow: MakeFlow) -> None:
+    """Moving a module copies its weights; what bitsandbytes keeps of them has to follow."""
+    policy = make_flow(lora=LORA, quantization="int8")
+    policy._apply(lambda tensor: tensor.clone())
+    layers = [module for module in policy.modules() if type(module).__name__ == "Linear8bitLt"]
+    assert layers
+    for layer in layers:
+        kept = [holder.CB for holder in (layer.weight, layer.state) if getattr(holder, "CB", None) is not None]
+        assert kept and all(each.data_ptr() == layer.weight.data.data_ptr() for each in kept)
+    assert policy.generate(PROMPTS[:1], [1]).isfinite().all()
+
+
 def test_parts_that_wait_on_the_cpu_are_lent_and_returned(make_flow: MakeFlow) -> None:
     """Offloaded parts are no submodules, so nothing moves them for good; pictures are the same."""
     policy, plain = make_flow(offload=True), make_flow()
@@ -113,8 +125,14 @@ def test_frozen_parts_in_another_type(make_flow: MakeFlow) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_blocks_keep_the_ratio_at_one(make_flow: MakeFlow) -> None:
-    policy = make_flow(compile=True, sampling=Sampling(4, 2))
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_compiled_blocks_keep_the_ratio_at_one(make_flow: MakeFlow, lora: LoRA | None) -> None:
+    """And the KL at 0 before training: the reference is compiled as well."""
+    policy = make_flow(compile=True, sampling=Sampling(4, 2), lora=lora, kl_weight=0.1)
+    trajectory = policy.rollout(PROMPTS[:2], [1, 2])
+    with torch.no_grad(), policy.reference():
+        reference = policy.replay(trajectory, 0)
+    assert policy.replay(trajectory, 0).kl(reference).max() < 1e-9
     perturb(policy)
     trajectory = policy.rollout(PROMPTS[:2], [1, 2])
     for step in range(2):
@@ -127,6 +145,7 @@ def test_compiled_blocks_keep_the_ratio_at_one(make_flow: MakeFlow) -> None:
 def test_attention_backends_are_checked(make_flow: MakeFlow) -> None:
     policy = make_flow(attention_backend="_native_math")
     assert policy.generate(PROMPTS[:1], [1]).isfinite().all()
+    policy.network.set_attention_backend("native")  # diffusers keeps the choice for the whole process
     with pytest.raises(ValueError, match="no_such_backend.* must be one of"):
         make_flow(attention_backend="no_such_backend")
 
