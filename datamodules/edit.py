@@ -1,0 +1,70 @@
+"""Editing instructions with their source images, from JSONL files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast, overload
+
+from PIL import Image, ImageOps
+
+from datamodules.base import PromptSample
+from datamodules.files import PromptFiles, read_records
+
+
+class EditSamples(Sequence[PromptSample]):
+    """Samples whose images are read when they are asked for: thousands of pictures would not fit into memory.
+
+    Args:
+        rows: `file:line`, sample without its image, and the image's path.
+    """
+
+    def __init__(self, rows: Sequence[tuple[str, PromptSample, Path]]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> PromptSample: ...
+    @overload
+    def __getitem__(self, index: slice) -> EditSamples: ...
+    def __getitem__(self, index: int | slice) -> PromptSample | EditSamples:
+        """A sample with its image (RGB, upright), or some of the samples."""
+        if isinstance(index, slice):
+            return EditSamples(self.rows[index])
+        where, sample, path = self.rows[index]
+        try:
+            with Image.open(path) as image:
+                source = ImageOps.exif_transpose(image).convert("RGB")
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(
+                f"{where}: the image {path} cannot be read ({error}): replace it or drop the row."
+            ) from None
+        return PromptSample(sample.id, sample.prompt, sample.tag, sample.metadata, source)
+
+
+class EditPrompts(PromptFiles):
+    """Editing instructions in JSONL files; the evaluation set is called `edit`.
+
+    A line is `{"prompt": instruction, "image": path, "category"?: ..., "id"?: ...}`, the path relative to the file.
+    The category becomes the tag, everything but `id`, `prompt` and `image` metadata.
+    """
+
+    eval_name = "edit"
+
+    def read(self, path: Path) -> list[PromptSample]:
+        """All rows of a JSONL file; their images are looked for now and read later."""
+        rows = []
+        for where, record in read_records(path):
+            name = record.get("image")
+            if not isinstance(name, str) or not name:
+                raise ValueError(f"{where}: `image` is {name!r}: give the path of the source image.")
+            file = path.parent / name
+            if not file.is_file():
+                raise ValueError(f"{where}: there is no image {file}: paths are relative to {path.parent}.")
+            metadata: dict[str, Any] = {k: v for k, v in record.items() if k not in ("id", "prompt", "image")}
+            sample = PromptSample(record["id"], record["prompt"], str(record.get("category", "edit")), metadata)
+            rows.append((where, sample, file))
+        # The loaders only count, slice and index; a list would hold every image.
+        return cast("list[PromptSample]", EditSamples(rows))
