@@ -20,7 +20,7 @@ import jsonargparse
 import lightning as L
 import torch
 import transformers
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar, TQDMProgressBar, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
@@ -146,7 +146,14 @@ class PromptRLCLI(LightningCLI):
         self.model.configure_model()
         self.model.setup(str(self.subcommand))
         if self._checkpoint_path is not None:
-            self.model.on_load_checkpoint(torch.load(self._checkpoint_path, map_location="cpu", mmap=True))
+            checkpoint = torch.load(self._checkpoint_path, map_location="cpu", mmap=True)
+            averages = any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+            if self.subcommand == "fit" and "current_model_state" in checkpoint and not averages:
+                raise ValueError(
+                    f"{self._checkpoint_path} was saved with a moving average, from which training would go on; resume "
+                    "with callbacks.ema.EMA in `trainer.callbacks`."
+                )
+            self.model.on_load_checkpoint(checkpoint)
 
     before_validate = before_test = before_fit
 

@@ -255,6 +255,8 @@ def _lasting(module: PromptRL, policy: Policy, skeleton: Policy, setting: Settin
         gradients = sum(parameter.nbytes for parameter in skeleton.parameters() if parameter.requires_grad)
         state = optimizer_state(module.optimizer, skeleton)
         found.lasting["gradients"] = gradients
+        if setting.num_devices > 1:
+            found.lasting["buckets of DDP"] = gradients  # made at the start, although its reduction is never used
         (found.kept if state.paged else found.lasting)[f"optimizer state ({state.name})"] = state.bytes
         if skeleton._frozen_copy is not None:
             found.lasting["reference"] = weight_bytes(skeleton._frozen_copy)

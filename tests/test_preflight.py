@@ -559,6 +559,7 @@ def test_estimates_are_ordered() -> None:
     larger = totals(height=64, width=64)
     assert larger.kept["trajectories"] > 3.9 * full.kept["trajectories"] and larger.total > full.total
     assert totals(Setting(4, num_devices=2)).passing["stepping"] == 2 * full.lasting["gradients"]
+    assert totals(Setting(4, num_devices=2)).lasting["buckets of DDP"] == full.lasting["gradients"]
 
 
 def test_switches_save_what_they_say() -> None:

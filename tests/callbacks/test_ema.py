@@ -91,13 +91,16 @@ def test_validation_draws_with_the_average_and_training_goes_on_without(config: 
     assert same(fit(without, tmp_path / "without", 3)["state_dict"], saved["current_model_state"])
 
 
-def test_a_resumed_run_keeps_both(config: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_both(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = fit(config, tmp_path / "whole", 4)
     fit(config, tmp_path / "first", 2)
     (checkpoint,) = (tmp_path / "first").rglob("last.ckpt")
     resumed = fit(config, tmp_path / "second", 4, f"--ckpt_path={checkpoint}")
     for key in ("state_dict", "current_model_state", "averaging_state", "optimizer_states"):
         assert same(resumed[key], whole[key]), key
+    with pytest.raises(SystemExit):
+        main(["fit", "--config=configs/quickstart.yaml", f"--ckpt_path={checkpoint}"])
+    assert "was saved with a moving average" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("every", "steps", "expected"), [(2, [2, 4, 6], [2, 4, 6]), (3, [1, 2, 3, 4, 6], [3, 6])])
