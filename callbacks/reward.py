@@ -9,7 +9,7 @@ from torchmetrics import Metric
 
 from callbacks.benchmark import Benchmark
 from datamodules.base import PromptSample
-from rewards.base import Reward, RewardBatch
+from rewards.base import Reward, RewardBatch, score_each
 from rewards.metric import MeanScore
 
 
@@ -45,4 +45,4 @@ class RewardBenchmark(Benchmark):
 
     def update(self, metric: Metric, samples: Sequence[PromptSample], images: Sequence[Image]) -> None:
         """Scores every image against its original prompt."""
-        metric.update(self.reward(RewardBatch(samples, images)))
+        metric.update(score_each(self.reward, RewardBatch(samples, images)))

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from datamodules.sample import PromptSample
-from rewards.base import Reward, RewardBatch, Score
+from rewards.base import Reward, RewardBatch, Score, score_each
 
 
 class Scoring:
@@ -57,10 +57,4 @@ class Scoring:
     def _score(self, batch: RewardBatch) -> list[Score]:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-        scores = self.reward(batch)
-        if len(scores) != len(batch):
-            raise ValueError(
-                f"{type(self.reward).__name__} returned {len(scores)} scores for {len(batch)} images: it must return "
-                "one per image, `Score.invalid(reason)` where it failed."
-            )
-        return scores
+        return score_each(self.reward, batch)

@@ -121,3 +121,18 @@ class Reward(ABC):
         Raises:
             RewardUnavailable: if no image can be scored now and the reward is configured not to go on without.
         """
+
+
+def score_each(reward: Reward, batch: RewardBatch) -> list[Score]:
+    """A reward's scores of a batch.
+
+    Raises:
+        ValueError: if they are not one per image, so that no score goes to another image.
+    """
+    scores = reward(batch)
+    if len(scores) != len(batch):
+        raise ValueError(
+            f"{type(reward).__name__} returned {len(scores)} scores for {len(batch)} images: it must return one per "
+            "image, `Score.invalid(reason)` where it failed."
+        )
+    return scores

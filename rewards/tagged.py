@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from rewards.base import Reward, RewardBatch, Score
+from rewards.base import Reward, RewardBatch, Score, score_each
 
 
 class TaggedReward(Reward):
@@ -54,7 +54,7 @@ class TaggedReward(Reward):
         for tag, rows in rows_of.items():
             part = RewardBatch([batch.samples[row] for row in rows], [batch.images[row] for row in rows])
             reward = self.rewards[tag]
-            for row, score in zip(rows, _score(reward, part), strict=True):
+            for row, score in zip(rows, score_each(reward, part), strict=True):
                 scores[row] = replace(score, parts=score.parts or {self._log_names[tag]: score})
         return [scores[row] for row in range(len(batch))]
 
@@ -94,7 +94,7 @@ class WeightedSum(Reward):
 
     def __call__(self, batch: RewardBatch) -> list[Score]:
         """Score B images; `parts` holds every scorer's own score."""
-        by_name = {name: _score(reward, batch) for name, reward in self.rewards.items()}
+        by_name = {name: score_each(reward, batch) for name, reward in self.rewards.items()}
         return [self._sum({name: scores[row] for name, scores in by_name.items()}) for row in range(len(batch))]
 
     def _sum(self, parts: Mapping[str, Score]) -> Score:
@@ -105,16 +105,6 @@ class WeightedSum(Reward):
             return replace(Score.invalid("; ".join(failed)), parts=dict(parts))
         total = sum(self.weights[name] * score.rl for name, score in parts.items())
         return Score(native=total, table=total, rl=total, parts=dict(parts))
-
-
-def _score(reward: Reward, batch: RewardBatch) -> list[Score]:
-    scores = reward(batch)
-    if len(scores) != len(batch):
-        raise ValueError(
-            f"{type(reward).__name__} returned {len(scores)} scores for {len(batch)} images: it must return one per "
-            "image, `Score.invalid(reason)` where it failed."
-        )
-    return scores
 
 
 def _check_parts(owner: str, rewards: Mapping[str, Reward]) -> None:
