@@ -1,0 +1,191 @@
+"""What both agents have: how they load, freeze, take adapters, and keep a reference."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from lightning_modules.policies.memory import Quantization, follow_weights, quantize_linears
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters (peft) in place of full fine-tuning.
+
+    Args:
+        rank: rank of the update.
+        alpha: its scale is alpha / rank.
+        targets: module name endings, or one regular expression; null is the policy's own choice.
+    """
+
+    rank: int = 64
+    alpha: int = 128
+    targets: list[str] | str | None = None
+
+
+class Policy(nn.Module, ABC):
+    """An agent: a network that is trained fully, trained by adapters, or frozen.
+
+    Constructors only store their arguments; `load` brings the weights. A policy always stays in evaluation mode, since
+    dropout or batch statistics would make a replay differ from its rollout.
+
+    Args:
+        model: folder or hub id.
+        learning_rate: null freezes this agent.
+        weight_decay: AdamW's.
+        betas: AdamW's.
+        max_grad_norm: the gradient of this agent alone is clipped to this norm.
+        kl_weight: weight of the KL to the model as it was before training; 0 keeps no reference.
+        clip_range: of the ratio in the surrogate.
+        lora: adapters; null trains all weights.
+        dtype: of the loaded weights.
+        micro_batch_size: samples per forward pass, in rollout and update alike; null is all at once.
+        gradient_checkpointing: computes activations again in the backward pass in place of keeping them.
+        quantization: keeps the frozen weights in 4 or 8 bits (bitsandbytes); an agent that learns needs `lora` then.
+    """
+
+    agent: ClassVar[str] = "language"
+    """Its name in the configuration, the optimizer's groups and the log."""
+    default_lora_targets: list[str] | str
+
+    def __init__(
+        self,
+        model: str,
+        learning_rate: float | None,
+        weight_decay: float,
+        betas: tuple[float, float],
+        max_grad_norm: float,
+        kl_weight: float,
+        clip_range: float,
+        lora: LoRA | None,
+        dtype: DType,
+        micro_batch_size: int | None,
+        gradient_checkpointing: bool = False,
+        quantization: Quantization | None = None,
+    ) -> None:
+        super().__init__()
+        agent = self.agent
+        if quantization is not None and learning_rate is not None and lora is None:
+            raise ValueError(
+                f"`{agent}.quantization` is {quantization}, whose weights cannot be trained; add `{agent}.lora`."
+            )
+        self.model = model
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.betas = betas
+        self.max_grad_norm = max_grad_norm
+        self.kl_weight = kl_weight
+        self.clip_range = clip_range
+        self.lora = lora
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.micro_batch_size = micro_batch_size
+        self.gradient_checkpointing = gradient_checkpointing
+        self.quantization: Quantization | None = quantization
+        self.network: Any = None
+        self._frozen_copy: nn.Module | None = None
+        self._use_frozen_copy = False
+
+    @property
+    def trained(self) -> bool:
+        """Whether this agent learns."""
+        return self.learning_rate is not None
+
+    @property
+    def active(self) -> Any:
+        """The network that answers now: the trained one, or inside `reference()` its frozen copy."""
+        return self._frozen_copy if self._use_frozen_copy else self.network
+
+    @abstractmethod
+    def load(self) -> None:
+        """Brings the weights and prepares them for training; later calls do nothing."""
+
+    @abstractmethod
+    def _add_adapters(self, lora: LoRA) -> None:
+        """Puts LoRA adapters into `self.network`."""
+
+    @abstractmethod
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes what was trained in the ecosystem's own format: an adapter, or a model folder."""
+
+    def _prepare(self) -> None:
+        """Freezes everything but what this agent learns, and keeps a reference if the KL needs one."""
+        self.requires_grad_(False)
+        self.eval()
+        if self.quantization is not None:
+            quantize_linears(self.network, self.quantization, self.dtype)
+        if not self.trained:
+            return
+        if self.lora is not None:
+            self._add_adapters(self.lora)
+        else:
+            if self.dtype != torch.float32 and (self.learning_rate or 0.0) < 1e-5:
+                warnings.warn(
+                    f"{type(self).__name__} trains all weights in {self.dtype} with a learning rate of "
+                    f"{self.learning_rate:g}: most updates will be rounded away; use `dtype: float32` with "
+                    "`trainer.precision: bf16-mixed`, or `lora`.",
+                    stacklevel=2,
+                )
+            if self.kl_weight > 0:
+                self._frozen_copy = copy.deepcopy(self.network)
+            self.network.requires_grad_(True)
+        self.eval()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Policy:
+        super()._apply(fn, recurse)
+        follow_weights(self)
+        return self
+
+    def train(self, mode: bool = True) -> Policy:
+        """Stays in evaluation mode whatever is asked."""
+        del mode
+        return super().train(False)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, the policy is what it was before training: adapters off, or the frozen copy."""
+        if self.lora is not None and self.trained:
+            with self._adapters_off():
+                yield
+            return
+        if self.trained and self._frozen_copy is None:
+            raise ValueError(f"{type(self).__name__} keeps no reference: set `kl_weight` above 0 before loading it.")
+        self._use_frozen_copy = self._frozen_copy is not None
+        try:
+            yield
+        finally:
+            self._use_frozen_copy = False
+
+    @contextmanager
+    def _adapters_off(self) -> Iterator[None]:
+        self.network.disable_adapters()
+        try:
+            yield
+        finally:
+            self.network.enable_adapters()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        device: torch.device = next(self.network.parameters()).device
+        return device
+
+    def parameter_group(self) -> dict[str, Any]:
+        """This agent's group for the optimizer."""
+        return {
+            "name": self.agent,
+            "params": [p for p in self.parameters() if p.requires_grad],
+            "lr": self.learning_rate,
+            "weight_decay": self.weight_decay,
+            "betas": self.betas,
+        }
