@@ -1,4 +1,4 @@
-"""Tables of several seeds from what `lightning test` left: scores by tag, other wordings, enhancers, diversity.
+"""Tables of several seeds from what `lightning test` left: scores by tag, other wordings, enhancers, naming, diversity.
 
 For each agent and seed S, after a fit to `runs/<mode>-S`:
 
@@ -9,14 +9,17 @@ and once without a checkpoint to `evaluation/base-0`. Then:
 
     python -m benchmarks.miniature_evaluation evaluation
 
+The same with `configs/miniature/edit_<mode>.yaml` and `edit_evaluate.yaml` is read with `--set edit`. Folders of other
+names (`hidden-42`) are rows of their own, below the agents'.
+
 Numbers are means over seeds; brackets are 95 % intervals of that mean from a bootstrap over prompts (the same prompts
 for all seeds, resampled within tags), so they say nothing of what other seeds would give: the range over seeds does.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,38 +27,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from callbacks.benchmark import Benchmark
+from callbacks.edit import EditBenchmark
 from callbacks.geneval import GenEvalBenchmark
+from callbacks.naming import COLUMNS as NAMING
 from callbacks.tables import Row, Table, markdown
 from rewards.bootstrap import interval, resample
 from rewards.metric import PromptTable
 from rewards.shapes import ShapesDetector
+from rewards.shapes_edit import ShapesEditReward
 
 MODES = ("base", "flow_only", "prompt_only", "promptrl")
-BENCHMARK = GenEvalBenchmark(ShapesDetector())
+BENCHMARKS: dict[str, Benchmark] = {
+    "geneval": GenEvalBenchmark(ShapesDetector()),
+    "edit": EditBenchmark(ShapesEditReward(), ["strict", "followed", "kept"]),
+}
+"""By the set that holds the originals."""
 Tables = dict[tuple[str, str], PromptTable]
-"""Set and mode -> verdicts by prompt."""
+"""Set and mode -> scores by prompt."""
 Key = tuple[str, str]
 
 
-def read(folder: Path) -> tuple[Tables, dict[str, Any]]:
+def read(folder: Path, benchmark: Benchmark) -> tuple[Tables, dict[str, Any]]:
     """The newest test below a folder: tables from `scores.jsonl`, and `results.json`."""
     path = max(folder.rglob("scores.jsonl"), key=lambda found: found.stat().st_mtime)
     lines: dict[Key, list[dict[str, Any]]] = {}
     for text in path.read_text(encoding="utf-8").splitlines():
         line = json.loads(text)
-        if "correct" in line:
+        if line["benchmark"] == benchmark.title:
             lines.setdefault((line["set"], line["mode"]), []).append(line)
     tables = {}
     for key, rows in lines.items():
         images = torch.tensor([row["images"] for row in rows], dtype=torch.float64)
-        correct = torch.tensor([row["correct"] for row in rows], dtype=torch.float64) * images
-        ids, tags = [row["id"] for row in rows], [row["tag"] for row in rows]
-        tables[key] = PromptTable(ids, tags, {"correct": correct}, {"correct": images}, images)
+        # The miniature's scorers fail at no picture, so a prompt's means are of all its pictures.
+        values = {column: [row[column] for row in rows] for column in benchmark.columns if rows[0][column] is not None}
+        sums = {column: torch.tensor(means, dtype=torch.float64) * images for column, means in values.items()}
+        sums |= {column: torch.zeros_like(images) for column in benchmark.columns if column not in sums}
+        counts = {column: images if column in values else torch.zeros_like(images) for column in sums}
+        tables[key] = PromptTable([row["id"] for row in rows], [row["tag"] for row in rows], sums, counts, images)
     return tables, json.loads(path.with_name("results.json").read_text())
 
 
 def over_seeds(
-    runs: Sequence[Tables], keys: Sequence[Key], combine: Callable[..., Tensor] = lambda x: x
+    benchmark: Benchmark, runs: Sequence[Tables], keys: Sequence[Key], combine: Callable[..., Tensor] = lambda x: x
 ) -> tuple[dict[str, float], dict[str, list[float]], dict[str, tuple[float, float]]]:
     """Scores of one set and mode (or of `combine` of several), their mean over seeds, its interval and their range."""
     values: dict[str, list[Tensor]] = {}
@@ -64,7 +78,7 @@ def over_seeds(
         common = set.intersection(*(set(table.ids) for table in chosen))
         chosen = [table.rows([i for i, name in enumerate(table.ids) if name in common]) for table in chosen]
         weights = torch.cat([torch.ones(1, len(common), dtype=torch.float64), resample(chosen[0].tags, 2000)])
-        scores = [BENCHMARK.summarize(table, weights) for table in chosen]
+        scores = [benchmark.summarize(table, weights) for table in chosen]
         for name in scores[0]:
             values.setdefault(name, []).append(combine(*(score[name] for score in scores)))
     means = {name: torch.stack(parts).mean(0) for name, parts in values.items()}
@@ -75,26 +89,29 @@ def over_seeds(
     )
 
 
-def score_tables(runs: Mapping[str, Sequence[Tables]]) -> list[Table]:
-    """One for each evaluation set: every mode with and without the refiner, by tag."""
+def score_tables(benchmark: Benchmark, runs: Mapping[str, Sequence[Tables]]) -> list[Table]:
+    """One for each evaluation set of the data module: every mode with and without the refiner, by tag."""
     tables = []
-    for name in ("geneval", "paraphrase", "unseen"):
+    sets = dict.fromkeys(name for seeds in runs.values() for scored in seeds for name, _ in scored)
+    own_sets = [name for name in sets if "." not in name]
+    for name in own_sets:
         rows = []
         for mode, seeds in runs.items():
             for pe in ("without_pe", "with_pe"):
                 if all((name, pe) in tables for tables in seeds):
-                    scores, ends, spread = over_seeds(seeds, [(name, pe)])
-                    low, high = spread["overall"]
+                    scores, ends, spread = over_seeds(benchmark, seeds, [(name, pe)])
+                    low, high = spread[benchmark.headline]
                     label = f"{mode} {pe.replace('_', ' ').replace('pe', 'PE')} ({low:.2f}-{high:.2f})"
-                    rows.append(Row(label, scores, intervals={"overall": ends["overall"]}))
-        columns = [column for column in rows[0].scores if column != "images"]
+                    shown = {benchmark.headline: ends[benchmark.headline]}
+                    rows.append(Row(label, scores, intervals=shown))
+        columns = [column for column in rows[0].scores if column not in ("images", "invalid_share")]
         tables.append(Table(f"{name}; in brackets the range of the average over seeds", columns, rows))
     return tables
 
 
-def difference_table(runs: Mapping[str, Sequence[Tables]]) -> Table:
+def difference_table(benchmark: Benchmark, original: str, runs: Mapping[str, Sequence[Tables]]) -> Table:
     """Average of another wording minus that of the original, pair by pair."""
-    kinds = sorted({name for seeds in runs.values() for tables in seeds for name, _ in tables} - {"geneval"})
+    kinds = sorted({name for seeds in runs.values() for tables in seeds for name, _ in tables} - {original})
     scores: dict[str, dict[str, float]] = {kind: {} for kind in kinds}
     ends: dict[str, dict[str, list[float]]] = {kind: {} for kind in kinds}
     for mode, seeds in runs.items():
@@ -104,27 +121,45 @@ def difference_table(runs: Mapping[str, Sequence[Tables]]) -> Table:
                 enhancer = not any((kind, "with_pe") in tables for tables in seeds)
                 if own != other and not enhancer:
                     continue
-                if all({(kind, own), ("geneval", other)} <= tables.keys() for tables in seeds):
-                    mean, low_high, _ = over_seeds(seeds, [(kind, own), ("geneval", other)], lambda a, b: a - b)
-                    scores[kind][label], ends[kind][label] = mean["overall"], low_high["overall"]
+                keys = [(kind, own), (original, other)]
+                if all(set(keys) <= tables.keys() for tables in seeds):
+                    mean, low_high, _ = over_seeds(benchmark, seeds, keys, lambda a, b: a - b)
+                    headline = benchmark.headline
+                    scores[kind][label], ends[kind][label] = mean[headline], low_high[headline]
     columns = list(dict.fromkeys(label for named in scores.values() for label in named))
-    names = {kind: kind.removeprefix("geneval.").replace("_", " ") for kind in kinds}
-    names |= {kind: f"{kind} (a set of its own)" for kind in kinds if not kind.startswith("geneval.")}
+    names = {kind: kind.removeprefix(f"{original}.").replace("_", " ") for kind in kinds}
+    names |= {kind: f"{kind} (a set of its own)" for kind in kinds if "." not in kind}
     rows = [Row(names[kind], scores[kind], intervals=ends[kind]) for kind in kinds]
     return Table("other wording - original", columns, rows, signed=columns)
 
 
-def diversity_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
+def naming_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
+    """Means over seeds of how often greedy rewrites name the object that is meant, or any; by kind of edit."""
+    rows = []
+    for mode, seeds in results.items():
+        found = [seed["naming"]["results"] for seed in seeds if "naming" in seed]
+        for name in found[0] if found else ():
+            for column in NAMING:
+                tags = found[0][name][column]
+                shares = {tag: sum(seed[name][column][tag] for seed in found) / len(found) for tag in tags}
+                each = [seed[name][column]["mean"] for seed in found]
+                words = column.replace("_", " ")
+                rows.append(Row(f"{mode}, {name}, {words} ({min(each):.2f}-{max(each):.2f})", shares))
+    columns = list(dict.fromkeys(tag for row in rows for tag in row.scores))
+    return Table("Rewrites that name the object meant; in brackets the range over seeds", columns, rows)
+
+
+def diversity_table(original: str, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
     """Means over seeds of what the pictures of one prompt have in common."""
     rows, columns = [], dict.fromkeys(())
     for mode, seeds in results.items():
-        arms = seeds[0]["diversity"]["geneval"]
-        for arm in (arm for arm in arms if " " not in arm):
+        probes = [probe for probe in ("diversity", "diversity_pixels") if all(probe in seed for seed in seeds)]
+        for arm in (arm for probe in probes[:1] for arm in seeds[0][probe][original] if " " not in arm):
             scores = {}
-            for probe in ("diversity", "diversity_pixels"):
-                for score in seeds[0][probe]["geneval"][arm]:
+            for probe in probes:
+                for score in seeds[0][probe][original][arm]:
                     name = f"{score}, {'pixels' if probe.endswith('pixels') else 'shapes'}"
-                    scores[name] = sum(seed[probe]["geneval"][arm][score] for seed in seeds) / len(seeds)
+                    scores[name] = sum(seed[probe][original][arm][score] for seed in seeds) / len(seeds)
             columns |= dict.fromkeys(scores)
             rows.append(Row(f"{mode}, {arm.replace('_', ' ')}", scores))
     shown = [column for column in columns if not column.startswith("distinct_rewrites, p")]
@@ -133,15 +168,24 @@ def diversity_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table
 
 def main() -> None:
     """Prints all tables as Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--set", choices=list(BENCHMARKS), default="geneval", dest="original")
+    args = parser.parse_args()
+    benchmark = BENCHMARKS[args.original]
+    folders = sorted(path for path in args.folder.iterdir() if any(path.rglob("scores.jsonl")))
+    others = [path.name.rsplit("-", 1)[0] for path in folders]
     found = {
-        mode: [
-            read(folder) for folder in sorted(Path(sys.argv[1]).glob(f"{mode}-*")) if any(folder.rglob("scores.jsonl"))
-        ]
-        for mode in MODES
+        mode: [read(path, benchmark) for path in folders if path.name.rsplit("-", 1)[0] == mode]
+        for mode in dict.fromkeys([*(mode for mode in MODES if mode in others), *others])
     }
-    runs = {mode: [tables for tables, _ in seeds] for mode, seeds in found.items() if seeds}
-    results = {mode: [said for _, said in seeds] for mode, seeds in found.items() if seeds}
-    for table in (*score_tables(runs), difference_table(runs), diversity_table(results)):
+    runs = {mode: [tables for tables, _ in seeds] for mode, seeds in found.items()}
+    results = {mode: [said for _, said in seeds] for mode, seeds in found.items()}
+    tables = score_tables(benchmark, runs)
+    tables += [difference_table(benchmark, args.original, runs), diversity_table(args.original, results)]
+    if any("naming" in said for seeds in results.values() for said in seeds):
+        tables.append(naming_table(results))
+    for table in tables:
         print(f"\n### {table.title}\n\n{markdown(table)}")
 
 

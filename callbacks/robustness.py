@@ -266,8 +266,11 @@ def paired_difference(
     row_of = {name: row for row, name in enumerate(second.ids)}
     rows = [row for row, name in enumerate(first.ids) if name in common]
     first, second = first.rows(rows), second.rows([row_of[first.ids[row]] for row in rows])
-    # A prompt that could be scored in one wording only is no pair.
-    seen = torch.stack([counts > 0 for table in (first, second) for counts in table.counts.values()]).all(0)
+    # A prompt that could be scored in one wording only is no pair. A column that no picture of either has, such as
+    # GEdit-Bench's `intersection` elsewhere, says nothing of that.
+    pairs = [(counts, second.counts[column]) for column, counts in first.counts.items()]
+    used = [torch.stack(pair) > 0 for pair in pairs if pair[0].any() or pair[1].any()]
+    seen = torch.cat(used or [torch.zeros(1, len(first), dtype=torch.bool)]).all(0)
     rows = seen.nonzero()[:, 0].tolist()
     first, second = first.rows(rows), second.rows(rows)
     first_scores, second_scores = benchmark.scores(first), benchmark.scores(second)

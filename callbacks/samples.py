@@ -45,10 +45,10 @@ class SamplePictures(L.Callback):
         if batch_idx > 0 or not trainer.is_global_zero or not outputs.samples:
             return
         rows = [
-            [_tile(image, text) for image, text in zip(images[0][: self.num], outputs.prompts[mode], strict=False)]
+            [captioned(image, text) for image, text in zip(images[0][: self.num], outputs.prompts[mode], strict=False)]
             for mode, images in outputs.images.items()
         ]
-        _log(trainer, f"samples/{outputs.name}", _sheet(rows))
+        _log(trainer, f"samples/{outputs.name}", sheet(rows))
         if "with_pe" in outputs.prompts:
             asked = [sample.asked for sample in outputs.samples[: self.num]]
             pairs = zip(asked, outputs.prompts["with_pe"], strict=False)
@@ -65,16 +65,16 @@ class SamplePictures(L.Callback):
         size = rollout.rewards.shape[1]
         numbers = zip(rollout.rewards[0].tolist(), rollout.advantages[0].tolist(), strict=True)
         tiles = [
-            _tile(image, f"{prompt} | reward {reward:.2f}, advantage {advantage:+.2f}")
+            captioned(image, f"{prompt} | reward {reward:.2f}, advantage {advantage:+.2f}")
             for image, prompt, (reward, advantage) in zip(
                 rollout.images[:size], rollout.prompts[:size], numbers, strict=True
             )
         ]
         half = (len(tiles) + 1) // 2
-        _log(trainer, "samples/group", _sheet([tiles[:half], tiles[half:]]))
+        _log(trainer, "samples/group", sheet([tiles[:half], tiles[half:]]))
 
 
-def _tile(image: Image.Image, text: str) -> Image.Image:
+def captioned(image: Image.Image, text: str) -> Image.Image:
     """One picture with its caption below; small pictures are enlarged without smoothing."""
     tile = Image.new("RGB", (_SIDE, _SIDE + _CAPTION), "white")
     resample = Image.Resampling.NEAREST if image.width < _SIDE else Image.Resampling.LANCZOS
@@ -84,17 +84,18 @@ def _tile(image: Image.Image, text: str) -> Image.Image:
     return tile
 
 
-def _sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    sheet = Image.new("RGB", (max(map(len, rows)) * _SIDE, len(rows) * (_SIDE + _CAPTION)), "white")
+def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Rows of captioned pictures."""
+    whole = Image.new("RGB", (max(map(len, rows)) * _SIDE, len(rows) * (_SIDE + _CAPTION)), "white")
     for y, row in enumerate(rows):
         for x, tile in enumerate(row):
-            sheet.paste(tile, (x * _SIDE, y * (_SIDE + _CAPTION)))
-    return sheet
+            whole.paste(tile, (x * _SIDE, y * (_SIDE + _CAPTION)))
+    return whole
 
 
-def _log(trainer: L.Trainer, tag: str, sheet: Image.Image) -> None:
+def _log(trainer: L.Trainer, tag: str, picture: Image.Image) -> None:
     for logger in _tensorboards(trainer):
-        logger.experiment.add_image(tag, np.asarray(sheet), trainer.global_step, dataformats="HWC")
+        logger.experiment.add_image(tag, np.asarray(picture), trainer.global_step, dataformats="HWC")
 
 
 def _tensorboards(trainer: L.Trainer) -> list[TensorBoardLogger]:

@@ -217,7 +217,7 @@ def main(args: list[str] | None = None) -> None:
     Errors raised on purpose by this project's own code end in one line; any other keeps its traceback.
     """
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    _quieten()
+    quieten()
     try:
         PromptRLCLI(
             L.LightningModule,
@@ -259,7 +259,7 @@ def _raised_by_us(error: BaseException | None) -> ValueError | None:
     return None
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Silences notices that a user of this project can do nothing about."""
     # Among them one line per caption that is longer than CLIP's 77 tokens: FLUX.1 reads the whole text by T5.
     diffusers.utils.logging.set_verbosity_error()

@@ -19,9 +19,7 @@ ROOT = Path(__file__).parents[1]
 EVERY = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
 SERVED = [config for config in EVERY if config.startswith("configs/rewards/")]
 OVERLAYS = [config for config in EVERY if config.startswith("configs/gpu/")]
-FOR_TESTS = [
-    config for config in EVERY if config.startswith("configs/benchmarks/") or config.endswith("evaluate.yaml")
-]
+FOR_TESTS = [config for config in EVERY if config.startswith("configs/benchmarks/") or config.endswith("evaluate.yaml")]
 CONFIGS = [config for config in EVERY if config not in {*SERVED, *OVERLAYS, *FOR_TESTS}]
 LORA = [config for config in CONFIGS if config.startswith("configs/lora/")]
 JOINT = [config for config in CONFIGS if config.endswith("promptrl.yaml")]

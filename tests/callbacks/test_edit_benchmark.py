@@ -16,6 +16,7 @@ from PIL import Image
 
 from callbacks.edit import EditBenchmark
 from callbacks.reward import RewardBenchmark
+from callbacks.robustness import paired_difference
 from datamodules.edit_benchmarks import GEditPrompts
 from datamodules.sample import PromptSample
 from lightning_modules.agents import Drawn
@@ -47,6 +48,24 @@ def table_of(benchmark: EditBenchmark, samples: list[PromptSample]) -> PromptTab
     values = benchmark.score(samples, [Image.new("RGB", (2, 2))] * len(samples))
     metric.update([s.id for s in samples], values)
     return metric.table()
+
+
+def test_pairs_where_a_column_is_never_used() -> None:
+    """No sample says whether it is of the intersection. Failed in one wording: no pair. (4 - 5 + 8 - 5) / 2 = 1."""
+    benchmark = EditBenchmark(Told(), parts=["sc", "pq"])
+    fives = (5.0, 5.0, 5.0)
+    wordings: dict[str, list[tuple[float, ...]]] = {
+        "edit": [fives, fives, fives],
+        "edit.other": [(4.0, 4.0, 4.0), (), (8.0, 8.0, 8.0)],
+        "edit.lost": [(), (), ()],
+    }
+    for name, marks in wordings.items():
+        samples = [edit(str(row), "add", mark) for row, mark in enumerate(marks)]
+        benchmark.tables[name, "without_pe"] = table_of(benchmark, samples)
+    found = paired_difference(benchmark, ("edit.other", "without_pe"), ("edit", "without_pe"), 10)
+    assert found.prompts == 2 and found.scores["headline"] == found.scores["sc"] == 1
+    lost = paired_difference(benchmark, ("edit.lost", "without_pe"), ("edit", "without_pe"), 10)
+    assert lost.prompts == 0
 
 
 def test_literal_means_of_means() -> None:
