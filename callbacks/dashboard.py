@@ -17,6 +17,8 @@ from datamodules.base import PromptDataModule
 from lightning_modules.prompt_rl import PromptRL
 
 BY_ROLLOUTS = "by_rollouts"
+REWARDS = "reward(/[^/]+)?"
+"""What each step's reward is logged as: the total, and each scorer's native value."""
 STATISTICS = ("blank_share", "flat_area", "saturation", "duplicates")
 """Those of `health/...` that tell a collapse; the others are under Time Series."""
 
@@ -30,9 +32,10 @@ class Dashboard(L.Callback):
     """Prepares a fit's TensorBoard for `tensorboard --logdir runs`, where it stands beside other runs.
 
     - Custom Scalars: a layout of what the run has (see `layout`).
-    - `by_rollouts/reward`, `by_rollouts/val/<set>/<mode>` and `by_rollouts/val/robustness/<benchmark>/<set>/<mode>`:
-      reward, headline scores, and differences of other wordings to their originals, with images drawn for training in
-      the place of steps. Runs with other group or batch sizes, or more processes, compare at equal x.
+    - `by_rollouts/reward`, `by_rollouts/reward/<name>`, `by_rollouts/val/<set>/<mode>` and
+      `by_rollouts/val/robustness/<benchmark>/<set>/<mode>`: reward, its scorers, headline scores, and differences of
+      other wordings to their originals, with images drawn for training in the place of steps. Runs with other group or
+      batch sizes, or more processes, compare at equal x.
     - HParams: a row for the run, whose metrics are its curves' last values.
 
     Every fit of ours adds it; where there are no agents it does nothing.
@@ -59,9 +62,11 @@ class Dashboard(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Logs the reward in those steps in which the loggers get it (Lightning has no public name for that)."""
+        """Logs the rewards in those steps in which the loggers get them (Lightning has no public name for that)."""
         if isinstance(pl_module, PromptRL) and trainer._logger_connector.should_update_logs:
-            _log(trainer, {"reward": float(trainer.callback_metrics["reward"])}, pl_module.num_rollouts)
+            logged = trainer.callback_metrics
+            rewards = {tag: float(value) for tag, value in logged.items() if re.fullmatch(REWARDS, tag)}
+            _log(trainer, rewards, pl_module.num_rollouts)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs the headline scores, and what other wordings change."""
@@ -107,7 +112,7 @@ def layout(trainer: L.Trainer) -> Layout:
     originals = _data(trainer).originals
     own: dict[str, Chart] = {}
     derived: dict[str, Chart] = {}
-    by_rollouts = {f"{BY_ROLLOUTS}/reward": _chart(f"{BY_ROLLOUTS}/reward")}
+    by_rollouts = _reward_charts(f"{BY_ROLLOUTS}/")
     differences: dict[str, Chart] = {}
     for benchmark in _all(trainer, Benchmark):
         for name in _data(trainer).eval_sets:
@@ -138,7 +143,7 @@ def layout(trainer: L.Trainer) -> Layout:
         health[f"train/{name}"] = _chart("train", (f"flow/{name}", f"language/{name}"))
     health["train/language/entropy"] = _chart("train/language/entropy")
     return {
-        "Reward": {"reward": _chart("reward"), "format": _chart("format")},
+        "Reward": _reward_charts("") | {"format": _chart("format")},
         "Benchmarks": own,
         "By rollouts": by_rollouts | differences,
         "Other wordings": derived,
@@ -147,21 +152,20 @@ def layout(trainer: L.Trainer) -> Layout:
     }
 
 
-def hyperparameters(trainer: L.Trainer, module: PromptRL) -> dict[str, int | float | str | None]:
-    """What tells runs of one experiment apart; null (a frozen agent's) leaves its cell empty."""
-    language, flow, data = module.language, module.flow, _data(trainer)
-    refines = language is not None and language.trained
-    sampling = flow.sampling
+def hyperparameters(trainer: L.Trainer, module: PromptRL) -> dict[str, int | float | str]:
+    """What tells runs of one experiment apart; an agent that does not learn has learning rate and KL weight 0."""
+    flow, sampling = module.flow, module.flow.sampling
+    language = module.language if module.language is not None and module.language.trained else None
     return {
-        "agents": ("PromptRL" if flow.trained else "prompt-only") if refines else "flow-only",
-        "flow.learning_rate": flow.learning_rate,
-        "flow.kl_weight": flow.kl_weight if flow.trained else None,
-        "language.learning_rate": language.learning_rate if language is not None else None,
-        "language.kl_weight": language.kl_weight if language is not None and refines else None,
+        "agents": "flow-only" if language is None else "PromptRL" if flow.trained else "prompt-only",
+        "flow.learning_rate": flow.learning_rate or 0.0,
+        "flow.kl_weight": flow.kl_weight if flow.trained else 0.0,
+        "language.learning_rate": 0.0 if language is None else language.learning_rate or 0.0,
+        "language.kl_weight": 0.0 if language is None else language.kl_weight,
         "group_size": module.group_size,
         "num_retained": module.num_retained,
         "images_per_prompt": module.images_per_prompt,
-        "batch_size": data.batch_size,
+        "batch_size": _data(trainer).batch_size,
         "processes": trainer.world_size,
         "updates_per_rollout": module.updates_per_rollout,
         "num_steps": sampling.num_steps,
@@ -177,6 +181,11 @@ def _chart(prefix: str, ends: tuple[str, ...] | list[str] = ()) -> Chart:
     """Curves of one tag, or of those that begin alike."""
     tags = [f"{prefix}/{end}" for end in ends] or [prefix]
     return ["Multiline", [f"{re.escape(tag)}$" for tag in tags]]
+
+
+def _reward_charts(prefix: str) -> dict[str, Chart]:
+    """The total, which has the format reward in it where there is a refiner, and what the scorers say."""
+    return {f"{prefix}reward": _chart(f"{prefix}reward"), f"{prefix}reward/": ["Multiline", [f"{prefix}reward/[^/]+$"]]}
 
 
 def _log(trainer: L.Trainer, values: dict[str, float], rollouts: int) -> None:
