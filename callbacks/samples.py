@@ -54,7 +54,7 @@ class SamplePictures(L.Callback):
             pairs = zip(asked, outputs.prompts["with_pe"], strict=False)
             lines = [f"| {prompt} | {rewrite} |" for prompt, rewrite in pairs]
             table = "\n".join(["| prompt | rewrite |", "|---|---|", *lines])
-            for logger in _tensorboards(trainer):
+            for logger in tensorboards(trainer):
                 logger.experiment.add_text(f"rewrites/{outputs.name}", table, trainer.global_step)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -94,9 +94,10 @@ def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
 
 
 def _log(trainer: L.Trainer, tag: str, picture: Image.Image) -> None:
-    for logger in _tensorboards(trainer):
+    for logger in tensorboards(trainer):
         logger.experiment.add_image(tag, np.asarray(picture), trainer.global_step, dataformats="HWC")
 
 
-def _tensorboards(trainer: L.Trainer) -> list[TensorBoardLogger]:
+def tensorboards(trainer: L.Trainer) -> list[TensorBoardLogger]:
+    """A run's loggers that write for TensorBoard."""
     return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

@@ -26,6 +26,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from omegaconf.errors import OmegaConfBaseException
 
+from callbacks.dashboard import Dashboard
 from callbacks.pictures import KeepPictures
 from callbacks.predictions import SavePredictions
 from callbacks.progress import RunProgressBar
@@ -161,6 +162,8 @@ class PromptRLCLI(LightningCLI):
         bars = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]
         if [type(bar) for bar in bars] in ([TQDMProgressBar], [RichProgressBar]):  # Lightning's default, not a choice
             trainer.callbacks[trainer.callbacks.index(bars[0])] = RunProgressBar()
+        if self.subcommand == "fit":
+            trainer.callbacks.append(Dashboard())
         if self.subcommand != "predict":
             trainer.callbacks.append(Report())  # the last one, which reads what the others leave
         return cast(L.Trainer, trainer)

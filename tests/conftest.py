@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, and tiny pipelines built in code."""
+"""Shared by all tests: one thread, tiny pipelines built in code, and two short runs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from diffusers import FluxPipeline
 from datamodules.base import PromptSample
 from datamodules.shapes import shapes_prompts
 from datamodules.shapes_world import vocabulary
+from lightning_modules.cli import main
 from lightning_modules.miniature import build_flow, build_vae
 from lightning_modules.policies.base import Sampling
 from lightning_modules.policies.flux1 import Flux1Policy
 from lightning_modules.policies.language import LanguagePolicy
+from tests.short_runs import short_fit
 
 ROOT = Path(__file__).parent.parent
 
@@ -75,6 +77,17 @@ def make_language() -> Callable[..., LanguagePolicy]:
         return policy
 
     return make
+
+
+@pytest.fixture(scope="session")
+def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two runs of two steps and three validations: 8 images a step (PromptRL) and 16 (flow-only)."""
+    root = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        for experiment, prompts in (("promptrl", 1), ("flow_only", 2)):
+            main(short_fit(root, experiment, prompts))
+    return root
 
 
 @pytest.fixture

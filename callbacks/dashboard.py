@@ -1,0 +1,202 @@
+"""What TensorBoard shows first: charts to compare runs by, curves over rollouts, and a row of hyperparameters."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import lightning as L
+from torch.utils.tensorboard.summary import hparams
+
+from callbacks.benchmark import MODES, Benchmark
+from callbacks.diversity import ARMS, Diversity
+from callbacks.health import Health
+from callbacks.robustness import PromptRobustness, paired_difference
+from callbacks.samples import tensorboards
+from datamodules.base import PromptDataModule
+from lightning_modules.prompt_rl import PromptRL
+
+BY_ROLLOUTS = "by_rollouts"
+REWARDS = "reward(/[^/]+)?"
+"""What each step's reward is logged as: the total, and each scorer's native value."""
+STATISTICS = ("blank_share", "flat_area", "saturation", "duplicates")
+"""Those of `health/...` that tell a collapse; the others are under Time Series."""
+
+Chart = list[Any]
+"""`["Multiline", [regular expressions that tags are to begin with]]`, as `add_custom_scalars` takes it."""
+Layout = dict[str, dict[str, Chart]]
+"""Category -> title -> chart."""
+
+
+class Dashboard(L.Callback):
+    """Prepares a fit's TensorBoard for `tensorboard --logdir runs`, where it stands beside other runs.
+
+    - Custom Scalars: a layout of what the run has (see `layout`).
+    - `by_rollouts/reward`, `by_rollouts/reward/<name>`, `by_rollouts/val/<set>/<mode>` and
+      `by_rollouts/val/robustness/<benchmark>/<set>/<mode>`: reward, its scorers, headline scores, and differences of
+      other wordings to their originals, with images drawn for training in the place of steps. Runs with other group or
+      batch sizes, or more processes, compare at equal x.
+    - HParams: a row for the run, whose metrics are its curves' last values.
+
+    Every fit of ours adds it; where there are no agents it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self._laid_out: Layout | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begins a new layout."""
+        self._laid_out = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Writes the layout and the hyperparameters; the evaluation sets are known by now."""
+        if not isinstance(pl_module, PromptRL) or not trainer.is_global_zero:
+            return
+        self._lay_out(trainer)
+        for logger in tensorboards(trainer):
+            # Without torch's `experiment`, of which TensorBoard reads one run's alone: a flow-only run's would hide the
+            # scores with PE of all others. So it takes the columns from all runs, and puts those that differ first.
+            _, start, _ = hparams({"experiment": logger.name} | hyperparameters(trainer, pl_module), {})
+            logger.experiment.file_writer.add_summary(start)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Logs the rewards in those steps in which the loggers get them (Lightning has no public name for that)."""
+        if isinstance(pl_module, PromptRL) and trainer._logger_connector.should_update_logs:
+            logged = trainer.callback_metrics
+            rewards = {tag: float(value) for tag, value in logged.items() if re.fullmatch(REWARDS, tag)}
+            _log(trainer, rewards, pl_module.num_rollouts)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Logs the headline scores, and what other wordings change."""
+        if not isinstance(pl_module, PromptRL) or trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        self._lay_out(trainer)
+        originals = _data(trainer).originals
+        values: dict[str, float] = {}
+        for benchmark in _all(trainer, Benchmark):
+            for name, mode in benchmark.tables:
+                if name not in originals:
+                    tag = f"val/{benchmark.key(name)}/{mode}"
+                    values[tag] = float(trainer.callback_metrics[tag])
+                elif (originals[name], mode) in benchmark.tables:
+                    pair = paired_difference(benchmark, (name, mode), (originals[name], mode), resamples=1)
+                    values[f"val/robustness/{benchmark.title}/{name}/{mode}"] = pair.scores["headline"]
+        _log(trainer, values, pl_module.num_rollouts)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Says in HParams that the run has come to its end."""
+        if isinstance(pl_module, PromptRL) and trainer.is_global_zero:
+            _, _, end = hparams({}, {})
+            for logger in tensorboards(trainer):
+                logger.experiment.file_writer.add_summary(end)
+
+    def _lay_out(self, trainer: L.Trainer) -> None:
+        """Writes the layout once, and again if evaluation sets have come to it: the last one counts."""
+        now = layout(trainer)
+        if now != self._laid_out:
+            self._laid_out = now
+            for logger in tensorboards(trainer):
+                logger.experiment.add_custom_scalars(now)
+
+
+def layout(trainer: L.Trainer) -> Layout:
+    """The charts of a run.
+
+    TensorBoard merges the layouts of all runs: category by category, equal charts once, in the first run's order. So a
+    chart's title, which is the beginning of its tags, says all that is in it: both modes and both agents, also where a
+    run has one. And all runs have all categories, since one that the first lacks is merged wrongly from the third on
+    (`custom_scalars_plugin.py` of TensorBoard 2.21).
+    """
+    originals = _data(trainer).originals
+    own: dict[str, Chart] = {}
+    derived: dict[str, Chart] = {}
+    by_rollouts = _reward_charts(f"{BY_ROLLOUTS}/")
+    differences: dict[str, Chart] = {}
+    for benchmark in _all(trainer, Benchmark):
+        for name in _data(trainer).eval_sets:
+            if not benchmark.scores_set(_data(trainer), name):
+                continue
+            prefix = f"val/{benchmark.key(name)}"
+            if name in originals:
+                derived[prefix] = _chart(prefix, MODES)
+                prefix = f"val/robustness/{benchmark.title}/{name}"
+                differences[f"{BY_ROLLOUTS}/{prefix}"] = _chart(f"{BY_ROLLOUTS}/{prefix}", MODES)
+                if _all(trainer, PromptRobustness):
+                    derived[prefix] = _chart(prefix, (*MODES, "against_pe"))
+            else:
+                own[prefix] = _chart(prefix, MODES)
+                by_rollouts[f"{BY_ROLLOUTS}/{prefix}"] = _chart(f"{BY_ROLLOUTS}/{prefix}", MODES)
+    diversity = {tag: _chart(tag) for tag in ("group/image_similarity", "group/zero_std_share", "refine/distinct")}
+    for probe in _all(trainer, Diversity):
+        if probe.every_n_validations is not None:
+            for name in probe.sets or [name for name in _data(trainer).eval_sets if name not in originals][:1]:
+                tags = [f"{arm}/image_similarity" for arm in ARMS]
+                diversity[f"val/{probe.name}/{name}"] = _chart(f"val/{probe.name}/{name}", tags)
+    health: dict[str, Chart] = {}
+    for watch in _all(trainer, Health):
+        if watch.held_out is not None:
+            health[f"health/held_out/{watch.held_out.name}"] = _chart(f"health/held_out/{watch.held_out.name}")
+        health |= {f"health/{name}": _chart(f"health/{name}") for name in STATISTICS}
+    for name in ("kl", "grad_norm"):
+        health[f"train/{name}"] = _chart("train", (f"flow/{name}", f"language/{name}"))
+    health["train/language/entropy"] = _chart("train/language/entropy")
+    return {
+        "Reward": _reward_charts("") | {"format": _chart("format")},
+        "Benchmarks": own,
+        "By rollouts": by_rollouts | differences,
+        "Other wordings": derived,
+        "Diversity": diversity,
+        "Health": health,
+    }
+
+
+def hyperparameters(trainer: L.Trainer, module: PromptRL) -> dict[str, int | float | str]:
+    """What tells runs of one experiment apart; an agent that does not learn has learning rate and KL weight 0."""
+    flow, sampling = module.flow, module.flow.sampling
+    language = module.language if module.language is not None and module.language.trained else None
+    return {
+        "agents": "flow-only" if language is None else "PromptRL" if flow.trained else "prompt-only",
+        "flow.learning_rate": flow.learning_rate or 0.0,
+        "flow.kl_weight": flow.kl_weight if flow.trained else 0.0,
+        "language.learning_rate": 0.0 if language is None else language.learning_rate or 0.0,
+        "language.kl_weight": 0.0 if language is None else language.kl_weight,
+        "group_size": module.group_size,
+        "num_retained": module.num_retained,
+        "images_per_prompt": module.images_per_prompt,
+        "batch_size": _data(trainer).batch_size,
+        "processes": trainer.world_size,
+        "updates_per_rollout": module.updates_per_rollout,
+        "num_steps": sampling.num_steps,
+        "sde_steps": sampling.sde_steps if isinstance(sampling.sde_steps, int) else str(sampling.sde_steps),
+        "sde_type": sampling.sde_type,
+        "noise_level": sampling.noise_level,
+        "clip_range": sampling.clip_range,
+        "seed": module.seed,
+    }
+
+
+def _chart(prefix: str, ends: tuple[str, ...] | list[str] = ()) -> Chart:
+    """Curves of one tag, or of those that begin alike."""
+    tags = [f"{prefix}/{end}" for end in ends] or [prefix]
+    return ["Multiline", [f"{re.escape(tag)}$" for tag in tags]]
+
+
+def _reward_charts(prefix: str) -> dict[str, Chart]:
+    """The total, which has the format reward in it where there is a refiner, and what the scorers say."""
+    return {f"{prefix}reward": _chart(f"{prefix}reward"), f"{prefix}reward/": ["Multiline", [f"{prefix}reward/[^/]+$"]]}
+
+
+def _log(trainer: L.Trainer, values: dict[str, float], rollouts: int) -> None:
+    for logger in tensorboards(trainer):
+        logger.log_metrics({f"{BY_ROLLOUTS}/{tag}": value for tag, value in values.items()}, step=rollouts)
+
+
+def _all(trainer: L.Trainer, kind: type[Any]) -> list[Any]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
+
+
+def _data(trainer: L.Trainer) -> PromptDataModule:
+    data: PromptDataModule = trainer.datamodule  # type: ignore[attr-defined]
+    return data

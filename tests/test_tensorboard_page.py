@@ -1,0 +1,156 @@
+"""`tensorboard --logdir` in a real browser: two runs, with their curves in common charts and a row each in HParams."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from selenium import webdriver
+from selenium.common.exceptions import WebDriverException
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(
+        CHROMIUM is None or DRIVER is None,
+        reason="chromium or chromedriver is not on PATH (Debian: apt-get install chromium chromium-driver)",
+    ),
+]
+
+FLOW_ONLY, PROMPTRL = "miniature/flow_only/version_0", "miniature/promptrl/version_0"
+WAIT = 180
+"""Seconds after which something counts as broken; a busy machine takes its time."""
+
+# All of a page's parts, through the shadow roots at which `querySelectorAll` stops.
+PARTS = """
+function parts(root, selector) {
+    const found = [...root.querySelectorAll(selector)];
+    for (const one of root.querySelectorAll("*")) if (one.shadowRoot) found.push(...parts(one.shadowRoot, selector));
+    return found;
+}
+"""
+RUN_NAMES = PARTS + "return parts(document, 'tf-multi-checkbox span').map(one => one.textContent.trim());"
+CELLS = PARTS + "return parts(document, 'vaadin-grid-cell-content').map(one => one.textContent.trim());"
+# A chart's legend lists its curves; its lines are drawn in the runs' colours.
+CHARTS = PARTS + """
+const lines = ".line-plot:not(.ghost) path";
+return parts(document, "tf-custom-scalar-multi-line-chart-card").map(card => ({
+    title: parts(card.shadowRoot, ".heading-label").map(one => one.textContent.trim()).join(),
+    curves: parts(card.shadowRoot, ".match-list-entry").map(one => one.textContent.trim().replace(/^\\S+\\s+/, "")),
+    colors: parts(card.shadowRoot, ".match-list-entry").map(one => getComputedStyle(one).color),
+    strokes: parts(card.shadowRoot, lines).map(one => getComputedStyle(one).stroke),
+    points: parts(card.shadowRoot, lines).map(one => (one.getAttribute("d") || "").split("L").length),
+}));
+"""  # fmt: skip
+
+T = TypeVar("T")
+
+
+def waited(look: Callable[[], T]) -> T:
+    """What `look` finds at last, or nothing after `WAIT` seconds."""
+    end = time.monotonic() + WAIT
+    while not (found := look()) and time.monotonic() < end:
+        time.sleep(1)
+    return found
+
+
+@pytest.fixture(scope="module")
+def address(two_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Of a TensorBoard that has read both runs; it picks a free port and says which."""
+    log = tmp_path_factory.mktemp("tensorboard") / "log"
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(two_runs), "--host=127.0.0.1", "--port=0"]
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as server:
+        try:
+            found = waited(lambda: re.search(r"http://127\.0\.0\.1:\d+/", log.read_text()))
+            assert found, log.read_text()
+            assert waited(lambda: has_read_both(found[0])), log.read_text()
+            yield found[0]
+        finally:
+            server.terminate()  # its data server ends with it
+            try:
+                server.wait(30)
+            finally:
+                server.kill()
+
+
+def has_read_both(address: str) -> bool:
+    with urllib.request.urlopen(f"{address}data/plugin/scalars/tags", timeout=WAIT) as answer:
+        tags = json.load(answer)
+    return all("by_rollouts/val/geneval/without_pe" in tags.get(run, {}) for run in (FLOW_ONLY, PROMPTRL))
+
+
+@pytest.fixture
+def browser() -> Iterator[webdriver.Chrome]:
+    """A headless Chromium, tall enough that all charts are in sight: others are not drawn."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    options.page_load_strategy = "none"
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1400,4000"):
+        options.add_argument(f"--{flag}")
+    page = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
+    try:
+        page.set_script_timeout(WAIT)
+        yield page
+    finally:
+        page.quit()
+
+
+def asked(page: webdriver.Chrome, script: str) -> list[Any]:
+    """What a script finds in a page, which may still be loading."""
+    try:
+        return page.execute_script(script) or []
+    except WebDriverException:
+        return []
+
+
+def curves(common: str, *refined: str) -> list[str]:
+    """How a legend names a tag of both runs and those that PromptRL has alone."""
+    return sorted([f"{common} ({FLOW_ONLY})", *(f"{tag} ({PROMPTRL})" for tag in (common, *refined))])
+
+
+def test_curves_of_both_runs_in_common_charts(address: str, browser: webdriver.Chrome) -> None:
+    browser.get(f"{address}#custom_scalars")
+    expected = {"reward": curves("reward"), "by_rollouts/reward/": curves("by_rollouts/reward/geneval")}
+    for title in ("val/geneval", "val/unseen", "by_rollouts/val/geneval"):
+        expected[title] = curves(f"{title}/without_pe", f"{title}/with_pe")
+
+    def charts() -> dict[str, dict[str, Any]]:
+        return {chart["title"]: chart for chart in asked(browser, CHARTS)}
+
+    def drawn() -> bool:
+        found = charts()
+        return all(
+            title in found and len(found[title]["points"]) >= len(legend) and min(found[title]["points"]) > 1
+            for title, legend in expected.items()
+        )
+
+    assert waited(drawn), charts()
+    assert {FLOW_ONLY, PROMPTRL} <= set(asked(browser, RUN_NAMES))
+    shown = asked(browser, CHARTS)
+    titles = [chart["title"] for chart in shown]
+    assert len(titles) == len(set(titles)), "a chart that both runs have is shown once"
+    for title, legend in expected.items():
+        chart = charts()[title]
+        assert sorted(chart["curves"]) == legend
+        # A line for each curve, through its two steps or three validations, in the colours of two runs.
+        assert chart["points"] == [3 if "val/" in title else 2] * len(legend)
+        assert sorted(chart["strokes"]) == sorted(chart["colors"])
+        assert len(set(chart["strokes"])) == 2
+
+
+def test_a_row_of_hyperparameters_and_scores_for_each_run(address: str, browser: webdriver.Chrome) -> None:
+    browser.get(f"{address}#hparams")
+    rows = {FLOW_ONLY, PROMPTRL, "flow-only", "PromptRL"}
+    assert waited(lambda: rows <= set(asked(browser, CELLS))), asked(browser, CELLS)
+    headings = {"agents", "num_retained", "by_rollouts/val/geneval/with_pe", "by_rollouts/val/geneval/without_pe"}
+    assert waited(lambda: headings <= set(asked(browser, CELLS))), asked(browser, CELLS)
