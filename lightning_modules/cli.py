@@ -60,11 +60,13 @@ class SaveConfig(SaveConfigCallback):
     """Saves the resolved config once the models are loaded, so that a run that cannot start leaves nothing behind."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Waits for `on_fit_start`."""
+        """Waits for `on_fit_start` or `on_test_start`."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes `config.yaml` beside the logs."""
         super().setup(trainer, pl_module, "fit")
+
+    on_test_start = on_fit_start  # so that a test's scores say which agents they are of
 
 
 class Checkpoint(ModelCheckpoint):
