@@ -164,7 +164,8 @@ def find(*places: str | Path) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for place in places:
-        matches = sorted(map(Path, glob.glob(os.path.expanduser(str(place)))))
+        path = Path(place).expanduser()
+        matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path))))
         folders = [folder for match in matches for folder in below(match)]
         if not folders:
             raise ValueError(

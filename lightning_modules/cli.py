@@ -7,6 +7,7 @@ resolved `config.yaml` and `checkpoints/` (with `last.ckpt`).
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import traceback
 import warnings
@@ -24,6 +25,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgre
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 
 from callbacks.pictures import KeepPictures
@@ -234,6 +236,8 @@ def main(args: list[str] | None = None) -> None:
             seed_everything_default=42,
             args=args,
         )
+    except SIGTERMException:
+        sys.exit(128 + signal.SIGTERM)  # as shells say it; Lightning would end as if the run were complete
     except OmegaConfBaseException as error:
         sys.exit(_complain(f"in the configuration: {str(error).splitlines()[0]}"))
     except RewardUnavailable as error:

@@ -114,9 +114,7 @@ def run(job: Job, children: Children) -> Outcome:
         status = children.call([*PROGRAM, *command.options, *_checkpoint(job, command)], _started(command))
         if status is None:
             return Outcome(job.name, "stopped", time.monotonic() - started)
-        # Lightning also ends with status 0 when someone else's SIGTERM cut it off.
-        cut_off = command.runs() and command.runs()[-1].results and not any(one.finished for one in command.runs())
-        if status != 0 or cut_off:
+        if status != 0:
             log = command.folder / f"{command.stage}.log"
             return Outcome(job.name, "crashed", time.monotonic() - started, f"{log}: {_last_line(log)}")
         seen = command.record | {"seconds": round(time.monotonic() - begun, 1)}
@@ -182,7 +180,9 @@ def sweep(plan: Sweep) -> bool:
 
 def table_of(outcomes: Sequence[Outcome]) -> Table:
     """Run, state, time, final scores."""
-    table = Table("run", "state", title="Sweep")
+    table = Table(title="Sweep")
+    table.add_column("run", overflow="fold", min_width=20)
+    table.add_column("state")
     columns = list(dict.fromkeys(name for outcome in outcomes for name in outcome.scores))
     for column in ("time", *columns):
         table.add_column(column, justify="right")
@@ -216,12 +216,13 @@ def _checkpoint_of(jobs: Sequence[Job], command: Command) -> list[str]:
 
 
 def _scores(job: Job) -> dict[str, float]:
-    """Headline scores of the fit's end and of the test, the latter without other wordings of its sets."""
+    """Headline scores on the first evaluation set, of fit and test: a terminal has no room for more."""
     found = {}
     for command in job.commands:
-        runs = [run for run in command.runs() if run.results]
-        for (key, mode), score in (runs[-1].headlines if runs else {}).items():
-            if command.stage == "fit" or "." not in key:
+        headlines = next((run.headlines for run in reversed(command.runs()) if run.headlines), {})
+        first = next(iter(headlines), ("", ""))[0]
+        for (key, mode), score in headlines.items():
+            if key == first:
                 test = "test, " if command.stage == "test" else ""
                 found[f"{test}{key_label(key)} {MODE_LABELS.get(mode, mode)}"] = score
     return found

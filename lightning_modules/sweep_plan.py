@@ -45,8 +45,9 @@ class Command:
         return self.folder / f"{self.stage}.json"
 
     def runs(self) -> list[RunFolder]:
-        """What it has left so far."""
-        found = (RunFolder.read(path) for path in below(self.folder))
+        """What it has left so far, the newest last."""
+        paths = sorted(below(self.folder), key=lambda path: (len(path.name), path.name))  # version_10 after version_9
+        found = (RunFolder.read(path) for path in paths)
         # A test lies below its fit.
         return [run for run in found if self.stage == "test" or self.folder / "test" not in run.folder.parents]
 
@@ -56,9 +57,9 @@ class Command:
         return max((path for path in paths if path.is_file()), key=lambda path: path.stat().st_mtime, default=None)
 
     def finished(self) -> bool:
-        """Whether it ended by itself: its runner saw that, or its results tell."""
+        """Whether it ended by itself: its runner saw that, or the report is there, which is written last of all."""
         seen = json.loads(self.record_path.read_text()) if self.record_path.is_file() else {}
-        return seen.get("seconds") is not None or any(run.finished for run in self.runs())
+        return seen.get("seconds") is not None or any((run.folder / "results.md").is_file() for run in self.runs())
 
     def conflict(self) -> str:
         """What is in the way: a run by another command; empty if nothing is."""
