@@ -120,8 +120,9 @@ class RunFolder:
 
     @property
     def _origin(self) -> Path | None:
-        path = self.get("ckpt_path")
-        return Path(path).resolve().parents[1] if path else None
+        path = Path(self.get("ckpt_path") or "")
+        run = path.resolve().parents[1] if path.suffix == ".ckpt" else None
+        return None if run == self.folder.resolve() else run  # one that went on in its own folder is one run
 
     @property
     def headlines(self) -> dict[tuple[str, str], float]:

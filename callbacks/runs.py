@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -32,7 +32,7 @@ class Run(RunFolder):
         rows: what was logged, in order: `metrics.csv`, else the event files.
     """
 
-    rows: pd.DataFrame
+    rows: pd.DataFrame = field(repr=False)
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -62,9 +62,9 @@ class Run(RunFolder):
             own = rows[columns][rows[columns].drop(columns="epoch", errors="ignore").notna().any(axis=1)]
             table = own.groupby(rows["step"].loc[own.index].astype(int) + 1).last()  # a repeated step's latest values
             table = table[table["rollouts"].notna()].rename_axis("step")
-        if self.continues is not None and self.continues.is_dir():
-            earlier = Run.read(self.continues).training
-            table = pd.concat([earlier[earlier.index < table.index.min()] if len(table) else earlier, table])
+        if self._earlier is not None:
+            earlier = self._earlier.training
+            table = pd.concat([earlier[earlier.index < self._start], table])
         return table
 
     @cached_property
@@ -73,20 +73,32 @@ class Run(RunFolder):
 
         Steps and rollouts are those of the history in `results.json`, which also tells what was before a resume.
         """
-        history, logged = self.history, self._logged_validations()
-        if not history:
-            steps, trained = logged.index.to_numpy(), self.training
-            # A killed run may have none; pictures a step are constant, so a line through what was logged is exact.
-            known = np.append(0, trained.index), np.append(0.0, trained["rollouts"])
-            return logged.assign(rollouts=np.interp(steps, *known)) if len(steps) else logged.assign(rollouts=[])
-        table = pd.DataFrame(
-            {
+        history, table = self.history, self._logged_validations()
+        if history:
+            entries = {
                 entry["step"]: {key: entry[key] for key in ("rollouts", "seconds")} | self._named(entry)
                 for entry in history
             }
-        ).T
-        table.index.name = "step"
-        return table.astype(float).combine_first(logged.reindex(table.index))
+            told = pd.DataFrame.from_dict(entries, orient="index", dtype=float).rename_axis("step")
+            table = told.combine_first(table.reindex(told.index))
+        else:  # killed before the first; pictures a step are constant, so a line through what was logged is exact
+            steps, rollouts = np.append(0, self.training.index), np.append(0.0, self.training["rollouts"])
+            table = table.assign(rollouts=np.interp(table.index.to_numpy(dtype=float), steps, rollouts))
+        if self._earlier is not None:
+            before = self._earlier.validations
+            table = table.combine_first(before[before.index < self._start])
+        return table
+
+    @cached_property
+    def _earlier(self) -> Run | None:
+        """The run that this one continues, while it is still there."""
+        return Run.read(self.continues) if self.continues is not None and self.continues.is_dir() else None
+
+    @property
+    def _start(self) -> float:
+        """The first step that this run logged itself."""
+        trained = self.rows[self.rows["rollouts"].notna()] if "rollouts" in self.rows else self.rows.iloc[:0]
+        return float(trained["step"].min()) + 1 if len(trained) else float("inf")
 
     def _named(self, entry: dict) -> dict[str, float | None]:
         """A history entry's scores under the names of the logs."""

@@ -129,7 +129,8 @@ def test_refused_plans(more: dict[str, Any], said: str) -> None:
 def test_a_file_says_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "sweep.yaml"
     grid = {"trainer.max_steps": [1, 2], "lr": {"multiply": [FLOW], "by": [2]}}
-    path.write_text(yaml.safe_dump({"configs": MODES[:1], "seeds": [7], "grid": grid, "root": str(tmp_path / "runs")}))
+    said = {"configs": MODES[:1], "seeds": [7], "grid": grid, "root": str(tmp_path / "runs")}
+    path.write_text(yaml.safe_dump(said, sort_keys=False))
     assert read(["--config", str(path)]).jobs() == plan(seeds=[7], grid=grid, root=str(tmp_path / "runs"))
     main(["--config", str(path), "--dry_run", "true"])
     lines = capsys.readouterr().out.splitlines()

@@ -115,12 +115,23 @@ def test_a_resumed_run_has_its_beginning(tmp_path: Path) -> None:
     assert run.folder.name == "version_1" and run.finished
     assert run.training["reward"].to_dict() == {1: 1, 2: 2, 3: 30, 4: 4}
     assert run.validations["val/words/without_pe"].tolist() == pytest.approx([0.5, 0.52, 0.54])
-    assert math.isnan(run.validations["val/naming"][0]), "no benchmark, so not in the history"
+    assert run.validations["val/naming"].tolist() == [0.1, 0.2, 0.3]
     for path in first.iterdir():
         path.unlink()
     first.rmdir()
     (alone,) = load(tmp_path)
     assert alone.training.index.tolist() == [3, 4] and alone.validations.index.tolist() == [0, 2, 4]
+    assert math.isnan(alone.validations["val/naming"][0]), "no benchmark, so not in the history"
+
+
+def test_a_resumed_run_that_was_killed_too(tmp_path: Path) -> None:
+    """It has no results.json yet; the first run got one validation further than the checkpoint."""
+    first = write(tmp_path / "version_0", results=history(0, 2, 4))
+    rest = [{"step": 2, "reward": 30.0, "rollouts": 24.0}]
+    write(tmp_path / "version_1", rows=rest, ckpt_path=str(first / "checkpoints" / "last.ckpt"))
+    (run,) = load(tmp_path)
+    assert not run.finished and run.training["reward"].to_dict() == {1: 1, 2: 2, 3: 30}
+    assert run.validations["rollouts"].to_dict() == {0: 0, 2: 16}
 
 
 def test_event_files_stand_in(tmp_path: Path) -> None:
