@@ -60,7 +60,7 @@ class Run(RunFolder):
         else:
             columns = [name for name in rows if not str(name).startswith(("val/", "test/")) and name != "step"]
             own = rows[columns][rows[columns].drop(columns="epoch", errors="ignore").notna().any(axis=1)]
-            table = own.groupby(rows["step"].loc[own.index].astype(int) + 1).last()  # a repeated step's latest values
+            table = own.groupby(rows["step"].loc[own.index].astype(int) + self._shift).last()  # the latest values
             table = table[table["rollouts"].notna()].rename_axis("step")
         if self._earlier is not None:
             earlier = self._earlier.training
@@ -95,10 +95,30 @@ class Run(RunFolder):
         return Run.read(self.continues) if self.continues is not None and self.continues.is_dir() else None
 
     @property
+    def _trained(self) -> pd.DataFrame:
+        """The rows with rollouts."""
+        return self.rows[self.rows["rollouts"].notna()] if "rollouts" in self.rows else self.rows.iloc[:0]
+
+    @property
     def _start(self) -> float:
         """The first step that this run logged itself."""
-        trained = self.rows[self.rows["rollouts"].notna()] if "rollouts" in self.rows else self.rows.iloc[:0]
-        return float(trained["step"].min()) + 1 if len(trained) else float("inf")
+        return float(self._trained["step"].min()) + self._shift if len(self._trained) else float("inf")
+
+    @cached_property
+    def _shift(self) -> int:
+        """Updates made less the step that Lightning logs with them: 1, and 0 after some resumes.
+
+        Its count goes on from where it was when the checkpoint was saved, before or after a validation. Pictures a step
+        are constant, so rollouts tell the truth.
+        """
+        told = [(entry["step"], entry["rollouts"]) for entry in self.history]
+        if self._earlier is not None:
+            told += list(self._earlier.training["rollouts"].items())
+        a_step = next((rollouts / step for step, rollouts in told if step > 0), None)
+        if self.continues is None or not len(self._trained) or not a_step:
+            return 1
+        first = self._trained.iloc[0]
+        return round(first["rollouts"] / a_step) - int(first["step"])
 
     def _named(self, entry: dict) -> dict[str, float | None]:
         """A history entry's scores under the names of the logs."""
@@ -115,13 +135,13 @@ class Run(RunFolder):
         columns = [name for name in self.rows if str(name).startswith("val/")]
         rows = self.rows[self.rows[columns].notna().any(axis=1)] if columns else self.rows.iloc[:0]
         known = {entry["step"] for entry in self.history}
-        trained = self.rows["rollouts"].notna() if "rollouts" in self.rows else pd.Series(False, index=self.rows.index)
-        done = (self.rows["step"].where(trained).ffill() + 1).fillna(0) if len(self.rows) else self.rows.index
+        trained = self.rows.index.isin(self._trained.index)
+        done = (self.rows["step"].where(trained).ffill() + self._shift).fillna(0) if len(self.rows) else self.rows.index
         steps = []
         for index, said in rows["step"].astype(int).items() if len(rows) else ():
             # Lightning logs a validation with the latest update's number, callbacks that use a logger with the next.
             likely = [int(done[index])] if done[index] in (said, said + 1) else []
-            candidates = [*likely, said + 1, said]
+            candidates = [*likely, said + self._shift, said]
             steps.append(next((step for step in candidates if step in known), candidates[0]))
         return rows[columns].groupby(np.array(steps, dtype=int)).last().rename_axis("step")
 

@@ -124,6 +124,18 @@ def test_a_resumed_run_has_its_beginning(tmp_path: Path) -> None:
     assert math.isnan(alone.validations["val/naming"][0]), "no benchmark, so not in the history"
 
 
+def test_a_resumed_run_whose_steps_are_counted_from_one(tmp_path: Path) -> None:
+    """Lightning's count after a resume from a checkpoint that was saved behind a validation; 8 rollouts a step."""
+    first = write(tmp_path / "version_0", rows=ROWS[:7], results=history(0, 2))
+    rest = [{"step": row["step"] + 1} | {k: v for k, v in row.items() if k != "step"} for row in ROWS[6:]]
+    for results in (history(0, 2, 4), None):
+        about = {"results": results, "ckpt_path": str(first / "checkpoints" / "last.ckpt")}
+        run = Run.read(write(tmp_path / f"{results is None}" / "version_1", rows=rest, **about))
+        assert run.training["rollouts"].to_dict() == {1: 8, 2: 16, 3: 24, 4: 32}
+        assert run.validations["val/naming"].to_dict() == {0: 0.1, 2: 0.2, 4: 0.3}
+        assert run.validations["rollouts"].tolist() == [0, 16, 32]
+
+
 def test_a_resumed_run_that_was_killed_too(tmp_path: Path) -> None:
     """It has no results.json yet; the first run got one validation further than the checkpoint."""
     first = write(tmp_path / "version_0", results=history(0, 2, 4))
