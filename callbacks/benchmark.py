@@ -253,6 +253,7 @@ class Benchmark(L.Callback, ABC):
         merged = json.loads(path.read_text()) if path.is_file() else {}
         last = self.history[-1]
         merged |= last["results"] | {"rollouts": last["rollouts"], "seconds": last["seconds"]}
+        merged["headlines"] = merged.get("headlines", {}) | dict.fromkeys(last["results"], self.headline)
         merged["intervals"] = merged.get("intervals", {}) | self.intervals
         merged["before"] = merged.get("before", {}) | self.history[0]["results"]
         merged.setdefault("history", {})[self.title] = self.history
@@ -286,7 +287,9 @@ def add_results(trainer: L.Trainer, more: dict[str, Any]) -> None:
 
 def _dump(results: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_without_nan(results), indent=2) + "\n")
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(_without_nan(results), indent=2) + "\n")
+    unfinished.replace(path)  # a kill leaves the file as it was
 
 
 def _without_nan(value: Any) -> Any:

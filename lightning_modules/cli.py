@@ -7,6 +7,7 @@ resolved `config.yaml` and `checkpoints/` (with `last.ckpt`).
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import traceback
 import warnings
@@ -24,6 +25,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgre
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 
 from callbacks.dashboard import Dashboard
@@ -61,11 +63,13 @@ class SaveConfig(SaveConfigCallback):
     """Saves the resolved config once the models are loaded, so that a run that cannot start leaves nothing behind."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Waits for `on_fit_start`."""
+        """Waits for `on_fit_start` or `on_test_start`."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes `config.yaml` beside the logs."""
         super().setup(trainer, pl_module, "fit")
+
+    on_test_start = on_fit_start  # so that a test's scores say which agents they are of
 
 
 class Checkpoint(ModelCheckpoint):
@@ -235,6 +239,8 @@ def main(args: list[str] | None = None) -> None:
             seed_everything_default=42,
             args=args,
         )
+    except SIGTERMException:
+        sys.exit(128 + signal.SIGTERM)  # as shells say it; Lightning would end as if the run were complete
     except OmegaConfBaseException as error:
         sys.exit(_complain(f"in the configuration: {str(error).splitlines()[0]}"))
     except RewardUnavailable as error:

@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import yaml
 
-from lightning_modules import cli
+from lightning_modules import cli, sweep
 from rewards.server import build_parser
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
@@ -18,9 +18,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 ROOT = Path(__file__).parents[1]
 EVERY = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
 SERVED = [config for config in EVERY if config.startswith("configs/rewards/")]
+SWEEPS = [config for config in EVERY if config.startswith("configs/sweeps/")]
 OVERLAYS = [config for config in EVERY if config.startswith("configs/gpu/")]
 FOR_TESTS = [config for config in EVERY if config.startswith("configs/benchmarks/") or config.endswith("evaluate.yaml")]
-CONFIGS = [config for config in EVERY if config not in {*SERVED, *OVERLAYS, *FOR_TESTS}]
+CONFIGS = [config for config in EVERY if config not in {*SERVED, *SWEEPS, *OVERLAYS, *FOR_TESTS}]
 LORA = [config for config in CONFIGS if config.startswith("configs/lora/")]
 JOINT = [config for config in CONFIGS if config.endswith("promptrl.yaml")]
 
@@ -62,7 +63,19 @@ def test_reward_config(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ports.count(resolved["port"]) == 1 and resolved["host"] == "127.0.0.1"
 
 
+@pytest.mark.parametrize("config", SWEEPS)
+def test_sweep(config: str) -> None:
+    """It parses, its experiments are ones of ours, and every run has a folder of its own."""
+    plan = sweep.read(["--config", config])
+    assert set(plan.configs) <= set(CONFIGS) and set(plan.test_configs or ()) <= set(FOR_TESTS)
+    folders = [command.folder for job in plan.jobs() for command in job.commands]
+    assert len(set(folders)) == len(folders) and plan.root.startswith("runs/")
+    text = (ROOT / config).read_text()
+    assert re.search(rf"^#   python -m lightning_modules\.sweep --config {re.escape(config)}$", text, re.MULTILINE)
+
+
 def test_there_are_configs() -> None:
+    assert "configs/sweeps/miniature.yaml" in SWEEPS
     assert "configs/rewards/shapes.yaml" in SERVED
     assert {"configs/quickstart.yaml", "configs/miniature/promptrl.yaml"} <= set(CONFIGS)
 
