@@ -148,9 +148,11 @@ class Sweep:
             raise ValueError(f"two runs of the sweep would be called {twice[0]}: make their values differ.")
         return jobs
 
-    def _job(self, name: str, config: str, seed: int, values: Mapping[str, Any]) -> Job:
+    def _job(self, name: str, config: str, seed: int, values: dict[str, Any]) -> Job:
         folder = Path(self.root) / name
-        seeds = {key: seed for key in ("seed_everything", "model.init_args.seed", "data.init_args.seed")}
+        seeds: dict[str, Any] = {
+            key: seed for key in ("seed_everything", "model.init_args.seed", "data.init_args.seed")
+        }
         fit = ["fit", f"--config={config}", *_options(seeds | values | {"trainer.default_root_dir": str(folder)})]
         commands = [Command("fit", fit, [config], folder)]
         if self.test_configs is not None:
