@@ -131,7 +131,8 @@ def test_a_fit_leaves_results_before_after_and_history(tmp_path: Path, capsys: p
         "geneval": {"without_pe": table_of(1, 0, 1), "with_pe": table_of(1, 1, 1)},
         "few": {"without_pe": one_tag(1), "with_pe": one_tag(1)},
     }
-    assert set(results) == {"geneval", "few", "rollouts", "seconds", "intervals", "before", "history"}
+    assert set(results) == {"geneval", "few", "rollouts", "seconds", "intervals", "before", "history", "headlines"}
+    assert results["headlines"] == {"geneval": "overall", "few": "overall"}
     assert {name: results[name] for name in after} == after
     assert results["before"] == before
     assert results["rollouts"] == 128
