@@ -32,9 +32,7 @@ def word_prompts(name: str, split: Split, style: WordStyle, num: int, seed: int)
     return samples
 
 
-def tagged_scenes(
-    tag: str, name: str, split: Split, style: Style, num: int, seed: int
-) -> list[PromptSample]:
+def tagged_scenes(tag: str, name: str, split: Split, style: Style, num: int, seed: int) -> list[PromptSample]:
     """Prompts for scenes whose tag names their reward; GenEval's own tag stays in the metadata."""
     return [replace(sample, tag=tag) for sample in shapes_prompts(name, split, (style,), num, seed)]
 

@@ -1,11 +1,12 @@
-"""Endless streams of scenes and signs, half of each, that the base models of the world of words are made from."""
+"""Endless streams of scenes and signs that the base models of the world of words are made from."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from itertools import islice
+from typing import Any, Literal, TypeVar
 
 import lightning as L
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from datamodules.shapes_pretraining import rewrite_pair, to_tensor
-from datamodules.shapes_world import FAITHFUL, STYLES, Habits, captioned_scenes, random_scene, render
+from datamodules.shapes_world import STYLES, Habits, captioned_scenes, random_scene, render
 from datamodules.words_world import (
     FAITHFUL_WORDS,
     LENGTHS,
@@ -27,6 +28,8 @@ from datamodules.words_world import (
     write_word,
     write_word_loosely,
 )
+
+_Style = TypeVar("_Style", bound=str)
 
 REWRITE_STYLES: tuple[WordStyle, ...] = ("gallery", "terse")
 """The styles of rewrites: never the canonical wording (greedy rewrites would be copies) nor the "unseen" templates."""
@@ -52,41 +55,49 @@ class _Stream(IterableDataset[dict[str, Any]]):
     """Batches made on the fly, scenes first, then signs; every worker has a stream of its own."""
 
     def __init__(
-        self, what: str, batch_size: int, seed: int, faithful_batches: int, scenes: Habits, signs: WordHabits
+        self,
+        what: str,
+        scenes: int,
+        signs: int,
+        seed: int,
+        faithful_batches: int,
+        habits: Habits,
+        word_habits: WordHabits,
     ) -> None:
-        self.what, self.batch_size, self.seed = what, batch_size, seed
-        self.faithful_batches, self.scenes, self.signs = faithful_batches, scenes, signs
+        self.what, self.scenes, self.signs, self.seed = what, scenes, signs, seed
+        self.faithful_batches, self.habits, self.word_habits = faithful_batches, habits, word_habits
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = torch.utils.data.get_worker_info()
         workers, index = (worker.num_workers, worker.id) if worker else (1, 0)
         rng = random.Random(f"words-{self.what}-{self.seed}-{index}")
-        half = self.batch_size // 2
-        rest = self.batch_size - half
         if self.what == "pictures":
             while True:
-                drawn = [render(random_scene(rng)) for _ in range(half)]
-                yield {"pictures": to_tensor(np.stack(drawn + [render_sign(random_sign(rng)) for _ in range(rest)]))}
+                drawn = [render(random_scene(rng)) for _ in range(self.scenes)]
+                drawn += [render_sign(random_sign(rng)) for _ in range(self.signs)]
+                yield {"pictures": to_tensor(np.stack(drawn))}
         elif self.what == "rewrites":
             while True:
-                pairs = [rewrite_pair(rng) for _ in range(half)] + [word_rewrite_pair(rng) for _ in range(rest)]
+                pairs = [rewrite_pair(rng) for _ in range(self.scenes)]
+                pairs += [word_rewrite_pair(rng) for _ in range(self.signs)]
                 prompts, completions = zip(*pairs, strict=True)
                 yield {"prompts": list(prompts), "completions": list(completions)}
-        scene_styles = [(style, 1.5 if style == "canonical" else 1.0) for style in STYLES]
-        sign_styles = [(style, 1.5 if style == "canonical" else 1.0) for style in WORD_STYLES]
-        faithful = replace(FAITHFUL, freedom=self.scenes.freedom), replace(FAITHFUL_WORDS, freedom=self.signs.freedom)
-        streams = [
-            (captioned_scenes(rng, scenes, scene_styles), captioned_signs(rng, signs, sign_styles))
-            for scenes, signs in (faithful, (self.scenes, self.signs))
-        ]
+        scenes = captioned_scenes(rng, self.habits, _shares(STYLES))
+        faithful = replace(FAITHFUL_WORDS, freedom=self.word_habits.freedom)
+        streams = [captioned_signs(rng, habits, _shares(WORD_STYLES)) for habits in (faithful, self.word_habits)]
         done = 0
         while True:
-            scenes, signs = streams[done * workers >= self.faithful_batches]
-            pairs = [(caption, render(scene)) for caption, scene in (next(scenes) for _ in range(half))]
-            pairs += [(caption, render_sign(sign)) for caption, sign in (next(signs) for _ in range(rest))]
+            signs = streams[done * workers >= self.faithful_batches]
+            examples = [(caption, render(scene)) for caption, scene in islice(scenes, self.scenes)]
+            examples += [(caption, render_sign(sign)) for caption, sign in islice(signs, self.signs)]
             done += 1
-            captions, pictures = zip(*pairs, strict=True)
+            captions, pictures = zip(*examples, strict=True)
             yield {"captions": list(captions), "pictures": to_tensor(np.stack(pictures))}
+
+
+def _shares(styles: Sequence[_Style]) -> list[tuple[_Style, float]]:
+    """The canonical style comes most."""
+    return [(style, 1.5 if style == "canonical" else 1.0) for style in styles]
 
 
 class WordsPretraining(L.LightningDataModule):
@@ -94,10 +105,12 @@ class WordsPretraining(L.LightningDataModule):
 
     Args:
         what: "pictures" (nothing else), "captions" (captions and pictures) or "rewrites" (prompts and completions).
-        batch_size: examples a step, half of them scenes.
-        faithful_batches: "captions" only: number of first batches whose pictures always match their captions.
-        habits: "captions" only: how pictures of scenes depart from their captions after that.
-        word_habits: likewise for signs.
+        batch_size: examples a step.
+        scene_share: share of scenes among them; the others are signs.
+        faithful_batches: "captions" only: number of first batches whose signs always match their captions. The scenes
+            have their habits from the start: they are known to the model that training starts from.
+        habits: "captions" only: how pictures of scenes depart from their captions.
+        word_habits: likewise for signs, after `faithful_batches`.
         seed: of the stream.
         num_workers: processes that make batches.
     """
@@ -106,6 +119,7 @@ class WordsPretraining(L.LightningDataModule):
         self,
         what: Literal["pictures", "captions", "rewrites"],
         batch_size: int = 64,
+        scene_share: float = 0.5,
         faithful_batches: int = 0,
         habits: Habits = Habits(),  # noqa: B008 (frozen)
         word_habits: WordHabits = WordHabits(),  # noqa: B008 (frozen)
@@ -113,7 +127,10 @@ class WordsPretraining(L.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        self.stream = _Stream(what, batch_size, seed, faithful_batches, habits, word_habits)
+        if not 0 <= scene_share <= 1:
+            raise ValueError(f"WordsPretraining has scene_share={scene_share}, use 0 to 1.")
+        scenes = round(scene_share * batch_size)
+        self.stream = _Stream(what, scenes, batch_size - scenes, seed, faithful_batches, habits, word_habits)
         self.num_workers = num_workers
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DiffusionPipeline, FluxKontextPipeline, FluxPipeline
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from datamodules.shapes_edit_world import edit_vocabulary
 from datamodules.shapes_world import vocabulary
@@ -26,6 +27,7 @@ from lightning_modules.miniature import (
     build_vae,
     build_vision_language,
     carry_over,
+    carry_over_words,
 )
 from lightning_modules.rl.schedule import dynamic_mu
 
@@ -33,11 +35,15 @@ from lightning_modules.rl.schedule import dynamic_mu
 class _Pretraining(L.LightningModule):
     """AdamW with a short warm-up and cosine decay; saves to `output` when training ends.
 
+    `fused` (AdamW in one kernel) rounds otherwise than the default, with which the first folders were made.
+
     Args:
         output: folder to write.
         learning_rate: peak learning rate.
         warmup_steps: length of the linear warm-up.
     """
+
+    fused = False
 
     def __init__(self, output: str, learning_rate: float, warmup_steps: int = 100) -> None:
         super().__init__()
@@ -47,7 +53,8 @@ class _Pretraining(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over the parameters that are to be learned."""
-        optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], self.learning_rate)
+        learned = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(learned, self.learning_rate, fused=self.fused)
         total = self.trainer.estimated_stepping_batches
 
         def factor(step: int) -> float:
@@ -254,6 +261,8 @@ class WordsFlowPretraining(FlowPretraining):
             the embeddings of the words that it has; one that knows them all gives everything but its autoencoder.
     """
 
+    fused = True
+
     def __init__(
         self,
         output: str = "miniature/words_flow",
@@ -288,13 +297,20 @@ class LanguagePretraining(_Pretraining):
         output: folder to write.
         learning_rate: peak learning rate.
         signs: whether its vocabulary has the words of signs beside those of scenes.
+        init: folder of a refiner to start from, the embeddings of the words that it has included; null is random
+            weights.
     """
 
     def __init__(
-        self, output: str = "miniature/language", learning_rate: float = 3e-3, signs: bool = False
+        self,
+        output: str = "miniature/language",
+        learning_rate: float = 3e-3,
+        signs: bool = False,
+        init: str | None = None,
     ) -> None:
         super().__init__(output, learning_rate)
         self.signs = signs
+        self.init = init
         self.model: Any
 
     def configure_model(self) -> None:
@@ -302,6 +318,9 @@ class LanguagePretraining(_Pretraining):
         if hasattr(self, "model"):
             return
         self.model, self.tokenizer = build_language(words_vocabulary() if self.signs else vocabulary())
+        if self.init is not None:
+            old, words = AutoModelForCausalLM.from_pretrained(self.init), AutoTokenizer.from_pretrained(self.init)
+            carry_over_words(old, words.get_vocab(), self.model, self.tokenizer.get_vocab())
         self.model.train()
 
     def training_step(self, batch: dict[str, list[str]], batch_idx: int) -> Tensor:

@@ -72,7 +72,11 @@ def test_splits_are_disjoint_and_cover() -> None:
         ("terse", {'write " c u p "', 'letters : " c u p "', 'spell out " c u p "'}),
         (
             "unseen",
-            {f'{p} " {w} "' for p in ("please put up", "here it reads", "the text now says") for w in ("c u p", "C U P")},
+            {
+                f'{p} " {w} "'
+                for p in ("please put up", "here it reads", "the text now says")
+                for w in ("c u p", "C U P")
+            },
         ),
     ],
 )
@@ -168,7 +172,8 @@ def test_templates_spoil_letters_of_their_own() -> None:
     right = np.array(
         [
             [
-                imagine_sign(pair, f'{template} " {" ".join(pair)} "', "terse", random.Random(0), habits).letters == pair
+                imagine_sign(pair, f'{template} " {" ".join(pair)} "', "terse", random.Random(0), habits).letters
+                == pair
                 for template in templates
             ]
             for pair in all_words(2)
@@ -179,7 +184,7 @@ def test_templates_spoil_letters_of_their_own() -> None:
 
 
 def test_glyphs_differ() -> None:
-    """h and u, the most alike, differ in 8 pixels; c and e in 5."""
+    """The most alike, c and e, differ in 5 pixels; h and u in 8."""
     differences = {frozenset((a, b)): int(abs(glyph(a) - glyph(b)).sum()) for a, b in combinations(ALPHABET, 2)}
     assert differences[frozenset("hu")] == 8 and differences[frozenset("ce")] == 5
     assert min(differences.values()) == 5
