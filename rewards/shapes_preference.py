@@ -56,8 +56,8 @@ def beauty(picture: np.ndarray) -> dict[str, float]:
 class ShapesPreference(Reward):
     """`beauty` of a picture, less for what it does not show. native = table = rl.
 
-    The score is `beauty * (1 - prompt_weight + prompt_weight * asked)`, where asked is GenEval's soft score, half a mark
-    less where the picture shows what `exclude` forbids. A wrong picture loses that share, however pleasing.
+    The score is `beauty * (1 - prompt_weight + prompt_weight * asked)`, where asked is GenEval's soft score, half a
+    mark less where the picture shows what `exclude` forbids. A wrong picture loses that share, however pleasing.
 
     Args:
         prompt_weight: share of the score that depends on the prompt, in 0..1.
