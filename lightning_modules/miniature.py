@@ -151,14 +151,26 @@ def carry_over(old: Any, new: Any) -> None:
     """
     new.transformer.load_state_dict(old.transformer.state_dict())
     for encoder, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
-        before, after = getattr(old, encoder), getattr(new, encoder)
-        fresh = after.get_input_embeddings().weight.clone()
         known, ids = getattr(old, tokenizer).get_vocab(), getattr(new, tokenizer).get_vocab()
-        for word in known.keys() & ids.keys():
-            fresh[ids[word]] = before.get_input_embeddings().weight[known[word]]
-        state = {k: v for k, v in before.state_dict().items() if v.shape == after.state_dict()[k].shape}
-        after.load_state_dict(state, strict=False)
-        after.get_input_embeddings().weight.copy_(fresh)
+        carry_over_words(getattr(old, encoder), known, getattr(new, encoder), ids)
+
+
+@torch.no_grad()
+def carry_over_words(before: Any, known: dict[str, int], after: Any, ids: dict[str, int]) -> None:
+    """Gives a model that reads words the weights of another of its kind; words are matched by their spelling.
+
+    Args:
+        before: the trained model.
+        known: its vocabulary.
+        after: changed in place; words that only it knows keep their random embeddings.
+        ids: its vocabulary.
+    """
+    fresh = after.get_input_embeddings().weight.clone()
+    for word in known.keys() & ids.keys():
+        fresh[ids[word]] = before.get_input_embeddings().weight[known[word]]
+    state = {k: v for k, v in before.state_dict().items() if v.shape == after.state_dict()[k].shape}
+    after.load_state_dict(state, strict=False)
+    after.get_input_embeddings().weight.copy_(fresh)
 
 
 def build_language(words: list[str]) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:

@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DiffusionPipeline, FluxKontextPipeline, FluxPipeline
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from datamodules.shapes_edit_world import edit_vocabulary
 from datamodules.shapes_world import vocabulary
+from datamodules.words_world import words_vocabulary
 from lightning_modules.miniature import (
     TEXT_LENGTH,
     build_flow,
@@ -25,6 +27,7 @@ from lightning_modules.miniature import (
     build_vae,
     build_vision_language,
     carry_over,
+    carry_over_words,
 )
 from lightning_modules.rl.schedule import dynamic_mu
 
@@ -32,11 +35,15 @@ from lightning_modules.rl.schedule import dynamic_mu
 class _Pretraining(L.LightningModule):
     """AdamW with a short warm-up and cosine decay; saves to `output` when training ends.
 
+    `fused` (AdamW in one kernel) rounds otherwise than the default, with which the first folders were made.
+
     Args:
         output: folder to write.
         learning_rate: peak learning rate.
         warmup_steps: length of the linear warm-up.
     """
+
+    fused = False
 
     def __init__(self, output: str, learning_rate: float, warmup_steps: int = 100) -> None:
         super().__init__()
@@ -46,7 +53,8 @@ class _Pretraining(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over the parameters that are to be learned."""
-        optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], self.learning_rate)
+        learned = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(learned, self.learning_rate, fused=self.fused)
         total = self.trainer.estimated_stepping_batches
 
         def factor(step: int) -> float:
@@ -59,19 +67,32 @@ class _Pretraining(L.LightningModule):
 
 
 class VAEPretraining(_Pretraining):
-    """Trains the autoencoder on scenes (L1 + L2, a little KL) and sets its latents' scale and shift."""
+    """Trains the autoencoder on pictures (L1 + L2, a little KL) and sets its latents' scale and shift.
+
+    Args:
+        output: folder to write.
+        learning_rate: peak learning rate.
+        kl_weight: of the latents' divergence from a standard normal.
+        init: continue from this autoencoder's folder instead of from random weights.
+    """
 
     def __init__(
-        self, output: str = "miniature/flow/vae", learning_rate: float = 3e-3, kl_weight: float = 1e-5
+        self,
+        output: str = "miniature/flow/vae",
+        learning_rate: float = 3e-3,
+        kl_weight: float = 1e-5,
+        init: str | None = None,
     ) -> None:
         super().__init__(output, learning_rate)
         self.kl_weight = kl_weight
+        self.init = init
         self.vae: Any
 
     def configure_model(self) -> None:
-        """Builds the autoencoder."""
+        """Builds or loads the autoencoder."""
         if not hasattr(self, "vae"):
-            self.vae = build_vae()
+            self.vae = build_vae() if self.init is None else AutoencoderKL.from_pretrained(self.init)
+            self.vae.train()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Reconstruction of `pictures` [B, 3, 32, 32] in [-1, 1]."""
@@ -186,6 +207,13 @@ class FlowPretraining(_Pretraining):
         """Saves the pipeline (averaged weights, if the averaging callback is on)."""
         self.pipe.save_pretrained(self.output)
 
+    def save_small(self, vae: str | Path) -> None:
+        """Saves the pipeline: the transformer in half precision, the autoencoder to the bit as in this folder."""
+        # Averaging rounds weights that stand still, too.
+        self.pipe.vae = AutoencoderKL.from_pretrained(vae)
+        self.pipe.transformer.half()
+        self.pipe.save_pretrained(self.output)
+
 
 class EditFlowPretraining(FlowPretraining):
     """Trains a FLUX.1-Kontext pipeline on sources, captions and targets, starting from a text-to-image pipeline.
@@ -217,26 +245,82 @@ class EditFlowPretraining(FlowPretraining):
         return FluxKontextPipeline(**pipe.components)
 
     def on_train_end(self) -> None:
-        """Saves the pipeline: the transformer in half precision, the autoencoder to the bit as it was."""
+        """Saves the pipeline, with the autoencoder that it started from."""
         assert self.init is not None
-        # Averaging rounds weights that stand still, too.
-        self.pipe.vae = AutoencoderKL.from_pretrained(self.init, subfolder="vae")
-        self.pipe.transformer.half()
-        super().on_train_end()
+        self.save_small(Path(self.init) / "vae")
+
+
+class WordsFlowPretraining(FlowPretraining):
+    """Trains a FLUX.1 pipeline on captioned scenes and signs, starting from one that knows the scenes.
+
+    Args:
+        output: pipeline folder to write; its `vae` must exist (pretrain_words_vae.yaml makes it).
+        learning_rate: peak learning rate.
+        guidance: value of the embedded guidance, the same in training and in use.
+        init: pipeline folder to continue from: one that lacks words of the signs' captions gives its transformer and
+            the embeddings of the words that it has; one that knows them all gives everything but its autoencoder.
+    """
+
+    fused = True
+
+    def __init__(
+        self,
+        output: str = "miniature/words_flow",
+        learning_rate: float = 1.4e-3,
+        guidance: float = 3.5,
+        init: str = "miniature/flow",
+    ) -> None:
+        super().__init__(output, learning_rate, guidance, init)
+
+    def build(self) -> Any:
+        """The pipeline with the larger vocabulary, around its own autoencoder."""
+        if not (self.output / "vae").is_dir():
+            raise ValueError(f"no autoencoder in {self.output / 'vae'}: run pretrain_words_vae.yaml first")
+        vae = AutoencoderKL.from_pretrained(self.output / "vae")
+        old: Any = FluxPipeline.from_pretrained(str(self.init))
+        if set(words_vocabulary()) <= old.tokenizer_2.get_vocab().keys():
+            old.register_modules(vae=vae)
+            return old
+        pipe: Any = build_flow(words_vocabulary(), vae)
+        carry_over(old, pipe)
+        return pipe
+
+    def on_train_end(self) -> None:
+        """Saves the pipeline, with the autoencoder that `output` had."""
+        self.save_small(self.output / "vae")
 
 
 class LanguagePretraining(_Pretraining):
-    """Supervised fine-tuning of a small Qwen3 on prompt-rewrite pairs, through its own chat template."""
+    """Supervised fine-tuning of a small Qwen3 on prompt-rewrite pairs, through its own chat template.
 
-    def __init__(self, output: str = "miniature/language", learning_rate: float = 3e-3) -> None:
+    Args:
+        output: folder to write.
+        learning_rate: peak learning rate.
+        signs: whether its vocabulary has the words of signs beside those of scenes.
+        init: folder of a refiner to start from, the embeddings of the words that it has included; null is random
+            weights.
+    """
+
+    def __init__(
+        self,
+        output: str = "miniature/language",
+        learning_rate: float = 3e-3,
+        signs: bool = False,
+        init: str | None = None,
+    ) -> None:
         super().__init__(output, learning_rate)
+        self.signs = signs
+        self.init = init
         self.model: Any
 
     def configure_model(self) -> None:
         """Builds the model and its tokenizer."""
         if hasattr(self, "model"):
             return
-        self.model, self.tokenizer = build_language(vocabulary())
+        self.model, self.tokenizer = build_language(words_vocabulary() if self.signs else vocabulary())
+        if self.init is not None:
+            old, words = AutoModelForCausalLM.from_pretrained(self.init), AutoTokenizer.from_pretrained(self.init)
+            carry_over_words(old, words.get_vocab(), self.model, self.tokenizer.get_vocab())
         self.model.train()
 
     def training_step(self, batch: dict[str, list[str]], batch_idx: int) -> Tensor:
