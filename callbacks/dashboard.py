@@ -12,6 +12,7 @@ from callbacks.benchmark import MODES, Benchmark
 from callbacks.diversity import ARMS, Diversity
 from callbacks.health import Health
 from callbacks.robustness import PromptRobustness, paired_difference
+from callbacks.run_folder import mode_of
 from callbacks.samples import tensorboards
 from datamodules.base import PromptDataModule
 from lightning_modules.prompt_rl import PromptRL
@@ -157,7 +158,7 @@ def hyperparameters(trainer: L.Trainer, module: PromptRL) -> dict[str, int | flo
     flow, sampling = module.flow, module.flow.sampling
     language = module.language if module.language is not None and module.language.trained else None
     return {
-        "agents": "flow-only" if language is None else "PromptRL" if flow.trained else "prompt-only",
+        "agents": mode_of(flow.trained, None if language is None else language.trained),
         "flow.learning_rate": flow.learning_rate or 0.0,
         "flow.kl_weight": flow.kl_weight if flow.trained else 0.0,
         "language.learning_rate": 0.0 if language is None else language.learning_rate or 0.0,

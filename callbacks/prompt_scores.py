@@ -65,9 +65,7 @@ def prompt_table(run: Run, name: str, mode: str, benchmark: str | None = None) -
     images = torch.tensor(chosen["images"].to_numpy(dtype=float))
     about = {"benchmark", "set", "mode", "id", "tag", "images"}
     values = {
-        str(column): torch.tensor(chosen[column].to_numpy(dtype=float))
-        for column in chosen
-        if column not in about and chosen[column].notna().any()
+        str(column): torch.tensor(chosen[column].to_numpy(dtype=float)) for column in chosen if column not in about
     }
     return PromptTable(
         ids=list(chosen["id"]),

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from callbacks import paper
 from callbacks.benchmark import MODES
 from callbacks.config import resolved_config
 from callbacks.robustness import table_of
+from callbacks.samples import tensorboards
 from callbacks.tables import (
     MODE_LABELS,
     Row,
@@ -47,10 +47,9 @@ class Report(L.Callback):
         text, tex = report(tables)
         path.with_suffix(".md").write_text(f"# {label}\n\n{text}", encoding="utf-8")
         path.with_suffix(".tex").write_text(tex, encoding="utf-8")
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                for table in tables:
-                    logger.experiment.add_text(f"results/{table.title}", markdown(table), trainer.global_step)
+        for logger in tensorboards(trainer):
+            for table in tables:
+                logger.experiment.add_text(f"results/{table.title}", markdown(table), trainer.global_step)
         rank_zero_info(f"Tables are in {path.with_suffix('.md')} and {path.with_suffix('.tex').name}.")
 
     on_test_end = on_fit_end

@@ -14,8 +14,6 @@ from typing import Any, Self
 
 import yaml
 
-LEARNERS = {("flow",): "flow-only", ("language",): "prompt-only", ("flow", "language"): "PromptRL"}
-"""Agents that have a learning rate -> what the method is called."""
 _NO_RUNS = ("checkpoints", "pictures", "predictions")
 # Files from before `headlines` was written; the benchmarks' own names.
 _HEADLINES = ("overall", "mean", "f")
@@ -65,7 +63,8 @@ class RunFolder:
     @property
     def stage(self) -> str:
         """`test` for what `lightning test` left, else `fit`."""
-        return "test" if (self.folder / "scores.jsonl").is_file() else "fit"
+        # That command alone has `pictures`; one that was cut off has left no scores yet.
+        return "test" if "pictures" in self.config or (self.folder / "scores.jsonl").is_file() else "fit"
 
     @property
     def mode(self) -> str:
@@ -75,10 +74,9 @@ class RunFolder:
         if self.fitted is not None:
             return self.fitted.mode
         rates = {agent: self.get(f"model.init_args.{agent}.init_args.learning_rate") for agent in ("flow", "language")}
-        learners = tuple(agent for agent, rate in rates.items() if rate is not None)
-        if learners == ("flow",) and self.get("model.init_args.language") is not None:
-            return "flow-only, static PE"
-        return LEARNERS.get(learners, str(self.get("model.class_path", "")).rpartition(".")[2])
+        refines = self.get("model.init_args.language") is not None
+        learns = mode_of(rates["flow"] is not None, rates["language"] is not None if refines else None)
+        return learns or str(self.get("model.class_path", "")).rpartition(".")[2]
 
     @property
     def seed(self) -> int | None:
@@ -121,13 +119,32 @@ class RunFolder:
     @property
     def _origin(self) -> Path | None:
         path = Path(self.get("ckpt_path") or "")
-        run = path.resolve().parents[1] if path.suffix == ".ckpt" else None
+        if path.suffix != ".ckpt":
+            return None
+        # A relative path is one from where the command was started, which lies above its folder as a rule.
+        starts = [Path.cwd(), *self.folder.resolve().parents]
+        run = next((start / path for start in starts if (start / path).exists()), path).resolve().parents[1]
         return None if run == self.folder.resolve() else run  # one that went on in its own folder is one run
 
     @property
     def headlines(self) -> dict[tuple[str, str], float]:
         """Benchmark's key and mode -> its headline score in the last evaluation."""
         return headlines(self.results, self.results)
+
+
+def mode_of(flow: bool, language: bool | None) -> str:
+    """What the method is called, by which agents learn.
+
+    Args:
+        flow: whether the flow model does.
+        language: whether the refiner does; None without one.
+
+    Returns:
+        Empty if nothing learns.
+    """
+    if flow:
+        return {None: "flow-only", False: "flow-only, static PE", True: "PromptRL"}[language]
+    return "prompt-only" if language else ""
 
 
 def headlines(results: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[tuple[str, str], float]:

@@ -7,7 +7,6 @@ checkpoint. A run that crashes is named with its log's last line; the others go 
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -31,7 +30,7 @@ from lightning_modules.sweep_plan import Command, Job, Sweep
 
 PROGRAM = [sys.executable, "-m", "lightning_modules.cli"]
 GRACE_S = 20.0
-"""How long a child that is told to end may take to save what it has."""
+"""How long a child that is told to end may take to do so."""
 
 
 @dataclass(frozen=True)
@@ -99,13 +98,22 @@ class Children:
         for process in running:
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
+            except (subprocess.TimeoutExpired, KeyboardInterrupt):  # too slow, or asked a second time
+                deadline = 0.0
+                os.killpg(process.pid, signal.SIGKILL)  # with its own children, each in the session begun above
 
 
 def run(job: Job, children: Children) -> Outcome:
-    """Fits, and tests if asked for, what is not finished yet."""
-    started, state = time.monotonic(), "was done"
+    """Fits, and tests if asked for, what is not finished yet. A damaged folder is this run's crash, not the sweep's."""
+    started = time.monotonic()
+    try:
+        return _run(job, children, started)
+    except ValueError as error:
+        return Outcome(job.name, "crashed", time.monotonic() - started, str(error))
+
+
+def _run(job: Job, children: Children, started: float) -> Outcome:
+    state = "was done"
     for command in job.commands:
         if command.finished():
             continue
@@ -118,7 +126,7 @@ def run(job: Job, children: Children) -> Outcome:
             log = command.folder / f"{command.stage}.log"
             return Outcome(job.name, "crashed", time.monotonic() - started, f"{log}: {_last_line(log)}")
         seen = command.record | {"seconds": round(time.monotonic() - begun, 1)}
-        command.record_path.write_text(json.dumps(seen, indent=2) + "\n")
+        command.write_record(seen)
     return Outcome(job.name, state, time.monotonic() - started, scores=_scores(job))
 
 
@@ -195,14 +203,15 @@ def table_of(outcomes: Sequence[Outcome]) -> Table:
 def _started(command: Command) -> Path:
     """Notes which command is about to run; returns the path of its log."""
     command.folder.mkdir(parents=True, exist_ok=True)
-    command.record_path.write_text(json.dumps(command.record | {"seconds": None}, indent=2) + "\n")
+    command.write_record(command.record | {"seconds": None})
     return command.folder / f"{command.stage}.log"
 
 
 def _checkpoint(job: Job, command: Command) -> list[str]:
     """A fit goes on from its own last checkpoint, if there is one; a test is of the fit's."""
     path = job.commands[0].checkpoint()
-    assert path is not None or command.stage == "fit", "a fit keeps a checkpoint"
+    if path is None and command.stage == "test":
+        raise ValueError(f"{command.folder.parent} has no last.ckpt to test: fit it anew with `checkpoint.save_last`.")
     return [] if path is None else [f"--ckpt_path={path}"]
 
 
@@ -260,7 +269,8 @@ def read(args: Sequence[str] | None = None) -> Sweep:
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the children too
+    for end in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal, too, is to end the children
+        signal.signal(end, signal.default_int_handler)
     try:
         if not sweep(read(args)):
             sys.exit(1)

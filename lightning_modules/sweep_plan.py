@@ -44,6 +44,12 @@ class Command:
         """Where the record of the command is that was started."""
         return self.folder / f"{self.stage}.json"
 
+    def write_record(self, record: Mapping[str, Any]) -> None:
+        """Replaces the record in one piece: a kill leaves the file as it was."""
+        unfinished = self.record_path.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(record, indent=2) + "\n")
+        unfinished.replace(self.record_path)
+
     def runs(self) -> list[RunFolder]:
         """What it has left so far, the newest last."""
         paths = sorted(below(self.folder), key=lambda path: (len(path.name), path.name))  # version_10 after version_9

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from callbacks.runs import load
-from lightning_modules.sweep import main, read
+from lightning_modules.sweep import main, read, run_all
 from lightning_modules.sweep_plan import Job, Sweep
 
 ROOT = Path(__file__).parents[1]
@@ -163,6 +163,20 @@ def test_a_changed_experiment_is_no_continuation(tmp_path: Path, capsys: pytest.
     (folder / "fit.json").unlink()
     (folder / "results.json").write_text("{}")
     assert job.commands[0].conflict() == f"{folder} has a run that no sweep made"
+
+
+def test_a_damaged_folder_is_one_runs_crash(tmp_path: Path) -> None:
+    """Two runs whose fits are done: one has lost its checkpoint, which a test needs; the other's files are damaged."""
+    jobs = plan(root=str(tmp_path), seeds=[1, 2], test_configs=["configs/miniature/evaluate.yaml"])
+    for job in jobs:
+        folder = job.commands[0].folder / "miniature" / "flow_only" / "version_0"
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text("{" if job is jobs[1] else "{}")
+        job.commands[0].write_record(job.commands[0].record | {"seconds": 2.0})
+    outcomes = run_all(jobs, 2, lambda outcome: None)
+    assert [outcome.state for outcome in outcomes] == ["crashed", "crashed"]
+    assert "has no last.ckpt to test" in outcomes[0].note
+    assert "results.json is damaged" in outcomes[1].note
 
 
 # --- real runs --------------------------------------------------------------------------------------------------------

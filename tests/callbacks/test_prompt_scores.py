@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from callbacks.edit import EditBenchmark
 from callbacks.prompt_scores import mean_of_pictures, mean_of_tags, prompt_gap, prompt_table
 from callbacks.runs import Run
+from rewards.shapes_edit import ShapesEditReward
 
 
 def scored(folder: Path, *values: tuple[str, str, float | None, int], benchmark: str = "B", **more: Any) -> Run:
@@ -35,6 +37,16 @@ def test_a_table_is_what_was_scored(tmp_path: Path) -> None:
     gap = prompt_gap([table], summarize=mean_of_tags("correct"))
     assert gap.value == pytest.approx(0.75) and gap.num == 4
     assert math.isnan(gap.low), "one prompt in a tag would seem certain"
+
+
+def test_a_benchmarks_own_summary(tmp_path: Path) -> None:
+    """EditBenchmark asks for a column that no prompt has. Means of kinds: (1 + 0.5) / 2."""
+    columns = {"overall": 1.0, "intersection": None}
+    run = scored(tmp_path, ("a", "swap", None, 1), **columns)
+    run = scored(tmp_path, ("b", "env", None, 2), **columns | {"overall": 0.5})
+    benchmark = EditBenchmark(ShapesEditReward())
+    table = prompt_table(run, "geneval", "without_pe")
+    assert prompt_gap([table], summarize=lambda t, w: benchmark.summarize(t, w)["overall"]).value == 0.75
 
 
 def test_pairs_leave_the_prompts_difficulty_out(tmp_path: Path) -> None:

@@ -124,6 +124,22 @@ def test_a_resumed_run_has_its_beginning(tmp_path: Path) -> None:
     assert math.isnan(alone.validations["val/naming"][0]), "no benchmark, so not in the history"
 
 
+def test_a_test_that_was_cut_off_is_no_continuation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has named its checkpoint and opened its events, but scored nothing. The path is as the command was given."""
+    monkeypatch.chdir(tmp_path)
+    fit = write(Path("runs/a/version_0"), results=history(0, 4), seed=43)
+    test = write(Path("runs/a/test/version_0"), rows=ROWS[:1], ckpt_path=str(fit / "checkpoints" / "last.ckpt"))
+    (fit / "checkpoints").mkdir()
+    (fit / "checkpoints" / "last.ckpt").touch()
+    said = yaml.safe_load((test / "config.yaml").read_text())
+    (test / "config.yaml").write_text(yaml.safe_dump(said | {"pictures": {"images_per_prompt": 1}}))
+    monkeypatch.chdir("/")
+    (run,) = load(tmp_path / "runs")
+    assert run.folder == tmp_path / fit and run.finished
+    (cut,) = load(tmp_path / "runs", stage="test")
+    assert not cut.finished and cut.seed == 43 and cut.mode == "PromptRL", "its fit's, not its own 42"
+
+
 def test_a_resumed_run_whose_steps_are_counted_from_one(tmp_path: Path) -> None:
     """Lightning's count after a resume from a checkpoint that was saved behind a validation; 8 rollouts a step."""
     first = write(tmp_path / "version_0", rows=ROWS[:7], results=history(0, 2))

@@ -104,6 +104,8 @@ def test_a_wrong_picture_loses_the_prompts_share() -> None:
 def test_more_than_asked_loses_half_of_that_share() -> None:
     """Two circles for one: soft is 0 by count, less 0.5, so 0; a square beside the circle: soft 1 less 0.5."""
     circle, square = Item("circle", "red", 5), Item("square", "blue", 10)
+    (score_,) = score(CIRCLE, render(Scene((circle, Item("circle", "blue", 10)))))
+    assert score_.detail["asked"] == 0
     (score_,) = score(CIRCLE, render(Scene((circle, square))))
     assert score_.detail["asked"] == pytest.approx(0.5)
     assert score_.native == pytest.approx(0.75 * score_.detail["beauty"])
