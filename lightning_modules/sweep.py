@@ -269,8 +269,11 @@ def read(args: Sequence[str] | None = None) -> Sweep:
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command."""
-    for end in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal, too, is to end the children
+    # All end the children too. Ctrl-C is set as well, since jobs in the background begin with it ignored.
+    for end in (signal.SIGINT, signal.SIGTERM):
         signal.signal(end, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # `nohup` means to outlive the terminal
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         if not sweep(read(args)):
             sys.exit(1)
