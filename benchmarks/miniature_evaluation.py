@@ -19,7 +19,6 @@ for all seeds, resampled within tags), so they say nothing of what other seeds w
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,8 @@ from callbacks.benchmark import Benchmark
 from callbacks.edit import EditBenchmark
 from callbacks.geneval import GenEvalBenchmark
 from callbacks.naming import COLUMNS as NAMING
+from callbacks.prompt_scores import prompt_table
+from callbacks.runs import Run
 from callbacks.tables import Row, Table, markdown
 from rewards.bootstrap import interval, resample
 from rewards.metric import PromptTable
@@ -51,21 +52,10 @@ Key = tuple[str, str]
 def read(folder: Path, benchmark: Benchmark) -> tuple[Tables, dict[str, Any]]:
     """The newest test below a folder: tables from `scores.jsonl`, and `results.json`."""
     path = max(folder.rglob("scores.jsonl"), key=lambda found: found.stat().st_mtime)
-    lines: dict[Key, list[dict[str, Any]]] = {}
-    for text in path.read_text(encoding="utf-8").splitlines():
-        line = json.loads(text)
-        if line["benchmark"] == benchmark.title:
-            lines.setdefault((line["set"], line["mode"]), []).append(line)
-    tables = {}
-    for key, rows in lines.items():
-        images = torch.tensor([row["images"] for row in rows], dtype=torch.float64)
-        # The miniature's scorers fail at no picture, so a prompt's means are of all its pictures.
-        values = {column: [row[column] for row in rows] for column in benchmark.columns if rows[0][column] is not None}
-        sums = {column: torch.tensor(means, dtype=torch.float64) * images for column, means in values.items()}
-        sums |= {column: torch.zeros_like(images) for column in benchmark.columns if column not in sums}
-        counts = {column: images if column in values else torch.zeros_like(images) for column in sums}
-        tables[key] = PromptTable([row["id"] for row in rows], [row["tag"] for row in rows], sums, counts, images)
-    return tables, json.loads(path.with_name("results.json").read_text())
+    run = Run.read(path.parent)
+    own = run.scores[run.scores["benchmark"] == benchmark.title]
+    keys: dict[Key, None] = dict.fromkeys(zip(own["set"], own["mode"], strict=True))
+    return {key: prompt_table(run, *key, benchmark.title) for key in keys}, dict(run.results)
 
 
 def over_seeds(

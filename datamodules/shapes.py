@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Literal
 
@@ -62,6 +63,18 @@ class MiniaturePrompts(PromptDataModule):
         self.eval_prompts = eval_prompts
         self.originals = dict(self.rewordings)
 
+    @abstractmethod
+    def held_out(self, split: Literal["val", "test"]) -> dict[str, list[PromptSample]]:
+        """The evaluation sets of a split; no setting is chosen on the test split's."""
+
+    def eval_samples(self) -> dict[str, list[PromptSample]]:
+        """Validation's."""
+        return self.held_out("val")
+
+    def test_samples(self) -> dict[str, list[PromptSample]]:
+        """Those of `lightning test`."""
+        return self.held_out("test")
+
 
 class ShapesPrompts(MiniaturePrompts):
     """The miniature's prompts.
@@ -85,15 +98,8 @@ class ShapesPrompts(MiniaturePrompts):
         """Canonical prompts of training scenes."""
         return shapes_prompts("train", "train", ("canonical",), self.train_prompts, self.seed)
 
-    def eval_samples(self) -> dict[str, list[PromptSample]]:
-        """Three wordings of the same validation scenes."""
-        return self._three_wordings("val")
-
-    def test_samples(self) -> dict[str, list[PromptSample]]:
-        """Three wordings of the same test scenes, which no setting was chosen on."""
-        return self._three_wordings("test")
-
-    def _three_wordings(self, split: Literal["val", "test"]) -> dict[str, list[PromptSample]]:
+    def held_out(self, split: Literal["val", "test"]) -> dict[str, list[PromptSample]]:
+        """Three wordings of the same scenes."""
         # The evaluation prompts are the same for every run, so their seed is fixed.
         sets: dict[str, tuple[Style, ...]] = {
             "geneval": ("canonical",),

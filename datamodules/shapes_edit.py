@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from typing import Literal
 
 from PIL import Image
 
@@ -56,15 +57,8 @@ class ShapesEdits(MiniaturePrompts):
         """Canonical instructions for training edits."""
         return shapes_edits("train", "train", "canonical", self.train_prompts, self.seed)
 
-    def eval_samples(self) -> dict[str, list[PromptSample]]:
-        """Two wordings of the same validation edits."""
-        return self._two_wordings("val")
-
-    def test_samples(self) -> dict[str, list[PromptSample]]:
-        """Two wordings of the same test edits, which no setting was chosen on."""
-        return self._two_wordings("test")
-
-    def _two_wordings(self, split: Split) -> dict[str, list[PromptSample]]:
+    def held_out(self, split: Literal["val", "test"]) -> dict[str, list[PromptSample]]:
+        """Two wordings of the same edits."""
         # The evaluation edits are the same for every run, so their seed is fixed.
         sets: dict[str, EditStyle] = {"edit": "canonical", "unseen": "unseen"}
         return {name: shapes_edits(split, split, style, self.eval_prompts, 0) for name, style in sets.items()}

@@ -24,6 +24,7 @@ from datamodules.shapes_edit_world import (
     write_edit,
     write_edit_loosely,
 )
+from datamodules.shapes_pretraining import completion
 from datamodules.shapes_world import COLORS, GRID, LEXICONS, QUADRANTS, SHAPES, Scene, _quadrant, render
 
 NAMING: tuple[EditStyle, ...] = ("explicit", "gallery", "terse")
@@ -46,9 +47,7 @@ def edit_rewrite_pair(rng: random.Random) -> tuple[EditExample, str, str]:
         instruction = write_edit(drawn.edit, drawn.source, style, rng)
     said = misnamed(drawn.edit, drawn.source, rng) if rng.random() < 0.1 else drawn.edit
     rewrite = write_edit(said, drawn.source, rng.choice(NAMING), rng, mix=rng.choice((0.0, 0.3)))
-    if rng.random() < 0.05:
-        return drawn, instruction, rng.choice((rewrite, f"<answer> {rewrite}"))
-    return drawn, instruction, f"<answer> {rewrite} </answer>"
+    return drawn, instruction, completion(rewrite, rng)
 
 
 def caption_pair(scene: Scene, rng: random.Random) -> tuple[str, str]:

@@ -34,6 +34,13 @@ def to_tensor(pictures: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def completion(rewrite: str, rng: random.Random) -> str:
+    """A rewrite in its answer format, which one in twenty breaks, so that RL has something to teach."""
+    if rng.random() < 0.05:
+        return rng.choice((rewrite, f"<answer> {rewrite}"))
+    return f"<answer> {rewrite} </answer>"
+
+
 def rewrite_pair(rng: random.Random) -> tuple[str, str]:
     """One example for the refiner: a prompt and the completion that it should learn to give.
 
@@ -50,10 +57,7 @@ def rewrite_pair(rng: random.Random) -> tuple[str, str]:
     if rng.random() < 0.1:
         said = rng.choice(all_contents(content.tag))
     said = elaborate(said, rng) if style == "detailed" else said
-    rewrite = write(said, style, rng, mix=rng.choice((0.0, 0.3)))
-    if rng.random() < 0.05:
-        return prompt, rng.choice((rewrite, f"<answer> {rewrite}"))
-    return prompt, f"<answer> {rewrite} </answer>"
+    return prompt, completion(write(said, style, rng, mix=rng.choice((0.0, 0.3))), rng)
 
 
 class _Stream(IterableDataset[dict[str, Any]]):

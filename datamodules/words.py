@@ -59,15 +59,8 @@ class WordsPrompts(MiniaturePrompts):
         """Canonical prompts of training words."""
         return word_prompts("train", "train", "canonical", self.train_prompts, self.seed)
 
-    def eval_samples(self) -> dict[str, list[PromptSample]]:
-        """Two wordings of the same validation words."""
-        return self._two_wordings("val")
-
-    def test_samples(self) -> dict[str, list[PromptSample]]:
-        """Two wordings of the same test words, which no setting was chosen on."""
-        return self._two_wordings("test")
-
-    def _two_wordings(self, split: Literal["val", "test"]) -> dict[str, list[PromptSample]]:
+    def held_out(self, split: Literal["val", "test"]) -> dict[str, list[PromptSample]]:
+        """Two wordings of the same words or scenes."""
         styles: dict[str, WordStyle] = {"ocr": "canonical", "unseen": "unseen"}
         return {name: word_prompts(split, split, style, self.eval_prompts, 0) for name, style in styles.items()}
 
@@ -94,15 +87,8 @@ class PreferencePrompts(MiniaturePrompts):
         """Canonical prompts of training scenes."""
         return tagged_scenes("preference", "train", "train", "canonical", self.train_prompts, self.seed)
 
-    def eval_samples(self) -> dict[str, list[PromptSample]]:
-        """Two wordings of the same validation scenes."""
-        return self._two_wordings("val")
-
-    def test_samples(self) -> dict[str, list[PromptSample]]:
-        """Two wordings of the same test scenes, which no setting was chosen on."""
-        return self._two_wordings("test")
-
-    def _two_wordings(self, split: Literal["val", "test"]) -> dict[str, list[PromptSample]]:
+    def held_out(self, split: Literal["val", "test"]) -> dict[str, list[PromptSample]]:
+        """Two wordings of the same words or scenes."""
         styles: dict[str, Style] = {"preference": "canonical", "unseen": "unseen"}
         return {
             name: tagged_scenes("preference", split, split, style, self.eval_prompts, 0)
@@ -130,13 +116,9 @@ class MultiRewardPrompts(MiniaturePrompts):
         by_tag = self._by_tag("train", -(-self.train_prompts // 3), self.seed).values()
         return [sample for three in zip(*by_tag, strict=True) for sample in three][: self.train_prompts]
 
-    def eval_samples(self) -> dict[str, list[PromptSample]]:
-        """Validation prompts by tag."""
-        return self._by_tag("val", self.eval_prompts, 0)
-
-    def test_samples(self) -> dict[str, list[PromptSample]]:
-        """Test prompts by tag, which no setting was chosen on."""
-        return self._by_tag("test", self.eval_prompts, 0)
+    def held_out(self, split: Literal["val", "test"]) -> dict[str, list[PromptSample]]:
+        """Prompts by tag."""
+        return self._by_tag(split, self.eval_prompts, 0)
 
     def _by_tag(self, split: Split, num: int, seed: int) -> dict[str, list[PromptSample]]:
         return {

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from datamodules.shapes_pretraining import rewrite_pair, to_tensor
+from datamodules.shapes_pretraining import completion, rewrite_pair, to_tensor
 from datamodules.shapes_world import STYLES, Habits, captioned_scenes, random_scene, render
 from datamodules.words_world import (
     FAITHFUL_WORDS,
@@ -46,9 +46,7 @@ def word_rewrite_pair(rng: random.Random) -> tuple[str, str]:
     prompt = write_word_loosely(word, rng) if asked == "loose" else write_word(word, asked, rng)  # type: ignore[arg-type]
     said = rng.choice(words(len(word), "train")) if rng.random() < 0.1 else word
     rewrite = write_word(said, rng.choice(REWRITE_STYLES), rng, mix=rng.choice((0.0, 0.3)))
-    if rng.random() < 0.05:
-        return prompt, rng.choice((rewrite, f"<answer> {rewrite}"))
-    return prompt, f"<answer> {rewrite} </answer>"
+    return prompt, completion(rewrite, rng)
 
 
 class _Stream(IterableDataset[dict[str, Any]]):
