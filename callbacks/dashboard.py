@@ -158,7 +158,7 @@ def hyperparameters(trainer: L.Trainer, module: PromptRL) -> dict[str, int | flo
     flow, sampling = module.flow, module.flow.sampling
     language = module.language if module.language is not None and module.language.trained else None
     return {
-        "agents": mode_of(flow.trained, None if language is None else language.trained),
+        "agents": mode_of(flow.trained, None if module.language is None else module.language.trained),
         "flow.learning_rate": flow.learning_rate or 0.0,
         "flow.kl_weight": flow.kl_weight if flow.trained else 0.0,
         "language.learning_rate": 0.0 if language is None else language.learning_rate or 0.0,

@@ -22,14 +22,19 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
 from torch.utils.tensorboard import SummaryWriter
 
-from callbacks.dashboard import Dashboard, layout
+from callbacks.dashboard import Dashboard, hyperparameters, layout
 from callbacks.diversity import Diversity
 from callbacks.geneval import GenEvalBenchmark
 from callbacks.health import Health
 from callbacks.reward import RewardBenchmark
 from callbacks.robustness import PromptRobustness
 from datamodules.base import PromptDataModule, PromptSample
+from datamodules.shapes import ShapesPrompts
 from lightning_modules.cli import main
+from lightning_modules.policies.base import Sampling
+from lightning_modules.policies.flux1 import Flux1Policy
+from lightning_modules.policies.language import LanguagePolicy
+from lightning_modules.prompt_rl import PromptRL
 from rewards.encoders import PixelEncoder
 from rewards.shapes import ShapesDetector
 from rewards.shapes_quality import ShapesQuality
@@ -283,3 +288,17 @@ def test_a_row_of_hparams_for_each_run(two_runs: Path) -> None:
             ["by_rollouts/val/geneval/with_pe"] if experiment == "promptrl" else ["by_rollouts/val/geneval/without_pe"]
         )
     assert "val/geneval/with_pe" in {metric.name.tag for metric in rows[max(rows)].metric_values}
+
+
+@pytest.mark.parametrize(
+    ("rates", "agents"),
+    [((1e-4, 1e-4), "PromptRL"), ((None, 1e-4), "prompt-only"), ((1e-4, None), "flow-only, static PE")],
+)
+def test_agents_are_called_as_where_runs_are_read(rates: tuple[float | None, float | None], agents: str) -> None:
+    """A frozen refiner is no flow-only run; its KL weight says nothing."""
+    flow = Flux1Policy("miniature/flow", Sampling(8, 3), learning_rate=rates[0])
+    language = LanguagePolicy("miniature/language", learning_rate=rates[1])
+    trainer: Any = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    trainer.datamodule = ShapesPrompts()
+    found = hyperparameters(trainer, PromptRL(flow, ShapesQuality(), language))
+    assert found["agents"] == agents and found["language.kl_weight"] == (0.01 if rates[1] else 0.0)
