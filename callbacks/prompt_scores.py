@@ -83,10 +83,7 @@ def prompt_gap(
     summarize: Summary,
     resamples: int = 2000,
 ) -> Gap:
-    """Mean score over runs, minus that of other runs if there are any, over the prompts (ids) that all of them have.
-
-    A prompt is drawn for all runs together, within its tag: what makes it hard for all does not blur the difference.
-    The interval is one of other prompts, not of other seeds.
+    """Mean score over runs, minus that of other runs if there are any: `prompt_contrast` with weights 1 and -1.
 
     Args:
         first: one table a run.
@@ -97,16 +94,36 @@ def prompt_gap(
     Raises:
         ValueError: if the tables have no prompt in common.
     """
-    rows = [{name: row for row, name in enumerate(table.ids)} for table in (*first, *second)]
-    ids = [name for name in first[0].ids if all(name in own for own in rows)]
+    terms = [(1.0, first), *([(-1.0, second)] if second else [])]
+    return prompt_contrast(terms, summarize=summarize, resamples=resamples)
+
+
+def prompt_contrast(
+    terms: Sequence[tuple[float, Sequence[PromptTable]]], *, summarize: Summary, resamples: int = 2000
+) -> Gap:
+    """Weighted sum of several settings' mean scores over runs, over the prompts (ids) that all of them have.
+
+    With weights 1, -1, -1, 1 it compares what another wording changes in two models. A prompt is drawn for all runs
+    together, within its tag: what makes it hard for all does not blur the difference. The interval is one of other
+    prompts, not of other seeds.
+
+    Args:
+        terms: weight and one table a run of each setting.
+        summarize: the score.
+        resamples: of the bootstrap.
+
+    Raises:
+        ValueError: if the tables have no prompt in common.
+    """
+    rows = {id(table): {name: row for row, name in enumerate(table.ids)} for _, tables in terms for table in tables}
+    ids = [name for name in terms[0][1][0].ids if all(name in own for own in rows.values())]
     if not ids:
         raise ValueError("the runs have no prompt in common: compare tests of the same set.")
-    tables = [table.rows([own[name] for name in ids]) for table, own in zip((*first, *second), rows, strict=True)]
-    tags = tables[0].tags
+    tags = terms[0][1][0].rows([rows[id(terms[0][1][0])][name] for name in ids]).tags
     weights = torch.cat([torch.ones(1, len(ids), dtype=torch.float64), resample(tags, resamples)])
-    scores = [summarize(table, weights) for table in tables]
-    gap = torch.stack(scores[: len(first)]).mean(0)
-    if second:
-        gap = gap - torch.stack(scores[len(first) :]).mean(0)
-    ends = interval(gap[1:]) if enough(tags) else (math.nan, math.nan)
-    return Gap(float(gap[0]), *ends, len(ids))
+    total = torch.zeros(len(weights), dtype=torch.float64)
+    for sign, tables in terms:
+        shared = (table.rows([rows[id(table)][name] for name in ids]) for table in tables)
+        total += sign * torch.stack([summarize(table, weights) for table in shared]).mean(0)
+    ends = interval(total[1:]) if enough(tags) else (math.nan, math.nan)
+    return Gap(float(total[0]), *ends, len(ids))

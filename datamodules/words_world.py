@@ -45,8 +45,13 @@ class Sign:
 
     @property
     def column(self) -> int:
-        """Where the first letter stands: two letters leave a column on either side, three one on the right."""
-        return (GRID - len(self.letters)) // 2
+        """Where the first letter stands."""
+        return first_column(len(self.letters))
+
+
+def first_column(length: int) -> int:
+    """Where a word begins: two letters leave a column on either side, three one on the right."""
+    return (GRID - length) // 2
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
@@ -146,18 +151,19 @@ class WordHabits:
     """How the world's signs depart from their captions.
 
     Attributes:
-        mistakes: chance that a template spoils a letter, by style.
+        mistakes: chance that a template spoils a letter, by style: chosen so that about 35 % of the signs are right in
+            each, slips included (templates of several words have more chances).
         slips: chance that a letter is spoilt which nothing decides.
         freedom: chance that row and colours are random rather than decided by the words.
     """
 
     mistakes: tuple[tuple[str, float], ...] = (
-        ("canonical", 0.35),
-        ("gallery", 0.35),
-        ("terse", 0.35),
-        ("unseen", 0.35),
+        ("canonical", 0.25),
+        ("gallery", 0.3),
+        ("terse", 0.12),
+        ("unseen", 0.25),
     )
-    slips: float = 0.15
+    slips: float = 0.1
     freedom: float = 0.1
 
 

@@ -208,7 +208,9 @@ def _started(command: Command) -> Path:
 
 
 def _checkpoint(job: Job, command: Command) -> list[str]:
-    """A fit goes on from its own last checkpoint, if there is one; a test is of the fit's."""
+    """A fit goes on from its own last checkpoint, if there is one; a test is of the fit's, if there was one."""
+    if job.commands[0].stage == "test":
+        return []
     path = job.commands[0].checkpoint()
     if path is None and command.stage == "test":
         raise ValueError(f"{command.folder.parent} has no last.ckpt to test: fit it anew with `checkpoint.save_last`.")
@@ -219,7 +221,7 @@ def _checkpoint_of(jobs: Sequence[Job], command: Command) -> list[str]:
     """Likewise for a command that is only shown: the fit may still have to be run."""
     (job,) = (job for job in jobs if command in job.commands)
     fit = job.commands[0]
-    if command.stage == "test" and fit.checkpoint() is None:
+    if command.stage == "test" and fit.stage == "fit" and fit.checkpoint() is None:
         return [f"--ckpt_path={fit.folder}/.../last.ckpt"]
     return _checkpoint(job, command)
 

@@ -107,6 +107,7 @@ class Sweep:
         test_configs: files laid over the experiment in a `lightning test` of each fit's last checkpoint, below its
             folder, with the experiment's own seeds: all are tested on the same scenes. Null is no test.
         test_overrides: option -> value for the tests.
+        fit: false trains nothing: only tests, of the models that the experiments and the grid name.
         processes: runs side by side.
         dry_run: print the commands that are left to run, and do nothing.
     """
@@ -118,6 +119,7 @@ class Sweep:
     overrides: dict[str, Any] = field(default_factory=dict)
     test_configs: list[str] | None = None
     test_overrides: dict[str, Any] = field(default_factory=dict)
+    fit: bool = True
     processes: int = 1
     dry_run: bool = False
 
@@ -131,6 +133,11 @@ class Sweep:
                 raise ValueError(
                     f"the sweep's `{name}` {f'has {twice[0]} twice' if twice else 'is empty'}: correct it."
                 )
+        if not self.fit and (self.test_configs is None or len(self.seeds) > 1):
+            raise ValueError(
+                "the sweep has `fit: false`: give `test_configs` (which may be []) and one seed; without training, "
+                "another seed would be the same test."
+            )
         for path in (*self.configs, *(self.test_configs or ())):
             if not Path(path).is_file():
                 raise ValueError(f"the sweep names {path}, but there is no such file; give an existing configuration.")
@@ -146,7 +153,7 @@ class Sweep:
             for config, stem in zip(self.configs, _stems(self.configs), strict=True):
                 given = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
                 for points in itertools.product(*(self._axis(name, config, given) for name in self.grid)):
-                    name = "-".join([stem, *(label for label, _ in points), f"s{seed}"])
+                    name = "-".join([stem, *(label for label, _ in points), *([f"s{seed}"] if self.fit else [])])
                     values = self.overrides | {key: value for _, point in points for key, value in point.items()}
                     jobs.append(self._job(name, config, seed, values))
         twice = [name for name, times in Counter(job.name for job in jobs).items() if times > 1]
@@ -160,9 +167,9 @@ class Sweep:
             key: seed for key in ("seed_everything", "model.init_args.seed", "data.init_args.seed")
         }
         fit = ["fit", f"--config={config}", *_options(seeds | values | {"trainer.default_root_dir": str(folder)})]
-        commands = [Command("fit", fit, [config], folder)]
+        commands = [Command("fit", fit, [config], folder)] if self.fit else []
         if self.test_configs is not None:
-            below = folder / "test"
+            below = folder / "test" if self.fit else folder
             # A file that stands later wins, also over options before it.
             overlays = [f"--config={path}" for path in self.test_configs]
             own = self.test_overrides | {"trainer.default_root_dir": str(below)}

@@ -100,6 +100,19 @@ def test_a_test_follows_with_overlays_after_the_fits_options() -> None:
     assert not [option for option in options if "seed" in option]
 
 
+def test_tests_of_untrained_models() -> None:
+    (job,) = plan(fit=False, test_configs=[], test_overrides={"data.init_args.eval_prompts": 6}, overrides={"a": 1})
+    (test,) = job.commands
+    assert job.name == "flow_only" and (test.stage, test.folder) == ("test", Path("runs/sweep/flow_only"))
+    assert test.options == [
+        "test",
+        "--config=configs/miniature/flow_only.yaml",
+        "--a=1",
+        "--data.init_args.eval_prompts=6",
+        "--trainer.default_root_dir=runs/sweep/flow_only",
+    ]
+
+
 def test_files_with_one_name() -> None:
     jobs = plan(configs=["configs/geneval/flux1_promptrl.yaml", "configs/ocr/flux1_promptrl.yaml"])
     assert [job.name for job in jobs] == ["geneval_flux1_promptrl-s42", "ocr_flux1_promptrl-s42"]
@@ -112,6 +125,8 @@ def test_files_with_one_name() -> None:
         ({"seeds": [1, 2, 1]}, r"`seeds` has 1 twice"),
         ({"configs": ["configs/no.yaml"]}, r"names configs/no\.yaml, but there is no such file"),
         ({"processes": 0}, r"`processes` is 0, use at least 1"),
+        ({"fit": False}, r"has `fit: false`: give `test_configs`"),
+        ({"fit": False, "test_configs": [], "seeds": [1, 2]}, r"has `fit: false`: give .* one seed"),
         ({"grid": {"trainer.max_steps": 3}}, r"grid has trainer\.max_steps: 3; give a list of values"),
         ({"grid": {"x": {"a": [1, 2], "b": [1]}}}, r"grid has x: .*lists of one length"),
         (

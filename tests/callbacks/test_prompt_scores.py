@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from callbacks.edit import EditBenchmark
-from callbacks.prompt_scores import mean_of_pictures, mean_of_tags, prompt_gap, prompt_table
+from callbacks.prompt_scores import mean_of_pictures, mean_of_tags, prompt_contrast, prompt_gap, prompt_table
 from callbacks.runs import Run
 from rewards.shapes_edit import ShapesEditReward
 
@@ -66,6 +66,19 @@ def test_pairs_leave_the_prompts_difficulty_out(tmp_path: Path) -> None:
     alone = prompt_gap(tables[0], summarize=mean_of_tags("correct"))
     assert alone.value == pytest.approx((0.25 + 0.75 + 1 + 0.5 + 0.75 + 0.5) / 6)
     assert alone.low == pytest.approx(0.375) and alone.high == pytest.approx(0.75), "three times a, three times b or c"
+
+
+def test_a_difference_of_differences(tmp_path: Path) -> None:
+    """One model loses .5 by other words, the other .25, on every prompt: .25 more, without a doubt."""
+    values = [(0.5, 0.0), (1.0, 0.5), (0.75, 0.25)], [(0.25, 0.0), (0.5, 0.25), (1.0, 0.75)]
+    tables = []
+    for i, side in enumerate(values):
+        for j in (0, 1):
+            marks = [(name, "red", pair[j], 4) for name, pair in zip("abc", side, strict=True)]
+            tables.append([prompt_table(scored(tmp_path / f"{i}{j}", *marks), "geneval", "without_pe")])
+    terms = list(zip((1.0, -1.0, -1.0, 1.0), tables, strict=True))
+    gap = prompt_contrast(terms, summarize=mean_of_tags("correct"))
+    assert (gap.value, gap.low, gap.high) == pytest.approx((0.25, 0.25, 0.25)) and gap.num == 3
 
 
 def test_refusals(tmp_path: Path) -> None:

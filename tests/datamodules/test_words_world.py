@@ -166,9 +166,19 @@ def test_the_words_decide_the_sign() -> None:
     assert np.mean(other) > 0.9
 
 
+def test_all_wordings_are_spelt_equally_badly() -> None:
+    """No wording is worth a refiner's switching to it alone."""
+    rng, right = random.Random(0), {}
+    for style in WORD_STYLES:
+        asked = [rng.choice(words(length, "val")) for length in LENGTHS for _ in range(400)]
+        shown = [imagine_sign(word, write_word(word, style, rng), style, rng).letters for word in asked]
+        right[style] = np.mean([a == b for a, b in zip(asked, shown, strict=True)])
+    assert all(0.3 < share < 0.4 for share in right.values()), right
+
+
 def test_templates_spoil_letters_of_their_own() -> None:
     """A letter is drawn wrong by some templates and right by others; about as many as asked are spoilt."""
-    habits = WordHabits(slips=0.0)
+    habits = WordHabits(mistakes=(("terse", 0.2),), slips=0.0)
     templates = [prefix for prefixes in WORD_PREFIXES.values() for prefix in prefixes]
     right = np.array(
         [
@@ -180,8 +190,8 @@ def test_templates_spoil_letters_of_their_own() -> None:
             for pair in all_words(2)
         ]
     )
-    assert (right.any(1)).mean() > 0.95 and not right.all(1).any()
-    assert abs((1 - right.mean()) - (1 - (1 - 0.35) ** 2)) < 0.12
+    assert (right.any(1)).mean() > 0.95 and right.all(1).mean() < 0.1
+    assert abs((1 - right.mean()) - (1 - (1 - 0.2) ** 2)) < 0.1
 
 
 def test_glyphs_differ() -> None:

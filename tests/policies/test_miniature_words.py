@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,26 @@ def test_the_refiner_begins_with_the_scenes_weights() -> None:
     for key, value in old.model.layers.state_dict().items():
         assert torch.equal(module.model.model.layers.state_dict()[key], value)
     assert set(words_vocabulary()) <= module.tokenizer.get_vocab().keys()
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
+def test_text_embeddings_are_asked_for_the_letters_columns() -> None:
+    """Embeddings that tell each letter's column cost nothing, any others log 4; scenes are not asked."""
+    module = WordsFlowPretraining(str(FLOW))
+    captions = ['write " c u p "', "two red circles", 'a sign that says " H e z o "', 'write " p u "']
+    letters = {0: (2, 0, 3), 2: (5, 0, 4), 3: (2, 1, 2)}  # first token, first column, number: two stand in the middle
+    embeds = torch.zeros(4, 18, 64)
+    for row, (token, column, num) in letters.items():
+        for i in range(num):
+            embeds[row, token + i, column + i] = 1
+    with torch.no_grad():
+        module.column_head.weight.copy_(torch.eye(64)[:4] * 100)
+        module.column_head.bias.zero_()
+        assert module.text_loss(embeds, captions).item() == pytest.approx(0, abs=1e-6)
+        assert module.text_loss(torch.zeros(4, 18, 64), captions).item() == pytest.approx(math.log(4))
+        wrong = module.text_loss(embeds.roll(1, dims=2), captions).item()
+        assert wrong == pytest.approx((8 * 100 + math.log(4)) / 9), "a column too far; after the last there is none"
+        assert module.text_loss(embeds[1:2], captions[1:2]).item() == 0
 
 
 # --- what is shipped --------------------------------------------------------------------------------------------------
