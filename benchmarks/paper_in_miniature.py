@@ -11,6 +11,7 @@ ranges in parentheses are over seeds.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -246,15 +247,16 @@ def curve_sets(studies: Studies) -> dict[str, dict[str, Curves]]:
 
 def efficiency_table(studies: Studies) -> Table:
     """Rollouts to flow-only's best validation score, by the mean curve of the seeds (C1)."""
-    rows = []
+    rows, columns = [], ("seeds", "final", "area", "to_reference", "ratio", "gap")
     for title, curves in curve_sets(studies).items():
         for label, row in compare(curves, "flow-only").iterrows():
-            values = {name: float(row[name]) for name in ("seeds", "final", "area", "to_reference", "ratio", "gap")}
-            ends = {"final": (float(row["low"]), float(row["high"])), "gap": (row["gap_low"], row["gap_high"])}
+            values = {name: float(row.get(name, math.nan)) for name in columns}
+            # The reference itself has no gap, and no setting has one beside it alone.
+            ends = {"final": (row["low"], row["high"]), "gap": (row.get("gap_low"), row.get("gap_high"))}
             rows.append(Row(f"{title}: {label}", values, intervals=ends))
     return Table(
         "Rollouts to flow-only's best, validation",
-        ("seeds", "final", "area", "to_reference", "ratio", "gap"),
+        columns,
         rows,
         note="Brackets: of the final score the range over seeds, of the gap to flow-only a 95 % interval over seeds.",
         digits={"seeds": 0, "to_reference": 0, "ratio": 2},
@@ -308,6 +310,45 @@ def long_table(studies: Studies) -> Table:
     )
 
 
+def sensitivity_table(studies: Studies) -> Table:
+    """What the comparison of flow-only with PromptRL depends on, validation."""
+    rows, columns = [], ("flow_only", "promptrl", "promptrl_with_pe", "ratio")
+    found = {"as elsewhere": studies["geneval"].settings}
+    for name in studies:
+        if name.startswith("sensitivity"):
+            for setting in studies[name].settings:
+                stem, _, label = setting.partition("-")
+                found[label] = found.get(label, {}) | {stem: studies[name][setting]}
+    found["second base"] = studies["words_geneval"].settings
+    for label, settings in found.items():
+        if not all(stem in settings and settings[stem].fits for stem in ("flow_only", "promptrl")):
+            continue
+        shared = sorted(set(settings["flow_only"].fits) & set(settings["promptrl"].fits))
+        curves = {
+            "flow_only": settings["flow_only"].only(shared).curves("val/geneval/without_pe"),
+            "promptrl": settings["promptrl"].only(shared).curves("val/geneval/without_pe"),
+            "promptrl_with_pe": settings["promptrl"].only(shared).curves("val/geneval/with_pe"),
+        }
+        table = compare(curves, "flow_only")
+        ends = {name: (table.loc[name, "low"], table.loc[name, "high"]) for name in curves}
+        values = {name: table.loc[name, "final"] for name in curves}
+        values["ratio"] = table.loc["promptrl_with_pe", "ratio"]
+        rows.append(Row(f"{label} ({len(shared)} seeds)", values, intervals=ends))
+    return Table(
+        "What it depends on, GenEval, validation",
+        columns,
+        rows,
+        note="Brackets: the range over seeds. Share: of flow-only's rollouts to its best, that PromptRL with PE needs.",
+        digits={"ratio": 2},
+        headings={
+            "flow_only": "flow-only",
+            "promptrl": "PromptRL without PE",
+            "promptrl_with_pe": "PromptRL with PE",
+            "ratio": "share",
+        },
+    )
+
+
 TABLES: tuple[Callable[[Studies], Table], ...] = (
     geneval_table,
     wording_table,
@@ -319,6 +360,7 @@ TABLES: tuple[Callable[[Studies], Table], ...] = (
     long_table,
     diversity_table,
     search_table,
+    sensitivity_table,
 )
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -176,6 +176,13 @@ class Studies:
         """A study by the name of its plan; an empty one if there is no such plan."""
         plan = self._plans.get(name)
         return Study(Path()) if plan is None else self._by_root[Path(plan.root)]
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of the plans; of those that share a root the first."""
+        roots: dict[Path, str] = {}
+        for name, plan in self._plans.items():
+            roots.setdefault(Path(plan.root), name)
+        return iter(roots.values())
 
     def transfers(self) -> tuple[Setting, Setting]:
         """Tests of the second flow model behind the untrained refiner, and behind each of PromptRL's."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,10 @@ class FlowPretraining(_Pretraining):
         self.pipe.vae = AutoencoderKL.from_pretrained(vae)
         self.pipe.transformer.half()
         self.pipe.save_pretrained(self.output)
+        for path in self.output.rglob("*.json"):  # diffusers notes where each part was loaded from
+            config = json.loads(path.read_text(encoding="utf-8"))
+            if config.pop("_name_or_path", None) is not None:
+                path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 class EditFlowPretraining(FlowPretraining):

@@ -64,9 +64,13 @@ def test_reward_config(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("config", SWEEPS)
-def test_sweep(config: str) -> None:
-    """It parses, its experiments are ones of ours, and every run has a folder of its own."""
+def test_sweep(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It parses, its experiments are ones of ours, every run has a folder of its own; its last one's commands build."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cli.PromptRLCLI, "_run_subcommand", lambda self, _: None)
     plan = sweep.read(["--config", config])
+    for command in plan.jobs()[-1].commands:
+        cli.main([*command.options, "--trainer.accelerator=cpu"])
     assert set(plan.configs) <= set(CONFIGS) and set(plan.test_configs or ()) <= set(FOR_TESTS)
     folders = [command.folder for job in plan.jobs() for command in job.commands]
     assert len(set(folders)) == len(folders) and plan.root.startswith("runs/")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from datamodules.sample import PromptSample
 from datamodules.words import word_prompts
-from datamodules.words_world import read_caption, words_vocabulary
+from datamodules.words_world import first_column, read_caption, words_vocabulary
 from lightning_modules.policies.base import Sampling, to_pil
 from lightning_modules.policies.flux1 import Flux1Policy
 from lightning_modules.policies.language import LanguagePolicy
@@ -135,7 +135,7 @@ def test_the_folders_are_stock_and_small() -> None:
 
 
 def test_the_reader_reads_what_it_draws() -> None:
-    """Held-out words are spelt better than the words of other prompts would be by the same pictures."""
+    """Held-out words are spelt far better than the words of other prompts would be by the same pictures."""
     policy = Flux1Policy(
         str(FLOW), Sampling(8, 0), height=32, width=32, max_sequence_length=18, learning_rate=None, dtype="float32"
     )
@@ -144,7 +144,25 @@ def test_the_reader_reads_what_it_draws() -> None:
     seeds = [seed_of("words", i) for i in range(48)]
     pictures = to_pil(policy.generate([sample.prompt for sample in samples], seeds))
     asked, others = read_as(samples, pictures), read_as(samples[3:] + samples[:3], pictures)
-    assert asked > 0.2 and asked > others + 0.05
+    assert 0.5 < asked < 0.9 and asked > others + 0.3, "RL has something to teach"
+
+
+def test_the_text_encoder_tells_where_a_letter_is() -> None:
+    """A linear probe of T5's embeddings, fitted to some words, finds the columns of other words' letters."""
+    pipe: Any = FluxPipeline.from_pretrained(FLOW)
+    embeds, columns = [], []
+    for split in ("train", "val"):
+        samples = word_prompts("probe", split, "canonical", 96, 0)  # type: ignore[arg-type]
+        ids = pipe.tokenizer_2([sample.prompt for sample in samples], padding="max_length", max_length=18)["input_ids"]
+        with torch.no_grad():
+            encoded = pipe.text_encoder_2(torch.tensor(ids))[0]
+        words = [sample.metadata["text"][0] for sample in samples]
+        places = [(i, 5 + j, first_column(len(word)) + j) for i, word in enumerate(words) for j in range(len(word))]
+        rows, tokens, column = torch.tensor(places).unbind(1)
+        embeds.append(torch.nn.functional.pad(encoded[rows, tokens], (0, 1), value=1.0))
+        columns.append(column)
+    probe = torch.linalg.lstsq(embeds[0], torch.nn.functional.one_hot(columns[0]).float()).solution
+    assert ((embeds[1] @ probe).argmax(1) == columns[1]).float().mean() > 0.95
 
 
 def test_the_refiner_keeps_the_letters() -> None:
@@ -153,5 +171,5 @@ def test_the_refiner_keeps_the_letters() -> None:
     samples = word_prompts("val", "val", "canonical", 48, 0)
     rewrites = refiner.rewrite(samples)
     kept = [read_caption(text) == sample.metadata["text"][0] for sample, text in zip(samples, rewrites, strict=True)]
-    assert sum(kept) / 48 > 0.7
+    assert sum(kept) / 48 > 0.9
     assert not any(text == sample.prompt for sample, text in zip(samples, rewrites, strict=True))
