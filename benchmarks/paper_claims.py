@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.paper_runs import GENEVAL, REWARDS, Score, Studies, contrast, merged
+from benchmarks.paper_runs import GENEVAL, REWARDS, Score, Setting, Studies, contrast, merged
 from callbacks.comparison import Gap, compare
 
 SWAPPED = (42, 43, 44)
@@ -62,50 +62,73 @@ def verdicts(studies: Studies) -> str:
     return "\n".join(lines)
 
 
-def _claims(studies: Studies) -> dict[str, list[Condition | None]]:
-    settings, base = studies["geneval"].settings, studies["base"]["promptrl"]
-    joint, flow, prompt = (studies["geneval"][name] for name in ("promptrl", "flow_only", "prompt_only"))
+@dataclass(frozen=True)
+class Comparison:
+    """Three modes and the untrained models by one reward.
 
-    with_pe, without = Score(joint, "geneval", "with_pe"), Score(joint, "geneval", "without_pe")
-    alone, refined = Score(flow, "geneval", "without_pe"), Score(prompt, "geneval", "with_pe")
+    Attributes:
+        name: of the claims' rows.
+        reward: its set of prompts, and name of its study.
+        benchmark: that scores it.
+        joint, flow, prompt, base: what was trained.
+    """
+
+    name: str
+    reward: str
+    benchmark: str
+    joint: Setting
+    flow: Setting
+    prompt: Setting
+    base: Setting
+
+    def score(self, setting: Setting, mode: str, name: str | None = None) -> Score:
+        """On the canonical wording, or another set."""
+        return Score(setting, name or self.reward, mode, self.benchmark)
+
+
+def comparisons(studies: Studies) -> list[Comparison]:
+    """One for each reward."""
+    names = {"geneval": "GenEval", "ocr": "OCR", "preference": "preference"}
+    found = []
+    for reward, benchmark in {"geneval": GENEVAL, **REWARDS}.items():
+        prefix = "" if reward == "geneval" else f"{reward}_"
+        joint, flow, prompt = (studies[reward][f"{prefix}{stem}"] for stem in ("promptrl", "flow_only", "prompt_only"))
+        base = studies["base" if reward == "geneval" else "base_words"][f"{prefix}promptrl"]
+        found.append(Comparison(names[reward], reward, benchmark, joint, flow, prompt, base))
+    return found
+
+
+def _claims(studies: Studies) -> dict[str, list[Condition | None]]:
     claims: dict[str, list[Condition | None]] = {}
-    claims["C1: flow-only's ceiling with less than half the rollouts, and higher in the end"] = [
-        _ratio(studies, "geneval", "geneval", ""),
-        above("PromptRL with PE - flow-only", (1, with_pe), (-1, alone)),
-        above("PromptRL with PE - prompt-only with PE", (1, with_pe), (-1, refined)),
-    ]
-    for reward, title in REWARDS.items():
-        single = {
-            stem: Score(studies[reward][f"{reward}_{stem}"], reward, mode, title)
-            for stem, mode in (("promptrl", "with_pe"), ("flow_only", "without_pe"), ("prompt_only", "with_pe"))
-        }
-        claims[f"C1 for {'OCR' if reward == 'ocr' else reward}"] = [
-            _ratio(studies, reward, reward, f"{reward}_"),
-            above("PromptRL with PE - flow-only", (1, single["promptrl"]), (-1, single["flow_only"])),
-            above("PromptRL with PE - prompt-only with PE", (1, single["promptrl"]), (-1, single["prompt_only"])),
+    every = comparisons(studies)
+    for one in every:
+        best, alone = one.score(one.joint, "with_pe"), one.score(one.flow, "without_pe")
+        claims[f"C1, {one.name}: flow-only's ceiling with less than half the rollouts, and higher in the end"] = [
+            _ratio(one),
+            above("PromptRL with PE - flow-only", (1, best), (-1, alone)),
+            above("PromptRL with PE - prompt-only with PE", (1, best), (-1, one.score(one.prompt, "with_pe"))),
         ]
-    other = Score(flow, "unseen", "without_pe")
-    plain, plain_other = Score(base, "geneval", "without_pe"), Score(base, "unseen", "without_pe")
-    claims["C2: flow-only collapses on other wordings, joint training does not"] = [
-        above(
-            "what an unseen wording costs flow-only, more than the base",
-            (1, alone),
-            (-1, other),
-            (-1, plain),
-            (1, plain_other),
-        ),
-        above(
-            "what it costs flow-only, more than PromptRL with PE",
-            (1, alone),
-            (-1, other),
-            (-1, with_pe),
-            (1, Score(joint, "unseen", "with_pe")),
-        ),
-    ]
+    for one in every:
+        best, alone = one.score(one.joint, "with_pe"), one.score(one.flow, "without_pe")
+        lost = (1, alone), (-1, one.score(one.flow, "without_pe", "unseen"))
+        plain = (-1, one.score(one.base, "without_pe")), (1, one.score(one.base, "without_pe", "unseen"))
+        refined = (-1, best), (1, one.score(one.joint, "with_pe", "unseen"))
+        claims[f"C2, {one.name}: flow-only collapses on other wordings, joint training does not"] = [
+            above("what an unseen wording costs flow-only, more than the base", *lost, *plain),
+            above("what it costs flow-only, more than PromptRL with PE", *lost, *refined),
+        ]
+    geneval = every[0]
+    joint, flow = geneval.joint, geneval.flow
+    alone = geneval.score(flow, "without_pe")
     claims["C3: rewrites lower the similarity within a group"] = [_similarity(studies)]
-    claims["C4: the jointly trained flow model is better even without PE"] = [
-        above("PromptRL without PE - flow-only", (1, without), (-1, alone))
-    ]
+    for one in every:
+        claims[f"C4, {one.name}: the jointly trained flow model is better even without PE"] = [
+            above(
+                "PromptRL without PE - flow-only",
+                (1, one.score(one.joint, "without_pe")),
+                (-1, one.score(one.flow, "without_pe")),
+            )
+        ]
     three = joint.only(SWAPPED)
     kept = Score(three, "geneval", "without_pe")
     claims["C5: m = 2 retained prompts beat 0 and 1, without PE"] = [
@@ -142,7 +165,7 @@ def _claims(studies: Studies) -> dict[str, list[Condition | None]]:
             (-1, Score(swapped, "geneval", "with_pe")),
         ),
     ]
-    return claims if settings else {}
+    return claims
 
 
 def _not_above(what: str, *terms: tuple[float, Score]) -> Condition | None:
@@ -153,18 +176,17 @@ def _not_above(what: str, *terms: tuple[float, Score]) -> Condition | None:
     return Condition(what, _shown(gap), FAILS if gap.low > 0 else HOLDS)
 
 
-def _ratio(studies: Studies, root: str, reward: str, prefix: str) -> Condition | None:
+def _ratio(one: Comparison) -> Condition | None:
     """Rollouts to flow-only's best, as a share of flow-only's own; by mean curves, without an interval."""
-    flow, joint = studies[root][f"{prefix}flow_only"], studies[root][f"{prefix}promptrl"]
-    if not flow.fits or not joint.fits:
+    if not one.flow.fits or not one.joint.fits:
         return None
     curves = {
-        "flow": flow.curves(f"val/{reward}/without_pe"),
-        "joint": joint.curves(f"val/{reward}/with_pe"),
+        "flow": one.flow.curves(f"val/{one.reward}/without_pe"),
+        "joint": one.joint.curves(f"val/{one.reward}/with_pe"),
     }
     ratio = float(compare(curves, "flow").loc["joint", "ratio"])
     said = "never reached" if ratio != ratio else f"{ratio:.2f}"
-    what = f"share of flow-only's rollouts to its best ({len(joint.fits)} seeds)"
+    what = f"share of flow-only's rollouts to its best ({len(one.joint.fits)} seeds)"
     return Condition(what, said, HOLDS if ratio < 0.5 else FAILS)
 
 

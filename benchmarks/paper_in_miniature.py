@@ -122,7 +122,7 @@ def rewards_table(studies: Studies) -> Table:
     rows = []
     for reward, benchmark in REWARDS.items():
         for label, (setting, mode) in arms(
-            studies[reward].settings, studies["base_words"]["multi_reward_promptrl"], f"{reward}_"
+            studies[reward].settings, studies["base_words"][f"{reward}_promptrl"], f"{reward}_"
         ).items():
             own = {name: Score(setting, name, mode, benchmark) for name in ("unseen", reward)}
             row = _score_row(f"{reward}: {label}", own)

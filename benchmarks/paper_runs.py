@@ -9,7 +9,7 @@ import platform
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from rewards.metric import PromptTable
 
 GENEVAL = "GenEvalBenchmark"
 REWARDS = {"ocr": "RewardBenchmark by ocr", "preference": "RewardBenchmark by preference"}
-"""Set of prompts -> the benchmark that scores it."""
+"""Set of prompts -> the benchmark that scores it, by its title without the sets."""
 SUMMARIES: dict[str, Summary] = {GENEVAL: mean_of_tags("correct")}
 """Headline of a benchmark's tests; else the mean of the reward over pictures."""
 
@@ -58,8 +58,7 @@ class Setting:
         """The seeds whose tests scored this set in this mode: some seeds have fewer tests than others."""
         tests = {}
         for seed, run in self.tests.items():
-            rows = run.scores
-            if ((rows["benchmark"] == benchmark) & (rows["set"] == name) & (rows["mode"] == mode)).any():
+            if (name, mode, benchmark) in _scored(run):
                 tests[seed] = run
         return Setting(self.fits, tests)
 
@@ -115,14 +114,16 @@ def contrast(*terms: tuple[float, Score]) -> Gap:
     return prompt_contrast([(sign, score.tables) for sign, score in terms], summarize=terms[0][1].summary)
 
 
-_TABLES: dict[tuple[Path, str, str, str], PromptTable] = {}
+@cache
+def _scored(run: Run) -> dict[tuple[str, str, str], str]:
+    """Set, mode and benchmark -> the benchmark's title, which also names its sets where these were chosen."""
+    keys = run.scores[["set", "mode", "benchmark"]].drop_duplicates().itertuples(index=False)
+    return {(name, mode, re.sub(r" of .*?(?= by |$)", "", title)): title for name, mode, title in keys}
 
 
+@cache
 def _table(run: Run, name: str, mode: str, benchmark: str) -> PromptTable:
-    key = run.folder, name, mode, benchmark
-    if key not in _TABLES:
-        _TABLES[key] = prompt_table(run, name, mode, benchmark)
-    return _TABLES[key]
+    return prompt_table(run, name, mode, _scored(run)[name, mode, benchmark])
 
 
 class Study:

@@ -43,7 +43,7 @@ def score_test(run: Path, marks: dict[tuple[str, str], str]) -> None:
     for name in ("results.json", "results.md"):
         (folder / name).write_text("{}")
     lines = [
-        {"benchmark": "GenEvalBenchmark", "set": name, "mode": mode, "id": f"p{i}", "tag": "colors"}
+        {"benchmark": "GenEvalBenchmark of geneval", "set": name, "mode": mode, "id": f"p{i}", "tag": "colors"}
         | {"correct": float(mark), "images": 1}
         for (name, mode), digits in marks.items()
         for i, mark in enumerate(digits * 4)
@@ -106,11 +106,13 @@ def test_a_verdict_needs_all_parts() -> None:
 def test_verdicts(studies: Studies) -> None:
     """Flow-only's best, .5 after 128 rollouts, is reached by the joint curve after 32, a quarter."""
     lines = {line.split(":")[0].removeprefix("| "): line for line in verdicts(studies).splitlines()[2:]}
-    assert "(2 seeds): 0.25 (holds)" in lines["C1"] and "+0.300" in lines["C1"]
-    assert "**not decided**" in lines["C1"] and "the rest is not measured yet" in lines["C1"], "prompt-only is missing"
+    assert "(2 seeds): 0.25 (holds)" in lines["C1, GenEval"] and "+0.300" in lines["C1, GenEval"]
+    assert "**not decided**" in lines["C1, GenEval"] and "the rest is not measured yet" in lines["C1, GenEval"], (
+        "prompt-only is missing"
+    )
     # What the unseen wording costs: flow-only .5 - .2, joint nothing; the base was not tested.
-    assert "more than PromptRL with PE: +0.300" in lines["C2"] and "the rest" in lines["C2"]
-    assert "+0.000 [+0.000, +0.000] (not decided)" in lines["C4"]
+    assert "more than PromptRL with PE: +0.300" in lines["C2, GenEval"] and "the rest" in lines["C2, GenEval"]
+    assert "+0.000 [+0.000, +0.000] (not decided)" in lines["C4, GenEval"]
     # m = 2 has .5 without PE, m = 0 .3 and m = 1 .7, all on nested prompts.
     assert "m = 2 - m = 0: +0.200" in lines["C5"] and "m = 2 - m = 1: -0.200" in lines["C5"]
     assert "**does not hold**" in lines["C5"]
