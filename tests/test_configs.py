@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import yaml
 
+from callbacks.benchmark import Benchmark
 from lightning_modules import cli, sweep
 from rewards.server import build_parser
 
@@ -22,6 +23,7 @@ SWEEPS = [config for config in EVERY if config.startswith("configs/sweeps/")]
 OVERLAYS = [config for config in EVERY if config.startswith("configs/gpu/")]
 FOR_TESTS = [config for config in EVERY if config.startswith("configs/benchmarks/") or config.endswith("evaluate.yaml")]
 CONFIGS = [config for config in EVERY if config not in {*SERVED, *SWEEPS, *OVERLAYS, *FOR_TESTS}]
+MINIATURE = [config for config in CONFIGS if config.startswith("configs/miniature/") and "pretrain" not in config]
 LORA = [config for config in CONFIGS if config.startswith("configs/lora/")]
 JOINT = [config for config in CONFIGS if config.endswith("promptrl.yaml")]
 
@@ -45,6 +47,21 @@ def test_config(config: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     header = re.match(r"(?:#.*\n)+", (ROOT / config).read_text())
     assert header, "no header comment"
     assert re.search(rf"^#   lightning fit --config {re.escape(config)}(\s|$)", header.group(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("config", MINIATURE)
+def test_benchmarks_have_names_and_sets_of_their_own(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would end a run at its first validation."""
+    built: list[cli.PromptRLCLI] = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cli.PromptRLCLI, "_run_subcommand", lambda self, _: built.append(self))
+    cli.main(["fit", "--config", config, "--trainer.accelerator=cpu"])
+    trainer, data = built[0].trainer, built[0].datamodule
+    data.val_dataloader()  # names the sets
+    benchmarks = [callback for callback in trainer.callbacks if isinstance(callback, Benchmark)]
+    assert benchmarks
+    for benchmark in benchmarks:
+        benchmark._refuse_mistakes(trainer, data)
 
 
 @pytest.mark.parametrize("config", SERVED)
