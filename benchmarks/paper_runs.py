@@ -7,9 +7,10 @@ import json
 import os
 import platform
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from callbacks.comparison import Gap
 from callbacks.curves import Curves, curve
 from callbacks.prompt_scores import Summary, mean_of_pictures, mean_of_tags, prompt_contrast, prompt_table
 from callbacks.runs import Run, load
+from datamodules.shapes import MiniaturePrompts, ShapesPrompts
+from datamodules.words import MultiRewardPrompts, PreferencePrompts, WordsPrompts
 from lightning_modules.sweep_plan import Sweep
 from rewards.metric import PromptTable
 
@@ -27,6 +30,39 @@ REWARDS = {"ocr": "RewardBenchmark by ocr", "preference": "RewardBenchmark by pr
 """Set of prompts -> the benchmark that scores it, by its title without the sets."""
 SUMMARIES: dict[str, Summary] = {GENEVAL: mean_of_tags("correct")}
 """Headline of a benchmark's tests; else the mean of the reward over pictures."""
+PROMPTS: dict[str, type[MiniaturePrompts]] = {
+    GENEVAL: ShapesPrompts,
+    REWARDS["ocr"]: WordsPrompts,
+    REWARDS["preference"]: PreferencePrompts,
+}
+"""Benchmark -> the data that its single studies are tested on; the first set has the original prompts."""
+
+
+@dataclass(frozen=True, eq=False)
+class Test:
+    """A finished `lightning test`.
+
+    Attributes:
+        run: its folder.
+    """
+
+    run: Run
+    _tables: dict[tuple[str, str, str], PromptTable] = field(default_factory=dict)
+
+    @cached_property
+    def titles(self) -> dict[tuple[str, str, str], str]:
+        """Set, mode and benchmark -> the benchmark's title, which also names its sets where these were chosen."""
+        if not len(self.run.scores):
+            return {}
+        keys = self.run.scores[["set", "mode", "benchmark"]].drop_duplicates().itertuples(index=False)
+        return {(name, mode, re.sub(r" of .*?(?= by |$)", "", title)): title for name, mode, title in keys}
+
+    def table(self, name: str, mode: str, benchmark: str) -> PromptTable:
+        """Scores by prompt; the same object whenever asked."""
+        key = name, mode, benchmark
+        if key not in self._tables:
+            self._tables[key] = prompt_table(self.run, name, mode, self.titles[key])
+        return self._tables[key]
 
 
 @dataclass(frozen=True)
@@ -34,33 +70,29 @@ class Setting:
     """The seeds of one experiment with one set of values.
 
     Attributes:
-        fits: finished ones, by seed.
-        tests: of these fits, by seed; of untrained models a single one.
+        fits: finished ones, by seed; none where nothing was trained.
+        tests: of these fits, by seed; of untrained models, of others' exports: in order.
     """
 
     fits: Mapping[Any, Run]
-    tests: Mapping[Any, Run]
+    tests: Mapping[Any, Test]
 
-    def only(self, seeds: Sequence[int]) -> Setting:
+    def only(self, seeds: Iterable[int]) -> Setting:
         """The same with some of its seeds."""
-        fits, tests = ({seed: runs[seed] for seed in seeds if seed in runs} for runs in (self.fits, self.tests))
-        return Setting(fits, tests)
+        wanted = list(seeds)
+        return Setting(
+            {seed: self.fits[seed] for seed in wanted if seed in self.fits},
+            {seed: self.tests[seed] for seed in wanted if seed in self.tests},
+        )
+
+    def having(self, name: str, mode: str, benchmark: str = GENEVAL) -> Setting:
+        """With the tests that scored this set in this mode: some seeds have fewer tests than others."""
+        tests = {seed: test for seed, test in self.tests.items() if (name, mode, benchmark) in test.titles}
+        return Setting(self.fits, tests)
 
     def curves(self, column: str) -> Curves:
         """Seed -> a column by rollouts."""
         return {seed: curve(run, column) for seed, run in self.fits.items()}
-
-    def tables(self, name: str, mode: str, benchmark: str = GENEVAL) -> list[PromptTable]:
-        """One a seed; the same objects whenever asked."""
-        return [_table(run, name, mode, benchmark) for run in self.tests.values()]
-
-    def having(self, name: str, mode: str, benchmark: str = GENEVAL) -> Setting:
-        """The seeds whose tests scored this set in this mode: some seeds have fewer tests than others."""
-        tests = {}
-        for seed, run in self.tests.items():
-            if (name, mode, benchmark) in _scored(run):
-                tests[seed] = run
-        return Setting(self.fits, tests)
 
 
 @dataclass(frozen=True)
@@ -73,91 +105,133 @@ class Score:
     benchmark: str = GENEVAL
 
     @property
+    def tests(self) -> dict[Any, Test]:
+        """Seed -> test, of those that have it."""
+        return dict(self.setting.having(self.name, self.mode, self.benchmark).tests)
+
+    @property
     def there(self) -> bool:
-        """Whether all tested seeds have it."""
-        having = self.setting.having(self.name, self.mode, self.benchmark)
-        return bool(having.tests) and len(having.tests) == len(self.setting.tests)
+        """Whether it was measured."""
+        return bool(self.tests)
 
     @property
-    def tables(self) -> list[PromptTable]:
-        """One a seed."""
-        return self.setting.tables(self.name, self.mode, self.benchmark)
-
-    @property
-    def summary(self) -> Summary:
-        """The benchmark's headline."""
-        return SUMMARIES.get(self.benchmark, mean_of_pictures("table"))
-
-    @cached_property
     def value(self) -> Gap:
-        """Mean over seeds with its interval over prompts."""
+        """Mean over seeds, with its interval."""
         return contrast((1, self))
+
+    def tables(self, seeds: Sequence[Any]) -> list[PromptTable]:
+        """One a seed."""
+        return [self.tests[seed].table(self.name, self.mode, self.benchmark) for seed in seeds]
 
     @property
     def by_tag(self) -> dict[str, float]:
         """Tag -> mean over its prompts and the seeds."""
-        column = "correct" if self.benchmark == GENEVAL else "table"
+        tables = self.tables(list(self.tests))
+        summarize = mean_of_pictures("correct" if self.benchmark == GENEVAL else "table")
         means = {}
-        for tag in dict.fromkeys(self.tables[0].tags):
-            parts = [table.rows([i for i, own in enumerate(table.tags) if own == tag]) for table in self.tables]
-            means[tag] = prompt_contrast([(1, parts)], summarize=mean_of_pictures(column), resamples=1).value
+        for tag in dict.fromkeys(tables[0].tags):
+            parts = [table.rows([i for i, own in enumerate(table.tags) if own == tag]) for table in tables]
+            means[tag] = prompt_contrast([(1, parts)], summarize=summarize, resamples=1).value
         return means
 
     @property
     def by_seed(self) -> list[float]:
         """Each seed's own."""
-        return [prompt_contrast([(1, [table])], summarize=self.summary, resamples=1).value for table in self.tables]
+        summarize = SUMMARIES.get(self.benchmark, mean_of_pictures("table"))
+        return [
+            prompt_contrast([(1, [table])], summarize=summarize, resamples=1).value
+            for table in self.tables(list(self.tests))
+        ]
 
 
-def contrast(*terms: tuple[float, Score]) -> Gap:
-    """Weighted sum of scores of one benchmark, prompt by prompt: `(1, a), (-1, b)` is a difference."""
-    return prompt_contrast([(sign, score.tables) for sign, score in terms], summarize=terms[0][1].summary)
+def shared_seeds(*scores: Score) -> list[Any]:
+    """Seeds that all trained settings among them have; where nothing was trained, a score has tests of its own."""
+    trained = [set(score.tests) for score in scores if score.setting.fits]
+    return sorted(set.intersection(*trained)) if trained else []
 
 
-@cache
-def _scored(run: Run) -> dict[tuple[str, str, str], str]:
-    """Set, mode and benchmark -> the benchmark's title, which also names its sets where these were chosen."""
-    keys = run.scores[["set", "mode", "benchmark"]].drop_duplicates().itertuples(index=False)
-    return {(name, mode, re.sub(r" of .*?(?= by |$)", "", title)): title for name, mode, title in keys}
+def contrast(*terms: tuple[float, Score], scenes: bool = False) -> Gap:
+    """Weighted sum of scores of one benchmark, prompt by prompt, over the seeds they share.
+
+    Args:
+        terms: `(1, a), (-1, b)` is a difference.
+        scenes: an interval of other scenes and seeds; else one of other prompts for the scenes that the test has, other
+            noise and other seeds.
+    """
+    seeds = shared_seeds(*(score for _, score in terms))
+    benchmark = terms[0][1].benchmark
+    tables = [(sign, score.tables(seeds if score.setting.fits else list(score.tests))) for sign, score in terms]
+    return prompt_contrast(
+        tables,
+        summarize=SUMMARIES.get(benchmark, mean_of_pictures("table")),
+        scenes=asked(benchmark, len(tables[0][1][0])) if scenes else None,
+        other_runs=True,
+    )
 
 
-@cache
-def _table(run: Run, name: str, mode: str, benchmark: str) -> PromptTable:
-    return prompt_table(run, name, mode, _scored(run)[name, mode, benchmark])
+def asked(benchmark: str, num: int) -> dict[str, str]:
+    """Id -> original prompt of the first `num` test prompts, alone or among several rewards': what it asks for."""
+    name, samples = next(iter(PROMPTS[benchmark](eval_prompts=num).test_samples().items()))
+    tagged = MultiRewardPrompts(eval_prompts=num).test_samples()[name]
+    return {sample.id: sample.prompt for sample in (*samples, *tagged)}
 
 
 class Study:
     """All settings below a sweep's root.
 
     Args:
-        root: of the sweep; it need not exist.
+        root: of the sweep; it need not exist. None is a study that was not planned.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path | None) -> None:
         self.root = root
         found: dict[str, tuple[dict, dict]] = {}  # fits and tests
-        for stage in ("fit", "test"):
-            try:
-                runs = load(root, stage=stage) if root.is_dir() else []
-            except ValueError:  # no run yet, or none of this stage
-                continue
-            for run in runs:
-                job = run.folder.relative_to(root).parts[0]
-                if not run.finished:
-                    continue
-                found.setdefault(re.sub(r"-s\d+$", "", job), ({}, {}))[stage == "test"][run.seed] = run
+        for run in _finished(root) if root is not None else ():
+            assert root is not None
+            job = re.sub(r"-s\d+$", "", run.folder.relative_to(root).parts[0])
+            fits, tests = found.setdefault(job, ({}, {}))
+            if run.stage == "fit":
+                fits[run.seed] = run
+            else:
+                tests[run.seed] = Test(run)
         self.settings = {name: Setting(*runs) for name, runs in found.items()}
 
     def __getitem__(self, name: str) -> Setting:
         """A setting by its folder's name without the seed; an empty one if nothing of it is finished."""
         return self.settings.get(name, Setting({}, {}))
 
-    @property
-    def seconds(self) -> float:
-        """Time of all its processes, as the sweep measured it."""
-        paths = [path for name in ("*/fit.json", "*/test/test.json", "*/test.json") for path in self.root.glob(name)]
-        records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-        return sum(record.get("seconds") or 0.0 for record in records)
+    @cached_property
+    def processes(self) -> list[tuple[float, float]]:
+        """Beginning and end (seconds since the epoch) of all finished processes, as the sweep measured them."""
+        names = ("*/fit.json", "*/test/test.json", "*/test.json")
+        paths = [path for name in names for path in (self.root.glob(name) if self.root is not None else ())]
+        found = []
+        for path in paths:
+            seconds = json.loads(path.read_text(encoding="utf-8")).get("seconds") or 0.0
+            end = path.stat().st_mtime  # it is written when the process ends
+            found.append((end - seconds, end))
+        return found
+
+
+def _finished(root: Path) -> list[Run]:
+    """Runs that came to their end; damaged ones are left out with a warning."""
+    if not root.is_dir():
+        return []
+    try:
+        runs = load(root, stage=None, skip_broken=True)
+    except ValueError as error:  # none at all, or only damaged ones
+        if "damaged" in str(error):
+            warnings.warn(str(error), stacklevel=2)
+        return []
+    finished = []
+    for run in runs:
+        try:
+            _ = run.seed  # a test's is its fit's, which may be damaged
+            if run.finished and (run.stage == "fit" or len(run.scores)):
+                finished.append(run)
+        except ValueError as error:
+            warnings.warn(str(error), stacklevel=2)
+    return finished
 
 
 class Studies:
@@ -170,13 +244,11 @@ class Studies:
     def __init__(self, plans: Mapping[str, Sweep]) -> None:
         self._plans = plans
         # Sweeps that share a root are one study.
-        roots = {Path(plan.root) for plan in plans.values()}
-        self._by_root = {root: Study(root) for root in sorted(roots)}
+        self._by_root = {root: Study(root) for root in sorted({Path(plan.root) for plan in plans.values()})}
 
     def __getitem__(self, name: str) -> Study:
         """A study by the name of its plan; an empty one if there is no such plan."""
-        plan = self._plans.get(name)
-        return Study(Path()) if plan is None else self._by_root[Path(plan.root)]
+        return self._by_root[Path(self._plans[name].root)] if name in self._plans else Study(None)
 
     def __iter__(self) -> Iterator[str]:
         """Names of the plans; of those that share a root the first."""
@@ -187,23 +259,29 @@ class Studies:
 
     def transfers(self) -> tuple[Setting, Setting]:
         """Tests of the second flow model behind the untrained refiner, and behind each of PromptRL's."""
-        found = self["transfer"].settings
-        fresh = [setting for name, setting in found.items() if name.endswith("-miniature_language")]
-        return merged(fresh), merged(setting for setting in found.values() if setting not in fresh)
+        key = "model.init_args.language.init_args.model"
+        fresh: list[Setting] = []
+        trained: list[Setting] = []
+        for setting in self["transfer"].settings.values():
+            untrained = all(test.run.get(key) == "miniature/language" for test in setting.tests.values())
+            (fresh if untrained else trained).append(setting)
+        return merged(fresh), merged(trained)
 
     def heading(self) -> str:
         """Date, machine, time, and what is missing."""
         fits = sum(len(setting.fits) for study in self._by_root.values() for setting in study.settings.values())
-        hours = sum(study.seconds for study in self._by_root.values()) / 3600
+        processes = sorted(span for study in self._by_root.values() for span in study.processes)
         lines = [
-            f"{datetime.date.today():%d %B %Y}: {fits} finished fits and their tests, {hours:.1f} hours of processes "
-            f"(one thread each) on {os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}. "
-            "`python -m benchmarks.paper_in_miniature` makes all of it and goes on where it was cut off.",
+            f"{datetime.date.today():%d %B %Y}: {fits} finished fits and their tests, "
+            f"{sum(end - begin for begin, end in processes) / 3600:.1f} hours of processes of one thread each in "
+            f"{covered(processes) / 3600:.1f} hours of wall time, on {os.cpu_count()} cores ({processor()}), torch "
+            f"{torch.__version__}. `python -m benchmarks.paper_in_miniature` makes all of it and goes on where it was "
+            "cut off.",
         ]
         missing = []
         for name, plan in self._plans.items():
             jobs = plan.jobs()
-            left = sum(not all(command.finished() for command in job.commands) for job in jobs)
+            left = sum(not _done(job.commands) for job in jobs)
             if left:
                 missing.append(f"{name} ({left} of {len(jobs)} runs)")
         if missing:
@@ -211,14 +289,36 @@ class Studies:
         return "\n\n".join(lines)
 
 
+def _done(commands: Iterable[Any]) -> bool:
+    try:
+        return all(command.finished() for command in commands)
+    except ValueError:  # a damaged folder
+        return False
+
+
+def covered(spans: Sequence[tuple[float, float]]) -> float:
+    """Length of the union of intervals.
+
+    >>> covered([(0, 2), (1, 3), (5, 6)])
+    4.0
+    """
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
+
+
+def processor() -> str:
+    """The processor's name."""
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.+)$", path.read_text(), re.MULTILINE) if path.is_file() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
 def merged(settings: Iterable[Setting]) -> Setting:
-    """Settings that differ in what is not compared, as the seeds of one."""
-    listed = list(settings)
-    fits, tests = (
-        {i: run for i, run in enumerate(run for one in listed for run in getattr(one, stage).values())}
-        for stage in ("fits", "tests")
-    )
-    return Setting(fits, tests)
+    """Settings that differ in what is not compared, as one; nothing was trained in them."""
+    return Setting({}, dict(enumerate(test for one in settings for test in one.tests.values())))
 
 
 def span(values: Sequence[float]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -99,18 +99,27 @@ def prompt_gap(
 
 
 def prompt_contrast(
-    terms: Sequence[tuple[float, Sequence[PromptTable]]], *, summarize: Summary, resamples: int = 2000
+    terms: Sequence[tuple[float, Sequence[PromptTable]]],
+    *,
+    summarize: Summary,
+    resamples: int = 2000,
+    scenes: Mapping[str, str] | None = None,
+    other_runs: bool = False,
 ) -> Gap:
     """Weighted sum of several settings' mean scores over runs, over the prompts (ids) that all of them have.
 
     With weights 1, -1, -1, 1 it compares what another wording changes in two models. A prompt is drawn for all runs
-    together, within its tag: what makes it hard for all does not blur the difference. The interval is one of other
-    prompts, not of other seeds.
+    together, within its tag: what makes it hard for all does not blur the difference.
 
     Args:
         terms: weight and one table a run of each setting.
         summarize: the score.
         resamples: of the bootstrap.
+        scenes: id -> what it asks for, where several prompts ask for the same: these are drawn together, and the
+            interval is one of other scenes, from two of a tag on (where it is too narrow). None takes every prompt for
+            a scene of its own.
+        other_runs: also draw the runs, the same ones of all settings with as many: the interval is one of other prompts
+            and other seeds. Settings with one run keep it.
 
     Raises:
         ValueError: if the tables have no prompt in common.
@@ -120,10 +129,18 @@ def prompt_contrast(
     if not ids:
         raise ValueError("the runs have no prompt in common: compare tests of the same set.")
     tags = terms[0][1][0].rows([rows[id(terms[0][1][0])][name] for name in ids]).tags
-    weights = torch.cat([torch.ones(1, len(ids), dtype=torch.float64), resample(tags, resamples)])
+    keys = list(zip(tags, ids if scenes is None else (scenes[name] for name in ids), strict=True))
+    drawn = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    by_scene = resample([tag for tag, _ in drawn], resamples)[:, [drawn[key] for key in keys]]
+    weights = torch.cat([torch.ones(1, len(ids), dtype=torch.float64), by_scene])
     total = torch.zeros(len(weights), dtype=torch.float64)
     for sign, tables in terms:
         shared = (table.rows([rows[id(table)][name] for name in ids]) for table in tables)
-        total += sign * torch.stack([summarize(table, weights) for table in shared]).mean(0)
-    ends = interval(total[1:]) if enough(tags) else (math.nan, math.nan)
+        scores = torch.stack([summarize(table, weights) for table in shared])
+        counts = torch.ones(len(tables), len(weights), dtype=torch.float64)
+        if other_runs:
+            counts[:, 1:] = resample(["run"] * len(tables), resamples, seed=len(tables)).T
+        total += sign * (scores * counts).sum(0) / len(tables)
+    least = 3 if scenes is None else 2
+    ends = interval(total[1:]) if enough([tag for tag, _ in drawn], least) else (math.nan, math.nan)
     return Gap(float(total[0]), *ends, len(ids))

@@ -14,8 +14,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -271,16 +272,24 @@ def read(args: Sequence[str] | None = None) -> Sweep:
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command."""
-    # All end the children too. Ctrl-C is set as well, since jobs in the background begin with it ignored.
+    with endable():
+        try:
+            if not sweep(read(args)):
+                sys.exit(1)
+        except ValueError as error:
+            _stop(str(error))
+
+
+@contextmanager
+def endable() -> Iterator[None]:
+    """For a command that sweeps: Ctrl-C, SIGTERM and a closed terminal end the children too, with status 130."""
+    # Ctrl-C is set as well, since jobs in the background begin with it ignored.
     for end in (signal.SIGINT, signal.SIGTERM):
         signal.signal(end, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # `nohup` means to outlive the terminal
         signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
-        if not sweep(read(args)):
-            sys.exit(1)
-    except ValueError as error:
-        _stop(str(error))
+        yield
     except KeyboardInterrupt:
         print("sweep: stopped; the same command goes on.", file=sys.stderr)
         sys.exit(130)

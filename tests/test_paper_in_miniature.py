@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks.paper_claims import FAILS, HOLDS, OPEN, above, verdict_of, verdicts
-from benchmarks.paper_in_miniature import main, retention_table, wording_table
-from benchmarks.paper_runs import Score, Studies, Study, span
+from benchmarks.paper_claims import FAILS, HERE, HOLDS, OPEN, above, verdict, verdict_of, verdicts
+from benchmarks.paper_curves import sensitivity_table
+from benchmarks.paper_in_miniature import main
+from benchmarks.paper_runs import Score, Studies, Study, covered, shared_seeds, span
+from benchmarks.paper_tables import retention_table, swap_table, wording_table
+from callbacks.comparison import Gap
+from lightning_modules.sweep import read
 from lightning_modules.sweep_plan import Sweep
 
 MODES = {"promptrl": (1e-4, 1e-4), "flow_only": (1e-4, None), "prompt_only": (None, 1e-4)}
@@ -36,14 +40,17 @@ def fitted(folder: Path, stem: str, seed: int, curve: list[float]) -> Path:
 
 def score_test(run: Path, marks: dict[tuple[str, str], str]) -> None:
     """A finished test of a fit; `marks` has a digit for every tenth of 40 prompts: 1 is right."""
-    folder = run.parents[1] / "test" / "x" / "version_0"
-    folder.mkdir(parents=True)
     about = {"ckpt_path": str(run / "checkpoints" / "last.ckpt"), "pictures": {}}
-    (folder / "config.yaml").write_text(yaml.safe_dump(about))
+    write_scores(run.parents[1] / "test" / "x" / "version_0", about, marks)
+
+
+def write_scores(folder: Path, config: dict[str, Any], marks: dict[tuple[str, str], str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
     for name in ("results.json", "results.md"):
         (folder / name).write_text("{}")
     lines = [
-        {"benchmark": "GenEvalBenchmark of geneval", "set": name, "mode": mode, "id": f"p{i}", "tag": "colors"}
+        {"benchmark": "GenEvalBenchmark of geneval", "set": name, "mode": mode, "id": f"test-{i:05}", "tag": "colors"}
         | {"correct": float(mark), "images": 1}
         for (name, mode), digits in marks.items()
         for i, mark in enumerate(digits * 4)
@@ -53,84 +60,154 @@ def score_test(run: Path, marks: dict[tuple[str, str], str]) -> None:
 
 @pytest.fixture
 def studies(tmp_path: Path) -> Studies:
-    """Joint training is right wherever flow-only is, and on three prompts more; flow-only loses half elsewhere."""
+    """Joint training is right wherever flow-only is, and on three of ten more; flow-only loses half elsewhere."""
     joint, alone = "1111111100", "1111100000"
-    for seed in (42, 43):
+    for seed in (42, 43, 44):
         run = fitted(tmp_path / "geneval", "promptrl", seed, [0.4, 0.6, 0.8])
         score_test(run, {("geneval", "with_pe"): joint, ("geneval", "without_pe"): alone, ("unseen", "with_pe"): joint})
         run = fitted(tmp_path / "geneval", "flow_only", seed, [0.4, 0.45, 0.5])
         score_test(run, {("geneval", "without_pe"): alone, ("unseen", "without_pe"): "1100000000"})
-    for m, marks in ((0, "1110000000"), (1, "1111111000"), (4, alone)):
-        run = fitted(tmp_path / "retention", "promptrl", 42, [0.4, 0.5])
-        run = run.rename(run.parent / "version_0")  # its job is called by the value
-        job = run.parents[1].rename(tmp_path / "retention" / f"promptrl-num_retained{m}-s42")
-        score_test(job / "x" / "version_0", {("geneval", "without_pe"): marks, ("geneval", "with_pe"): marks})
-    config = tmp_path / "any.yaml"
+        for m, marks in ((0, "1110000000"), (1, "1111111000"), (4, alone)):
+            run = fitted(tmp_path / "retention", "promptrl", seed, [0.4, 0.5])
+            job = run.parents[1].rename(tmp_path / "retention" / f"promptrl-num_retained{m}-s{seed}")
+            score_test(job / "x" / "version_0", {("geneval", mode): marks for mode in ("with_pe", "without_pe")})
+    return studies_in(tmp_path, "geneval", "retention")
+
+
+def studies_in(folder: Path, *names: str) -> Studies:
+    config = folder / "any.yaml"
     config.write_text("model: {}\n")
-    plans = {name: Sweep(configs=[str(config)], root=str(tmp_path / name)) for name in ("geneval", "retention")}
-    return Studies(plans)
+    return Studies({name: Sweep(configs=[str(config)], root=str(folder / name)) for name in names})
 
 
 def test_scores_and_differences(studies: Studies) -> None:
     joint, flow = studies["geneval"]["promptrl"], studies["geneval"]["flow_only"]
-    assert set(joint.fits) == set(joint.tests) == {42, 43} and set(joint.only([43, 99]).tests) == {43}
+    assert set(joint.fits) == set(joint.tests) == {42, 43, 44} and set(joint.only([43, 99]).tests) == {43}
     score = Score(joint, "geneval", "with_pe")
-    assert score.there and score.value.value == pytest.approx(0.8) and score.by_seed == pytest.approx([0.8, 0.8])
+    assert score.there and score.value.value == pytest.approx(0.8) and score.by_seed == pytest.approx([0.8] * 3)
     assert score.by_tag == pytest.approx({"colors": 0.8})
     assert not Score(flow, "geneval", "with_pe").there and not Score(studies["ocr"]["x"], "geneval", "with_pe").there
     assert flow.having("geneval.static_pe", "without_pe").tests == {}
     alone = Score(flow, "geneval", "without_pe")
     gain = above("gain", (1, score), (-1, alone))
-    assert gain is not None and gain.verdict == HOLDS and gain.number.startswith("+0.300 [")
+    assert gain is not None and gain.number.startswith("+0.300 [") and gain.number.endswith(", 3 seeds")
+    assert gain.verdict in (HOLDS, HERE)
     loss = above("loss", (1, alone), (-1, score))
     assert loss is not None and loss.verdict == FAILS
     none = above("nothing", (1, alone), (-1, Score(joint, "geneval", "without_pe")))
-    assert none is not None and none.number == "+0.000 [+0.000, +0.000]" and none.verdict == OPEN
+    assert none is not None and none.verdict == OPEN and none.number.startswith("+0.000 [+0.000, +0.000] [+0.000, ")
     assert above("not measured", (1, score), (-1, Score(flow, "geneval", "with_pe"))) is None
 
 
-def test_a_verdict_needs_all_parts() -> None:
+def test_only_seeds_that_both_have_are_compared(studies: Studies) -> None:
+    """Two are too few for a verdict, and none are no comparison."""
+    joint, flow = studies["geneval"]["promptrl"], studies["geneval"]["flow_only"]
+    best, two = Score(joint, "geneval", "with_pe"), Score(flow.only([43, 44]), "geneval", "without_pe")
+    assert shared_seeds(best, two) == [43, 44]
+    found = above("gain", (1, best), (-1, two))
+    assert found is not None and found.verdict == OPEN and found.number.endswith(", 2 seeds")
+    assert above("gain", (1, Score(joint.only([42]), "geneval", "with_pe")), (-1, two)) is None
+
+
+def gap(value: float, width: float) -> Gap:
+    return Gap(value, value - width, value + width, 40)
+
+
+def test_what_an_interval_says() -> None:
+    assert verdict(gap(0.2, 0.1), gap(0.2, 0.15), 3) == HOLDS
+    assert verdict(gap(0.2, 0.1), gap(0.2, 0.25), 3) == HERE, "other scenes might say otherwise"
+    assert verdict(gap(0.2, 0.25), gap(0.2, 0.25), 3) == OPEN
+    assert verdict(gap(-0.2, 0.1), gap(-0.2, 0.25), 3) == FAILS
+    assert verdict(gap(0.2, 0.1), gap(0.2, 0.15), 2) == OPEN
+
+
+def test_a_claim_is_as_good_as_its_worst_part() -> None:
     class Part:
         def __init__(self, verdict: str) -> None:
             self.verdict = verdict
 
-    yes, no, open_ = (Part(verdict) for verdict in (HOLDS, FAILS, OPEN))
+    yes, here, no, open_ = (Part(verdict) for verdict in (HOLDS, HERE, FAILS, OPEN))
     cases: list[tuple[list[Any], str]] = [
-        ([yes, yes], HOLDS), ([yes, no], FAILS), ([open_, no], FAILS), ([yes, open_], OPEN), ([yes, None], OPEN),
-        ([no, None], FAILS),
+        ([yes, yes], HOLDS), ([yes, here], HERE), ([yes, no], FAILS), ([open_, no], FAILS), ([here, open_], OPEN),
+        ([yes, None], OPEN), ([no, None], FAILS),
     ]  # fmt: skip
-    for parts, verdict in cases:
-        assert verdict_of(parts) == verdict
+    for parts, worst in cases:
+        assert verdict_of(parts) == worst
 
 
 def test_verdicts(studies: Studies) -> None:
     """Flow-only's best, .5 after 128 rollouts, is reached by the joint curve after 32, a quarter."""
     lines = {line.split(":")[0].removeprefix("| "): line for line in verdicts(studies).splitlines()[2:]}
-    assert "(2 seeds): 0.25 (holds)" in lines["C1, GenEval"] and "+0.300" in lines["C1, GenEval"]
-    assert "**not decided**" in lines["C1, GenEval"] and "the rest is not measured yet" in lines["C1, GenEval"], (
-        "prompt-only is missing"
-    )
+    one = lines["C1, GenEval"]
+    assert "0.25 [0.25, 0.25], 3 seeds (holds)" in one and "+0.300" in one
+    assert "**not decided**" in one and "the rest is not measured yet" in one, "prompt-only is missing"
     # What the unseen wording costs: flow-only .5 - .2, joint nothing; the base was not tested.
     assert "more than PromptRL with PE: +0.300" in lines["C2, GenEval"] and "the rest" in lines["C2, GenEval"]
-    assert "+0.000 [+0.000, +0.000] (not decided)" in lines["C4, GenEval"]
+    assert "+0.000 [+0.000, +0.000]" in lines["C4, GenEval"]
     # m = 2 has .5 without PE, m = 0 .3 and m = 1 .7, all on nested prompts.
     assert "m = 2 - m = 0: +0.200" in lines["C5"] and "m = 2 - m = 1: -0.200" in lines["C5"]
     assert "**does not hold**" in lines["C5"]
     assert not {"C3", "C6", "C7"} & set(lines), "nothing of these was measured"
 
 
+def test_a_flow_only_curve_that_never_rises_decides_nothing_for_it(tmp_path: Path) -> None:
+    for seed in (42, 43, 44):
+        fitted(tmp_path / "geneval", "promptrl", seed, [0.6, 0.7, 0.8])
+        fitted(tmp_path / "geneval", "flow_only", seed, [0.5, 0.45, 0.4])
+    (line,) = (line for line in verdicts(studies_in(tmp_path, "geneval")).splitlines() if line.startswith("| C1"))
+    assert "never [never, never], 3 seeds (does not hold)" in line
+
+
 def test_tables(studies: Studies) -> None:
     rows = {row.label: row.scores for row in retention_table(studies).rows if not row.source}
     assert {label: scores["without_pe"] for label, scores in rows.items()} == pytest.approx(
-        {"m = 0": 0.3, "m = 1": 0.7, "m = 2 (.50-.50)": 0.5, "m = 4": 0.5}
+        {"m = 0 (.30-.30)": 0.3, "m = 1 (.70-.70)": 0.7, "m = 2 (.50-.50)": 0.5, "m = 4 (.50-.50)": 0.5}
     )
-    assert wording_table(studies).rows == [], "no test has an enhancer in front"
-    assert (span([0.25, 0.5]), span([1.0])) == (".25-.50", "")
+    assert not [row for row in wording_table(studies).rows if not row.source], "no test has an enhancer in front"
+    (row,) = sensitivity_table(studies).rows
+    assert row.label == "as elsewhere (2 seeds)" and row.scores["ratio"] == pytest.approx(0.25)
+    assert (span([0.25, 0.5]), span([1.0]), covered([(0, 2), (1, 3), (5, 6)])) == (".25-.50", "", 4.0)
+
+
+def test_refiners_in_front_of_a_second_model(tmp_path: Path) -> None:
+    """As the plan names them: the untrained refiner's test is one row, the three trained ones' another."""
+    marks = {"miniature_language": "1100000000", "s42": "1111000000", "s43": "1111110000", "s44": "1111100000"}
+    for job in read(["--config", "configs/sweeps/paper/transfer.yaml"]).jobs():
+        (command,) = job.commands
+        folder = tmp_path / "transfer" / job.name / "x" / "version_0"
+        folder.mkdir(parents=True)
+        options = dict(option.removeprefix("--").split("=", 1) for option in command.options[1:])
+        model = {"language": {"init_args": {"model": options["model.init_args.language.init_args.model"]}}}
+        config = {"pictures": {}, "model": {"init_args": model}}
+        (digits,) = (digits for key, digits in marks.items() if key in job.name)
+        write_scores(folder, config, {("geneval", "with_pe"): digits, ("geneval", "without_pe"): "1000000000"})
+    rows = {
+        row.label: row.scores["overall"] for row in swap_table(studies_in(tmp_path, "transfer")).rows if not row.source
+    }
+    assert rows == pytest.approx(
+        {
+            "second flow model": 0.1,
+            "second flow model with the untrained refiner": 0.2,
+            "second flow model with PromptRL's refiner (.40-.60)": 0.5,
+        }
+    )
+
+
+def test_a_damaged_run_is_left_out_with_a_warning(studies: Studies, tmp_path: Path) -> None:
+    """The others stay; the heading counts it as unfinished."""
+    (tmp_path / "geneval" / "promptrl-s43" / "x" / "version_0" / "results.json").write_text('{"geneval": ')
+    (tmp_path / "geneval" / "flow_only-s44" / "test" / "x" / "version_0" / "scores.jsonl").write_text('{"set": ')
+    with pytest.warns(UserWarning, match="damaged"):
+        found = Study(tmp_path / "geneval")
+    assert set(found["promptrl"].fits) == {42, 44} and set(found["flow_only"].tests) == {42, 43}
+    with pytest.warns(UserWarning, match="damaged"):
+        assert "Not finished yet" in studies_in(tmp_path, "geneval").heading()
 
 
 def test_nothing_is_there_yet(tmp_path: Path) -> None:
     study = Study(tmp_path / "none")
-    assert study.settings == {} and study["promptrl"].fits == {} and study.seconds == 0
+    assert study.settings == {} and study["promptrl"].fits == {} and study.processes == []
+    assert studies_in(tmp_path, "geneval")["swap"].settings == {}, "not what lies in the current folder"
 
 
 def test_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -81,6 +81,28 @@ def test_a_difference_of_differences(tmp_path: Path) -> None:
     assert (gap.value, gap.low, gap.high) == pytest.approx((0.25, 0.25, 0.25)) and gap.num == 3
 
 
+def test_intervals_over_scenes_and_runs(tmp_path: Path) -> None:
+    """Two scenes of three prompts each, right (1) or wrong (0): drawn together they are both right, one, or none.
+
+    Runs of .25 and .75 throughout: a draw of both is .25, .5 or .75.
+    """
+    scenes = {name: "ab"[i // 3] for i, name in enumerate("uvwxyz")}
+    alike = scored(tmp_path / "1", *[(name, "red", float(scene == "b"), 4) for name, scene in scenes.items()])
+    table = prompt_table(alike, "geneval", "without_pe")
+    by_prompt = prompt_contrast([(1, [table])], summarize=mean_of_tags("correct"))
+    by_scene = prompt_contrast([(1, [table])], summarize=mean_of_tags("correct"), scenes=scenes)
+    assert by_prompt.value == by_scene.value == 0.5
+    assert (by_scene.low, by_scene.high) == (0, 1) and by_prompt.low > 0 and by_prompt.high < 1
+    runs = [scored(tmp_path / str(mean), *[(name, "red", mean, 4) for name in scenes]) for mean in (0.25, 0.75)]
+    tables = [prompt_table(run, "geneval", "without_pe") for run in runs]
+    fixed = prompt_contrast([(1, tables)], summarize=mean_of_tags("correct"))
+    drawn = prompt_contrast([(1, tables)], summarize=mean_of_tags("correct"), other_runs=True)
+    assert (fixed.low, fixed.high) == (0.5, 0.5) and (drawn.low, drawn.high) == (0.25, 0.75)
+    assert drawn.value == 0.5
+    pairs = prompt_contrast([(1, tables), (-1, tables)], summarize=mean_of_tags("correct"), other_runs=True)
+    assert (pairs.low, pairs.high) == (0, 0), "the same runs of both are drawn"
+
+
 def test_refusals(tmp_path: Path) -> None:
     run = scored(tmp_path / "1", ("a", "red", 0.0, 2))
     with pytest.raises(ValueError, match=r"no scores of unseen with_pe: choose from geneval without_pe"):

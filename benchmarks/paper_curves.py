@@ -1,0 +1,154 @@
+"""Tables and the figure of validation curves for `paper_in_miniature`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+
+from benchmarks.paper_runs import Setting, Studies
+from benchmarks.paper_tables import LABELS, PE
+from callbacks.comparison import compare
+from callbacks.curves import Curves, band
+from callbacks.tables import Row, Table
+
+
+def curves_of(studies: Studies, reward: str, root: str | None = None, prefix: str = "") -> dict[str, Curves]:
+    """The validation curves of a reward's three modes, with PE where there is a refiner."""
+    study = studies[root or reward]
+    found = {}
+    for stem, mode in (
+        ("flow_only", "without_pe"),
+        ("prompt_only", "with_pe"),
+        ("promptrl", "without_pe"),
+        ("promptrl", "with_pe"),
+    ):
+        setting = study[f"{prefix}{stem}"]
+        if setting.fits:
+            label = LABELS[stem] if stem == "flow_only" else f"{LABELS[stem]} {PE[mode]}"
+            found[label] = setting.curves(f"val/{reward}/{mode}")
+    return found
+
+
+def curve_sets(studies: Studies) -> dict[str, dict[str, Curves]]:
+    """Title -> curves, of every reward that has any."""
+    sets = {
+        "GenEval": curves_of(studies, "geneval"),
+        "OCR": curves_of(studies, "ocr", prefix="ocr_"),
+        "preference": curves_of(studies, "preference", prefix="preference_"),
+        "GenEval, second base": curves_of(studies, "geneval", "words_geneval"),
+        "GenEval, three times as long": curves_of(studies, "geneval", "long"),
+    }
+    return {title: curves for title, curves in sets.items() if "flow-only" in curves}
+
+
+def efficiency_table(studies: Studies) -> Table:
+    """Rollouts to flow-only's best validation score, by the mean curve of the seeds (C1)."""
+    rows, columns = [], ("seeds", "final", "area", "to_reference", "ratio", "gap")
+    for title, curves in curve_sets(studies).items():
+        for label, row in compare(curves, "flow-only").iterrows():
+            values = {name: float(row.get(name, math.nan)) for name in columns}
+            # The reference itself has no gap, and no setting has one beside it alone.
+            ends = {"final": (row["low"], row["high"]), "gap": (row.get("gap_low"), row.get("gap_high"))}
+            rows.append(Row(f"{title}: {label}", values, intervals=ends))
+    return Table(
+        "Rollouts to flow-only's best, validation",
+        columns,
+        rows,
+        note="Brackets: of the final score the range over seeds, of the gap to flow-only a 95 % interval over seeds.",
+        digits={"seeds": 0, "to_reference": 0, "ratio": 2},
+        headings={"to_reference": "rollouts to flow-only's best", "ratio": "of flow-only's own"},
+        signed=("gap",),
+    )
+
+
+def search_table(studies: Studies) -> Table:
+    """Final validation scores of the learning rates tried, seed 42; the same factors for each mode."""
+    rows = []
+    factors = ("0.5", "1", "2")
+    for reward, prefix in (("geneval", ""), ("ocr", "ocr_"), ("preference", "preference_")):
+        for stem, mode in (("flow_only", "without_pe"), ("prompt_only", "with_pe"), ("promptrl", "with_pe")):
+            finals = {}
+            for factor in factors:
+                setting = (
+                    studies[reward][f"{prefix}{stem}"].only([42])
+                    if factor == "1"
+                    else studies[f"search_{reward}"][f"{prefix}{stem}-lr{factor}"]
+                )
+                if setting.fits:
+                    (series,) = setting.curves(f"val/{reward}/{mode}").values()
+                    finals[factor] = float(series.iloc[-1])
+            if len(finals) > 1:
+                rows.append(Row(f"{reward}: {LABELS[stem]}", finals))
+    headings = {factor: f"{factor} x" for factor in factors}
+    return Table("Learning rates, last validation of seed 42", factors, rows, headings=headings)
+
+
+def sensitivity_table(studies: Studies) -> Table:
+    """What the comparison of flow-only with PromptRL depends on, validation."""
+    rows, columns = [], ("flow_only", "promptrl", "promptrl_with_pe", "ratio")
+    found = {"as elsewhere": studies["geneval"].settings}
+    for name in studies:
+        if name.startswith("sensitivity"):
+            for setting in studies[name].settings:
+                stem, _, label = setting.partition("-")
+                found[label] = found.get(label, {}) | {stem: studies[name][setting]}
+    found["second base"] = studies["words_geneval"].settings
+    for label, settings in found.items():
+        both = [settings.get(stem, Setting({}, {})).fits for stem in ("flow_only", "promptrl")]
+        shared = sorted(set(both[0]) & set(both[1]) & ({42, 43} if label == "as elsewhere" else set(both[0])))
+        if not shared:
+            continue
+        curves = {
+            "flow_only": settings["flow_only"].only(shared).curves("val/geneval/without_pe"),
+            "promptrl": settings["promptrl"].only(shared).curves("val/geneval/without_pe"),
+            "promptrl_with_pe": settings["promptrl"].only(shared).curves("val/geneval/with_pe"),
+        }
+        table = compare(curves, "flow_only")
+        ends = {name: (table.loc[name, "low"], table.loc[name, "high"]) for name in curves}
+        values = {name: table.loc[name, "final"] for name in curves}
+        values["ratio"] = table.loc["promptrl_with_pe", "ratio"]
+        rows.append(Row(f"{label} ({len(shared)} seeds)", values, intervals=ends))
+    return Table(
+        "What it depends on, GenEval, validation",
+        columns,
+        rows,
+        note="Brackets: the range over seeds. Share: of flow-only's rollouts to its best, that PromptRL with PE needs.",
+        digits={"ratio": 2},
+        headings={
+            "flow_only": "flow-only",
+            "promptrl": "PromptRL without PE",
+            "promptrl_with_pe": "PromptRL with PE",
+            "ratio": "share",
+        },
+    )
+
+
+def draw_curves(studies: Studies, path: Path) -> bool:
+    """The paper's Figure 5: validation scores by rollouts, mean and range of the seeds; false without any."""
+    sets = curve_sets(studies)
+    if not sets:
+        return False
+    figure, axes = plt.subplots(1, len(sets), figsize=(4.5 * len(sets), 3.6), squeeze=False, layout="constrained")
+    colors = dict(
+        zip(
+            ("flow-only", "prompt-only with PE", "PromptRL without PE", "PromptRL with PE"),
+            mpl.color_sequences["tab10"],
+            strict=False,
+        )
+    )
+    for axis, (title, curves) in zip(axes[0], sets.items(), strict=True):
+        for label, seeds in curves.items():
+            table = band(seeds)
+            axis.plot(table.index, table["mean"], marker="o", markersize=3, label=label, color=colors[label])
+            axis.fill_between(table.index, table["low"], table["high"], alpha=0.15, color=colors[label], linewidth=0)
+        counts = {len(seeds) for seeds in curves.values()}
+        axis.set(title=f"{title} ({min(counts)}-{max(counts)} seeds)", xlabel="rollouts")
+    axes[0, 0].set_ylabel("held-out score")
+    axes[0, 0].legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90, metadata={"Software": None})
+    plt.close(figure)
+    return True

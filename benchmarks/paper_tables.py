@@ -1,0 +1,245 @@
+"""Tables of tests for `paper_in_miniature`, in the layout of the paper's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from benchmarks.paper_claims import SWAPPED
+from benchmarks.paper_runs import GENEVAL, REWARDS, Score, Setting, Studies, contrast, merged, span
+from callbacks import paper
+from callbacks.tables import Row, Table
+from datamodules.shapes_world import TAGS
+
+LABELS = {"promptrl": "PromptRL", "flow_only": "flow-only", "prompt_only": "prompt-only"}
+PE = {"without_pe": "without PE", "with_pe": "with PE"}
+WORDINGS = ("unseen", "geneval.synonyms", "geneval.terse", "geneval.gallery", "geneval.template", "geneval.detailed")
+BRACKETS = (
+    "Brackets: 95 % interval, drawn over seeds, noise and prompts for the scenes of the test; parentheses: range over "
+    "seeds."
+)
+
+
+def arms(settings: Mapping[str, Setting], base: Setting, prefix: str = "") -> dict[str, tuple[Setting, str]]:
+    """Label -> setting and mode, in the order of the tables; those with nothing tested are left out."""
+    named = {
+        "base": (base, "without_pe"),
+        "base with the untrained PE": (base, "with_pe"),
+        "flow-only": (settings.get(f"{prefix}flow_only"), "without_pe"),
+        "prompt-only with PE": (settings.get(f"{prefix}prompt_only"), "with_pe"),
+        "PromptRL without PE": (settings.get(f"{prefix}promptrl"), "without_pe"),
+        "PromptRL with PE": (settings.get(f"{prefix}promptrl"), "with_pe"),
+    }
+    return {label: (setting, mode) for label, (setting, mode) in named.items() if setting and setting.tests}
+
+
+def _score_row(label: str, scores: Mapping[str, Score]) -> Row:
+    """Columns of one setting; the range over seeds of the last one stands beside its name."""
+    there = {column: score for column, score in scores.items() if score.there}
+    ranges = span(next(reversed(there.values())).by_seed) if there else ""
+    gaps = {column: score.value for column, score in there.items()}
+    return Row(
+        f"{label} ({ranges})" if ranges else label,
+        {column: gap.value for column, gap in gaps.items()},
+        intervals={column: (gap.low, gap.high) for column, gap in gaps.items()},
+    )
+
+
+def geneval_table(studies: Studies) -> Table:
+    """The paper's main results, GenEval by tag."""
+    rows = []
+    for label, (setting, mode) in arms(studies["geneval"].settings, studies["base"]["promptrl"]).items():
+        score = Score(setting, "geneval", mode)
+        if score.there:
+            row = _score_row(label, {"overall": score})
+            rows.append(replace(row, scores={**score.by_tag, **row.scores}))
+    return Table(
+        "GenEval, canonical prompts of fresh scenes",
+        (*TAGS, "overall"),
+        [*rows, *paper.paper_rows("geneval")],
+        note=BRACKETS,
+    )
+
+
+def wording_table(studies: Studies) -> Table:
+    """The paper's Table 1: what other wordings, and an untrained refiner in front, change."""
+    rows = []
+    for label, (tested, mode) in arms(studies["geneval"].settings, studies["base"]["promptrl"]).items():
+        setting = tested.having("geneval.static_pe", "without_pe")
+        original = Score(setting, "geneval", mode)
+        gaps = {}
+        # The untrained refiner replaces a run's own, so it has no other mode.
+        for name in ("geneval.static_pe", *WORDINGS):
+            other = Score(setting, name, "without_pe" if name.endswith("static_pe") else mode)
+            if original.there and other.there:
+                gaps[name] = contrast((1, other), (-1, original))
+        if gaps:
+            intervals = {name: (gap.low, gap.high) for name, gap in gaps.items()}
+            values = {name: gap.value for name, gap in gaps.items()}
+            rows.append(Row(label, {"original": original.value.value} | values, intervals=intervals))
+    columns = ("geneval.static_pe", *WORDINGS)
+    headings = {name: name.removeprefix("geneval.").replace("static_pe", "untrained PE") for name in columns}
+    title = "Other wordings minus the original, GenEval (the paper's Table 1)"
+    others = [
+        Row(row.label, {"original": row.scores["original"], "geneval.static_pe": row.scores["difference"]}, row.source)
+        for row in paper.paraphrase_rows("geneval")
+    ]
+    return Table(title, ("original", *columns), [*rows, *others], headings=headings, signed=columns, note=BRACKETS)
+
+
+def rewards_table(studies: Studies) -> Table:
+    """OCR and preference, single reward each, canonical and unseen wording."""
+    rows = []
+    for reward, benchmark in REWARDS.items():
+        for label, (setting, mode) in arms(
+            studies[reward].settings, studies["base_words"][f"{reward}_promptrl"], f"{reward}_"
+        ).items():
+            own = {name: Score(setting, name, mode, benchmark) for name in ("unseen", reward)}
+            row = _score_row(f"{reward}: {label}", own)
+            if row.scores:
+                shown = {"canonical" if column == reward else column: value for column, value in row.scores.items()}
+                ends = {"canonical" if column == reward else column: value for column, value in row.intervals.items()}
+                rows.append(replace(row, scores=shown, intervals=ends))
+    return Table("The other rewards, single", ("canonical", "unseen"), rows, note=BRACKETS)
+
+
+def multi_reward_table(studies: Studies) -> Table:
+    """Three rewards by tags against one each, from the same base models and with as many rollouts for each."""
+    columns = {"geneval": GENEVAL, **REWARDS}
+    base = studies["base_words"]["multi_reward_promptrl"]
+    rows = []
+    for label, mode in (("base", "without_pe"), ("base with the untrained PE", "with_pe")):
+        rows.append(_score_row(label, {name: Score(base, name, mode, title) for name, title in columns.items()}))
+    for stem, modes in (("flow_only", ["without_pe"]), ("prompt_only", ["with_pe"]), ("promptrl", list(PE))):
+        for mode in modes:
+            single = {
+                "geneval": Score(studies["words_geneval"][stem], "geneval", mode),
+                **{name: Score(studies[name][f"{name}_{stem}"], name, mode, title) for name, title in REWARDS.items()},
+            }
+            setting = studies["multi_reward"][f"multi_reward_{stem}"]
+            tagged = {name: Score(setting, name, mode, title) for name, title in columns.items()}
+            suffix = "" if stem == "flow_only" else f" {PE[mode]}"
+            rows.append(_score_row(f"{LABELS[stem]}{suffix}, one reward each", single))
+            rows.append(_score_row(f"{LABELS[stem]}{suffix}, rewards by tags", tagged))
+    rows = [row for row in rows if row.scores]
+    return Table("Several rewards by tags", tuple(columns), [*rows, *paper.multi_reward_rows()], note=BRACKETS)
+
+
+def retention_table(studies: Studies) -> Table:
+    """GenEval by the number of retained prompts."""
+    found = {m: studies["retention"][f"promptrl-num_retained{m}"] for m in (0, 1, 4)}
+    found[2] = studies["geneval"]["promptrl"].only(SWAPPED)
+    rows = []
+    for m in sorted(found):
+        scores = {mode: Score(found[m], "geneval", mode) for mode in ("with_pe", "without_pe")}
+        row = _score_row(f"m = {m}", scores)
+        if row.scores:
+            rows.append(row)
+    others = [replace(row, scores={"without_pe": row.scores["overall"]}) for row in paper.retention_rows()]
+    return Table("Prompt retention (n = 8), GenEval", tuple(PE), [*rows, *others], headings=PE, note=BRACKETS)
+
+
+def swap_table(studies: Studies) -> Table:
+    """Another refiner in front of PromptRL's and flow-only's flow model, and of a second flow model."""
+    joint, flow = (studies["geneval"][name].only(SWAPPED) for name in ("promptrl", "flow_only"))
+    swapped = merged(studies["swap"].settings.values())
+    shown = {
+        "PromptRL with its refiner": Score(joint, "geneval", "with_pe"),
+        "PromptRL with another seed's refiner": Score(swapped, "geneval", "with_pe"),
+        "PromptRL with the untrained refiner": Score(joint, "geneval.static_pe", "without_pe"),
+        "flow-only": Score(flow, "geneval", "without_pe"),
+        "flow-only with the untrained refiner": Score(flow, "geneval.static_pe", "without_pe"),
+    }
+    fresh, trained = studies.transfers()
+    shown |= {
+        "second flow model": Score(fresh, "geneval", "without_pe"),
+        "second flow model with the untrained refiner": Score(fresh, "geneval", "with_pe"),
+        "second flow model with PromptRL's refiner": Score(trained, "geneval", "with_pe"),
+        "second flow model with a refiner trained for it": Score(
+            studies["words_geneval"]["prompt_only"], "geneval", "with_pe"
+        ),
+    }
+    rows = [_score_row(label, {"overall": score}) for label, score in shown.items() if score.there]
+    title = "Swapped and transferred refiners, GenEval (the paper's Table 8)"
+    return Table(title, ("overall",), [*rows, *paper.lm_swap_rows(), *paper.refiner_transfer_rows()], note=BRACKETS)
+
+
+def long_table(studies: Studies) -> Table:
+    """Three times the rollouts against as many as elsewhere (the paper's Table 9 gives flow-only twice as many)."""
+    rows = []
+    base = studies["base"]["promptrl"]
+    for name, settings in (
+        ("7,680", {stem: studies["geneval"][stem].only(SWAPPED) for stem in LABELS}),
+        ("23,040", studies["long"].settings),
+    ):
+        for label, (setting, mode) in arms(settings, base).items():
+            if label.startswith("base"):
+                continue
+            scores = {kind: Score(setting, kind, mode) for kind in ("unseen", "geneval.synonyms", "geneval")}
+            row = _score_row(f"{label}, {name} rollouts", scores)
+            if row.scores:
+                rows.append(row)
+    return Table(
+        "Longer training, GenEval",
+        ("geneval", "unseen", "geneval.synonyms"),
+        rows,
+        headings={"geneval": "canonical", "geneval.synonyms": "synonyms"},
+        note=BRACKETS,
+    )
+
+
+def similarity_table(studies: Studies) -> Table:
+    """Cosine of two pictures of a group (the paper's Figure 2), by pixels."""
+    rows, columns = [], ("same_prompt", "rewrites", "rewrites_shared_noise")
+    for label, (setting, _) in arms(studies["geneval"].settings, studies["base"]["promptrl"]).items():
+        if label in ("base with the untrained PE", "PromptRL without PE"):
+            continue
+        found = [test.run.results for test in setting.tests.values() if "diversity_pixels" in test.run.results]
+        means, ends = {}, {}
+        for arm in columns:
+            groups = [one["diversity_pixels"]["geneval"] for one in found]
+            values = [group[arm]["image_similarity"] for group in groups if arm in group]
+            if values:
+                means[arm], ends[arm] = sum(values) / len(values), (min(values), max(values))
+        if means:
+            rows.append(Row(label.replace(" with PE", ""), means, intervals=ends))
+    others = [
+        Row(row.label, {}, row.source, {"same_prompt": row.intervals["image_similarity"]})
+        for row in paper.diversity_rows()
+        if "image_similarity" in row.intervals
+    ]
+    return Table(
+        "Cosine of two pictures of a prompt, by pixels (the paper's Figure 2, by CLIP)",
+        columns,
+        [*rows, *others],
+        note="Brackets: the range over seeds.",
+    )
+
+
+def settings_table(studies: Studies) -> Table:
+    """What a run of each comparison was made with (the paper's Table 7)."""
+    keys = {
+        "group n": "group_size",
+        "retained m": "num_retained",
+        "steps": "flow.init_args.sampling.num_steps",
+        "SDE steps": "flow.init_args.sampling.sde_steps",
+        "noise": "flow.init_args.sampling.noise_level",
+        "LR flow": "flow.init_args.learning_rate",
+        "LR LM": "language.init_args.learning_rate",
+        "KL LM": "language.init_args.kl_weight",
+    }
+    rows = []
+    for name in ("geneval", "ocr", "preference", "multi_reward"):
+        setting = next((one for job, one in studies[name].settings.items() if job.endswith("promptrl")), None)
+        for run in list(setting.fits.values())[:1] if setting else ():
+            values = {column: run.get(f"model.init_args.{key}") for column, key in keys.items()}
+            values["rollouts"] = run.history[-1]["rollouts"]
+            rows.append(Row(name, values))
+    digits = {"group n": 0, "retained m": 0, "steps": 0, "SDE steps": 0, "rollouts": 0, "noise": 1, "KL LM": 2}
+    return Table(
+        "Settings of PromptRL (the paper's Table 7)",
+        (*keys, "rollouts"),
+        rows,
+        digits=digits | {"LR flow": 5, "LR LM": 5},
+        note="The other modes differ in their agents alone.",
+    )
