@@ -14,6 +14,7 @@ from datamodules.shapes_world import TAGS
 LABELS = {"promptrl": "PromptRL", "flow_only": "flow-only", "prompt_only": "prompt-only"}
 PE = {"without_pe": "without PE", "with_pe": "with PE"}
 WORDINGS = ("unseen", "geneval.synonyms", "geneval.terse", "geneval.gallery", "geneval.template", "geneval.detailed")
+MULTI = "By tags the tests draw other noise, for the preference also other scenes, than those of one reward."
 BRACKETS = (
     "Brackets: 95 % interval, drawn over seeds, noise and prompts for the scenes of the test; parentheses: range over "
     "seeds."
@@ -122,7 +123,9 @@ def multi_reward_table(studies: Studies) -> Table:
             rows.append(_score_row(f"{LABELS[stem]}{suffix}, one reward each", single))
             rows.append(_score_row(f"{LABELS[stem]}{suffix}, rewards by tags", tagged))
     rows = [row for row in rows if row.scores]
-    return Table("Several rewards by tags", tuple(columns), [*rows, *paper.multi_reward_rows()], note=BRACKETS)
+    return Table(
+        "Several rewards by tags", tuple(columns), [*rows, *paper.multi_reward_rows()], note=f"{MULTI} {BRACKETS}"
+    )
 
 
 def retention_table(studies: Studies) -> Table:

@@ -283,7 +283,13 @@ class WordsFlowPretraining(FlowPretraining):
         init: str = "miniature/flow",
     ) -> None:
         super().__init__(output, learning_rate, guidance, init)
-        self.column_head = torch.nn.Linear(64, GRID)
+        self.column_head: Any
+
+    def configure_model(self) -> None:
+        """Builds or loads the pipeline, and the head that is asked for columns."""
+        super().configure_model()
+        if not hasattr(self, "column_head"):
+            self.column_head = torch.nn.Linear(self.pipe.text_encoder_2.config.d_model, GRID)
 
     def text_loss(self, embeds: Tensor, captions: list[str]) -> Tensor:
         """Cross-entropy of the columns of all letters of the signs."""

@@ -90,7 +90,8 @@ def test_the_refiner_begins_with_the_scenes_weights() -> None:
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")
 def test_text_embeddings_are_asked_for_the_letters_columns() -> None:
     """Embeddings that tell each letter's column cost nothing, any others log 4; scenes are not asked."""
-    module = WordsFlowPretraining(str(FLOW))
+    module = WordsFlowPretraining(str(FLOW), init=str(FLOW))
+    module.configure_model()
     captions = ['write " c u p "', "two red circles", 'a sign that says " H e z o "', 'write " p u "']
     letters = {0: (2, 0, 3), 2: (5, 0, 4), 3: (2, 1, 2)}  # first token, first column, number: two stand in the middle
     embeds = torch.zeros(4, 18, 64)
