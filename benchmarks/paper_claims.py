@@ -135,17 +135,19 @@ def _claims(studies: Studies) -> dict[str, list[Condition | None]]:
             above("PromptRL with PE - prompt-only with PE", (1, best), (-1, one.score(one.prompt, "with_pe"))),
         ]
     for one in every:
-        lost, plain, refined = (
+        lost, plain, refined, unrefined = (
             ((sign, one.score(setting, mode)), (-sign, one.score(setting, mode, "unseen")))
             for sign, setting, mode in (
                 (1, one.flow, "without_pe"),
                 (-1, one.base, "without_pe"),
                 (-1, one.joint, "with_pe"),
+                (-1, one.joint, "without_pe"),
             )
         )
         claims[f"C2, {one.name}: flow-only collapses on other wordings, joint training does not"] = [
             above("what an unseen wording costs flow-only, more than the base", *lost, *plain),
             above("what it costs flow-only, more than PromptRL with PE", *lost, *refined),
+            above("what it costs flow-only, more than PromptRL without PE", *lost, *unrefined),
         ]
     geneval = every[0]
     joint, flow = geneval.joint.only(SWAPPED), geneval.flow.only(SWAPPED)

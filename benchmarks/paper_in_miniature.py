@@ -51,6 +51,7 @@ TABLES: tuple[Callable[[Studies], Table], ...] = (
     paper_tables.geneval_table,
     paper_tables.wording_table,
     paper_tables.rewards_table,
+    paper_tables.gain_table,
     paper_curves.efficiency_table,
     paper_tables.multi_reward_table,
     paper_tables.retention_table,

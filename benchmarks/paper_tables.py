@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from benchmarks.paper_claims import SWAPPED
+from benchmarks.paper_claims import SWAPPED, comparisons
 from benchmarks.paper_runs import GENEVAL, REWARDS, Score, Setting, Studies, contrast, merged, span
 from callbacks import paper
 from callbacks.tables import Row, Table
@@ -102,6 +102,37 @@ def rewards_table(studies: Studies) -> Table:
                 ends = {"canonical" if column == reward else column: value for column, value in row.intervals.items()}
                 rows.append(replace(row, scores=shown, intervals=ends))
     return Table("The other rewards, single", ("canonical", "unseen"), rows, note=BRACKETS)
+
+
+def gain_table(studies: Studies) -> Table:
+    """How much of what RL taught on the canonical wording reaches another one."""
+    rows = []
+    for one in comparisons(studies):
+        for label, setting, mode in (
+            ("flow-only", one.flow, "without_pe"),
+            ("PromptRL without PE", one.joint, "without_pe"),
+            ("PromptRL with PE", one.joint, "with_pe"),
+            ("prompt-only with PE", one.prompt, "with_pe"),
+        ):
+            gaps = {}
+            for column, name in (("canonical", one.reward), ("unseen", "unseen")):
+                after, before = one.score(setting, mode, name), one.score(one.base, "without_pe", name)
+                if after.there and before.there:
+                    gaps[column] = contrast((1, after), (-1, before))
+            if len(gaps) == 2:
+                values = {column: gap.value for column, gap in gaps.items()}
+                ends = {column: (gap.low, gap.high) for column, gap in gaps.items()}
+                share = {"share": values["unseen"] / values["canonical"] if ends["canonical"][0] > 0 else None}
+                rows.append(Row(f"{one.name}: {label}", values | share, intervals=ends))
+    return Table(
+        "Gain over the base without PE, canonical and unseen wording",
+        ("canonical", "unseen", "share"),
+        rows,
+        note=f"Share: gain on the unseen wording over that on the canonical one, where the latter is clear. {BRACKETS}",
+        digits={"share": 2},
+        headings={"share": "share that transfers"},
+        signed=("canonical", "unseen"),
+    )
 
 
 def multi_reward_table(studies: Studies) -> Table:
