@@ -14,6 +14,10 @@ from callbacks.comparison import Gap
 
 SWAPPED = (42, 43, 44)
 """Seeds of the retention, swap and enhancer studies; GenEval's comparison has more."""
+SEARCHED = (42,)
+"""Seed of the learning rates' search."""
+TOLERANCE = 0.02
+"""How much better another learning rate may be by chance: 192 prompts, one seed."""
 LEAST_SEEDS = 3
 """From fewer nothing is concluded."""
 HOLDS, HERE, OPEN, FAILS = "holds", "holds for these scenes", "not decided", "does not hold"
@@ -133,6 +137,7 @@ def _claims(studies: Studies) -> dict[str, list[Condition | None]]:
             ratio(one),
             above("PromptRL with PE - flow-only", (1, best), (-1, one.score(one.flow, "without_pe"))),
             above("PromptRL with PE - prompt-only with PE", (1, best), (-1, one.score(one.prompt, "with_pe"))),
+            searched(studies, one),
         ]
     for one in every:
         lost, plain, refined, unrefined = (
@@ -189,6 +194,32 @@ def _claims(studies: Studies) -> dict[str, list[Condition | None]]:
         above("PromptRL with its own refiner - with another seed's", (1, own), (-1, geneval.score(swapped, "with_pe"))),
     ]
     return claims
+
+
+def searched(studies: Studies, one: Comparison) -> Condition | None:
+    """That no mode's learning rates hold it back: 1x is each one's best of those tried, but for `TOLERANCE`."""
+    prefix = "" if one.reward == "geneval" else f"{one.reward}_"
+    notes, found = [], HOLDS
+    for label, stem, setting, mode in (
+        ("flow-only", "flow_only", one.flow, "without_pe"),
+        ("prompt-only", "prompt_only", one.prompt, "with_pe"),
+        ("PromptRL", "promptrl", one.joint, "with_pe"),
+    ):
+        tried = {factor: studies[f"search_{one.reward}"][f"{prefix}{stem}-lr{factor}"] for factor in ("0.5", "2")}
+        finals = {
+            factor: float(series.iloc[-1])
+            for factor, each in ({"1": setting.only(SEARCHED)} | tried).items()
+            for series in each.curves(f"val/{one.reward}/{mode}").values()
+        }
+        if len(finals) < 3:
+            return None
+        best = max(finals, key=finals.__getitem__)
+        if finals[best] > finals["1"] + TOLERANCE:
+            found = OPEN
+            notes.append(f"{label} does better at {best}x ({finals[best]:.2f} against {finals['1']:.2f})")
+    return Condition(
+        "learning rates", "; ".join(notes) or "1x is best, or nearly, of 0.5x, 1x, 2x for each mode", found
+    )
 
 
 def ratio(one: Comparison) -> Condition | None:

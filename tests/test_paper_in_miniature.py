@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks.paper_claims import FAILS, HERE, HOLDS, OPEN, above, verdict, verdict_of, verdicts
+from benchmarks.paper_claims import (
+    FAILS,
+    HERE,
+    HOLDS,
+    OPEN,
+    above,
+    comparisons,
+    searched,
+    verdict,
+    verdict_of,
+    verdicts,
+)
 from benchmarks.paper_curves import sensitivity_table
 from benchmarks.paper_in_miniature import main
 from benchmarks.paper_runs import Score, Studies, Study, covered, shared_seeds, span
@@ -156,6 +167,29 @@ def test_a_flow_only_curve_that_never_rises_decides_nothing_for_it(tmp_path: Pat
         fitted(tmp_path / "geneval", "flow_only", seed, [0.5, 0.45, 0.4])
     (line,) = (line for line in verdicts(studies_in(tmp_path, "geneval")).splitlines() if line.startswith("| C1"))
     assert "never [never, never], 3 seeds (does not hold)" in line
+
+
+def test_a_mode_that_wants_another_learning_rate_keeps_a_claim_open(tmp_path: Path) -> None:
+    """Flow-only ends at .5; twice its learning rate would have brought it to .51, or to .55."""
+    for stem in MODES:
+        fitted(tmp_path / "geneval", stem, 42, [0.4, 0.45, 0.5])
+    for twice, said in (
+        (0.51, "each mode's best, or nearly, is 1x"),
+        (0.55, "flow-only does better at 2x (0.55 against 0.50)"),
+    ):
+        root = tmp_path / str(twice)
+        for stem in MODES:
+            for factor, final in ((0.5, 0.45), (2, twice if stem == "flow_only" else 0.5)):
+                run = fitted(root, stem, 42, [0.4, 0.45, final])
+                run.parents[1].rename(root / f"{stem}-lr{factor}-s42")
+        config = tmp_path / "any.yaml"
+        config.write_text("model: {}\n")
+        roots = {"geneval": tmp_path / "geneval", "search_geneval": root}
+        studies = Studies({name: Sweep(configs=[str(config)], root=str(folder)) for name, folder in roots.items()})
+        found = searched(studies, comparisons(studies)[0])
+        assert found is not None and said in found.number and found.verdict == (HOLDS if twice == 0.51 else OPEN)
+    only = studies_in(tmp_path, "geneval")
+    assert searched(only, comparisons(only)[0]) is None
 
 
 def test_tables(studies: Studies) -> None:
