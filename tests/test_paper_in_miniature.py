@@ -174,7 +174,7 @@ def test_a_mode_that_wants_another_learning_rate_keeps_a_claim_open(tmp_path: Pa
     for stem in MODES:
         fitted(tmp_path / "geneval", stem, 42, [0.4, 0.45, 0.5])
     for twice, said in (
-        (0.51, "each mode's best, or nearly, is 1x"),
+        (0.51, "1x is best, or nearly"),
         (0.55, "flow-only does better at 2x (0.55 against 0.50)"),
     ):
         root = tmp_path / str(twice)
