@@ -144,8 +144,8 @@ def draw_curves(studies: Studies, path: Path) -> bool:
             table = band(seeds)
             axis.plot(table.index, table["mean"], marker="o", markersize=3, label=label, color=colors[label])
             axis.fill_between(table.index, table["low"], table["high"], alpha=0.15, color=colors[label], linewidth=0)
-        counts = {len(seeds) for seeds in curves.values()}
-        axis.set(title=f"{title} ({min(counts)}-{max(counts)} seeds)", xlabel="rollouts")
+        counts = "-".join(map(str, sorted({len(seeds) for seeds in curves.values()})))
+        axis.set(title=f"{title} ({counts} seeds)", xlabel="rollouts")
     axes[0, 0].set_ylabel("held-out score")
     axes[0, 0].legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
