@@ -14,6 +14,8 @@ from callbacks.comparison import Gap
 
 SWAPPED = (42, 43, 44)
 """Seeds of the retention, swap and enhancer studies; GenEval's comparison has more."""
+FACTORS = ("0.5", "1", "2")
+"""Of the learning rates, in the search; 1x is that of the comparison."""
 SEARCHED = (42,)
 """Seed of the learning rates' search."""
 TOLERANCE = 0.02
@@ -196,30 +198,34 @@ def _claims(studies: Studies) -> dict[str, list[Condition | None]]:
     return claims
 
 
-def searched(studies: Studies, one: Comparison) -> Condition | None:
-    """That no mode's learning rates hold it back: 1x is each one's best of those tried, but for `TOLERANCE`."""
-    prefix = "" if one.reward == "geneval" else f"{one.reward}_"
-    notes, found = [], HOLDS
+def searches(studies: Studies, one: Comparison) -> dict[str, dict[str, float]]:
+    """Mode -> factor of its learning rates -> last validation score of the search's seed."""
+    prefix, found = "" if one.reward == "geneval" else f"{one.reward}_", {}
     for label, stem, setting, mode in (
         ("flow-only", "flow_only", one.flow, "without_pe"),
         ("prompt-only", "prompt_only", one.prompt, "with_pe"),
         ("PromptRL", "promptrl", one.joint, "with_pe"),
     ):
-        tried = {factor: studies[f"search_{one.reward}"][f"{prefix}{stem}-lr{factor}"] for factor in ("0.5", "2")}
-        finals = {
+        tried = {factor: studies[f"search_{one.reward}"][f"{prefix}{stem}-lr{factor}"] for factor in FACTORS}
+        found[label] = {
             factor: float(series.iloc[-1])
-            for factor, each in ({"1": setting.only(SEARCHED)} | tried).items()
+            for factor, each in (tried | {"1": setting.only(SEARCHED)}).items()
             for series in each.curves(f"val/{one.reward}/{mode}").values()
         }
-        if len(finals) < 3:
+    return found
+
+
+def searched(studies: Studies, one: Comparison) -> Condition | None:
+    """That no mode's learning rates hold it back: 1x is each one's best of those tried, but for `TOLERANCE`."""
+    notes = []
+    for label, finals in searches(studies, one).items():
+        if len(finals) < len(FACTORS):
             return None
         best = max(finals, key=finals.__getitem__)
         if finals[best] > finals["1"] + TOLERANCE:
-            found = OPEN
             notes.append(f"{label} does better at {best}x ({finals[best]:.2f} against {finals['1']:.2f})")
-    return Condition(
-        "learning rates", "; ".join(notes) or "1x is best, or nearly, of 0.5x, 1x, 2x for each mode", found
-    )
+    said = "; ".join(notes) or "1x is best, or nearly, of 0.5x, 1x, 2x for each mode"
+    return Condition("learning rates", said, OPEN if notes else HOLDS)
 
 
 def ratio(one: Comparison) -> Condition | None:

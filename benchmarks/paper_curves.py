@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 
+from benchmarks.paper_claims import FACTORS, comparisons, searches
 from benchmarks.paper_runs import Setting, Studies
 from benchmarks.paper_tables import LABELS, PE
 from callbacks.comparison import compare
@@ -65,25 +66,15 @@ def efficiency_table(studies: Studies) -> Table:
 
 
 def search_table(studies: Studies) -> Table:
-    """Final validation scores of the learning rates tried, seed 42; the same factors for each mode."""
-    rows = []
-    factors = ("0.5", "1", "2")
-    for reward, prefix in (("geneval", ""), ("ocr", "ocr_"), ("preference", "preference_")):
-        for stem, mode in (("flow_only", "without_pe"), ("prompt_only", "with_pe"), ("promptrl", "with_pe")):
-            finals = {}
-            for factor in factors:
-                setting = (
-                    studies[reward][f"{prefix}{stem}"].only([42])
-                    if factor == "1"
-                    else studies[f"search_{reward}"][f"{prefix}{stem}-lr{factor}"]
-                )
-                if setting.fits:
-                    (series,) = setting.curves(f"val/{reward}/{mode}").values()
-                    finals[factor] = float(series.iloc[-1])
-            if len(finals) > 1:
-                rows.append(Row(f"{reward}: {LABELS[stem]}", finals))
-    headings = {factor: f"{factor} x" for factor in factors}
-    return Table("Learning rates, last validation of seed 42", factors, rows, headings=headings)
+    """Final validation scores of the learning rates tried, the same factors for each mode."""
+    rows = [
+        Row(f"{one.name}: {label}", finals)
+        for one in comparisons(studies)
+        for label, finals in searches(studies, one).items()
+        if len(finals) > 1
+    ]
+    headings = {factor: f"{factor} x" for factor in FACTORS}
+    return Table("Learning rates, last validation of seed 42", FACTORS, rows, headings=headings)
 
 
 def sensitivity_table(studies: Studies) -> Table:
