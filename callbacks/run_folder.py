@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import yaml
 
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where PyYAML has libyaml
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # faster, where PyYAML has libyaml
 _NO_RUNS = ("checkpoints", "pictures", "predictions")
 # Files from before `headlines` was written; the benchmarks' own names.
 _HEADLINES = ("overall", "mean", "f")
