@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 
-from benchmarks.paper_claims import FACTORS, comparisons, searches
+from benchmarks.paper_modes import FACTORS, comparisons
 from benchmarks.paper_runs import Setting, Studies
 from benchmarks.paper_tables import LABELS, PE
 from callbacks.comparison import compare
@@ -16,9 +17,8 @@ from callbacks.curves import Curves, band
 from callbacks.tables import Row, Table
 
 
-def curves_of(studies: Studies, reward: str, root: str | None = None, prefix: str = "") -> dict[str, Curves]:
-    """The validation curves of a reward's three modes, with PE where there is a refiner."""
-    study = studies[root or reward]
+def curves_of(settings: Mapping[str, Setting], reward: str) -> dict[str, Curves]:
+    """Validation curves by a reward of the modes (name of the config -> runs), with PE where there is a refiner."""
     found = {}
     for stem, mode in (
         ("flow_only", "without_pe"),
@@ -26,22 +26,22 @@ def curves_of(studies: Studies, reward: str, root: str | None = None, prefix: st
         ("promptrl", "without_pe"),
         ("promptrl", "with_pe"),
     ):
-        setting = study[f"{prefix}{stem}"]
-        if setting.fits:
+        if stem in settings and settings[stem].fits:
             label = LABELS[stem] if stem == "flow_only" else f"{LABELS[stem]} {PE[mode]}"
-            found[label] = setting.curves(f"val/{reward}/{mode}")
+            found[label] = settings[stem].curves(f"val/{reward}/{mode}")
     return found
 
 
 def curve_sets(studies: Studies) -> dict[str, dict[str, Curves]]:
     """Title -> curves, of every reward that has any."""
-    sets = {
-        "GenEval": curves_of(studies, "geneval"),
-        "OCR": curves_of(studies, "ocr", prefix="ocr_"),
-        "preference": curves_of(studies, "preference", prefix="preference_"),
-        "GenEval, second base": curves_of(studies, "geneval", "words_geneval"),
-        "GenEval, three times as long": curves_of(studies, "geneval", "long"),
-    }
+    sets = {}
+    for one in comparisons(studies):
+        sets[one.name] = curves_of({stem: mode.tuned["1"] for stem, mode in one.modes.items()}, one.reward)
+        if not one.shared_rates:
+            best = curves_of({stem: mode.setting for stem, mode in one.modes.items()}, one.reward)
+            sets[f"{one.name}, best rates"] = best
+    sets["GenEval, second base"] = curves_of(studies["words_geneval"].settings, "geneval")
+    sets["GenEval, three times as long"] = curves_of(studies["long"].settings, "geneval")
     return {title: curves for title, curves in sets.items() if "flow-only" in curves}
 
 
@@ -68,10 +68,10 @@ def efficiency_table(studies: Studies) -> Table:
 def search_table(studies: Studies) -> Table:
     """Final validation scores of the learning rates tried, the same factors for each mode."""
     rows = [
-        Row(f"{one.name}: {label}", finals)
+        Row(f"{one.name}: {mode.label}", mode.tried)
         for one in comparisons(studies)
-        for label, finals in searches(studies, one).items()
-        if len(finals) > 1
+        for mode in one.modes.values()
+        if len(mode.tried) > 1
     ]
     headings = {factor: f"{factor} x" for factor in FACTORS}
     return Table("Learning rates, last validation of seed 42", FACTORS, rows, headings=headings)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from benchmarks.paper_claims import SWAPPED, comparisons
+from benchmarks.paper_claims import SWAPPED
+from benchmarks.paper_modes import comparisons
 from benchmarks.paper_runs import GENEVAL, REWARDS, Score, Setting, Studies, contrast, merged, span
 from callbacks import paper
 from callbacks.tables import Row, Table
@@ -14,6 +15,8 @@ from datamodules.shapes_world import TAGS
 LABELS = {"promptrl": "PromptRL", "flow_only": "flow-only", "prompt_only": "prompt-only"}
 PE = {"without_pe": "without PE", "with_pe": "with PE"}
 WORDINGS = ("unseen", "geneval.synonyms", "geneval.terse", "geneval.gallery", "geneval.template", "geneval.detailed")
+CORRECT = "RewardBenchmark by geneval"
+"""What pleasing costs: GenEval's verdict on the preference's pictures."""
 MULTI = "By tags the tests draw other noise, for the preference also other scenes, than those of one reward."
 BRACKETS = (
     "Brackets: 95 % interval, drawn over seeds, noise and prompts for the scenes of the test; parentheses: range over "
@@ -21,15 +24,15 @@ BRACKETS = (
 )
 
 
-def arms(settings: Mapping[str, Setting], base: Setting, prefix: str = "") -> dict[str, tuple[Setting, str]]:
+def arms(settings: Mapping[str, Setting], base: Setting) -> dict[str, tuple[Setting, str]]:
     """Label -> setting and mode, in the order of the tables; those with nothing tested are left out."""
     named = {
         "base": (base, "without_pe"),
         "base with the untrained PE": (base, "with_pe"),
-        "flow-only": (settings.get(f"{prefix}flow_only"), "without_pe"),
-        "prompt-only with PE": (settings.get(f"{prefix}prompt_only"), "with_pe"),
-        "PromptRL without PE": (settings.get(f"{prefix}promptrl"), "without_pe"),
-        "PromptRL with PE": (settings.get(f"{prefix}promptrl"), "with_pe"),
+        "flow-only": (settings.get("flow_only"), "without_pe"),
+        "prompt-only with PE": (settings.get("prompt_only"), "with_pe"),
+        "PromptRL without PE": (settings.get("promptrl"), "without_pe"),
+        "PromptRL with PE": (settings.get("promptrl"), "with_pe"),
     }
     return {label: (setting, mode) for label, (setting, mode) in named.items() if setting and setting.tests}
 
@@ -91,17 +94,30 @@ def wording_table(studies: Studies) -> Table:
 def rewards_table(studies: Studies) -> Table:
     """OCR and preference, single reward each, canonical and unseen wording."""
     rows = []
-    for reward, benchmark in REWARDS.items():
-        for label, (setting, mode) in arms(
-            studies[reward].settings, studies["base_words"][f"{reward}_promptrl"], f"{reward}_"
-        ).items():
-            own = {name: Score(setting, name, mode, benchmark) for name in ("unseen", reward)}
-            row = _score_row(f"{reward}: {label}", own)
-            if row.scores:
-                shown = {"canonical" if column == reward else column: value for column, value in row.scores.items()}
-                ends = {"canonical" if column == reward else column: value for column, value in row.intervals.items()}
-                rows.append(replace(row, scores=shown, intervals=ends))
-    return Table("The other rewards, single", ("canonical", "unseen"), rows, note=BRACKETS)
+    for one in comparisons(studies):
+        if one.benchmark == GENEVAL:
+            continue
+        shared = arms({stem: mode.tuned["1"] for stem, mode in one.modes.items()}, one.base)
+        for stem, own in one.modes.items():  # with other learning rates, where these are better
+            others = arms({stem: own.setting}, Setting({}, {})) if own.factor != "1" else {}
+            shared |= {f"{label}, {own.factor}x rates": arm for label, arm in others.items()}
+        for label, (setting, scored) in shared.items():
+            row = _score_row(
+                f"{one.name}: {label}",
+                {
+                    "correct": Score(setting, one.reward, scored, CORRECT),
+                    "unseen": one.score(setting, scored, "unseen"),
+                    "canonical": one.score(setting, scored),
+                },
+            )
+            rows += [row] if row.scores else []
+    return Table(
+        "The other rewards, single",
+        ("canonical", "unseen", "correct"),
+        rows,
+        headings={"correct": "GenEval, canonical"},
+        note=f"GenEval: share of the same pictures that show what was asked. {BRACKETS}",
+    )
 
 
 def gain_table(studies: Studies) -> Table:
