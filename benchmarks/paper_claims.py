@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -184,15 +185,16 @@ def ratio(one: Comparison) -> Condition | None:
         return None
     ours, theirs = (pd.DataFrame({seed: curves[seed] for seed in seeds}) for curves in (joint, flow))
 
+    @cache
     def share(chosen: Sequence[int]) -> float:
         reference = theirs.iloc[:, list(chosen)].mean(axis=1)
         value = ceiling_ratio(ours.iloc[:, list(chosen)].mean(axis=1), reference)
         return math.inf if math.isnan(value) and reference.idxmax() > 0 else value  # never reached
 
-    what, value = "share of flow-only's rollouts to its best", share(range(len(seeds)))
+    what, value = "share of flow-only's rollouts to its best", share(tuple(range(len(seeds))))
     if math.isnan(value):
         return Condition(what, f"none, as flow-only is best untrained, {len(seeds)} seeds", OPEN)
-    drawn = [share(chosen) for chosen in itertools.product(range(len(seeds)), repeat=len(seeds))]
+    drawn = [share(tuple(sorted(chosen))) for chosen in itertools.product(range(len(seeds)), repeat=len(seeds))]
     low, high = np.nanquantile(drawn, (0.025, 0.975), method="nearest")  # without draws in which flow-only never rises
     found = OPEN if len(seeds) < C1_SEEDS else HOLDS if high < 0.5 else FAILS if low > 0.5 else OPEN
     return Condition(what, f"{_share(value)} [{_share(low)}, {_share(high)}], {len(seeds)} seeds", found)

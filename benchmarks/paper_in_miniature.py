@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import paper_curves, paper_tables
+from benchmarks import paper_curves, paper_properties, paper_tables
 from benchmarks.paper_claims import verdicts
 from benchmarks.paper_runs import Studies
 from callbacks.tables import Table, markdown
@@ -29,6 +29,7 @@ ORDER = (
     "base_words",
     "ocr",
     "preference",
+    "base_words_geneval",
     "words_geneval",
     "words_geneval_flow_only",
     "multi_reward",
@@ -59,6 +60,7 @@ TABLES: tuple[Callable[[Studies], Table], ...] = (
     paper_tables.long_table,
     paper_tables.similarity_table,
     paper_curves.search_table,
+    paper_properties.properties_table,
     paper_curves.sensitivity_table,
     paper_tables.settings_table,
 )

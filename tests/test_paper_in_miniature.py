@@ -25,6 +25,7 @@ from benchmarks.paper_claims import (
 from benchmarks.paper_curves import curve_sets, search_table, sensitivity_table
 from benchmarks.paper_in_miniature import main
 from benchmarks.paper_modes import comparisons
+from benchmarks.paper_properties import properties_table
 from benchmarks.paper_runs import Score, Studies, Study, covered, shared_seeds, span
 from benchmarks.paper_tables import retention_table, swap_table, wording_table
 from callbacks.comparison import Gap
@@ -242,6 +243,26 @@ def test_tables(studies: Studies) -> None:
     (row,) = sensitivity_table(studies).rows
     assert row.label == "as elsewhere (2 seeds)" and row.scores["ratio"] == pytest.approx(0.25)
     assert (span([0.25, 0.5]), span([1.0]), covered([(0, 2), (1, 3), (5, 6)])) == (".25-.50", "", 4.0)
+
+
+def test_gains_beside_each_other(studies: Studies, tmp_path: Path) -> None:
+    """Of the base's .3: flow-only .2, prompt-only .1, PromptRL .5, which is .3 over flow-only's and .2 over both."""
+    for seed in (42, 43, 44):
+        run = fitted(tmp_path / "geneval", "prompt_only", seed, [0.4, 0.4, 0.4])
+        score_test(run, {("geneval", "with_pe"): "1111000000"})
+        for stem, std in (("flow_only", 0.1), ("promptrl", 0.1 * (seed - 41))):
+            (version,) = (tmp_path / "geneval" / f"{stem}-s{seed}").glob("x/version_0")
+            rows = [f"{step},{64 * step},{std if step <= 10 else 9.0}" for step in range(1, 13)]
+            (version / "metrics.csv").write_text("\n".join(["step,rollouts,group/std", *rows, ""]))
+    marks = {("geneval", "without_pe"): "1110000000", ("geneval", "with_pe"): "1100000000"}
+    write_scores(tmp_path / "base" / "promptrl" / "x" / "version_0", {"pictures": {}}, marks)
+    (row,) = properties_table(studies_in(tmp_path, "geneval", "base")).rows
+    assert row.label == "GenEval" and row.scores == pytest.approx(
+        {"flow": 0.2, "prompt": 0.1, "joint": 0.5, "enhancer": -0.1, "over_best": 0.3, "over_sum": 0.2, "base": 0.3}
+        | {"std_flow": 0.1, "std_joint": 0.2}
+    )
+    low, high = row.intervals["over_best"]
+    assert low <= 0.3 <= high
 
 
 def test_refiners_in_front_of_a_second_model(tmp_path: Path) -> None:
