@@ -9,48 +9,43 @@ from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 
-from benchmarks.paper_modes import FACTORS, comparisons
+from benchmarks.paper_modes import ARMS, FACTORS, FLOW, comparisons
 from benchmarks.paper_runs import Setting, Studies
-from benchmarks.paper_tables import LABELS, PE
-from callbacks.comparison import compare
+from callbacks.comparison import ceiling_ratio, compare
 from callbacks.curves import Curves, band
 from callbacks.tables import Row, Table
 
 
 def curves_of(settings: Mapping[str, Setting], reward: str) -> dict[str, Curves]:
-    """Validation curves by a reward of the modes (name of the config -> runs), with PE where there is a refiner."""
-    found = {}
-    for stem, mode in (
-        ("flow_only", "without_pe"),
-        ("prompt_only", "with_pe"),
-        ("promptrl", "without_pe"),
-        ("promptrl", "with_pe"),
-    ):
-        if stem in settings and settings[stem].fits:
-            label = LABELS[stem] if stem == "flow_only" else f"{LABELS[stem]} {PE[mode]}"
-            found[label] = settings[stem].curves(f"val/{reward}/{mode}")
-    return found
+    """Validation curves by a reward (what is compared -> runs), of the seeds that all of them have."""
+    there = {label: setting for label, setting in settings.items() if setting.fits}
+    shared = set.intersection(*(set(setting.fits) for setting in there.values())) if there else set()
+    return {
+        label: setting.only(sorted(shared)).curves(f"val/{reward}/{ARMS[label][1]}") for label, setting in there.items()
+    }
 
 
 def curve_sets(studies: Studies) -> dict[str, dict[str, Curves]]:
     """Title -> curves, of every reward that has any."""
     sets = {}
     for one in comparisons(studies):
-        sets[one.name] = curves_of({stem: mode.tuned["1"] for stem, mode in one.modes.items()}, one.reward)
-        if not one.shared_rates:
-            best = curves_of({stem: mode.setting for stem, mode in one.modes.items()}, one.reward)
+        sets[one.name] = curves_of({label: arm.runs["1"] for label, arm in one.arms.items()}, one.reward)
+        if any(arm.factor != "1" for arm in one.arms.values()):
+            best = curves_of({label: arm.setting for label, arm in one.arms.items()}, one.reward)
             sets[f"{one.name}, best rates"] = best
-    sets["GenEval, second base"] = curves_of(studies["words_geneval"].settings, "geneval")
-    sets["GenEval, three times as long"] = curves_of(studies["long"].settings, "geneval")
-    return {title: curves for title, curves in sets.items() if "flow-only" in curves}
+    for title, name in (("GenEval, second base", "words_geneval"), ("GenEval, three times as long", "long")):
+        sets[title] = curves_of({label: studies[name][stem] for label, (stem, _) in ARMS.items()}, "geneval")
+    return {title: curves for title, curves in sets.items() if curves.get(FLOW)}
 
 
 def efficiency_table(studies: Studies) -> Table:
     """Rollouts to flow-only's best validation score, by the mean curve of the seeds (C1)."""
-    rows, columns = [], ("seeds", "final", "area", "to_reference", "ratio", "gap")
+    rows, columns = [], ("seeds", "final", "area", "to_reference", "ratio", "most", "gap")
     for title, curves in curve_sets(studies).items():
-        for label, row in compare(curves, "flow-only").iterrows():
+        means = {label: band(seeds)["mean"] for label, seeds in curves.items()}
+        for label, row in compare(curves, FLOW).iterrows():
             values = {name: float(row.get(name, math.nan)) for name in columns}
+            values["most"] = ceiling_ratio(means[str(label)], means[FLOW], share=0.95)
             # The reference itself has no gap, and no setting has one beside it alone.
             ends = {"final": (row["low"], row["high"]), "gap": (row.get("gap_low"), row.get("gap_high"))}
             rows.append(Row(f"{title}: {label}", values, intervals=ends))
@@ -58,9 +53,13 @@ def efficiency_table(studies: Studies) -> Table:
         "Rollouts to flow-only's best, validation",
         columns,
         rows,
-        note="Brackets: of the final score the range over seeds, of the gap to flow-only a 95 % interval over seeds.",
-        digits={"seeds": 0, "to_reference": 0, "ratio": 2},
-        headings={"to_reference": "rollouts to flow-only's best", "ratio": "of flow-only's own"},
+        note=(
+            "Rollouts to flow-only's best score, their share of its own, and the share to 95 % of its gain: on a "
+            "plateau the best one comes by chance. Brackets: of the final score the range over seeds, of the gap to "
+            "flow-only a 95 % interval over seeds."
+        ),
+        digits={"seeds": 0, "to_reference": 0, "ratio": 2, "most": 2},
+        headings={"to_reference": "rollouts", "ratio": "share", "most": "to 95 %"},
         signed=("gap",),
     )
 
@@ -68,10 +67,10 @@ def efficiency_table(studies: Studies) -> Table:
 def search_table(studies: Studies) -> Table:
     """Final validation scores of the learning rates tried, the same factors for each mode."""
     rows = [
-        Row(f"{one.name}: {mode.label}", mode.tried)
+        Row(f"{one.name}: {arm.label}", arm.searched)
         for one in comparisons(studies)
-        for mode in one.modes.values()
-        if len(mode.tried) > 1
+        for arm in one.arms.values()
+        if len(arm.searched) > 1
     ]
     headings = {factor: f"{factor} x" for factor in FACTORS}
     return Table("Learning rates, last validation of seed 42", FACTORS, rows, headings=headings)
@@ -125,7 +124,7 @@ def draw_curves(studies: Studies, path: Path) -> bool:
     figure, axes = plt.subplots(1, len(sets), figsize=(4.5 * len(sets), 3.6), squeeze=False, layout="constrained")
     colors = dict(
         zip(
-            ("flow-only", "prompt-only with PE", "PromptRL without PE", "PromptRL with PE"),
+            ARMS,
             mpl.color_sequences["tab10"],
             strict=False,
         )

@@ -1,88 +1,109 @@
-"""The three modes that the claims compare, each at the learning rates that the same search found best for it."""
+"""What the claims compare: the three modes, each at the learning rates that the same search found best for it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from benchmarks.paper_runs import GENEVAL, REWARDS, Score, Setting, Studies
 
 FACTORS = ("0.5", "1", "2", "4")
 """Of the learning rates, in the search; 1x is what all modes share."""
 LEAST_FACTORS = {"0.5", "1", "2"}
-"""4x need not be tried where no mode does better at 2x."""
+"""4x need not be tried where nothing does better at 2x."""
 SEARCHED = (42,)
 """Seed of the learning rates' search."""
-TOLERANCE = 0.02
-"""How much better another learning rate may be by chance: 192 prompts, one seed."""
+LEAST_SEEDS = 3
+"""From fewer nothing is concluded."""
 NAMES = {"geneval": "GenEval", "ocr": "OCR", "preference": "preference"}
 """Reward -> what it is called."""
-MODES = {
-    "flow_only": ("flow-only", "without_pe"),
-    "prompt_only": ("prompt-only", "with_pe"),
-    "promptrl": ("PromptRL", "with_pe"),
+FLOW, PROMPT, PLAIN, JOINT = "flow-only", "prompt-only with PE", "PromptRL without PE", "PromptRL with PE"
+ARMS = {
+    FLOW: ("flow_only", "without_pe"),
+    PROMPT: ("prompt_only", "with_pe"),
+    PLAIN: ("promptrl", "without_pe"),
+    JOINT: ("promptrl", "with_pe"),
 }
-"""Name of a mode's config -> what it is called, and how it is scored."""
+"""What is compared -> the config's name without the reward, and how it is scored."""
 
 
 @dataclass(frozen=True)
-class Mode:
-    """One of the three modes, by one reward.
+class Arm:
+    """One mode, scored in one way, by one reward.
 
     Attributes:
         label: what it is called.
-        tried: factor of the learning rates -> last validation score of the search's seed.
-        tuned: what was run with more seeds, by factor; 1x always stands there, empty if it was not run.
+        column: of its validation scores.
+        tried: factor of the learning rates -> the search's run.
+        runs: factor -> runs of more seeds; 1x always stands there, empty if it was not run.
     """
 
     label: str
-    tried: Mapping[str, float] = field(default_factory=dict)
-    tuned: Mapping[str, Setting] = field(default_factory=lambda: {"1": Setting({}, {})})
+    column: str
+    tried: Mapping[str, Setting] = field(default_factory=dict)
+    runs: Mapping[str, Setting] = field(default_factory=lambda: {"1": Setting({}, {})})
+
+    def finals(self, setting: Setting) -> dict[Any, float]:
+        """Seed -> last validation score."""
+        return {seed: float(series.iloc[-1]) for seed, series in setting.curves(self.column).items()}
+
+    @property
+    def searched(self) -> dict[str, float]:
+        """Factor -> last validation score of the search's seed."""
+        finals = {factor: self.finals(setting.only(SEARCHED)) for factor, setting in self.tried.items()}
+        return {factor: value for factor in FACTORS for value in finals.get(factor, {}).values()}
 
     @property
     def best(self) -> str:
-        """1x, unless another one of the search is better by more than chance."""
-        best = max(self.tried, key=self.tried.__getitem__, default="1")
-        return best if "1" in self.tried and self.tried[best] > self.tried["1"] + TOLERANCE else "1"
+        """Of the search: 1x, unless another one is above every seed of 1x."""
+        best = max(self.searched, key=self.searched.__getitem__, default="1")
+        return best if self.searched.get(best, 0.0) > max(self.finals(self.runs["1"]).values(), default=1.0) else "1"
 
     @property
     def factor(self) -> str:
-        """Of the runs that are compared: the best, if it was run with more seeds."""
-        return self.best if self.tuned.get(self.best, Setting({}, {})).fits else "1"
+        """Of the runs that are compared: of those with enough seeds the best one, by the seeds that all these have."""
+        finals = {factor: self.finals(setting) for factor, setting in self.runs.items()}
+        finals = {factor: own for factor, own in finals.items() if len(own) >= LEAST_SEEDS}
+        shared = set.intersection(*map(set, finals.values())) if finals else set()
+        return max(finals, key=lambda factor: sum(finals[factor][seed] for seed in shared)) if shared else "1"
 
     @property
     def setting(self) -> Setting:
         """The runs that are compared."""
-        return self.tuned[self.factor]
+        return self.runs[self.factor]
 
     @property
-    def searched(self) -> bool:
-        """Whether enough was tried: its best is not the greatest factor, or that is the last of the search."""
-        return set(self.tried) >= LEAST_FACTORS and (self.best != "2" or "4" in self.tried)
+    def complete(self) -> bool:
+        """Whether enough was tried: on both sides of the best."""
+        return set(self.searched) >= LEAST_FACTORS and (self.best != "2" or "4" in self.searched)
 
     @property
     def doubt(self) -> str:
         """Why these runs may do the mode injustice; empty if they do not."""
-        better = f"{self.label} does better at {self.best}x ({self.tried[self.best]:.2f} against {self.tried['1']:.2f})"
-        if self.factor != self.best:
-            return f"{better}, not run with more seeds"
-        return f"{better}, the greatest tried" if self.best == FACTORS[-1] else ""
+        few = len(self.runs.get(self.best, Setting({}, {})).fits) < LEAST_SEEDS
+        last = self.factor == self.best and self.best in (FACTORS[0], FACTORS[-1])
+        if self.best == "1" or not (few or last):
+            return ""
+        scores = f"{self.searched[self.best]:.2f} against {self.searched['1']:.2f}"
+        why = "not run with more seeds" if few else "the last one tried"
+        return f"{self.label} does better at {self.best}x ({scores}), {why}"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Three modes and the untrained models by one reward.
+    """What is compared by one reward.
 
     Attributes:
         reward: its set of prompts, and name of its study.
         benchmark: that scores it.
-        modes: name of the config, without the reward -> mode.
+        arms: by their names.
         base: tests of what was not trained.
     """
 
     reward: str
     benchmark: str
-    modes: Mapping[str, Mode]
+    arms: Mapping[str, Arm]
     base: Setting
 
     @property
@@ -90,38 +111,21 @@ class Comparison:
         """Of the reward, in claims and tables."""
         return NAMES[self.reward]
 
-    @property
-    def joint(self) -> Setting:
-        """PromptRL."""
-        return self.modes["promptrl"].setting
+    def score(self, label: str, name: str | None = None) -> Score:
+        """Of one of the arms, on the canonical wording or another set."""
+        return Score(self.arms[label].setting, name or self.reward, ARMS[label][1], self.benchmark)
 
-    @property
-    def flow(self) -> Setting:
-        """Flow-only."""
-        return self.modes["flow_only"].setting
+    def untrained(self, mode: str, name: str | None = None) -> Score:
+        """Of the base, without or with its untrained PE."""
+        return Score(self.base, name or self.reward, mode, self.benchmark)
 
-    @property
-    def prompt(self) -> Setting:
-        """Prompt-only."""
-        return self.modes["prompt_only"].setting
-
-    @property
-    def shared_rates(self) -> bool:
-        """Whether all three are compared at 1x."""
-        return all(mode.factor == "1" for mode in self.modes.values())
-
-    @property
-    def rates(self) -> str:
+    def rates(self, labels: Iterable[str] = ARMS) -> str:
         """Which learning rates are compared.
 
-        >>> Comparison("ocr", "", {"flow_only": Mode("flow-only"), "promptrl": Mode("PromptRL")}, Setting({}, {})).rates
-        'flow-only 1x, PromptRL 1x'
+        >>> Comparison("ocr", "", {FLOW: Arm(FLOW, ""), JOINT: Arm(JOINT, "")}, Setting({}, {})).rates([FLOW, JOINT])
+        'flow-only 1x, PromptRL with PE 1x'
         """
-        return ", ".join(f"{mode.label} {mode.factor}x" for mode in self.modes.values())
-
-    def score(self, setting: Setting, mode: str, name: str | None = None) -> Score:
-        """On the canonical wording, or another set."""
-        return Score(setting, name or self.reward, mode, self.benchmark)
+        return ", ".join(f"{label} {self.arms[label].factor}x" for label in labels)
 
 
 def comparisons(studies: Studies) -> list[Comparison]:
@@ -129,9 +133,25 @@ def comparisons(studies: Studies) -> list[Comparison]:
     found = []
     for reward, benchmark in {"geneval": GENEVAL, **REWARDS}.items():
         base = studies["base" if reward == "geneval" else "base_words"][config_of(reward, "promptrl")]
-        modes = {stem: _mode(studies, reward, stem) for stem in MODES}
-        found.append(Comparison(reward, benchmark, modes, base))
+        arms = {label: _arm(studies, reward, label) for label in ARMS}
+        found.append(Comparison(reward, benchmark, arms, base))
     return found
+
+
+def at_shared_rates(settings: Mapping[str, Setting], reward: str, benchmark: str, base: Setting) -> Comparison:
+    """Of runs that no search was made for.
+
+    Args:
+        settings: name of the config, without the reward -> runs.
+        reward: its set of prompts.
+        benchmark: that scores it.
+        base: tests of what was not trained.
+    """
+    arms = {
+        label: Arm(label, f"val/{reward}/{mode}", runs={"1": settings.get(stem, Setting({}, {}))})
+        for label, (stem, mode) in ARMS.items()
+    }
+    return Comparison(reward, benchmark, arms, base)
 
 
 def config_of(reward: str, stem: str) -> str:
@@ -143,15 +163,11 @@ def config_of(reward: str, stem: str) -> str:
     return stem if reward == "geneval" else f"{reward}_{stem}"
 
 
-def _mode(studies: Studies, reward: str, stem: str) -> Mode:
-    label, scored = MODES[stem]
+def _arm(studies: Studies, reward: str, label: str) -> Arm:
+    stem, mode = ARMS[label]
     config = config_of(reward, stem)
     shared = studies[reward][config]
-    others = {factor: studies[f"search_{reward}"][f"{config}-lr{factor}"] for factor in FACTORS if factor != "1"}
-    tuned = {factor: studies[f"{reward}_tuned"][f"{config}-lr{factor}"] for factor in others}
-    tried = {
-        factor: float(series.iloc[-1])
-        for factor, setting in ({"1": shared.only(SEARCHED)} | others).items()
-        for series in setting.curves(f"val/{reward}/{scored}").values()
-    }
-    return Mode(label, {factor: tried[factor] for factor in FACTORS if factor in tried}, {"1": shared} | tuned)
+    others = [factor for factor in FACTORS if factor != "1"]
+    tried = {factor: studies[f"search_{reward}"][f"{config}-lr{factor}"] for factor in others}
+    runs = {factor: studies[f"{reward}_tuned"][f"{config}-lr{factor}"] for factor in others}
+    return Arm(label, f"val/{reward}/{mode}", {"1": shared} | tried, {"1": shared} | runs)

@@ -1,9 +1,9 @@
-"""Properties of base models and rewards beside what training made of them, for `paper_in_miniature`."""
+"""What the single modes gain beside what joint training gains, for `paper_in_miniature`."""
 
 from __future__ import annotations
 
-from benchmarks.paper_modes import Comparison, comparisons
-from benchmarks.paper_runs import GENEVAL, Score, Setting, Studies, contrast
+from benchmarks.paper_modes import FLOW, JOINT, PROMPT, Comparison, at_shared_rates, comparisons
+from benchmarks.paper_runs import GENEVAL, Studies, contrast
 from callbacks.tables import Row, Table
 
 EARLY = 10
@@ -11,20 +11,22 @@ EARLY = 10
 COLUMNS = {
     "base": "base",
     "enhancer": "untrained PE",
-    "std_flow": "std flow-only",
-    "std_joint": "std PromptRL",
-    "flow": "flow-only gains",
-    "prompt": "prompt-only gains",
-    "joint": "PromptRL gains",
+    "flow": "flow-only",
+    "prompt": "prompt-only",
+    "joint": "PromptRL",
     "over_best": "over the better one",
-    "over_sum": "over both gains",
+    "over_sum": "over both",
+    "alike_flow": "alike, flow-only",
+    "alike_joint": "alike, PromptRL",
 }
 
 
 def properties_table(studies: Studies) -> Table:
-    """What wording and image model can bring each on its own, how far a group spreads, and what both bring together."""
-    rows = [_row(one.name, one) for one in comparisons(studies)]
-    rows.append(_row("GenEval, second base", second_base(studies)))
+    """What wording and image model can bring each on its own, what both bring together, how alike a group's are."""
+    second = at_shared_rates(
+        studies["words_geneval"].settings, "geneval", GENEVAL, studies["base_words_geneval"]["promptrl"]
+    )
+    rows = [_row(one.name, one) for one in comparisons(studies)] + [_row("GenEval, second base", second)]
     return Table(
         "When joint training is worth it",
         tuple(COLUMNS),
@@ -32,46 +34,27 @@ def properties_table(studies: Studies) -> Table:
         headings=COLUMNS,
         signed=("enhancer", "flow", "prompt", "joint", "over_best", "over_sum"),
         note=(
-            "Canonical prompts of the test; gains over the base without PE, of the refiners with PE. The last two "
-            "columns are PromptRL's gain minus that of the better single mode, and minus the sum of theirs. Std: of "
-            f"the rewards in a group, the mean of the first {EARLY} steps. Brackets: 95 % interval, drawn over seeds, "
-            "noise and prompts for the scenes of the test."
+            "Canonical prompts of the test: gains over the base without PE; those of the refiners with PE; PromptRL's "
+            "gain minus that of the better single mode, and minus the sum of theirs. Alike: cosine of two pictures of "
+            f"a group, by pixels, in the first {EARLY} steps. Brackets: 95 % interval for other seeds, noise and "
+            "prompts of the test's scenes."
         ),
     )
 
 
-def second_base(studies: Studies) -> Comparison:
-    """GenEval from the base models that know words, at the shared learning rates."""
-    first, *_ = comparisons(studies)
-    modes = {
-        stem: type(mode)(mode.label, tuned={"1": studies["words_geneval"][stem]}) for stem, mode in first.modes.items()
-    }
-    return Comparison("geneval", GENEVAL, modes, studies["base_words_geneval"]["promptrl"])
-
-
 def _row(label: str, one: Comparison) -> Row:
-    base = one.score(one.base, "without_pe")
-    scores = {
-        "flow": one.score(one.flow, "without_pe"),
-        "prompt": one.score(one.prompt, "with_pe"),
-        "joint": one.score(one.joint, "with_pe"),
-        "enhancer": one.score(one.base, "with_pe"),
-    }
+    base = one.untrained("without_pe")
+    flow, prompt, joint = one.score(FLOW), one.score(PROMPT), one.score(JOINT)
+    scores = {"flow": flow, "prompt": prompt, "joint": joint, "enhancer": one.untrained("with_pe")}
     gaps = {name: contrast((1, score), (-1, base)) for name, score in scores.items() if score.there and base.there}
     if {"flow", "prompt", "joint"} <= gaps.keys():
-        better = max(("flow", "prompt"), key=lambda name: gaps[name].value)
-        gaps["over_best"] = contrast((1, scores["joint"]), (-1, scores[better]))
-        gaps["over_sum"] = contrast((1, scores["joint"]), (-1, scores["flow"]), (-1, scores["prompt"]), (1, base))
-    values = {name: gap.value for name, gap in gaps.items()} | {"base": _value(base)}
-    values |= {"std_flow": _early(one.flow), "std_joint": _early(one.joint)}
+        better = max((flow, prompt), key=lambda score: score.value.value)
+        gaps["over_best"] = contrast((1, joint), (-1, better))
+        gaps["over_sum"] = contrast((1, joint), (-1, flow), (-1, prompt), (1, base))
+    values = {name: gap.value for name, gap in gaps.items()}
+    values |= {"base": base.value.value} if base.there else {}
+    for name, arm in (("alike_flow", FLOW), ("alike_joint", JOINT)):
+        curves = one.arms[arm].setting.curves("group/image_similarity").values()
+        early = [float(series.iloc[:EARLY].mean()) for series in curves]
+        values |= {name: sum(early) / len(early)} if early else {}
     return Row(label, values, intervals={name: (gap.low, gap.high) for name, gap in gaps.items()})
-
-
-def _value(score: Score) -> float | None:
-    return score.value.value if score.there else None
-
-
-def _early(setting: Setting) -> float | None:
-    """Mean over seeds and the first steps of a group's standard deviation."""
-    found = [series.iloc[:EARLY].mean() for series in setting.curves("group/std").values()]
-    return float(sum(found) / len(found)) if found else None

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -165,7 +166,7 @@ def contrast(*terms: tuple[float, Score], scenes: bool = False) -> Gap:
         tables,
         summarize=SUMMARIES.get(benchmark, mean_of_pictures("table")),
         scenes=asked(benchmark, len(tables[0][1][0])) if scenes else None,
-        other_runs=True,
+        runs=True,
     )
 
 
@@ -174,6 +175,14 @@ def asked(benchmark: str, num: int) -> dict[str, str]:
     name, samples = next(iter(PROMPTS[benchmark](eval_prompts=num).test_samples().items()))
     tagged = MultiRewardPrompts(eval_prompts=num).test_samples()[name]
     return {sample.id: sample.prompt for sample in (*samples, *tagged)}
+
+
+def fewest_scenes(score: Score) -> int:
+    """How many scenes the tag with the fewest has in the tests of a score."""
+    table = score.tables(list(score.tests))[0]
+    scenes = asked(score.benchmark, len(table))
+    pairs = {(tag, scenes[name]) for tag, name in zip(table.tags, table.ids, strict=True)}
+    return min(Counter(tag for tag, _ in pairs).values())
 
 
 class Study:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from benchmarks.paper_claims import SWAPPED
-from benchmarks.paper_modes import comparisons
+from benchmarks.paper_modes import ARMS, FLOW, JOINT, PLAIN, PROMPT, comparisons
 from benchmarks.paper_runs import GENEVAL, REWARDS, Score, Setting, Studies, contrast, merged, span
 from callbacks import paper
 from callbacks.tables import Row, Table
@@ -19,8 +19,8 @@ CORRECT = "RewardBenchmark by geneval"
 """What pleasing costs: GenEval's verdict on the preference's pictures."""
 MULTI = "By tags the tests draw other noise, for the preference also other scenes, than those of one reward."
 BRACKETS = (
-    "Brackets: 95 % interval, drawn over seeds, noise and prompts for the scenes of the test; parentheses: range over "
-    "seeds."
+    "Brackets: 95 % interval for other seeds, noise and prompts of the test's scenes; parentheses: number of seeds "
+    "and, where there is one score, their range."
 )
 
 
@@ -38,12 +38,13 @@ def arms(settings: Mapping[str, Setting], base: Setting) -> dict[str, tuple[Sett
 
 
 def _score_row(label: str, scores: Mapping[str, Score]) -> Row:
-    """Columns of one setting; the range over seeds of the last one stands beside its name."""
+    """Columns of one setting; the number of seeds stands beside its name, with their range if there is one column."""
     there = {column: score for column, score in scores.items() if score.there}
-    ranges = span(next(reversed(there.values())).by_seed) if there else ""
+    seeds = max((len(score.tests) for score in there.values()), default=0)
+    ranges = f", {span(next(iter(there.values())).by_seed)}" if len(scores) == 1 and seeds > 1 else ""
     gaps = {column: score.value for column, score in there.items()}
     return Row(
-        f"{label} ({ranges})" if ranges else label,
+        f"{label} ({seeds}{ranges})" if seeds > 1 else label,
         {column: gap.value for column, gap in gaps.items()},
         intervals={column: (gap.low, gap.high) for column, gap in gaps.items()},
     )
@@ -80,7 +81,8 @@ def wording_table(studies: Studies) -> Table:
         if gaps:
             intervals = {name: (gap.low, gap.high) for name, gap in gaps.items()}
             values = {name: gap.value for name, gap in gaps.items()}
-            rows.append(Row(label, {"original": original.value.value} | values, intervals=intervals))
+            shown = f"{label} ({len(original.tests)})" if len(original.tests) > 1 else label
+            rows.append(Row(shown, {"original": original.value.value} | values, intervals=intervals))
     columns = ("geneval.static_pe", *WORDINGS)
     headings = {name: name.removeprefix("geneval.").replace("static_pe", "untrained PE") for name in columns}
     title = "Other wordings minus the original, GenEval (the paper's Table 1)"
@@ -97,18 +99,16 @@ def rewards_table(studies: Studies) -> Table:
     for one in comparisons(studies):
         if one.benchmark == GENEVAL:
             continue
-        shared = arms({stem: mode.tuned["1"] for stem, mode in one.modes.items()}, one.base)
-        for stem, own in one.modes.items():  # with other learning rates, where these are better
-            others = arms({stem: own.setting}, Setting({}, {})) if own.factor != "1" else {}
-            shared |= {f"{label}, {own.factor}x rates": arm for label, arm in others.items()}
-        for label, (setting, scored) in shared.items():
+        settings = {ARMS[label][0]: arm.runs["1"] for label, arm in one.arms.items()}
+        shown = arms(settings, one.base)
+        for label, arm in one.arms.items():  # with other learning rates, where these are better
+            if arm.factor != "1":
+                shown[f"{label}, {arm.factor}x rates"] = arm.setting, ARMS[label][1]
+        for label, (setting, scored) in shown.items():
+            own = {name: Score(setting, name, scored, one.benchmark) for name in ("unseen", one.reward)}
+            correct = Score(setting, one.reward, scored, CORRECT)
             row = _score_row(
-                f"{one.name}: {label}",
-                {
-                    "correct": Score(setting, one.reward, scored, CORRECT),
-                    "unseen": one.score(setting, scored, "unseen"),
-                    "canonical": one.score(setting, scored),
-                },
+                f"{one.name}: {label}", {"canonical": own[one.reward], "unseen": own["unseen"], "correct": correct}
             )
             rows += [row] if row.scores else []
     return Table(
@@ -124,22 +124,18 @@ def gain_table(studies: Studies) -> Table:
     """How much of what RL taught on the canonical wording reaches another one."""
     rows = []
     for one in comparisons(studies):
-        for label, setting, mode in (
-            ("flow-only", one.flow, "without_pe"),
-            ("PromptRL without PE", one.joint, "without_pe"),
-            ("PromptRL with PE", one.joint, "with_pe"),
-            ("prompt-only with PE", one.prompt, "with_pe"),
-        ):
+        for label in (FLOW, PLAIN, JOINT, PROMPT):
             gaps = {}
             for column, name in (("canonical", one.reward), ("unseen", "unseen")):
-                after, before = one.score(setting, mode, name), one.score(one.base, "without_pe", name)
+                after, before = one.score(label, name), one.untrained("without_pe", name)
                 if after.there and before.there:
                     gaps[column] = contrast((1, after), (-1, before))
             if len(gaps) == 2:
                 values = {column: gap.value for column, gap in gaps.items()}
                 ends = {column: (gap.low, gap.high) for column, gap in gaps.items()}
                 share = {"share": values["unseen"] / values["canonical"] if ends["canonical"][0] > 0 else None}
-                rows.append(Row(f"{one.name}: {label}", values | share, intervals=ends))
+                rate = f", {one.arms[label].factor}x rates" if one.arms[label].factor != "1" else ""
+                rows.append(Row(f"{one.name}: {label}{rate}", values | share, intervals=ends))
     return Table(
         "Gain over the base without PE, canonical and unseen wording",
         ("canonical", "unseen", "share"),
@@ -279,9 +275,9 @@ def settings_table(studies: Studies) -> Table:
         "KL LM": "language.init_args.kl_weight",
     }
     rows = []
-    for name in ("geneval", "ocr", "preference", "multi_reward"):
-        setting = next((one for job, one in studies[name].settings.items() if job.endswith("promptrl")), None)
-        for run in list(setting.fits.values())[:1] if setting else ():
+    found = {f"{one.name}, {one.arms[JOINT].factor}x rates": one.arms[JOINT].setting for one in comparisons(studies)}
+    for name, setting in (found | {"by tags": studies["multi_reward"]["multi_reward_promptrl"]}).items():
+        for run in list(setting.fits.values())[:1]:
             values = {column: run.get(f"model.init_args.{key}") for column, key in keys.items()}
             values["rollouts"] = run.history[-1]["rollouts"]
             rows.append(Row(name, values))
@@ -291,5 +287,5 @@ def settings_table(studies: Studies) -> Table:
         (*keys, "rollouts"),
         rows,
         digits=digits | {"LR flow": 5, "LR LM": 5},
-        note="The other modes differ in their agents alone.",
+        note="The other modes differ in their agents, and where the search said so in their learning rates.",
     )

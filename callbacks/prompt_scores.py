@@ -10,7 +10,7 @@ from torch import Tensor
 
 from callbacks.comparison import Gap
 from callbacks.runs import Run
-from rewards.bootstrap import enough, interval, resample
+from rewards.bootstrap import enough, interval, other_runs, resample
 from rewards.metric import PromptTable, weighted_mean
 
 Summary = Callable[[PromptTable, Tensor], Tensor]
@@ -104,7 +104,7 @@ def prompt_contrast(
     summarize: Summary,
     resamples: int = 2000,
     scenes: Mapping[str, str] | None = None,
-    other_runs: bool = False,
+    runs: bool = False,
 ) -> Gap:
     """Weighted sum of several settings' mean scores over runs, over the prompts (ids) that all of them have.
 
@@ -118,8 +118,8 @@ def prompt_contrast(
         scenes: id -> what it asks for, where several prompts ask for the same: these are drawn together, and the
             interval is one of other scenes, from two of a tag on (where it is too narrow). None takes every prompt for
             a scene of its own.
-        other_runs: also draw the runs, the same ones of all settings with as many: the interval is one of other prompts
-            and other seeds. Settings with one run keep it.
+        runs: also for other runs (`rewards.bootstrap.other_runs`), the same ones of all settings with as many: the
+            interval is one of other prompts and other seeds. Settings with one run keep it.
 
     Raises:
         ValueError: if the tables have no prompt in common.
@@ -138,8 +138,8 @@ def prompt_contrast(
         shared = (table.rows([rows[id(table)][name] for name in ids]) for table in tables)
         scores = torch.stack([summarize(table, weights) for table in shared])
         counts = torch.ones(len(tables), len(weights), dtype=torch.float64)
-        if other_runs:
-            counts[:, 1:] = resample(["run"] * len(tables), resamples, seed=len(tables)).T
+        if runs:
+            counts[:, 1:] = other_runs(len(tables), resamples, seed=len(tables)).T
         total += sign * (scores * counts).sum(0) / len(tables)
     least = 3 if scenes is None else 2
     ends = interval(total[1:]) if enough([tag for tag, _ in drawn], least) else (math.nan, math.nan)

@@ -32,6 +32,32 @@ def resample(tags: Sequence[str], num: int, seed: int = 0) -> Tensor:
     return weights
 
 
+def other_runs(runs: int, num: int, seed: int = 0) -> Tensor:
+    """Weights of a few runs whose weighted mean spreads as the mean of other runs would.
+
+    Drawing three runs with replacement gives an interval that is far too narrow. Here, if the runs' scores have mean m
+    and standard deviation s, `(weights * scores).mean(1)` is distributed as m + s / sqrt(N) t, with t of Student's
+    distribution with N - 1 degrees of freedom: its percentiles are the ends of the usual t interval.
+
+    Args:
+        runs: N.
+        num: R replicates.
+        seed: of the draw.
+
+    Returns:
+        [R, N] float64 of mean 1 in each row, negative ones among them; all 1 for one run, whose spread is not known.
+
+    >>> other_runs(3, 2).mean(1).round(decimals=9).tolist(), other_runs(1, 2).tolist()
+    ([1.0, 1.0], [[1.0], [1.0]])
+    """
+    if runs == 1:
+        return torch.ones(num, 1, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(num, runs, generator=generator, dtype=torch.float64)
+    chi_square = torch.randn(num, runs - 1, generator=generator, dtype=torch.float64).square().sum(1, keepdim=True)
+    return 1 + (normal - normal.mean(1, keepdim=True)) * (runs / chi_square).sqrt()
+
+
 def enough(tags: Sequence[str], least: int = 3) -> bool:
     """Whether every tag has prompts to draw from: one alone is always drawn, and its score would seem certain.
 

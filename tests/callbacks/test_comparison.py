@@ -70,21 +70,35 @@ def test_band() -> None:
 
 
 def test_seed_gap_of_pairs() -> None:
-    """Differences .1, .2, .15; of 27 resamples one is all .1, more than a fortieth, so the ends are the extremes."""
+    """Differences .1, .2, .15: standard deviation .05, and t is 4.3027 with two degrees of freedom."""
     gap = seed_gap({42: 0.6, 43: 0.7, 44: 0.65, 46: 9.0}, {44: 0.5, 43: 0.5, 42: 0.5, 45: 0.0})
-    assert (gap.value, gap.low, gap.high, gap.num) == pytest.approx((0.15, 0.1, 0.2, 3))
+    half = 4.3027 * 0.05 / math.sqrt(3)
+    assert (gap.value, gap.low, gap.high, gap.num) == pytest.approx((0.15, 0.15 - half, 0.15 + half, 3), abs=1e-5)
+    same = seed_gap({1: 0.65, 2: 0.5, 3: 0.3}, {1: 0.5, 2: 0.35, 3: 0.15})
+    assert (same.value, same.low, same.high) == pytest.approx((0.15, 0.15, 0.15))
 
 
 def test_seed_gap_without_pairs() -> None:
+    """Both have a standard deviation of .05; t is 2.7764 with four degrees of freedom."""
     gap = seed_gap({1: 0.6, 2: 0.7, 3: 0.65}, {4: 0.5, 5: 0.4, 6: 0.45})
-    assert gap.value == pytest.approx(0.2) and gap.num == 0
-    assert 0.1 <= gap.low < 0.15 and 0.25 < gap.high <= 0.3
+    half = 2.7764 * 0.05 * math.sqrt(2 / 3)
+    assert (gap.value, gap.low, gap.high, gap.num) == pytest.approx((0.2, 0.2 - half, 0.2 + half, 0), abs=1e-5)
 
 
 def test_too_few_seeds_for_an_interval() -> None:
     gap = seed_gap({42: 0.6, 43: 0.8}, {42: 0.5, 43: 0.5})
     assert gap.value == pytest.approx(0.2) and math.isnan(gap.low) and math.isnan(gap.high)
     assert gap.num == 2 and isinstance(gap, Gap)
+
+
+def test_ratio_to_a_share_of_the_gain() -> None:
+    """A plateau from 100 on, best by .01 at 400; 95 % of its gain of .2 is .59, which both reach close to 100."""
+    reference = pd.Series([0.4, 0.6, 0.6, 0.6, 0.61], [0, 100, 200, 300, 400])
+    other = pd.Series([0.4, 0.61, 0.61, 0.61, 0.61], [0, 100, 200, 300, 400])
+    assert ceiling_ratio(other, reference) == pytest.approx(0.25)
+    needed = (0.95 * 0.21 / 0.2, 0.95)
+    assert ceiling_ratio(other, reference, share=0.95) == pytest.approx(needed[1] / needed[0])
+    assert math.isnan(ceiling_ratio(reference, pd.Series([0.5, 0.4], [0, 100]), share=0.5)), "it never rises"
 
 
 def test_compare() -> None:

@@ -93,14 +93,23 @@ def test_intervals_over_scenes_and_runs(tmp_path: Path) -> None:
     by_scene = prompt_contrast([(1, [table])], summarize=mean_of_tags("correct"), scenes=scenes)
     assert by_prompt.value == by_scene.value == 0.5
     assert (by_scene.low, by_scene.high) == (0, 1) and by_prompt.low > 0 and by_prompt.high < 1
-    runs = [scored(tmp_path / str(mean), *[(name, "red", mean, 4) for name in scenes]) for mean in (0.25, 0.75)]
+
+
+def test_intervals_of_other_runs(tmp_path: Path) -> None:
+    """Three runs with .25, .5 and .75 on every prompt: Student's t interval, 4.3027 * .25 / sqrt(3) to each side."""
+    runs = [scored(tmp_path / str(mean), *[(name, "red", mean, 4) for name in "abcd"]) for mean in (0.25, 0.5, 0.75)]
     tables = [prompt_table(run, "geneval", "without_pe") for run in runs]
-    fixed = prompt_contrast([(1, tables)], summarize=mean_of_tags("correct"))
-    drawn = prompt_contrast([(1, tables)], summarize=mean_of_tags("correct"), other_runs=True)
-    assert (fixed.low, fixed.high) == (0.5, 0.5) and (drawn.low, drawn.high) == (0.25, 0.75)
-    assert drawn.value == 0.5
-    pairs = prompt_contrast([(1, tables), (-1, tables)], summarize=mean_of_tags("correct"), other_runs=True)
-    assert (pairs.low, pairs.high) == (0, 0), "the same runs of both are drawn"
+    summarize = mean_of_tags("correct")
+    fixed = prompt_contrast([(1, tables)], summarize=summarize)
+    assert (fixed.low, fixed.high) == (0.5, 0.5)
+    other = prompt_contrast([(1, tables)], summarize=summarize, runs=True, resamples=100_000)
+    half = 4.3027 * 0.25 / math.sqrt(3)
+    assert other.value == pytest.approx(0.5)
+    assert (other.low, other.high) == pytest.approx((0.5 - half, 0.5 + half), abs=0.03)
+    pairs = prompt_contrast([(1, tables), (-1, tables)], summarize=summarize, runs=True)
+    assert (pairs.low, pairs.high) == (0, 0), "the same runs of both"
+    one = prompt_contrast([(1, tables[:1])], summarize=summarize, runs=True)
+    assert (one.low, one.high) == (0.25, 0.25), "what other runs would give is not known from one"
 
 
 def test_refusals(tmp_path: Path) -> None:
