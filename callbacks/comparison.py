@@ -84,6 +84,20 @@ def area(series: pd.Series, upto: float | None = None) -> float:
     return float(np.trapezoid(y, x) / (x[-1] - x[0])) if len(x) > 1 else math.nan
 
 
+def gap_difference(first: Gap, second: Gap, weight: float = 1.0) -> Gap:
+    """`first - weight * second` of two that were measured apart, with the MOVER interval (Zou and Donner, 2008).
+
+    Args:
+        first: with its interval.
+        second: likewise.
+        weight: at least 0.
+    """
+    value = first.value - weight * second.value
+    low = math.hypot(first.value - first.low, weight * (second.high - second.value))
+    high = math.hypot(first.high - first.value, weight * (second.value - second.low))
+    return Gap(value, value - low, value + high, min(first.num, second.num))
+
+
 def seed_gap(first: Mapping[int | None, float], second: Mapping[int | None, float]) -> Gap:
     """Mean over seeds of one setting's scores minus another's, with Student's t interval over seeds.
 

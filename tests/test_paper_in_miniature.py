@@ -18,6 +18,7 @@ from benchmarks.paper_claims import (
     OPEN,
     Claim,
     above,
+    claims,
     ratio,
     searched,
     verdict,
@@ -281,6 +282,27 @@ def test_gains_beside_each_other(studies: Studies, tmp_path: Path) -> None:
     )
     low, high = row.intervals["over_best"]
     assert low <= 0.3 <= high
+
+
+def test_tags_are_to_bring_most_of_what_one_reward_brings(tmp_path: Path) -> None:
+    """By tags .3 -> .7, alone .3 -> .6: .4 - .8 * .3 is more than nothing; the other rewards are not measured."""
+    for seed in (42, 43, 44):
+        for study, job, digits in (
+            ("multi_reward", "multi_reward_promptrl", "1111111000"),
+            ("words_geneval", "promptrl", "1111110000"),
+        ):
+            run = fitted(tmp_path / study, "promptrl", seed, [0.4, 0.5])
+            job_folder = run.parents[1].rename(tmp_path / study / f"{job}-s{seed}")
+            score_test(job_folder / "x" / "version_0", {("geneval", "with_pe"): digits})
+    for study, job in (("base_words", "multi_reward_promptrl"), ("base_words_geneval", "promptrl")):
+        folder = tmp_path / study / job / "x" / "version_0"
+        write_scores(folder, {"pictures": {}}, {("geneval", "without_pe"): "1110000000"})
+    names = ("multi_reward", "words_geneval", "base_words", "base_words_geneval")
+    claim = next(one for name, one in claims(studies_in(tmp_path, *names)).items() if name.startswith("C6"))
+    gain, kept, *others = claim.parts
+    assert gain is not None and gain.number.startswith("+0.400 [") and gain.verdict in (HOLDS, HERE)
+    assert kept is not None and kept.number.startswith("+0.160 [") and kept.number.endswith(", 3 seeds")
+    assert others == [None] * 4 and claim.verdict == OPEN
 
 
 def test_refiners_in_front_of_a_second_model(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from callbacks.comparison import Gap, area, ceiling_ratio, compare, rollouts_to, seed_gap
+from callbacks.comparison import Gap, area, ceiling_ratio, compare, gap_difference, rollouts_to, seed_gap
 from callbacks.curves import at, band
 
 RISING = pd.Series([0.4, 0.5, 0.7], index=[0, 100, 200])
@@ -89,6 +89,13 @@ def test_too_few_seeds_for_an_interval() -> None:
     gap = seed_gap({42: 0.6, 43: 0.8}, {42: 0.5, 43: 0.5})
     assert gap.value == pytest.approx(0.2) and math.isnan(gap.low) and math.isnan(gap.high)
     assert gap.num == 2 and isinstance(gap, Gap)
+
+
+def test_difference_of_gaps_measured_apart() -> None:
+    """.5 [.2, .6] less half of .4 [.2, 1.2]: below by 3-4-5 of .3 and .4, above by sqrt(.01 + .01)."""
+    found = gap_difference(Gap(0.5, 0.2, 0.6, 9), Gap(0.4, 0.2, 1.2, 7), 0.5)
+    assert (found.value, found.low, found.high) == pytest.approx((0.3, -0.2, 0.3 + math.sqrt(0.02)))
+    assert found.num == 7
 
 
 def test_ratio_to_a_share_of_the_gain() -> None:
