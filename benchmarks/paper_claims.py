@@ -176,6 +176,11 @@ def claims(studies: Studies) -> dict[str, Claim]:
             ],
             searched(one, FLOW, PLAIN),
             [
+                above(
+                    "in the unseen wording PromptRL with PE - flow-only",
+                    (1, one.score(JOINT, "unseen")),
+                    (-1, one.score(FLOW, "unseen")),
+                ),
                 above("what it costs PromptRL with PE", *refined),
                 above("what it costs flow-only, more than that", *lost, *_less(refined)),
                 above("what it costs the base with the untrained PE, more than that", *enhanced, *_less(refined)),
