@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 
-from benchmarks.paper_modes import ARMS, FACTORS, FLOW, comparisons
+from benchmarks.paper_modes import ARMS, FACTORS, FLOW, JOINT, comparisons
 from benchmarks.paper_runs import Setting, Studies
 from callbacks.comparison import ceiling_ratio, compare
 from callbacks.curves import Curves, band
@@ -34,7 +34,9 @@ def curve_sets(studies: Studies) -> dict[str, dict[str, Curves]]:
             best = curves_of({label: arm.setting for label, arm in one.arms.items()}, one.reward)
             sets[f"{one.name}, best rates"] = best
     for title, name in (("GenEval, second base", "words_geneval"), ("GenEval, three times as long", "long")):
-        sets[title] = curves_of({label: studies[name][stem] for label, (stem, _) in ARMS.items()}, "geneval")
+        curves = curves_of({label: studies[name][stem] for label, (stem, _) in ARMS.items()}, "geneval")
+        if JOINT in curves:
+            sets[title] = curves
     return {title: curves for title, curves in sets.items() if curves.get(FLOW)}
 
 
@@ -125,16 +127,21 @@ def draw_curves(studies: Studies, path: Path) -> bool:
     sets = curve_sets(studies)
     if not sets:
         return False
-    figure, axes = plt.subplots(1, len(sets), figsize=(4.5 * len(sets), 3.6), squeeze=False, layout="constrained")
+    across = min(3, len(sets))
+    down = -(-len(sets) // across)
+    figure, axes = plt.subplots(down, across, figsize=(4.5 * across, 3.4 * down), squeeze=False, layout="constrained")
     colors = dict(zip(ARMS, mpl.color_sequences["tab10"], strict=False))
-    for axis, (title, curves) in zip(axes[0], sets.items(), strict=True):
+    for axis in axes.flat[len(sets) :]:
+        axis.set_axis_off()
+    for axis, (title, curves) in zip(axes.flat, sets.items(), strict=False):
         for label, seeds in curves.items():
             table = band(seeds)
             axis.plot(table.index, table["mean"], marker="o", markersize=3, label=label, color=colors[label])
             axis.fill_between(table.index, table["low"], table["high"], alpha=0.15, color=colors[label], linewidth=0)
         counts = "-".join(map(str, sorted({len(seeds) for seeds in curves.values()})))
         axis.set(title=f"{title} ({counts} seeds)", xlabel="rollouts")
-    axes[0, 0].set_ylabel("held-out score")
+    for row in axes:
+        row[0].set_ylabel("held-out score")
     axes[0, 0].legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90, metadata={"Software": None})
