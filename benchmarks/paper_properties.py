@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.paper_modes import FLOW, JOINT, PROMPT, Comparison, at_shared_rates, comparisons
-from benchmarks.paper_runs import GENEVAL, Studies, contrast
+from benchmarks.paper_runs import GENEVAL, Studies, contrast, shared_seeds
 from callbacks.tables import Row, Table
 
 EARLY = 10
@@ -47,7 +47,7 @@ def _row(label: str, one: Comparison) -> Row:
     flow, prompt, joint = one.score(FLOW), one.score(PROMPT), one.score(JOINT)
     scores = {"flow": flow, "prompt": prompt, "joint": joint, "enhancer": one.untrained("with_pe")}
     gaps = {name: contrast((1, score), (-1, base)) for name, score in scores.items() if score.there and base.there}
-    if {"flow", "prompt", "joint"} <= gaps.keys():
+    if {"flow", "prompt", "joint"} <= gaps.keys() and shared_seeds(flow, prompt, joint):
         better = max((flow, prompt), key=lambda score: score.value.value)
         gaps["over_best"] = contrast((1, joint), (-1, better))
         gaps["over_sum"] = contrast((1, joint), (-1, flow), (-1, prompt), (1, base))

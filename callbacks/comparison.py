@@ -65,8 +65,8 @@ def ceiling_ratio(series: pd.Series, reference: pd.Series, *, share: float = 1.0
     Returns:
         Below 0.5 where the claim holds; NaN if the curve never gets there or the reference never rises.
     """
-    first = float(reference.iloc[0])
-    threshold = first + share * (float(reference.max()) - first)
+    best = float(reference.max())
+    threshold = best - (1 - share) * (best - float(reference.iloc[0]))  # exactly the best for a share of 1
     needed = rollouts_to(reference, threshold, interpolate=interpolate)
     return rollouts_to(series, threshold, interpolate=interpolate) / needed if needed > 0 else math.nan
 

@@ -106,6 +106,8 @@ def test_ratio_to_a_share_of_the_gain() -> None:
     needed = (0.95 * 0.21 / 0.2, 0.95)
     assert ceiling_ratio(other, reference, share=0.95) == pytest.approx(needed[1] / needed[0])
     assert math.isnan(ceiling_ratio(reference, pd.Series([0.5, 0.4], [0, 100]), share=0.5)), "it never rises"
+    steep = pd.Series([0.21991682253415565, 0.49376122707744], [0, 100])
+    assert ceiling_ratio(steep, steep) == 1, "its best, not one rounding above it"
 
 
 def test_compare() -> None:
