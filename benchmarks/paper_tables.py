@@ -12,7 +12,6 @@ from callbacks import paper
 from callbacks.tables import Row, Table
 from datamodules.shapes_world import TAGS
 
-LABELS = {"promptrl": "PromptRL", "flow_only": "flow-only", "prompt_only": "prompt-only"}
 PE = {"without_pe": "without PE", "with_pe": "with PE"}
 WORDINGS = ("unseen", "geneval.synonyms", "geneval.terse", "geneval.gallery", "geneval.template", "geneval.detailed")
 CORRECT = "RewardBenchmark by geneval"
@@ -29,10 +28,7 @@ def arms(settings: Mapping[str, Setting], base: Setting) -> dict[str, tuple[Sett
     named = {
         "base": (base, "without_pe"),
         "base with the untrained PE": (base, "with_pe"),
-        "flow-only": (settings.get("flow_only"), "without_pe"),
-        "prompt-only with PE": (settings.get("prompt_only"), "with_pe"),
-        "PromptRL without PE": (settings.get("promptrl"), "without_pe"),
-        "PromptRL with PE": (settings.get("promptrl"), "with_pe"),
+        **{label: (settings.get(stem), mode) for label, (stem, mode) in ARMS.items()},
     }
     return {label: (setting, mode) for label, (setting, mode) in named.items() if setting and setting.tests}
 
@@ -154,17 +150,15 @@ def multi_reward_table(studies: Studies) -> Table:
     rows = []
     for label, mode in (("base", "without_pe"), ("base with the untrained PE", "with_pe")):
         rows.append(_score_row(label, {name: Score(base, name, mode, title) for name, title in columns.items()}))
-    for stem, modes in (("flow_only", ["without_pe"]), ("prompt_only", ["with_pe"]), ("promptrl", list(PE))):
-        for mode in modes:
-            single = {
-                "geneval": Score(studies["words_geneval"][stem], "geneval", mode),
-                **{name: Score(studies[name][f"{name}_{stem}"], name, mode, title) for name, title in REWARDS.items()},
-            }
-            setting = studies["multi_reward"][f"multi_reward_{stem}"]
-            tagged = {name: Score(setting, name, mode, title) for name, title in columns.items()}
-            suffix = "" if stem == "flow_only" else f" {PE[mode]}"
-            rows.append(_score_row(f"{LABELS[stem]}{suffix}, one reward each", single))
-            rows.append(_score_row(f"{LABELS[stem]}{suffix}, rewards by tags", tagged))
+    for label, (stem, mode) in ARMS.items():
+        single = {
+            "geneval": Score(studies["words_geneval"][stem], "geneval", mode),
+            **{name: Score(studies[name][f"{name}_{stem}"], name, mode, title) for name, title in REWARDS.items()},
+        }
+        setting = studies["multi_reward"][f"multi_reward_{stem}"]
+        tagged = {name: Score(setting, name, mode, title) for name, title in columns.items()}
+        rows.append(_score_row(f"{label}, one reward each", single))
+        rows.append(_score_row(f"{label}, rewards by tags", tagged))
     rows = [row for row in rows if row.scores]
     return Table(
         "Several rewards by tags", tuple(columns), [*rows, *paper.multi_reward_rows()], note=f"{MULTI} {BRACKETS}"
@@ -215,7 +209,7 @@ def long_table(studies: Studies) -> Table:
     rows = []
     base = studies["base"]["promptrl"]
     for name, settings in (
-        ("7,680", {stem: studies["geneval"][stem].only(SWAPPED) for stem in LABELS}),
+        ("7,680", {stem: studies["geneval"][stem].only(SWAPPED) for stem, _ in ARMS.values()}),
         ("23,040", studies["long"].settings),
     ):
         for label, (setting, mode) in arms(settings, base).items():
