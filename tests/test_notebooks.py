@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SHORTER = {
     "01_one_step": "NUM_UPDATES = 1",
-    "02_compare_runs": "MAX_STEPS, VALIDATE_EVERY, EVAL_PROMPTS, ROOT = 2, 2, 6, {runs!r}",
-    "03_prompt_robustness": "MAX_STEPS, EVAL_PROMPTS, ROOT = 1, 12, {runs!r}",
-    "04_ablate_retention": "RETAINED, MAX_STEPS, VALIDATE_EVERY, EVAL_PROMPTS, ROOT = [0, 2], 2, 2, 6, {runs!r}",
-    "05_reward_tags": "MAX_STEPS, VALIDATE_EVERY, EVAL_PROMPTS, ROOT = 2, 2, 6, {runs!r}",
+    "02_compare_runs": "MAX_STEPS, VALIDATE_EVERY, EVAL_PROMPTS, ROOT = 1, 1, 6, {runs!r}",
+    "03_prompt_robustness": "MAX_STEPS, EVAL_PROMPTS, ROOT = 1, 6, {runs!r}",
+    "04_ablate_retention": "RETAINED, MAX_STEPS, VALIDATE_EVERY, EVAL_PROMPTS, ROOT = [0, 2], 1, 1, 6, {runs!r}",
+    "05_reward_tags": "MAX_STEPS, VALIDATE_EVERY, EVAL_PROMPTS, ROOT = 1, 1, 6, {runs!r}",
     "06_edit": "NUM_EDITS, MAX_STEPS, EVAL_PROMPTS, RUNS = 12, 1, 6, {runs!r}",
 }
 """What replaces settings of each notebook's `parameters` cell."""
