@@ -493,8 +493,8 @@ trainer:
 
 def miniature(root: Path, steps: int, *more: str) -> tuple[dict[str, Any], list[dict[str, str]]]:
     cli.main([
-        "fit", "--config=configs/quickstart.yaml", "--data.init_args.eval_prompts=6",
-        "--data.init_args.train_prompts=12", "--data.init_args.batch_size=4", "--trainer.val_check_interval=3",
+        "fit", "--config=configs/quickstart.yaml", "--data.init_args.eval_prompts=3",
+        "--data.init_args.train_prompts=6", "--data.init_args.batch_size=2", "--trainer.val_check_interval=3",
         "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
         "--checkpoint.every_n_train_steps=2", f"--trainer.max_steps={steps}", f"--trainer.default_root_dir={root}",
         *more,
@@ -532,7 +532,7 @@ def test_the_miniature_is_watched_and_not_changed(tmp_path: Path) -> None:
     assert len(validations) == 3  # before, after three steps, at the end
     for row in validations:
         sets = [name for name in row if name.startswith("val/") and name.endswith("/shapes_quality/with_pe")]
-        assert len(sets) == 3  # of 6 prompts each: the mean of all pictures is the mean of the sets' means
+        assert len(sets) == 3  # of 3 prompts each: the mean of all pictures is the mean of the sets' means
         mean = sum(float(row[name]) for name in sets) / 3
         assert float(row["health/held_out/shapes_quality"]) == pytest.approx(mean, abs=1e-6)
     assert validations[1:] == [row for row in resumed_rows if "health/held_out/shapes_quality" in row]
