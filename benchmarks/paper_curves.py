@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -80,45 +81,56 @@ def search_table(studies: Studies) -> Table:
 
 def sensitivity_table(studies: Studies) -> Table:
     """What the comparison of flow-only with PromptRL depends on, validation."""
-    rows, columns = [], ("flow_only", "promptrl", "promptrl_with_pe", "ratio")
+    rows: list[Row] = []
     found = {"as elsewhere": studies["geneval"].settings}
     for name in studies:
         if name.startswith("sensitivity"):
             for setting in studies[name].settings:
                 stem, _, label = setting.partition("-")
-                found[label] = found.get(label, {}) | {stem: studies[name][setting]}
+                words = re.sub(r"_|(?<=[a-z])(?=\d)", " ", label)  # a sweep's name of a value: `noise_level0.4`
+                found[words] = found.get(words, {}) | {stem: studies[name][setting]}
     found["second base"] = studies["words_geneval"].settings
     for label, settings in found.items():
-        both = [settings.get(stem, Setting({}, {})).fits for stem in ("flow_only", "promptrl")]
-        shared = sorted(set(both[0]) & set(both[1]) & ({42, 43} if label == "as elsewhere" else set(both[0])))
+        flow, joint = (settings.get(stem, Setting({}, {})) for stem in ("flow_only", "promptrl"))
+        wanted = {42, 43} if label == "as elsewhere" else set(flow.fits)
+        shared = sorted(wanted & set(flow.fits) & set(joint.fits))
         if not shared:
             continue
+        flow, joint = flow.only(shared), joint.only(shared)
         curves = {
-            "flow_only": settings["flow_only"].only(shared).curves("val/geneval/without_pe"),
-            "promptrl": settings["promptrl"].only(shared).curves("val/geneval/without_pe"),
-            "promptrl_with_pe": settings["promptrl"].only(shared).curves("val/geneval/with_pe"),
+            "flow_only": flow.curves("val/geneval/without_pe"),
+            "promptrl": joint.curves("val/geneval/without_pe"),
+            "promptrl_with_pe": joint.curves("val/geneval/with_pe"),
         }
         table = compare(curves, "flow_only")
         ends = {name: (table.loc[name, "low"], table.loc[name, "high"]) for name in curves}
         values = {name: table.loc[name, "final"] for name in curves}
+        for column, name in (("gap", "geneval"), ("unseen", "unseen")):
+            above, below = joint.curves(f"val/{name}/with_pe"), flow.curves(f"val/{name}/without_pe")
+            gaps = [float(above[seed].iloc[-1] - below[seed].iloc[-1]) for seed in shared]
+            values[column], ends[column] = math.fsum(gaps) / len(gaps), (min(gaps), max(gaps))
         means = {name: band(curves[name])["mean"] for name in ("promptrl_with_pe", "flow_only")}
         values["ratio"] = ceiling_ratio(means["promptrl_with_pe"], means["flow_only"], share=0.95)
-        rows.append(Row(f"{label} ({len(shared)} seeds)", values, intervals=ends))
+        rows.append(Row(f"{label} ({len(shared)})", values, intervals=ends))
+    headings = {
+        "flow_only": "flow-only",
+        "promptrl": "PromptRL without PE",
+        "promptrl_with_pe": "PromptRL with PE",
+        "gap": "with PE - flow-only",
+        "unseen": "the same, unseen wording",
+        "ratio": "share",
+    }
     return Table(
         "What it depends on, GenEval, validation",
-        columns,
+        tuple(headings),
         rows,
         note=(
-            "Brackets: the range over seeds. Share: of flow-only's rollouts to 95 % of its gain, that PromptRL with PE "
-            "needs."
+            "Parentheses: number of seeds; brackets: their range. Share: of flow-only's rollouts to 95 % of its gain, "
+            "that PromptRL with PE needs."
         ),
         digits={"ratio": 2},
-        headings={
-            "flow_only": "flow-only",
-            "promptrl": "PromptRL without PE",
-            "promptrl_with_pe": "PromptRL with PE",
-            "ratio": "share",
-        },
+        headings=headings,
+        signed=("gap", "unseen"),
     )
 
 

@@ -46,9 +46,11 @@ def fitted(folder: Path, stem: str, seed: int, curve: list[float]) -> Path:
     agents = {"flow": flow, "language": None if stem == "flow_only" else language}
     model = {"class_path": "lightning_modules.prompt_rl.PromptRL", "init_args": agents | {"seed": seed}}
     (run / "config.yaml").write_text(yaml.safe_dump({"model": model, "trainer": {"max_steps": len(curve) - 1}}))
-    scores = [{"geneval": {mode: {"overall": value} for mode in ("without_pe", "with_pe")}} for value in curve]
+    sets = {"geneval": 1.0, "unseen": 0.5}
+    modes = ("without_pe", "with_pe")
+    scores = [{name: {mode: {"overall": x * v} for mode in modes} for name, x in sets.items()} for v in curve]
     entries = [{"step": i, "rollouts": 64 * i, "seconds": i, "results": one} for i, one in enumerate(scores)]
-    results = {"headlines": {"geneval": "overall"}, "history": {"GenEval": entries}} | scores[-1]
+    results = {"headlines": dict.fromkeys(sets, "overall"), "history": {"GenEval": entries}} | scores[-1]
     (run / "results.json").write_text(json.dumps(results))
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / "last.ckpt").touch()
@@ -259,9 +261,25 @@ def test_tables(studies: Studies) -> None:
         {"m = 0 (3)": 0.3, "m = 1 (3)": 0.7, "m = 2 (3)": 0.5, "m = 4 (3)": 0.5}
     )
     assert not [row for row in wording_table(studies).rows if not row.source], "no test has an enhancer in front"
-    (row,) = sensitivity_table(studies).rows
-    assert row.label == "as elsewhere (2 seeds)" and row.scores["ratio"] == pytest.approx(0.25)
     assert (span([0.25, 0.5]), span([1.0]), covered([(0, 2), (1, 3), (5, 6)])) == (".25-.50", "", 4.0)
+
+
+def test_what_it_depends_on(tmp_path: Path) -> None:
+    """Elsewhere .5 and .7, with other noise .4 and .6 or .8; half of it in an unseen wording; a third seed is alone."""
+    plan = "sensitivity_noise"
+    for folder, label, joint in (("geneval", "", (0.7, 0.7, 0.9)), (plan, "-noise_level0.4", (0.6, 0.8))):
+        flow = 0.5 if folder == "geneval" else 0.4
+        for stem, finals in (("flow_only", [flow] * 2), ("promptrl", joint)):
+            for seed, final in enumerate(finals, start=42):
+                run = fitted(tmp_path / folder, stem, seed, [0.3, final, final])
+                run.parents[1].rename(tmp_path / folder / f"{stem}{label}-s{seed}")
+    elsewhere, noise = sensitivity_table(studies_in(tmp_path, "geneval", plan)).rows
+    assert (elsewhere.label, noise.label) == ("as elsewhere (2)", "noise level 0.4 (2)")
+    # The mean curve rises by .4 from .3 where flow-only rises by .2, and by .4 where flow-only rises by .1.
+    assert elsewhere.scores["ratio"] == pytest.approx(0.5) and noise.scores["ratio"] == pytest.approx(0.25)
+    assert (noise.scores["gap"], noise.scores["unseen"]) == pytest.approx((0.3, 0.15))
+    assert (noise.intervals["gap"], noise.intervals["unseen"]) == (pytest.approx((0.2, 0.4)), pytest.approx((0.1, 0.2)))
+    assert elsewhere.scores["gap"] == pytest.approx(0.2)
 
 
 def test_gains_beside_each_other(studies: Studies, tmp_path: Path) -> None:
