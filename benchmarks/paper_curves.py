@@ -126,7 +126,7 @@ def sensitivity_table(studies: Studies) -> Table:
         rows,
         note=(
             "Parentheses: number of seeds; brackets: their range. Share: of flow-only's rollouts to 95 % of its gain, "
-            "that PromptRL with PE needs."
+            "that PromptRL with PE needs (0: it begins there, with an untrained refiner)."
         ),
         digits={"ratio": 2},
         headings=headings,
