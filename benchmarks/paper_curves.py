@@ -89,6 +89,7 @@ def sensitivity_table(studies: Studies) -> Table:
                 stem, _, label = setting.partition("-")
                 words = re.sub(r"_|(?<=[a-z])(?=\d)", " ", label)  # a sweep's name of a value: `noise_level0.4`
                 found[words] = found.get(words, {}) | {stem: studies[name][setting]}
+    found = dict(sorted(found.items(), key=lambda item: _by_number(item[0])))
     found["second base"] = studies["words_geneval"].settings
     for label, settings in found.items():
         flow, joint = (settings.get(stem, Setting({}, {})) for stem in ("flow_only", "promptrl"))
@@ -126,12 +127,19 @@ def sensitivity_table(studies: Studies) -> Table:
         rows,
         note=(
             "Parentheses: number of seeds; brackets: their range. Share: of flow-only's rollouts to 95 % of its gain, "
-            "that PromptRL with PE needs (0: it begins there, with an untrained refiner)."
+            "that PromptRL with PE needs (0: it begins there, with an untrained refiner). Elsewhere a group has 8 "
+            "samples, 3 of 8 steps are SDE steps, noise is 0.8, and 960 prompts are drawn, about 230 distinct ones."
         ),
         digits={"ratio": 2},
         headings=headings,
         signed=("gap", "unseen"),
     )
+
+
+def _by_number(label: str) -> tuple[str, float]:
+    """`group 4` before `group 16`."""
+    name, _, number = label.rpartition(" ")
+    return (name, float(number)) if re.fullmatch(r"[\d.]+", number) else (label, 0.0)
 
 
 def draw_curves(studies: Studies, path: Path) -> bool:

@@ -281,6 +281,13 @@ def test_what_it_depends_on(tmp_path: Path) -> None:
     assert (noise.intervals["gap"], noise.intervals["unseen"]) == (pytest.approx((0.2, 0.4)), pytest.approx((0.1, 0.2)))
     assert elsewhere.scores["gap"] == pytest.approx(0.2)
 
+    for size in (16, 4):
+        for stem in ("flow_only", "promptrl"):
+            run = fitted(tmp_path / "sensitivity_group", stem, 42, [0.3, 0.4])
+            run.parents[1].rename(tmp_path / "sensitivity_group" / f"{stem}-group{size}-s42")
+    rows = sensitivity_table(studies_in(tmp_path, "geneval", plan, "sensitivity_group")).rows
+    assert [row.label for row in rows] == ["as elsewhere (2)", "group 4 (1)", "group 16 (1)", "noise level 0.4 (2)"]
+
 
 def test_gains_beside_each_other(studies: Studies, tmp_path: Path) -> None:
     """Of the base's .3: flow-only .2, prompt-only .1, PromptRL .5, which is .3 over flow-only's and .2 over both."""
