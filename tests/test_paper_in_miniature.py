@@ -267,14 +267,19 @@ def test_tables(studies: Studies) -> None:
 def test_what_it_depends_on(tmp_path: Path) -> None:
     """Elsewhere .5 and .7, with other noise .4 and .6 or .8; half of it in an unseen wording; a third seed is alone."""
     plan = "sensitivity_noise"
-    for folder, label, joint in (("geneval", "", (0.7, 0.7, 0.9)), (plan, "-noise_level0.4", (0.6, 0.8))):
+    for folder, label, joint in (("geneval", "", (0.7, 0.7, 0.9)), (plan, "-noise_level0.4", (0.6, 0.8, 0.9))):
         flow = 0.5 if folder == "geneval" else 0.4
-        for stem, finals in (("flow_only", [flow] * 2), ("promptrl", joint)):
+        for stem, finals in (("flow_only", [flow] * (3 if folder == "geneval" else 2)), ("promptrl", joint)):
             for seed, final in enumerate(finals, start=42):
                 run = fitted(tmp_path / folder, stem, seed, [0.3, final, final])
                 run.parents[1].rename(tmp_path / folder / f"{stem}{label}-s{seed}")
-    elsewhere, noise = sensitivity_table(studies_in(tmp_path, "geneval", plan)).rows
-    assert (elsewhere.label, noise.label) == ("as elsewhere (2)", "noise level 0.4 (2)")
+    every, elsewhere, noise = sensitivity_table(studies_in(tmp_path, "geneval", plan)).rows
+    assert [row.label for row in (every, elsewhere, noise)] == [
+        "as elsewhere (3)",
+        "as elsewhere, seeds 42 and 43 (2)",
+        "noise level 0.4 (2)",
+    ]
+    assert every.scores["gap"] == pytest.approx(0.8 / 3)
     # The mean curve rises by .4 from .3 where flow-only rises by .2, and by .4 where flow-only rises by .1.
     assert elsewhere.scores["ratio"] == pytest.approx(0.5) and noise.scores["ratio"] == pytest.approx(0.25)
     assert (noise.scores["gap"], noise.scores["unseen"]) == pytest.approx((0.3, 0.15))
@@ -286,7 +291,13 @@ def test_what_it_depends_on(tmp_path: Path) -> None:
             run = fitted(tmp_path / "sensitivity_group", stem, 42, [0.3, 0.4])
             run.parents[1].rename(tmp_path / "sensitivity_group" / f"{stem}-group{size}-s42")
     rows = sensitivity_table(studies_in(tmp_path, "geneval", plan, "sensitivity_group")).rows
-    assert [row.label for row in rows] == ["as elsewhere (2)", "group 4 (1)", "group 16 (1)", "noise level 0.4 (2)"]
+    assert [row.label for row in rows] == [
+        "as elsewhere (3)",
+        "as elsewhere, seeds 42 and 43 (2)",
+        "group 4 (1)",
+        "group 16 (1)",
+        "noise level 0.4 (2)",
+    ]
 
 
 def test_gains_beside_each_other(studies: Studies, tmp_path: Path) -> None:

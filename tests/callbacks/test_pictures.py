@@ -173,7 +173,7 @@ def test_no_pictures_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[st
 @pytest.mark.parametrize("prompts", [1, 7])
 def test_two_processes_give_the_table_of_one(tmp_path: Path, prompts: int) -> None:
     """Uneven shares, and a process without any prompt: nothing is counted twice."""
-    arguments = options(tmp_path, prompts, batch=4)
+    arguments = options(tmp_path, prompts, batch=2)
     main([*arguments, "--pictures.keep=false"])
     two = ["--trainer.devices=2", "--trainer.strategy=ddp", f"--pictures.directory={tmp_path}/two"]
     command = [sys.executable, "-m", "lightning_modules.cli", *arguments, *two]
