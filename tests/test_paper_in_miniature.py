@@ -30,7 +30,7 @@ from benchmarks.paper_in_miniature import main
 from benchmarks.paper_modes import FLOW, JOINT, PLAIN, PROMPT, comparisons
 from benchmarks.paper_properties import properties_table
 from benchmarks.paper_runs import Score, Studies, Study, covered, shared_seeds, span
-from benchmarks.paper_tables import retention_table, swap_table, wording_table
+from benchmarks.paper_tables import geneval_table, retention_table, swap_table, wording_table
 from callbacks.comparison import Gap
 from lightning_modules.sweep import read
 from lightning_modules.sweep_plan import Sweep
@@ -298,6 +298,18 @@ def test_what_it_depends_on(tmp_path: Path) -> None:
         "group 16 (1)",
         "noise level 0.4 (2)",
     ]
+
+
+def test_no_interval_for_two_seeds(tmp_path: Path) -> None:
+    for stem, seeds in (("flow_only", (42, 43, 44)), ("promptrl", (42, 43))):
+        for seed in seeds:
+            marks = {("geneval", mode): "1110000000" for mode in ("without_pe", "with_pe")}
+            score_test(fitted(tmp_path / "geneval", stem, seed, [0.4, 0.5]), marks)
+    ours = [row for row in geneval_table(studies_in(tmp_path, "geneval")).rows if not row.source]
+    rows = {row.label.split(" (")[0]: row for row in ours}
+    assert "overall" in rows["flow-only"].intervals
+    for label in ("PromptRL without PE", "PromptRL with PE"):
+        assert rows[label].scores["overall"] == pytest.approx(0.3) and not rows[label].intervals
 
 
 def test_gains_beside_each_other(studies: Studies, tmp_path: Path) -> None:
