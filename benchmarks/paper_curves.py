@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 
-from benchmarks.paper_modes import ARMS, FACTORS, FLOW, JOINT, comparisons
+from benchmarks.paper_modes import ARMS, FACTORS, FLOW, JOINT, PLAIN, PROMPT, comparisons
 from benchmarks.paper_runs import Setting, Studies
 from callbacks.comparison import ceiling_ratio, compare
 from callbacks.curves import Curves, band
@@ -79,56 +79,26 @@ def search_table(studies: Studies) -> Table:
     return Table("Learning rates, last validation of seed 42", FACTORS, rows, headings=headings)
 
 
-SAME_SEEDS = "as elsewhere, seeds 42 and 43"
-
-
 def sensitivity_table(studies: Studies) -> Table:
     """What the comparison of flow-only with PromptRL depends on, validation."""
     rows: list[Row] = []
-    found: dict[str, Mapping[str, Setting]] = {}
-    for name in studies:
-        if name.startswith("sensitivity"):
-            for setting in studies[name].settings:
-                stem, _, label = setting.partition("-")
-                words = re.sub(r"_|(?<=[a-z])(?=\d)", " ", label)  # a sweep's name of a value: `noise_level0.4`
-                found[words] = {**found.get(words, {}), stem: studies[name][setting]}
-    found = dict(sorted(found.items(), key=lambda item: _by_number(item[0])))
-    # All seeds show the spread; the two that the others have are what these compare with.
-    found = {"as elsewhere": studies["geneval"].settings, SAME_SEEDS: studies["geneval"].settings} | found
-    found["second base"] = studies["words_geneval"].settings
-    for label, settings in found.items():
-        flow, joint = (settings.get(stem, Setting({}, {})) for stem in ("flow_only", "promptrl"))
-        wanted = {42, 43} if label == SAME_SEEDS else set(flow.fits)
-        shared = sorted(wanted & set(flow.fits) & set(joint.fits))
-        if not shared:
+    for label, settings in _varied(studies).items():
+        compared = {name: settings.get(stem, Setting({}, {})) for name, (stem, _) in ARMS.items() if name != PROMPT}
+        curves = curves_of(compared, "geneval")
+        if not {FLOW, JOINT} <= curves.keys() or not curves[FLOW]:
             continue
-        flow, joint = flow.only(shared), joint.only(shared)
-        curves = {
-            "flow_only": flow.curves("val/geneval/without_pe"),
-            "promptrl": joint.curves("val/geneval/without_pe"),
-            "promptrl_with_pe": joint.curves("val/geneval/with_pe"),
-        }
-        table = compare(curves, "flow_only")
+        table = compare(curves, FLOW)
         ends = {name: (table.loc[name, "low"], table.loc[name, "high"]) for name in curves}
         values = {name: table.loc[name, "final"] for name in curves}
-        for column, name in (("gap", "geneval"), ("unseen", "unseen")):
-            above, below = joint.curves(f"val/{name}/with_pe"), flow.curves(f"val/{name}/without_pe")
-            gaps = [float(above[seed].iloc[-1] - below[seed].iloc[-1]) for seed in shared]
+        for column, scored in (("gap", curves), ("unseen", curves_of(compared, "unseen"))):
+            gaps = [float(series.iloc[-1] - scored[FLOW][seed].iloc[-1]) for seed, series in scored[JOINT].items()]
             values[column], ends[column] = math.fsum(gaps) / len(gaps), (min(gaps), max(gaps))
-        means = {name: band(curves[name])["mean"] for name in ("promptrl_with_pe", "flow_only")}
-        values["ratio"] = ceiling_ratio(means["promptrl_with_pe"], means["flow_only"], share=0.95)
-        rows.append(Row(f"{label} ({len(shared)})", values, intervals=ends))
-    headings = {
-        "flow_only": "flow-only",
-        "promptrl": "PromptRL without PE",
-        "promptrl_with_pe": "PromptRL with PE",
-        "gap": "with PE - flow-only",
-        "unseen": "the same, unseen wording",
-        "ratio": "share",
-    }
+        values["ratio"] = ceiling_ratio(band(curves[JOINT])["mean"], band(curves[FLOW])["mean"], share=0.95)
+        rows.append(Row(f"{label} ({len(curves[FLOW])})", values, intervals=ends))
+    headings = {"gap": "with PE - flow-only", "unseen": "the same, unseen wording", "ratio": "share"}
     return Table(
         "What it depends on, GenEval, validation",
-        tuple(headings),
+        (FLOW, PLAIN, JOINT, *headings),
         rows,
         note=(
             "Parentheses: number of seeds; brackets: their range. Share: of flow-only's rollouts to 95 % of its gain, "
@@ -139,6 +109,24 @@ def sensitivity_table(studies: Studies) -> Table:
         headings=headings,
         signed=("gap", "unseen"),
     )
+
+
+def _varied(studies: Studies) -> dict[str, Mapping[str, Setting]]:
+    """What is changed -> stem -> setting; first nothing, by all seeds and by the two that the others have."""
+    usual = studies["geneval"].settings
+    found: dict[str, dict[str, Setting]] = {}
+    for name in studies:
+        if name.startswith("sensitivity"):
+            for setting in studies[name].settings:
+                stem, _, label = setting.partition("-")
+                words = re.sub(r"_|(?<=[a-z])(?=\d)", " ", label)  # a sweep's name of a value: `noise_level0.4`
+                found.setdefault(words, {})[stem] = studies[name][setting]
+    return {
+        "as elsewhere": usual,
+        "as elsewhere, seeds 42 and 43": {stem: setting.only((42, 43)) for stem, setting in usual.items()},
+        **dict(sorted(found.items(), key=lambda item: _by_number(item[0]))),
+        "second base": studies["words_geneval"].settings,
+    }
 
 
 def _by_number(label: str) -> tuple[str, float]:

@@ -38,8 +38,8 @@ from lightning_modules.sweep_plan import Sweep
 MODES = {"promptrl": (1e-4, 1e-4), "flow_only": (1e-4, None), "prompt_only": (None, 1e-4)}
 
 
-def fitted(folder: Path, stem: str, seed: int, curve: list[float]) -> Path:
-    """A finished fit; validations every 64 rollouts, without and with PE alike."""
+def fitted(folder: Path, stem: str, seed: int, curve: list[float], enhancer: float = 0.0) -> Path:
+    """A finished fit; validations every 64 rollouts, with PE, and `enhancer` less without."""
     run = folder / f"{stem}-s{seed}" / "x" / "version_0"
     run.mkdir(parents=True)
     flow, language = ({"init_args": {"learning_rate": rate}} for rate in MODES[stem])
@@ -47,8 +47,11 @@ def fitted(folder: Path, stem: str, seed: int, curve: list[float]) -> Path:
     model = {"class_path": "lightning_modules.prompt_rl.PromptRL", "init_args": agents | {"seed": seed}}
     (run / "config.yaml").write_text(yaml.safe_dump({"model": model, "trainer": {"max_steps": len(curve) - 1}}))
     sets = {"geneval": 1.0, "unseen": 0.5}
-    modes = ("without_pe", "with_pe")
-    scores = [{name: {mode: {"overall": x * v} for mode in modes} for name, x in sets.items()} for v in curve]
+    modes = {"without_pe": enhancer, "with_pe": 0.0}
+    scores = [
+        {name: {mode: {"overall": x * (v - less)} for mode, less in modes.items()} for name, x in sets.items()}
+        for v in curve
+    ]
     entries = [{"step": i, "rollouts": 64 * i, "seconds": i, "results": one} for i, one in enumerate(scores)]
     results = {"headlines": dict.fromkeys(sets, "overall"), "history": {"GenEval": entries}} | scores[-1]
     (run / "results.json").write_text(json.dumps(results))
@@ -271,7 +274,8 @@ def test_what_it_depends_on(tmp_path: Path) -> None:
         flow = 0.5 if folder == "geneval" else 0.4
         for stem, finals in (("flow_only", [flow] * (3 if folder == "geneval" else 2)), ("promptrl", joint)):
             for seed, final in enumerate(finals, start=42):
-                run = fitted(tmp_path / folder, stem, seed, [0.3, final, final])
+                enhancer = 0.1 if stem == "promptrl" else 0.0
+                run = fitted(tmp_path / folder, stem, seed, [0.3, final, final], enhancer)
                 run.parents[1].rename(tmp_path / folder / f"{stem}{label}-s{seed}")
     every, elsewhere, noise = sensitivity_table(studies_in(tmp_path, "geneval", plan)).rows
     assert [row.label for row in (every, elsewhere, noise)] == [
@@ -285,6 +289,8 @@ def test_what_it_depends_on(tmp_path: Path) -> None:
     assert (noise.scores["gap"], noise.scores["unseen"]) == pytest.approx((0.3, 0.15))
     assert (noise.intervals["gap"], noise.intervals["unseen"]) == (pytest.approx((0.2, 0.4)), pytest.approx((0.1, 0.2)))
     assert elsewhere.scores["gap"] == pytest.approx(0.2)
+    finals = {FLOW: 0.5, PLAIN: 0.6, JOINT: 0.7}
+    assert {name: elsewhere.scores[name] for name in finals} == pytest.approx(finals)
 
     for size in (16, 4):
         for stem in ("flow_only", "promptrl"):
