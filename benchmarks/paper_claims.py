@@ -10,9 +10,10 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from benchmarks.paper_modes import FLOW, JOINT, LEAST_SEEDS, PLAIN, PROMPT, Comparison, comparisons
+from benchmarks.paper_modes import FLOW, JOINT, PLAIN, PROMPT, Comparison, comparisons
 from benchmarks.paper_runs import (
     GENEVAL,
+    LEAST_SEEDS,
     REWARDS,
     Score,
     Setting,
@@ -114,7 +115,7 @@ def above(what: str, *terms: tuple[float, Score], least: int = LEAST_SEEDS, marg
     if not all(score.there for score in scores) or (trained and not seeds):
         return None
     here, elsewhere = contrast(*terms), contrast(*terms, scenes=True)
-    number = f"{here.value:+.3f} {_ends(here)} {_ends(elsewhere)}, {len(seeds)} seeds"
+    number = _number(here, elsewhere, len(seeds))
     return Condition(what, number, _supported(verdict(here, elsewhere, -margin), len(seeds), least, scores[0]))
 
 
@@ -131,8 +132,9 @@ def verdict(here: Gap, elsewhere: Gap, least: float = 0.0) -> str:
     return OPEN if not here.low > least else HOLDS if elsewhere.low > least else HERE
 
 
-def _ends(gap: Gap) -> str:
-    return f"[{gap.low:+.3f}, {gap.high:+.3f}]"
+def _number(here: Gap, elsewhere: Gap, seeds: int) -> str:
+    ends = [f"[{gap.low:+.3f}, {gap.high:+.3f}]" for gap in (here, elsewhere) if not math.isnan(gap.low)]
+    return f"{' '.join([f'{here.value:+.3f}', *ends])}, {seeds} seeds"
 
 
 def verdict_of(conditions: Sequence[Condition | None]) -> str:
@@ -261,7 +263,7 @@ def _tagged(studies: Studies, reward: str, benchmark: str) -> list[Condition | N
         for scenes in (False, True)
     )
     seeds = min(len(shared_seeds(*(score for _, score in terms))) for terms in (tagged, single))
-    number = f"{here.value:+.3f} {_ends(here)} {_ends(elsewhere)}, {seeds} seeds"
+    number = _number(here, elsewhere, seeds)
     found = _supported(verdict(here, elsewhere), seeds, LEAST_SEEDS, tagged[0][1])
     return [gain, Condition(f"that gain - {KEPT} of the one from this reward alone", number, found)]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.paper_runs import GENEVAL, REWARDS, Score, Setting, Studies
+from benchmarks.paper_runs import GENEVAL, LEAST_SEEDS, REWARDS, Score, Setting, Studies
 
 FACTORS = ("0.5", "1", "2", "4")
 """Of the learning rates, in the search; 1x is what all modes share."""
@@ -18,8 +18,6 @@ LEAST_FACTORS = {"0.5", "1", "2"}
 """4x need not be tried where nothing does better at 2x."""
 SEARCHED = (42,)
 """Seed of the learning rates' search."""
-LEAST_SEEDS = 3
-"""From fewer nothing is concluded."""
 NAMES = {"geneval": "GenEval", "ocr": "OCR", "preference": "preference"}
 """Reward -> what it is called."""
 FLOW, PROMPT, PLAIN, JOINT = "flow-only", "prompt-only with PE", "PromptRL without PE", "PromptRL with PE"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import platform
 import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ PROMPTS: dict[str, type[MiniaturePrompts]] = {
     REWARDS["preference"]: PreferencePrompts,
 }
 """Benchmark -> the data that its single studies are tested on; the first set has the original prompts."""
+LEAST_SEEDS = 3
+"""From fewer nothing is concluded."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +155,7 @@ def shared_seeds(*scores: Score) -> list[Any]:
 
 
 def contrast(*terms: tuple[float, Score], scenes: bool = False) -> Gap:
-    """Weighted sum of scores of one benchmark, prompt by prompt, over the seeds they share.
+    """Weighted sum of scores of one benchmark, prompt by prompt, over the seeds they share; from three on an interval.
 
     Args:
         terms: `(1, a), (-1, b)` is a difference.
@@ -162,12 +165,14 @@ def contrast(*terms: tuple[float, Score], scenes: bool = False) -> Gap:
     seeds = shared_seeds(*(score for _, score in terms))
     benchmark = terms[0][1].benchmark
     tables = [(sign, score.tables(seeds if score.setting.fits else list(score.tests))) for sign, score in terms]
-    return prompt_contrast(
+    found = prompt_contrast(
         tables,
         summarize=SUMMARIES.get(benchmark, mean_of_pictures("table")),
         scenes=asked(benchmark, len(tables[0][1][0])) if scenes else None,
         runs=True,
     )
+    # Of two seeds Student's distribution says nothing, of one it cannot.
+    return replace(found, low=math.nan, high=math.nan) if 0 < len(seeds) < LEAST_SEEDS else found
 
 
 def asked(benchmark: str, num: int) -> dict[str, str]:

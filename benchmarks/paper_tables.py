@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from benchmarks.paper_claims import SWAPPED
-from benchmarks.paper_modes import ARMS, FLOW, JOINT, LEAST_SEEDS, PLAIN, PROMPT, comparisons
+from benchmarks.paper_modes import ARMS, FLOW, JOINT, PLAIN, PROMPT, comparisons
 from benchmarks.paper_runs import GENEVAL, REWARDS, Score, Setting, Studies, contrast, merged, span
 from callbacks import paper
 from callbacks.tables import Row, Table
@@ -39,12 +39,10 @@ def _score_row(label: str, scores: Mapping[str, Score]) -> Row:
     seeds = max((len(score.tests) for score in there.values()), default=0)
     ranges = f", {span(next(iter(there.values())).by_seed)}" if len(scores) == 1 and seeds > 1 else ""
     gaps = {column: score.value for column, score in there.items()}
-    # Of two seeds Student's distribution says nothing, of one it cannot: what was trained has none then.
-    told = [column for column, score in there.items() if not score.setting.fits or len(score.tests) >= LEAST_SEEDS]
     return Row(
         f"{label} ({seeds}{ranges})" if seeds > 1 else label,
         {column: gap.value for column, gap in gaps.items()},
-        intervals={column: (gaps[column].low, gaps[column].high) for column in told},
+        intervals={column: (gap.low, gap.high) for column, gap in gaps.items()},
     )
 
 
