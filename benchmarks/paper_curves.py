@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 
-from benchmarks.paper_modes import ARMS, FACTORS, FLOW, JOINT, PLAIN, PROMPT, comparisons
+from benchmarks.paper_modes import ARMS, FACTORS, FLOW, JOINT, PLAIN, PROMPT, comparisons, other_bases
 from benchmarks.paper_runs import Setting, Studies
 from callbacks.comparison import ceiling_ratio, compare
 from callbacks.curves import Curves, band
@@ -34,10 +34,14 @@ def curve_sets(studies: Studies) -> dict[str, dict[str, Curves]]:
         if any(arm.factor != "1" for arm in one.arms.values()):
             best = curves_of({label: arm.setting for label, arm in one.arms.items()}, one.reward)
             sets[f"{one.name}, best rates"] = best
-    for title, name in (("GenEval, second base", "words_geneval"), ("GenEval, three times as long", "long")):
-        curves = curves_of({label: studies[name][stem] for label, (stem, _) in ARMS.items()}, "geneval")
+    others = {
+        label: {name: arm.setting for name, arm in one.arms.items()} for label, one in other_bases(studies).items()
+    }
+    others["three times as long"] = {name: studies["long"][stem] for name, (stem, _) in ARMS.items()}
+    for label, settings in others.items():
+        curves = curves_of(settings, "geneval")
         if JOINT in curves:
-            sets[title] = curves
+            sets[f"GenEval, {label}"] = curves
     return {title: curves for title, curves in sets.items() if curves.get(FLOW)}
 
 
@@ -112,7 +116,7 @@ def sensitivity_table(studies: Studies) -> Table:
 
 
 def _varied(studies: Studies) -> dict[str, Mapping[str, Setting]]:
-    """What is changed -> stem -> setting; first nothing, by all seeds and by the two that the others have."""
+    """What is changed -> stem -> setting; first nothing, by all seeds and by those that the others have."""
     usual = studies["geneval"].settings
     found: dict[str, dict[str, Setting]] = {}
     for name in studies:
@@ -123,9 +127,12 @@ def _varied(studies: Studies) -> dict[str, Mapping[str, Setting]]:
                 found.setdefault(words, {})[stem] = studies[name][setting]
     return {
         "as elsewhere": usual,
-        "as elsewhere, seeds 42 and 43": {stem: setting.only((42, 43)) for stem, setting in usual.items()},
+        "as elsewhere, seeds 42 to 44": {stem: setting.only((42, 43, 44)) for stem, setting in usual.items()},
         **dict(sorted(found.items(), key=lambda item: _by_number(item[0]))),
-        "second base": studies["words_geneval"].settings,
+        **{
+            label: {stem: one.arms[name].setting for name, (stem, _) in ARMS.items()}
+            for label, one in other_bases(studies).items()
+        },
     }
 
 

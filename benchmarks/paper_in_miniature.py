@@ -32,6 +32,9 @@ ORDER = (
     "base_words_geneval",
     "words_geneval",
     "words_geneval_flow_only",
+    "base_crossed",
+    "crossed",
+    "crossed_words",
     "multi_reward",
     "retention",
     "long",
@@ -44,7 +47,8 @@ ORDER = (
 """What the studies of swaps need stands before them; others that lie in the folder come last, by name."""
 ABOUT = (
     'GenEval starts from `miniature/flow` and `miniature/language`; OCR, preference and the "second base" from '
-    "`miniature/words_flow` (a descendant of the former that also knows signs) and `miniature/words_language`. "
+    "`miniature/words_flow` (a descendant of the former that also knows signs) and `miniature/words_language` "
+    '("second refiner"). '
     "Validation scores are of the scenes that learning rates were chosen on, tests of others. Editing is in "
     "`RESULTS_EDIT.md`."
 )

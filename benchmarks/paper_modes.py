@@ -141,6 +141,17 @@ def comparisons(studies: Studies) -> list[Comparison]:
     return found
 
 
+def other_bases(studies: Studies) -> dict[str, Comparison]:
+    """What is other than in the first comparison -> GenEval by the second flow model, its refiner, or both."""
+    first, second = (studies[name]["flow_only"] for name in ("geneval", "words_geneval"))
+    pairs = {
+        "second base and refiner": (studies["words_geneval"].settings, studies["base_words_geneval"]["promptrl"]),
+        "second refiner": ({**studies["crossed"].settings, "flow_only": first}, studies["base_crossed"]["promptrl"]),
+        "second base": ({**studies["crossed_words"].settings, "flow_only": second}, studies.transfers()[0]),
+    }
+    return {label: at_shared_rates(settings, "geneval", GENEVAL, base) for label, (settings, base) in pairs.items()}
+
+
 def at_shared_rates(settings: Mapping[str, Setting], reward: str, benchmark: str, base: Setting) -> Comparison:
     """Of runs that no search was made for.
 

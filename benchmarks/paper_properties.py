@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.paper_modes import FLOW, JOINT, PROMPT, Comparison, at_shared_rates, comparisons
-from benchmarks.paper_runs import GENEVAL, Studies, contrast, shared_seeds
+from benchmarks.paper_modes import FLOW, JOINT, PROMPT, Comparison, comparisons, other_bases
+from benchmarks.paper_runs import Studies, contrast, shared_seeds
 from callbacks.tables import Row, Table
 
 EARLY = 10
@@ -23,10 +23,8 @@ COLUMNS = {
 
 def properties_table(studies: Studies) -> Table:
     """What wording and image model can bring each on its own, what both bring together, how alike a group's are."""
-    second = at_shared_rates(
-        studies["words_geneval"].settings, "geneval", GENEVAL, studies["base_words_geneval"]["promptrl"]
-    )
-    rows = [_row(one.name, one) for one in comparisons(studies)] + [_row("GenEval, second base", second)]
+    rows = [_row(one.name, one) for one in comparisons(studies)]
+    rows += [_row(f"GenEval, {label}", one) for label, one in other_bases(studies).items()]
     return Table(
         "When joint training is worth it",
         tuple(COLUMNS),

@@ -196,7 +196,7 @@ def swap_table(studies: Studies) -> Table:
         "second flow model with the untrained refiner": Score(fresh, "geneval", "with_pe"),
         "second flow model with PromptRL's refiner": Score(trained, "geneval", "with_pe"),
         "second flow model with a refiner trained for it": Score(
-            studies["words_geneval"]["prompt_only"], "geneval", "with_pe"
+            studies["crossed_words"]["prompt_only"], "geneval", "with_pe"
         ),
     }
     rows = [_score_row(label, {"overall": score}) for label, score in shown.items() if score.there]

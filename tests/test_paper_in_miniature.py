@@ -269,22 +269,22 @@ def test_tables(studies: Studies) -> None:
 
 
 def test_what_it_depends_on(tmp_path: Path) -> None:
-    """Elsewhere .5 and .7, with other noise .4 and .6 or .8; half of it in an unseen wording; a third seed is alone."""
+    """Elsewhere .5 and .7, a fourth seed .9; with other noise .4 and .6 or .8, a third is alone; unseen half of it."""
     plan = "sensitivity_noise"
-    for folder, label, joint in (("geneval", "", (0.7, 0.7, 0.9)), (plan, "-noise_level0.4", (0.6, 0.8, 0.9))):
+    for folder, label, joint in (("geneval", "", (0.7, 0.7, 0.7, 0.9)), (plan, "-noise_level0.4", (0.6, 0.8, 0.9))):
         flow = 0.5 if folder == "geneval" else 0.4
-        for stem, finals in (("flow_only", [flow] * (3 if folder == "geneval" else 2)), ("promptrl", joint)):
+        for stem, finals in (("flow_only", [flow] * (4 if folder == "geneval" else 2)), ("promptrl", joint)):
             for seed, final in enumerate(finals, start=42):
                 enhancer = 0.1 if stem == "promptrl" else 0.0
                 run = fitted(tmp_path / folder, stem, seed, [0.3, final, final], enhancer)
                 run.parents[1].rename(tmp_path / folder / f"{stem}{label}-s{seed}")
     every, elsewhere, noise = sensitivity_table(studies_in(tmp_path, "geneval", plan)).rows
     assert [row.label for row in (every, elsewhere, noise)] == [
-        "as elsewhere (3)",
-        "as elsewhere, seeds 42 and 43 (2)",
+        "as elsewhere (4)",
+        "as elsewhere, seeds 42 to 44 (3)",
         "noise level 0.4 (2)",
     ]
-    assert every.scores["gap"] == pytest.approx(0.8 / 3)
+    assert every.scores["gap"] == pytest.approx(0.25)
     # The mean curve rises by .4 from .3 where flow-only rises by .2, and by .4 where flow-only rises by .1.
     assert elsewhere.scores["ratio"] == pytest.approx(0.5) and noise.scores["ratio"] == pytest.approx(0.25)
     assert (noise.scores["gap"], noise.scores["unseen"]) == pytest.approx((0.3, 0.15))
@@ -299,12 +299,22 @@ def test_what_it_depends_on(tmp_path: Path) -> None:
             run.parents[1].rename(tmp_path / "sensitivity_group" / f"{stem}-group{size}-s42")
     rows = sensitivity_table(studies_in(tmp_path, "geneval", plan, "sensitivity_group")).rows
     assert [row.label for row in rows] == [
-        "as elsewhere (3)",
-        "as elsewhere, seeds 42 and 43 (2)",
+        "as elsewhere (4)",
+        "as elsewhere, seeds 42 to 44 (3)",
         "group 4 (1)",
         "group 16 (1)",
         "noise level 0.4 (2)",
     ]
+
+    # Behind the second refiner flow-only is the first base's, with the second base that base's own.
+    others = {"crossed": ("promptrl", 0.8), "words_geneval": ("flow_only", 0.3), "crossed_words": ("promptrl", 0.9)}
+    for folder, (stem, final) in others.items():
+        for seed in (42, 43, 44):
+            run = fitted(tmp_path / folder, stem, seed, [0.3, final], 0.1 if stem == "promptrl" else 0.0)
+            run.parents[1].rename(tmp_path / folder / f"{stem}-s{seed}")
+    rows = sensitivity_table(studies_in(tmp_path, "geneval", *others)).rows
+    gaps = {row.label: row.scores["gap"] for row in rows[2:]}
+    assert gaps == pytest.approx({"second refiner (3)": 0.3, "second base (3)": 0.6})
 
 
 def test_no_interval_for_two_seeds(tmp_path: Path) -> None:
