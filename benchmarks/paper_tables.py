@@ -217,13 +217,33 @@ def long_table(studies: Studies) -> Table:
                 continue
             scores = {kind: Score(setting, kind, mode) for kind in ("unseen", "geneval.synonyms", "geneval")}
             row = _score_row(f"{label}, {name} rollouts", scores)
-            if row.scores:
-                rows.append(row)
+            if not row.scores:
+                continue
+            alone = Score(settings.get("flow_only", Setting({}, {})), "unseen", "without_pe")
+            pairs = {"cost": scores["geneval"]} | ({} if label == FLOW else {"lead": alone})
+            gaps = {
+                column: contrast((1, scores["unseen"]), (-1, other))
+                for column, other in pairs.items()
+                if scores["unseen"].there and other.there
+            }
+            rows.append(
+                replace(
+                    row,
+                    scores={**row.scores, **{column: gap.value for column, gap in gaps.items()}},
+                    intervals={**row.intervals, **{column: (gap.low, gap.high) for column, gap in gaps.items()}},
+                )
+            )
     return Table(
         "Longer training, GenEval",
-        ("geneval", "unseen", "geneval.synonyms"),
+        ("geneval", "unseen", "geneval.synonyms", "cost", "lead"),
         rows,
-        headings={"geneval": "canonical", "geneval.synonyms": "synonyms"},
+        headings={
+            "geneval": "canonical",
+            "geneval.synonyms": "synonyms",
+            "cost": "unseen - canonical",
+            "lead": "unseen, - flow-only",
+        },
+        signed=("cost", "lead"),
         note=BRACKETS,
     )
 

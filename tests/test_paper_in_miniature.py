@@ -30,7 +30,7 @@ from benchmarks.paper_in_miniature import main
 from benchmarks.paper_modes import FLOW, JOINT, PLAIN, PROMPT, comparisons
 from benchmarks.paper_properties import properties_table
 from benchmarks.paper_runs import Score, Studies, Study, covered, shared_seeds, span
-from benchmarks.paper_tables import geneval_table, retention_table, swap_table, wording_table
+from benchmarks.paper_tables import geneval_table, long_table, retention_table, swap_table, wording_table
 from callbacks.comparison import Gap
 from callbacks.tables import markdown
 from lightning_modules.sweep import read
@@ -265,6 +265,12 @@ def test_tables(studies: Studies) -> None:
         {"m = 0 (3)": 0.3, "m = 1 (3)": 0.7, "m = 2 (3)": 0.5, "m = 4 (3)": 0.5}
     )
     assert not [row for row in wording_table(studies).rows if not row.source], "no test has an enhancer in front"
+    # Flow-only has .5 and .2 in the unseen wording, PromptRL without PE .5 and .3, with PE .8 in both.
+    gaps = {
+        row.label.split(",")[0]: [row.scores.get(name) for name in ("cost", "lead")] for row in long_table(studies).rows
+    }
+    assert gaps.pop(FLOW) == [pytest.approx(-0.3), None]
+    assert gaps == {PLAIN: pytest.approx([-0.2, 0.1]), JOINT: pytest.approx([0.0, 0.6])}
     assert (span([0.25, 0.5]), span([1.0]), covered([(0, 2), (1, 3), (5, 6)])) == (".25-.50", "", 4.0)
 
 
