@@ -34,6 +34,7 @@ ORDER = (
     "words_geneval_flow_only",
     "base_crossed",
     "crossed",
+    "base_crossed_words",
     "crossed_words",
     "multi_reward",
     "retention",

@@ -147,7 +147,10 @@ def other_bases(studies: Studies) -> dict[str, Comparison]:
     pairs = {
         "second base and refiner": (studies["words_geneval"].settings, studies["base_words_geneval"]["promptrl"]),
         "second refiner": ({**studies["crossed"].settings, "flow_only": first}, studies["base_crossed"]["promptrl"]),
-        "second base": ({**studies["crossed_words"].settings, "flow_only": second}, studies.transfers()[0]),
+        "second base": (
+            {**studies["crossed_words"].settings, "flow_only": second},
+            studies["base_crossed_words"]["promptrl"],
+        ),
     }
     return {label: at_shared_rates(settings, "geneval", GENEVAL, base) for label, (settings, base) in pairs.items()}
 

@@ -65,7 +65,9 @@ def geneval_table(studies: Studies) -> Table:
 def wording_table(studies: Studies) -> Table:
     """The paper's Table 1: what other wordings, and an untrained refiner in front, change."""
     rows = []
-    for label, (tested, mode) in arms(studies["geneval"].settings, studies["base"]["promptrl"]).items():
+    shown = arms(studies["geneval"].settings, studies["base"]["promptrl"])
+    second = arms({}, studies["base_crossed_words"]["promptrl"])
+    for label, (tested, mode) in (shown | {f"second {label}": one for label, one in second.items()}).items():
         setting = tested.having("geneval.static_pe", "without_pe")
         original = Score(setting, "geneval", mode)
         gaps = {}
@@ -77,8 +79,8 @@ def wording_table(studies: Studies) -> Table:
         if gaps:
             intervals = {name: (gap.low, gap.high) for name, gap in gaps.items()}
             values = {name: gap.value for name, gap in gaps.items()}
-            shown = f"{label} ({len(original.tests)})" if len(original.tests) > 1 else label
-            rows.append(Row(shown, {"original": original.value.value} | values, intervals=intervals))
+            seeds = f" ({len(original.tests)})" if len(original.tests) > 1 else ""
+            rows.append(Row(label + seeds, {"original": original.value.value} | values, intervals=intervals))
     columns = ("geneval.static_pe", *WORDINGS)
     headings = {name: name.removeprefix("geneval.").replace("static_pe", "untrained PE") for name in columns}
     title = "Other wordings minus the original, GenEval (the paper's Table 1)"

@@ -274,6 +274,19 @@ def test_tables(studies: Studies) -> None:
     assert (span([0.25, 0.5]), span([1.0]), covered([(0, 2), (1, 3), (5, 6)])) == (".25-.50", "", 4.0)
 
 
+def test_the_second_base_in_other_wordings(tmp_path: Path) -> None:
+    """.5 as it is, .4 behind the untrained refiner, .7 in detail; refined .2, in detail the same."""
+    marks = {"geneval": "1111100000", "geneval.static_pe": "1111000000", "geneval.detailed": "1111111000"}
+    drawn = {(name, "without_pe"): digits for name, digits in marks.items()}
+    drawn |= dict.fromkeys([("geneval", "with_pe"), ("geneval.detailed", "with_pe")], "1100000000")
+    write_scores(tmp_path / "base_crossed_words" / "promptrl" / "x" / "version_0", {"pictures": {}}, drawn)
+    table = wording_table(studies_in(tmp_path, "base_crossed_words"))
+    plain, refined = (row for row in table.rows if not row.source)
+    assert (plain.label, refined.label) == ("second base", "second base with the untrained PE")
+    assert plain.scores == pytest.approx({"original": 0.5, "geneval.static_pe": -0.1, "geneval.detailed": 0.2})
+    assert refined.scores == pytest.approx({"original": 0.2, "geneval.static_pe": 0.2, "geneval.detailed": 0.0})
+
+
 def test_what_it_depends_on(tmp_path: Path) -> None:
     """Elsewhere .5 and .7, a fourth seed .9; with other noise .4 and .6 or .8, a third is alone; unseen half of it."""
     plan = "sensitivity_noise"
