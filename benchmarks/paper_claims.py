@@ -14,6 +14,7 @@ from benchmarks.paper_modes import FLOW, JOINT, PLAIN, PROMPT, Comparison, compa
 from benchmarks.paper_runs import (
     GENEVAL,
     LEAST_SEEDS,
+    PROBED,
     REWARDS,
     Score,
     Setting,
@@ -26,8 +27,6 @@ from benchmarks.paper_runs import (
 from callbacks.comparison import Gap, ceiling_ratio, gap_difference
 from rewards.bootstrap import other_runs
 
-SWAPPED = (42, 43, 44)
-"""Seeds of the retention, swap and enhancer studies; GenEval's comparison has more."""
 C1_SEEDS = 5
 """Of the main claim."""
 LEAST_SCENES = 5
@@ -188,7 +187,7 @@ def claims(studies: Studies) -> dict[str, Claim]:
                 above("what it costs the base with the untrained PE, more than that", *enhanced, *_less(refined)),
             ],
         )
-    joint, flow = (studies["geneval"][stem].only(SWAPPED) for stem in ("promptrl", "flow_only"))
+    joint, flow = (studies["geneval"][stem].only(PROBED) for stem in ("promptrl", "flow_only"))
     found["C3: rewrites lower the similarity within a group"] = Claim(
         [_similarity(studies["geneval"]["promptrl"])], own_rates=False
     )

@@ -11,7 +11,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 
 from benchmarks.paper_modes import ARMS, FACTORS, FLOW, JOINT, PLAIN, PROMPT, comparisons, other_bases
-from benchmarks.paper_runs import Setting, Studies
+from benchmarks.paper_runs import PROBED, Setting, Studies
 from callbacks.comparison import ceiling_ratio, compare
 from callbacks.curves import Curves, band
 from callbacks.tables import Row, Table
@@ -32,11 +32,8 @@ def curve_sets(studies: Studies) -> dict[str, dict[str, Curves]]:
     for one in comparisons(studies):
         sets[one.name] = curves_of({label: arm.runs["1"] for label, arm in one.arms.items()}, one.reward)
         if any(arm.factor != "1" for arm in one.arms.values()):
-            best = curves_of({label: arm.setting for label, arm in one.arms.items()}, one.reward)
-            sets[f"{one.name}, best rates"] = best
-    others = {
-        label: {name: arm.setting for name, arm in one.arms.items()} for label, one in other_bases(studies).items()
-    }
+            sets[f"{one.name}, best rates"] = curves_of(one.settings, one.reward)
+    others = {label: one.settings for label, one in other_bases(studies).items()}
     others["three times as long"] = {name: studies["long"][stem] for name, (stem, _) in ARMS.items()}
     for label, settings in others.items():
         curves = curves_of(settings, "geneval")
@@ -87,7 +84,7 @@ def sensitivity_table(studies: Studies) -> Table:
     """What the comparison of flow-only with PromptRL depends on, validation."""
     rows: list[Row] = []
     for label, settings in _varied(studies).items():
-        compared = {name: settings.get(stem, Setting({}, {})) for name, (stem, _) in ARMS.items() if name != PROMPT}
+        compared = {name: setting for name, setting in settings.items() if name != PROMPT}
         curves = curves_of(compared, "geneval")
         if not {FLOW, JOINT} <= curves.keys() or not curves[FLOW]:
             continue
@@ -116,23 +113,21 @@ def sensitivity_table(studies: Studies) -> Table:
 
 
 def _varied(studies: Studies) -> dict[str, Mapping[str, Setting]]:
-    """What is changed -> stem -> setting; first nothing, by all seeds and by those that the others have."""
-    usual = studies["geneval"].settings
+    """What is changed -> what is compared -> runs; first nothing, by all seeds and by those that the others have."""
     found: dict[str, dict[str, Setting]] = {}
     for name in studies:
         if name.startswith("sensitivity"):
             for setting in studies[name].settings:
-                stem, _, label = setting.partition("-")
-                words = re.sub(r"_|(?<=[a-z])(?=\d)", " ", label)  # a sweep's name of a value: `noise_level0.4`
-                found.setdefault(words, {})[stem] = studies[name][setting]
+                stem, _, value = setting.partition("-")
+                words = re.sub(r"_|(?<=[a-z])(?=\d)", " ", value)  # a sweep's name of a value: `noise_level0.4`
+                runs = {label: studies[name][setting] for label, (own, _) in ARMS.items() if own == stem}
+                found.setdefault(words, {}).update(runs)
+    usual = {label: studies["geneval"][stem] for label, (stem, _) in ARMS.items()}
     return {
         "as elsewhere": usual,
-        "as elsewhere, seeds 42 to 44": {stem: setting.only((42, 43, 44)) for stem, setting in usual.items()},
+        "as elsewhere, seeds 42 to 44": {label: setting.only(PROBED) for label, setting in usual.items()},
         **dict(sorted(found.items(), key=lambda item: _by_number(item[0]))),
-        **{
-            label: {stem: one.arms[name].setting for name, (stem, _) in ARMS.items()}
-            for label, one in other_bases(studies).items()
-        },
+        **{label: one.settings for label, one in other_bases(studies).items()},
     }
 
 

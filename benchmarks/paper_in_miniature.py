@@ -47,9 +47,9 @@ ORDER = (
 )
 """What the studies of swaps need stands before them; others that lie in the folder come last, by name."""
 ABOUT = (
-    'GenEval starts from `miniature/flow` and `miniature/language`; OCR, preference and the "second base" from '
-    "`miniature/words_flow` (a descendant of the former that also knows signs) and `miniature/words_language` "
-    '("second refiner"). '
+    "GenEval starts from `miniature/flow` and `miniature/language`; OCR, preference and training by tags from "
+    "`miniature/words_flow` (the second flow model, a descendant of the first that also knows signs) and "
+    "`miniature/words_language` (the second refiner). Where only one of the two is named, the other is the first. "
     "Validation scores are of the scenes that learning rates were chosen on, tests of others. Editing is in "
     "`RESULTS_EDIT.md`."
 )

@@ -114,6 +114,11 @@ class Comparison:
         """Of the reward, in claims and tables."""
         return NAMES[self.reward]
 
+    @property
+    def settings(self) -> dict[str, Setting]:
+        """What is compared -> its runs, at its best rates."""
+        return {label: arm.setting for label, arm in self.arms.items()}
+
     def score(self, label: str, name: str | None = None) -> Score:
         """Of one of the arms, on the canonical wording or another set."""
         return Score(self.arms[label].setting, name or self.reward, ARMS[label][1], self.benchmark)
@@ -145,14 +150,16 @@ def other_bases(studies: Studies) -> dict[str, Comparison]:
     """What is other than in the first comparison -> GenEval by the second flow model, its refiner, or both."""
     first, second = (studies[name]["flow_only"] for name in ("geneval", "words_geneval"))
     pairs = {
-        "second base and refiner": (studies["words_geneval"].settings, studies["base_words_geneval"]["promptrl"]),
-        "second refiner": ({**studies["crossed"].settings, "flow_only": first}, studies["base_crossed"]["promptrl"]),
-        "second base": (
-            {**studies["crossed_words"].settings, "flow_only": second},
-            studies["base_crossed_words"]["promptrl"],
-        ),
+        "second flow model and refiner": ("words_geneval", "base_words_geneval", second),
+        "second refiner": ("crossed", "base_crossed", first),  # flow-only has none
+        "second flow model": ("crossed_words", "base_crossed_words", second),
     }
-    return {label: at_shared_rates(settings, "geneval", GENEVAL, base) for label, (settings, base) in pairs.items()}
+    return {
+        label: at_shared_rates(
+            {**studies[name].settings, "flow_only": flow}, "geneval", GENEVAL, studies[untrained]["promptrl"]
+        )
+        for label, (name, untrained, flow) in pairs.items()
+    }
 
 
 def at_shared_rates(settings: Mapping[str, Setting], reward: str, benchmark: str, base: Setting) -> Comparison:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from benchmarks.paper_modes import FLOW, JOINT, PROMPT, Comparison, comparisons, other_bases
 from benchmarks.paper_runs import Studies, contrast, shared_seeds
 from callbacks.tables import Row, Table
@@ -23,36 +25,40 @@ COLUMNS = {
 
 def properties_table(studies: Studies) -> Table:
     """What wording and image model can bring each on its own, what both bring together, how alike a group's are."""
-    rows = [_row(one.name, one) for one in comparisons(studies)]
-    rows += [_row(f"GenEval, {label}", one) for label, one in other_bases(studies).items()]
+    every = {one.name: one for one in comparisons(studies)}
+    every |= {f"GenEval, {label}": one for label, one in other_bases(studies).items()}
+    rows = [_row(label, one) for label, one in every.items()]
     return Table(
         "When joint training is worth it",
         tuple(COLUMNS),
-        [row for row in rows if "joint" in row.scores],
+        [row for row in rows if row is not None],
         headings=COLUMNS,
         signed=("enhancer", "flow", "prompt", "joint", "over_best", "over_sum"),
         note=(
-            "Canonical prompts of the test: gains over the base without PE; those of the refiners with PE; PromptRL's "
-            "gain minus that of the better single mode, and minus the sum of theirs. Alike: cosine of two pictures of "
-            f"a group, by pixels, in the first {EARLY} steps. Brackets: 95 % interval for other seeds, noise and "
-            "prompts of the test's scenes."
+            "Canonical prompts of the test; parentheses: seeds, those that all modes have. Gains over the base without "
+            "PE; those of the refiners with PE; PromptRL's gain minus that of the better single mode, and minus the "
+            f"sum of theirs. Alike: cosine of two pictures of a group, by pixels, in the first {EARLY} steps. "
+            "Brackets: 95 % interval for other seeds, noise and prompts of the test's scenes."
         ),
     )
 
 
-def _row(label: str, one: Comparison) -> Row:
-    base = one.untrained("without_pe")
-    flow, prompt, joint = one.score(FLOW), one.score(PROMPT), one.score(JOINT)
-    scores = {"flow": flow, "prompt": prompt, "joint": joint, "enhancer": one.untrained("with_pe")}
-    gaps = {name: contrast((1, score), (-1, base)) for name, score in scores.items() if score.there and base.there}
-    if {"flow", "prompt", "joint"} <= gaps.keys() and shared_seeds(flow, prompt, joint):
-        better = max((flow, prompt), key=lambda score: score.value.value)
-        gaps["over_best"] = contrast((1, joint), (-1, better))
-        gaps["over_sum"] = contrast((1, joint), (-1, flow), (-1, prompt), (1, base))
-    values = {name: gap.value for name, gap in gaps.items()}
-    values |= {"base": base.value.value} if base.there else {}
-    for name, arm in (("alike_flow", FLOW), ("alike_joint", JOINT)):
-        curves = one.arms[arm].setting.curves("group/image_similarity").values()
+def _row(label: str, one: Comparison) -> Row | None:
+    """Of the seeds that all modes have; None if they have none, or the base has no test."""
+    trained = {"flow": one.score(FLOW), "prompt": one.score(PROMPT), "joint": one.score(JOINT)}
+    base, seeds = one.untrained("without_pe"), shared_seeds(*trained.values())
+    if not base.there or not seeds or not all(score.there for score in trained.values()):
+        return None
+    trained = {name: replace(score, setting=score.setting.only(seeds)) for name, score in trained.items()}
+    scores = trained | {"enhancer": one.untrained("with_pe")}
+    gaps = {name: contrast((1, score), (-1, base)) for name, score in scores.items() if score.there}
+    flow, prompt, joint = trained.values()
+    better = max((flow, prompt), key=lambda score: score.value.value)
+    gaps["over_best"] = contrast((1, joint), (-1, better))
+    gaps["over_sum"] = contrast((1, joint), (-1, flow), (-1, prompt), (1, base))
+    values = {"base": base.value.value} | {name: gap.value for name, gap in gaps.items()}
+    for name, score in (("alike_flow", flow), ("alike_joint", joint)):
+        curves = score.setting.curves("group/image_similarity").values()
         early = [float(series.iloc[:EARLY].mean()) for series in curves]
         values |= {name: sum(early) / len(early)} if early else {}
-    return Row(label, values, intervals={name: (gap.low, gap.high) for name, gap in gaps.items()})
+    return Row(f"{label} ({len(seeds)})", values, intervals={name: (gap.low, gap.high) for name, gap in gaps.items()})

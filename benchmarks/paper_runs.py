@@ -38,6 +38,8 @@ PROMPTS: dict[str, type[MiniaturePrompts]] = {
     REWARDS["preference"]: PreferencePrompts,
 }
 """Benchmark -> the data that its single studies are tested on; the first set has the original prompts."""
+PROBED = (42, 43, 44)
+"""Seeds of GenEval's comparison that have every probe, and of the studies that vary it; the comparison has more."""
 LEAST_SEEDS = 3
 """From fewer nothing is concluded."""
 
@@ -270,16 +272,6 @@ class Studies:
         for name, plan in self._plans.items():
             roots.setdefault(Path(plan.root), name)
         return iter(roots.values())
-
-    def transfers(self) -> tuple[Setting, Setting]:
-        """Tests of the second flow model behind the untrained refiner, and behind each of PromptRL's."""
-        key = "model.init_args.language.init_args.model"
-        fresh: list[Setting] = []
-        trained: list[Setting] = []
-        for setting in self["transfer"].settings.values():
-            untrained = all(test.run.get(key) == "miniature/language" for test in setting.tests.values())
-            (fresh if untrained else trained).append(setting)
-        return merged(fresh), merged(trained)
 
     def heading(self) -> str:
         """Date, machine, time, and what is missing."""

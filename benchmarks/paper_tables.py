@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from benchmarks.paper_claims import SWAPPED
 from benchmarks.paper_modes import ARMS, FLOW, JOINT, PLAIN, PROMPT, comparisons
-from benchmarks.paper_runs import GENEVAL, REWARDS, Score, Setting, Studies, contrast, merged, span
+from benchmarks.paper_runs import (
+    GENEVAL,
+    PROBED,
+    REWARDS,
+    Score,
+    Setting,
+    Studies,
+    contrast,
+    merged,
+    shared_seeds,
+    span,
+)
 from callbacks import paper
 from callbacks.tables import Row, Table
 from datamodules.shapes_world import TAGS
@@ -67,7 +77,8 @@ def wording_table(studies: Studies) -> Table:
     rows = []
     shown = arms(studies["geneval"].settings, studies["base"]["promptrl"])
     second = arms({}, studies["base_crossed_words"]["promptrl"])
-    for label, (tested, mode) in (shown | {f"second {label}": one for label, one in second.items()}).items():
+    shown |= {label.replace("base", "second flow model"): found for label, found in second.items()}
+    for label, (tested, mode) in shown.items():
         setting = tested.having("geneval.static_pe", "without_pe")
         original = Score(setting, "geneval", mode)
         gaps = {}
@@ -170,7 +181,7 @@ def multi_reward_table(studies: Studies) -> Table:
 def retention_table(studies: Studies) -> Table:
     """GenEval by the number of retained prompts."""
     found = {m: studies["retention"][f"promptrl-num_retained{m}"] for m in (0, 1, 4)}
-    found[2] = studies["geneval"]["promptrl"].only(SWAPPED)
+    found[2] = studies["geneval"]["promptrl"].only(PROBED)
     rows = []
     for m in sorted(found):
         scores = {mode: Score(found[m], "geneval", mode) for mode in ("with_pe", "without_pe")}
@@ -183,7 +194,7 @@ def retention_table(studies: Studies) -> Table:
 
 def swap_table(studies: Studies) -> Table:
     """Another refiner in front of PromptRL's and flow-only's flow model, and of a second flow model."""
-    joint, flow = (studies["geneval"][name].only(SWAPPED) for name in ("promptrl", "flow_only"))
+    joint, flow = (studies["geneval"][name].only(PROBED) for name in ("promptrl", "flow_only"))
     swapped = merged(studies["swap"].settings.values())
     shown = {
         "PromptRL with its refiner": Score(joint, "geneval", "with_pe"),
@@ -192,7 +203,7 @@ def swap_table(studies: Studies) -> Table:
         "flow-only": Score(flow, "geneval", "without_pe"),
         "flow-only with the untrained refiner": Score(flow, "geneval.static_pe", "without_pe"),
     }
-    fresh, trained = studies.transfers()
+    fresh, trained = studies["base_crossed_words"]["promptrl"], merged(studies["transfer"].settings.values())
     shown |= {
         "second flow model": Score(fresh, "geneval", "without_pe"),
         "second flow model with the untrained refiner": Score(fresh, "geneval", "with_pe"),
@@ -211,30 +222,25 @@ def long_table(studies: Studies) -> Table:
     rows = []
     base = studies["base"]["promptrl"]
     for name, settings in (
-        ("7,680", {stem: studies["geneval"][stem].only(SWAPPED) for stem, _ in ARMS.values()}),
+        ("7,680", {stem: studies["geneval"][stem].only(PROBED) for stem, _ in ARMS.values()}),
         ("23,040", studies["long"].settings),
     ):
+        alone = Score(settings.get("flow_only", Setting({}, {})), "unseen", "without_pe")
         for label, (setting, mode) in arms(settings, base).items():
             if label.startswith("base"):
                 continue
-            scores = {kind: Score(setting, kind, mode) for kind in ("unseen", "geneval.synonyms", "geneval")}
-            row = _score_row(f"{label}, {name} rollouts", scores)
-            if not row.scores:
-                continue
-            alone = Score(settings.get("flow_only", Setting({}, {})), "unseen", "without_pe")
-            pairs = {"cost": scores["geneval"]} | ({} if label == FLOW else {"lead": alone})
+            own = {kind: Score(setting, kind, mode) for kind in ("unseen", "geneval.synonyms", "geneval")}
+            row = _score_row(f"{label}, {name} rollouts", own)
+            pairs = {"cost": (own["geneval"], own["unseen"])}
+            pairs |= {} if label == FLOW else {"lead": (own["unseen"], alone)}
             gaps = {
-                column: contrast((1, scores["unseen"]), (-1, other))
-                for column, other in pairs.items()
-                if scores["unseen"].there and other.there
+                column: contrast((1, score), (-1, other))
+                for column, (score, other) in pairs.items()
+                if score.there and other.there and shared_seeds(score, other)
             }
-            rows.append(
-                replace(
-                    row,
-                    scores={**row.scores, **{column: gap.value for column, gap in gaps.items()}},
-                    intervals={**row.intervals, **{column: (gap.low, gap.high) for column, gap in gaps.items()}},
-                )
-            )
+            values = {**row.scores, **{column: gap.value for column, gap in gaps.items()}}
+            ends = {**row.intervals, **{column: (gap.low, gap.high) for column, gap in gaps.items()}}
+            rows += [replace(row, scores=values, intervals=ends)] if values else []
     return Table(
         "Longer training, GenEval",
         ("geneval", "unseen", "geneval.synonyms", "cost", "lead"),
@@ -242,8 +248,8 @@ def long_table(studies: Studies) -> Table:
         headings={
             "geneval": "canonical",
             "geneval.synonyms": "synonyms",
-            "cost": "unseen - canonical",
-            "lead": "unseen, - flow-only",
+            "cost": "canonical - unseen",
+            "lead": "unseen: minus flow-only",
         },
         signed=("cost", "lead"),
         note=BRACKETS,

@@ -81,6 +81,17 @@ def write_scores(folder: Path, config: dict[str, Any], marks: dict[tuple[str, st
     (folder / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def log_similarity(version: Path, alike: float) -> None:
+    """What a fit logs of its groups: 10 steps, then two that do not count."""
+    rows = [f"{step},{64 * step},{alike if step <= 10 else 9.0}" for step in range(1, 13)]
+    (version / "metrics.csv").write_text("\n".join(["step,rollouts,group/image_similarity", *rows, ""]))
+
+
+def tenths(right: int) -> str:
+    """Marks of which so many tenths are right."""
+    return "1" * right + "0" * (10 - right)
+
+
 @pytest.fixture
 def studies(tmp_path: Path) -> Studies:
     """Joint training is right wherever flow-only is, and on three of ten more; flow-only loses half elsewhere."""
@@ -265,26 +276,42 @@ def test_tables(studies: Studies) -> None:
         {"m = 0 (3)": 0.3, "m = 1 (3)": 0.7, "m = 2 (3)": 0.5, "m = 4 (3)": 0.5}
     )
     assert not [row for row in wording_table(studies).rows if not row.source], "no test has an enhancer in front"
-    # Flow-only has .5 and .2 in the unseen wording, PromptRL without PE .5 and .3, with PE .8 in both.
-    gaps = {
-        row.label.split(",")[0]: [row.scores.get(name) for name in ("cost", "lead")] for row in long_table(studies).rows
-    }
-    assert gaps.pop(FLOW) == [pytest.approx(-0.3), None]
-    assert gaps == {PLAIN: pytest.approx([-0.2, 0.1]), JOINT: pytest.approx([0.0, 0.6])}
     assert (span([0.25, 0.5]), span([1.0]), covered([(0, 2), (1, 3), (5, 6)])) == (".25-.50", "", 4.0)
 
 
-def test_the_second_base_in_other_wordings(tmp_path: Path) -> None:
-    """.5 as it is, .4 behind the untrained refiner, .7 in detail; refined .2, in detail the same."""
+def test_longer_training(studies: Studies, tmp_path: Path) -> None:
+    """Flow-only has .5, in the unseen wording .2, PromptRL .8 in both; after longer training .6, .1 and .4."""
+    for stem, mode, original, unseen in (
+        ("flow_only", "without_pe", "1111110000", "1000000000"),
+        ("promptrl", "with_pe", "1111000000", "1111000000"),
+    ):
+        for seed in (42, 43, 44):
+            run = fitted(tmp_path / "long", stem, seed, [0.4, 0.5])
+            score_test(run, {("geneval", mode): original, ("unseen", mode): unseen})
+    gaps = {
+        row.label: [row.scores.get(name) for name in ("cost", "lead")]
+        for row in long_table(studies_in(tmp_path, "geneval", "long")).rows
+    }
+    assert gaps.pop("PromptRL without PE, 7,680 rollouts (3)") == pytest.approx([0.2, 0.1])
+    assert gaps == {
+        "flow-only, 7,680 rollouts (3)": [pytest.approx(0.3), None],
+        "PromptRL with PE, 7,680 rollouts (3)": pytest.approx([0.0, 0.6]),
+        "flow-only, 23,040 rollouts (3)": [pytest.approx(0.5), None],
+        "PromptRL with PE, 23,040 rollouts (3)": pytest.approx([0.0, 0.3]),
+    }
+
+
+def test_the_second_flow_model_in_other_wordings(tmp_path: Path) -> None:
+    """.5 as it is, .4 behind the untrained refiner, which makes the same of every wording, .7 in detail."""
     marks = {"geneval": "1111100000", "geneval.static_pe": "1111000000", "geneval.detailed": "1111111000"}
     drawn = {(name, "without_pe"): digits for name, digits in marks.items()}
-    drawn |= dict.fromkeys([("geneval", "with_pe"), ("geneval.detailed", "with_pe")], "1100000000")
+    drawn |= dict.fromkeys([("geneval", "with_pe"), ("geneval.detailed", "with_pe")], marks["geneval.static_pe"])
     write_scores(tmp_path / "base_crossed_words" / "promptrl" / "x" / "version_0", {"pictures": {}}, drawn)
     table = wording_table(studies_in(tmp_path, "base_crossed_words"))
     plain, refined = (row for row in table.rows if not row.source)
-    assert (plain.label, refined.label) == ("second base", "second base with the untrained PE")
+    assert (plain.label, refined.label) == ("second flow model", "second flow model with the untrained PE")
     assert plain.scores == pytest.approx({"original": 0.5, "geneval.static_pe": -0.1, "geneval.detailed": 0.2})
-    assert refined.scores == pytest.approx({"original": 0.2, "geneval.static_pe": 0.2, "geneval.detailed": 0.0})
+    assert refined.scores == pytest.approx({"original": 0.4, "geneval.static_pe": 0.0, "geneval.detailed": 0.0})
 
 
 def test_what_it_depends_on(tmp_path: Path) -> None:
@@ -325,7 +352,7 @@ def test_what_it_depends_on(tmp_path: Path) -> None:
         "noise level 0.4 (2)",
     ]
 
-    # Behind the second refiner flow-only is the first base's, with the second base that base's own.
+    # Behind the second refiner flow-only is the first flow model's, with the second that one's own.
     others = {"crossed": ("promptrl", 0.8), "words_geneval": ("flow_only", 0.3), "crossed_words": ("promptrl", 0.9)}
     for folder, (stem, final) in others.items():
         for seed in (42, 43, 44):
@@ -333,7 +360,7 @@ def test_what_it_depends_on(tmp_path: Path) -> None:
             run.parents[1].rename(tmp_path / folder / f"{stem}-s{seed}")
     rows = sensitivity_table(studies_in(tmp_path, "geneval", *others)).rows
     gaps = {row.label: row.scores["gap"] for row in rows[2:]}
-    assert gaps == pytest.approx({"second refiner (3)": 0.3, "second base (3)": 0.6})
+    assert gaps == pytest.approx({"second refiner (3)": 0.3, "second flow model (3)": 0.6})
 
 
 def test_no_interval_for_two_seeds(tmp_path: Path) -> None:
@@ -353,18 +380,43 @@ def test_gains_beside_each_other(studies: Studies, tmp_path: Path) -> None:
         run = fitted(tmp_path / "geneval", "prompt_only", seed, [0.4, 0.4, 0.4])
         score_test(run, {("geneval", "with_pe"): "1111000000"})
         for stem, alike in (("flow_only", 0.9), ("promptrl", 0.1 * (seed - 41))):
-            (version,) = (tmp_path / "geneval" / f"{stem}-s{seed}").glob("x/version_0")
-            rows = [f"{step},{64 * step},{alike if step <= 10 else 9.0}" for step in range(1, 13)]
-            (version / "metrics.csv").write_text("\n".join(["step,rollouts,group/image_similarity", *rows, ""]))
+            log_similarity(tmp_path / "geneval" / f"{stem}-s{seed}" / "x" / "version_0", alike)
     marks = {("geneval", "without_pe"): "1110000000", ("geneval", "with_pe"): "1100000000"}
     write_scores(tmp_path / "base" / "promptrl" / "x" / "version_0", {"pictures": {}}, marks)
     (row,) = properties_table(studies_in(tmp_path, "geneval", "base")).rows
-    assert row.label == "GenEval" and row.scores == pytest.approx(
+    assert row.label == "GenEval (3)" and row.scores == pytest.approx(
         {"flow": 0.2, "prompt": 0.1, "joint": 0.5, "enhancer": -0.1, "over_best": 0.3, "over_sum": 0.2, "base": 0.3}
         | {"alike_flow": 0.9, "alike_joint": 0.2}
     )
     low, high = row.intervals["over_best"]
     assert low <= 0.3 <= high
+
+
+def test_gains_of_other_flow_models_and_refiners(studies: Studies, tmp_path: Path) -> None:
+    """In tenths: the base, its untrained refiner, the three modes; a seed that one mode alone has does not count."""
+    others = {
+        "crossed": ("second refiner", "base_crossed", 3, 1, 5, 6, 8),
+        "crossed_words": ("second flow model", "base_crossed_words", 2, 1, 4, 3, 5),
+        "words_geneval": ("second flow model and refiner", "base_words_geneval", 2, 0, 4, 1, 3),
+    }
+    score_test(fitted(tmp_path / "geneval", "flow_only", 45, [0.4, 0.5]), {("geneval", "without_pe"): tenths(10)})
+    fits = [("words_geneval", "flow_only", "without_pe", 4)]
+    for name, (_, untrained, base, refiner, _, prompt, joint) in others.items():
+        marks = {("geneval", mode): tenths(right) for mode, right in (("without_pe", base), ("with_pe", refiner))}
+        write_scores(tmp_path / untrained / "promptrl" / "x" / "version_0", {"pictures": {}}, marks)
+        fits += [(name, "prompt_only", "with_pe", prompt), (name, "promptrl", "with_pe", joint)]
+    for name, stem, mode, right in fits:
+        for seed in (42, 43, 44):
+            run = fitted(tmp_path / name, stem, seed, [0.4, 0.5])
+            score_test(run, {("geneval", mode): tenths(right)})
+    for run in tmp_path.glob("*/*/x/version_0"):
+        log_similarity(run, 0.5)
+    bases = [untrained for _, untrained, *_ in others.values()]
+    rows = {row.label: row.scores for row in properties_table(studies_in(tmp_path, "geneval", *others, *bases)).rows}
+    assert set(rows) == {f"GenEval, {label} (3)" for label, *_ in others.values()}
+    for label, _, base, *finals in others.values():
+        found = [rows[f"GenEval, {label} (3)"][name] for name in ("enhancer", "flow", "prompt", "joint")]
+        assert found == pytest.approx([(final - base) / 10 for final in finals])
 
 
 def test_tags_are_to_bring_most_of_what_one_reward_brings(tmp_path: Path) -> None:
@@ -389,25 +441,25 @@ def test_tags_are_to_bring_most_of_what_one_reward_brings(tmp_path: Path) -> Non
 
 
 def test_refiners_in_front_of_a_second_model(tmp_path: Path) -> None:
-    """As the plan names them: the untrained refiner's test is one row, the three trained ones' another."""
-    marks = {"miniature_language": "1100000000", "s42": "1111000000", "s43": "1111110000", "s44": "1111100000"}
+    """As the plan names them; a refiner that is trained for the second flow model begins as PromptRL's did."""
+    marks = {"s42": "1111000000", "s43": "1111110000", "s44": "1111100000"}
     for job in read(["--config", "configs/sweeps/paper/transfer.yaml"]).jobs():
-        (command,) = job.commands
-        folder = tmp_path / "transfer" / job.name / "x" / "version_0"
-        folder.mkdir(parents=True)
-        options = dict(option.removeprefix("--").split("=", 1) for option in command.options[1:])
-        model = {"language": {"init_args": {"model": options["model.init_args.language.init_args.model"]}}}
-        config = {"pictures": {}, "model": {"init_args": model}}
         (digits,) = (digits for key, digits in marks.items() if key in job.name)
-        write_scores(folder, config, {("geneval", "with_pe"): digits, ("geneval", "without_pe"): "1000000000"})
-    rows = {
-        row.label: row.scores["overall"] for row in swap_table(studies_in(tmp_path, "transfer")).rows if not row.source
-    }
+        folder = tmp_path / "transfer" / job.name / "x" / "version_0"
+        write_scores(folder, {"pictures": {}}, {("geneval", "with_pe"): digits})
+    untrained = {("geneval", "with_pe"): "1100000000", ("geneval", "without_pe"): "1000000000"}
+    write_scores(tmp_path / "base_crossed_words" / "promptrl" / "x" / "version_0", {"pictures": {}}, untrained)
+    for study, digits in (("crossed_words", "1110000000"), ("words_geneval", "1111111111")):
+        for seed in (42, 43, 44):
+            score_test(fitted(tmp_path / study, "prompt_only", seed, [0.4, 0.5]), {("geneval", "with_pe"): digits})
+    studies = studies_in(tmp_path, "transfer", "base_crossed_words", "crossed_words", "words_geneval")
+    rows = {row.label: row.scores["overall"] for row in swap_table(studies).rows if not row.source}
     assert rows == pytest.approx(
         {
             "second flow model": 0.1,
             "second flow model with the untrained refiner": 0.2,
             "second flow model with PromptRL's refiner (3, .40-.60)": 0.5,
+            "second flow model with a refiner trained for it (3, .30-.30)": 0.3,
         }
     )
 
