@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 
-from benchmarks.paper_modes import ARMS, FACTORS, FLOW, JOINT, PLAIN, PROMPT, comparisons, other_bases
+from benchmarks.paper_modes import ARMS, FACTORS, FLOW, JOINT, PLAIN, PROMPT, comparisons, geneval_arms, other_bases
 from benchmarks.paper_runs import PROBED, Setting, Studies
 from callbacks.comparison import ceiling_ratio, compare
 from callbacks.curves import Curves, band
@@ -34,7 +34,7 @@ def curve_sets(studies: Studies) -> dict[str, dict[str, Curves]]:
         if any(arm.factor != "1" for arm in one.arms.values()):
             sets[f"{one.name}, best rates"] = curves_of(one.settings, one.reward)
     others = {label: one.settings for label, one in other_bases(studies).items()}
-    others["three times as long"] = {name: studies["long"][stem] for name, (stem, _) in ARMS.items()}
+    others["three times as long"] = geneval_arms(studies["long"])
     for label, settings in others.items():
         curves = curves_of(settings, "geneval")
         if JOINT in curves:
@@ -122,7 +122,7 @@ def _varied(studies: Studies) -> dict[str, Mapping[str, Setting]]:
                 words = re.sub(r"_|(?<=[a-z])(?=\d)", " ", value)  # a sweep's name of a value: `noise_level0.4`
                 runs = {label: studies[name][setting] for label, (own, _) in ARMS.items() if own == stem}
                 found.setdefault(words, {}).update(runs)
-    usual = {label: studies["geneval"][stem] for label, (stem, _) in ARMS.items()}
+    usual = geneval_arms(studies["geneval"])
     return {
         "as elsewhere": usual,
         "as elsewhere, seeds 42 to 44": {label: setting.only(PROBED) for label, setting in usual.items()},

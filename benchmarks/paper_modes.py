@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.paper_runs import GENEVAL, LEAST_SEEDS, REWARDS, Score, Setting, Studies
+from benchmarks.paper_runs import GENEVAL, LEAST_SEEDS, REWARDS, Score, Setting, Studies, Study
 
 FACTORS = ("0.5", "1", "2", "4")
 """Of the learning rates, in the search; 1x is what all modes share."""
@@ -147,35 +147,24 @@ def comparisons(studies: Studies) -> list[Comparison]:
 
 
 def other_bases(studies: Studies) -> dict[str, Comparison]:
-    """What is other than in the first comparison -> GenEval by the second flow model, its refiner, or both."""
+    """What is other than in the first comparison -> GenEval by the second flow model, its refiner, or both, at 1x."""
     first, second = (studies[name]["flow_only"] for name in ("geneval", "words_geneval"))
     pairs = {
         "second flow model and refiner": ("words_geneval", "base_words_geneval", second),
         "second refiner": ("crossed", "base_crossed", first),  # flow-only has none
         "second flow model": ("crossed_words", "base_crossed_words", second),
     }
-    return {
-        label: at_shared_rates(
-            {**studies[name].settings, "flow_only": flow}, "geneval", GENEVAL, studies[untrained]["promptrl"]
-        )
-        for label, (name, untrained, flow) in pairs.items()
-    }
+    found = {}
+    for label, (name, untrained, flow) in pairs.items():
+        settings = geneval_arms(studies[name]) | {FLOW: flow}
+        arms = {arm: Arm(arm, f"val/geneval/{mode}", runs={"1": settings[arm]}) for arm, (_, mode) in ARMS.items()}
+        found[label] = Comparison("geneval", GENEVAL, arms, studies[untrained]["promptrl"])
+    return found
 
 
-def at_shared_rates(settings: Mapping[str, Setting], reward: str, benchmark: str, base: Setting) -> Comparison:
-    """Of runs that no search was made for.
-
-    Args:
-        settings: name of the config, without the reward -> runs.
-        reward: its set of prompts.
-        benchmark: that scores it.
-        base: tests of what was not trained.
-    """
-    arms = {
-        label: Arm(label, f"val/{reward}/{mode}", runs={"1": settings.get(stem, Setting({}, {}))})
-        for label, (stem, mode) in ARMS.items()
-    }
-    return Comparison(reward, benchmark, arms, base)
+def geneval_arms(study: Study) -> dict[str, Setting]:
+    """What is compared -> its runs, of a study of GenEval's configs."""
+    return {label: study[stem] for label, (stem, _) in ARMS.items()}
 
 
 def config_of(reward: str, stem: str) -> str:
