@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from callbacks.scores.bootstrap import enough, interval, resample
+from callbacks.scores.prompt_scores import PromptScores, PromptTable, weighted_mean
 from datamodules.base import PromptDataModule, PromptSample, bare
-from lightning_modules.agents import MODES as MODES
-from lightning_modules.agents import Drawn
-from rewards.bootstrap import enough, interval, resample
-from rewards.metric import PromptScores, PromptTable, weighted_mean
+from lightning_modules.evaluation import MODES as MODES
+from lightning_modules.evaluation import EvaluationBatch
 
 Results = dict[str, dict[str, dict[str, float]]]
 """evaluation set -> "without_pe" | "with_pe" -> score name -> value."""
@@ -156,7 +156,7 @@ class Benchmark(L.Callback, ABC):
         dataloader_idx: int = 0,
     ) -> None:
         """Scores one batch."""
-        assert isinstance(outputs, Drawn)
+        assert isinstance(outputs, EvaluationBatch)
         if not outputs.samples:
             return
         for mode, drawn in outputs.images.items():

@@ -12,10 +12,10 @@ from callbacks.benchmark import MODES, Benchmark
 from callbacks.diversity import ARMS, Diversity
 from callbacks.health import Health
 from callbacks.robustness import PromptRobustness, paired_difference
-from callbacks.run_folder import mode_of
 from callbacks.samples import tensorboards
 from datamodules.base import PromptDataModule
 from lightning_modules.prompt_rl import PromptRL
+from lightning_modules.run_folder import mode_of
 
 BY_ROLLOUTS = "by_rollouts"
 REWARDS = "reward(/[^/]+)?"

@@ -16,14 +16,14 @@ from rich.table import Table
 from torch import Tensor
 
 from callbacks.benchmark import add_results
+from callbacks.scores.bootstrap import interval, resample
+from callbacks.scores.prompt_scores import PromptScores, PromptTable, weighted_mean
 from datamodules.base import PromptDataModule, PromptSample, bare
-from lightning_modules.agents import Agents
-from lightning_modules.rollout import seed_of
+from lightning_modules.evaluation import EvaluatedAgents
+from lightning_modules.seeding import seed_of
 from rewards.base import Reward
-from rewards.bootstrap import interval, resample
 from rewards.clip import ClipEncoder
 from rewards.encoders import Encoder, group_columns, group_scores
-from rewards.metric import PromptScores, PromptTable, weighted_mean
 
 ARMS = ("same_prompt", "rewrites", "rewrites_shared_noise")
 """The prompt K times; K sampled rewrites with the same K noises; these rewrites with the first of the noises."""
@@ -117,7 +117,7 @@ class Diversity(L.Callback):
         """Loads the scorers now, so that one that is missing does not come out after hours of drawing."""
         if stage == "predict" or (stage == "fit" and self.every_n_validations is None):
             return
-        if not isinstance(pl_module, Agents):
+        if not isinstance(pl_module, EvaluatedAgents):
             raise ValueError(f"Diversity has nothing to draw with in {type(pl_module).__name__}: leave it out.")
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         others = [other for other in callbacks if isinstance(other, Diversity) and other is not self]
@@ -151,7 +151,7 @@ class Diversity(L.Callback):
             if self.every_n_validations is None or (self._validations - 1) % self.every_n_validations:
                 return
             num = self.num_prompts_in_fit
-        assert isinstance(pl_module, Agents)
+        assert isinstance(pl_module, EvaluatedAgents)
         with torch.no_grad(), _own_randomness():
             self._measure(trainer, pl_module, num)
 
@@ -211,7 +211,7 @@ class Diversity(L.Callback):
                 )
         return self.sets
 
-    def _measure(self, trainer: L.Trainer, agents: Agents, num: int | None) -> None:
+    def _measure(self, trainer: L.Trainer, agents: EvaluatedAgents, num: int | None) -> None:
         data: PromptDataModule = trainer.datamodule  # type: ignore[attr-defined]
         self.tables, self.results, self.intervals = {}, {}, {}
         for name in self._names(data):
@@ -230,7 +230,7 @@ class Diversity(L.Callback):
         add_results(trainer, {self.name: found, f"settings/{self.name}": settings})
 
     def _table(
-        self, trainer: L.Trainer, agents: Agents, data: PromptDataModule, name: str, num: int | None
+        self, trainer: L.Trainer, agents: EvaluatedAgents, data: PromptDataModule, name: str, num: int | None
     ) -> PromptTable:
         """What the groups of some of a set's prompts score; every process draws its share."""
         refined = agents.language is not None and name not in data.unrefined
@@ -270,7 +270,9 @@ class Diversity(L.Callback):
                 metric.update([sample.id for sample in batch], values)
         return metric.table()
 
-    def _wordings(self, trainer: L.Trainer, agents: Agents, samples: Sequence[PromptSample]) -> list[list[str]]:
+    def _wordings(
+        self, trainer: L.Trainer, agents: EvaluatedAgents, samples: Sequence[PromptSample]
+    ) -> list[list[str]]:
         """K lists of B sampled rewrites.
 
         Each prompt's are drawn alone and by its own seed: they depend on no batch, process or earlier sampling.

@@ -9,9 +9,9 @@ from PIL.Image import Image
 from torch import Tensor
 
 from callbacks.reward import RewardBenchmark
+from callbacks.scores.prompt_scores import PromptTable, weighted_mean
 from datamodules.base import PromptSample
 from rewards.base import Reward, RewardBatch, Score, score_each
-from rewards.metric import PromptTable, weighted_mean
 
 INTERSECTION = "Intersection_exist"
 """GEdit-Bench's column for the edits that it also reports apart."""
@@ -28,8 +28,8 @@ class EditBenchmark(RewardBenchmark):
     other kind): that is `RewardBenchmark`.
 
     Args:
-        reward: scores pictures: `rewards.viescore.VIEScore` for GEdit-Bench, `rewards.imgedit.ImgEditJudge` for
-            ImgEdit-Bench.
+        reward: scores images: `rewards.judges.viescore.VIEScore` for GEdit-Bench,
+            `rewards.judges.imgedit.ImgEditJudge` for ImgEdit-Bench.
         parts: numbers in its scores' `detail` to average likewise: `[sc, pq]` of VIEScore.
         sets: evaluation sets to score, with the sets that reword them; null is all of the data module's.
         resamples: of the bootstrap.

@@ -10,9 +10,9 @@ from typing import Any
 import lightning as L
 import yaml
 
-from callbacks.config import resolved_config
-from callbacks.model_card import model_card
-from lightning_modules.agents import Agents
+from callbacks.reporting.model_card import model_card
+from callbacks.run_config import resolved_config
+from lightning_modules.evaluation import EvaluatedAgents
 
 OURS = {"flow", "language", "README.md", "config.yaml"}
 
@@ -52,7 +52,7 @@ class Export(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuses what would fail after hours of training."""
-        if not isinstance(pl_module, Agents):
+        if not isinstance(pl_module, EvaluatedAgents):
             raise ValueError(f"callbacks.export.Export exports PromptRL, not {type(pl_module).__name__}: leave it out.")
         if self.directory is not None:
             _refuse_foreign(Path(self.directory))
@@ -92,7 +92,7 @@ class Export(L.Callback):
     def _export(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        assert isinstance(pl_module, Agents)
+        assert isinstance(pl_module, EvaluatedAgents)
         folder = self._logs / "export" if self.directory is None else Path(self.directory)
         _refuse_foreign(folder)
         unfinished, old = (folder.with_name(f".{folder.name}.{state}") for state in ("unfinished", "old"))

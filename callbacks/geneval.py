@@ -9,10 +9,11 @@ from PIL.Image import Image
 from torch import Tensor
 
 from callbacks.benchmark import Benchmark
+from callbacks.scores.prompt_scores import PromptTable, weighted_mean
 from datamodules.base import PromptSample
+from datamodules.geneval_names import TAGS
 from rewards.geneval.reward import Detector, detect_for
-from rewards.geneval.rules import TAGS, judge
-from rewards.metric import PromptTable, weighted_mean
+from rewards.geneval.rules import judge
 
 
 class GenEvalBenchmark(Benchmark):

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from callbacks.stop_rules import Limit, Streaks
-from lightning_modules.agents import Drawn
+from lightning_modules.evaluation import EvaluationBatch
 from lightning_modules.image_statistics import rollout_statistics
 from lightning_modules.rollout import Rollout
 from rewards.base import Reward, RewardBatch, score_each
@@ -141,7 +141,7 @@ class Health(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Scores one batch; a set without pictures of the mode is left out."""
-        drawn: Drawn = outputs
+        drawn: EvaluationBatch = outputs
         if self.held_out is None or not drawn.samples or (self.sets is not None and drawn.name not in self.sets):
             return
         mode = self.mode or ("with_pe" if getattr(pl_module, "language", None) is not None else "without_pe")

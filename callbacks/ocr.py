@@ -9,10 +9,10 @@ from PIL.Image import Image
 from torch import Tensor
 
 from callbacks.benchmark import Benchmark
+from callbacks.scores.prompt_scores import PromptTable, weighted_mean
 from datamodules.base import PromptSample
 from rewards.base import RewardBatch, score_each
 from rewards.mario import split_words, word_scores
-from rewards.metric import PromptTable, weighted_mean
 from rewards.ocr import OCRReward, TextReader
 
 

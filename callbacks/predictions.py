@@ -11,10 +11,10 @@ import lightning as L
 import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from callbacks.config import checkpoint_note, folder_stamps, resolved_config
+from callbacks.run_config import checkpoint_note, folder_stamps, resolved_config
 from datamodules.base import PromptDataModule, PromptSample, bare
-from lightning_modules.agents import MODES, Agents
-from lightning_modules.pictures import Key, PictureStore, safe_name, write_whole
+from lightning_modules.evaluation import MODES, EvaluatedAgents
+from lightning_modules.image_store import Key, PictureStore, safe_name, write_whole
 
 _ABSENT = "nothing"
 
@@ -47,7 +47,7 @@ class SavePredictions(L.Callback):
         if stage != "predict":
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(pl_module, Agents) and isinstance(data, PromptDataModule)
+        assert isinstance(pl_module, EvaluatedAgents) and isinstance(data, PromptDataModule)
         self._store = PictureStore(self.directory, "predictions", _place, trainer.global_rank)
         self._settings = self._describe(trainer, data)
         self._compare()
@@ -77,14 +77,14 @@ class SavePredictions(L.Callback):
         """Makes one list of all processes' lists."""
         trainer.strategy.barrier("all drawn")
         if trainer.is_global_zero:
-            assert isinstance(pl_module, Agents)
+            assert isinstance(pl_module, EvaluatedAgents)
             self._merge(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
 
     @property
     def _note(self) -> Path:
         return self.directory / "predictions.yaml"
 
-    def _whole(self, agents: Agents, data: PromptDataModule) -> dict[tuple[str, str], list[Key]]:
+    def _whole(self, agents: EvaluatedAgents, data: PromptDataModule) -> dict[tuple[str, str], list[Key]]:
         """Pictures of the prompts that have them all, by set and id, in the order of the data."""
         there = self._store.read()
         modes = MODES if agents.language is not None else MODES[:1]
@@ -97,7 +97,7 @@ class SavePredictions(L.Callback):
                     whole[name, sample.id] = keys
         return whole
 
-    def _merge(self, agents: Agents, data: PromptDataModule) -> None:
+    def _merge(self, agents: EvaluatedAgents, data: PromptDataModule) -> None:
         self._store.merge(key for keys in self._whole(agents, data).values() for key in keys)
 
     # --- what the pictures depend on ----------------------------------------------------------------------------------

@@ -10,21 +10,13 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from callbacks import paper
 from callbacks.benchmark import MODES
-from callbacks.config import resolved_config
+from callbacks.reporting import published as paper
+from callbacks.reporting.tables import Row, Table, benchmark_table, diversity_table, markdown, report
 from callbacks.robustness import table_of
+from callbacks.run_config import resolved_config
 from callbacks.samples import tensorboards
-from callbacks.tables import (
-    MODE_LABELS,
-    Row,
-    Table,
-    benchmark_table,
-    diversity_table,
-    key_label,
-    markdown,
-    report,
-)
+from lightning_modules.run_folder import MODE_LABELS, key_label
 
 
 class Report(L.Callback):

@@ -8,9 +8,9 @@ from PIL.Image import Image
 from torch import Tensor
 
 from callbacks.benchmark import Benchmark
+from callbacks.scores.prompt_scores import PromptTable, weighted_mean
 from datamodules.base import PromptSample
 from rewards.base import Reward, RewardBatch, score_each
-from rewards.metric import PromptTable, weighted_mean
 
 
 class RewardBenchmark(Benchmark):

@@ -13,11 +13,12 @@ import torch
 from rich.console import Console
 
 from callbacks.benchmark import MODES, Benchmark, add_results
-from callbacks.tables import MODE_LABELS, Table, rich_table, robustness_table
+from callbacks.reporting.tables import Table, rich_table, robustness_table
+from callbacks.scores.bootstrap import enough, interval, resample
 from datamodules.base import Chosen, PromptDataModule, PromptSample, Reworded, Stage, bare, spread
 from datamodules.paraphrases.base import ContentCheck, Paraphraser
 from datamodules.paraphrases.content import PromptContent
-from rewards.bootstrap import enough, interval, resample
+from lightning_modules.run_folder import MODE_LABELS
 
 
 @dataclass(frozen=True)

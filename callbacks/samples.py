@@ -11,7 +11,7 @@ import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image, ImageDraw, ImageFont
 
-from lightning_modules.agents import Drawn
+from lightning_modules.evaluation import EvaluationBatch
 from lightning_modules.rollout import Rollout
 
 _SIDE = 160
@@ -41,7 +41,7 @@ class SamplePictures(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Logs the first batch of every set."""
-        assert isinstance(outputs, Drawn)
+        assert isinstance(outputs, EvaluationBatch)
         if batch_idx > 0 or not trainer.is_global_zero or not outputs.samples:
             return
         rows = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from datamodules.base import PromptSample
-from datamodules.files import PromptFiles, read_records
-from rewards.geneval.rules import validate_metadata
+from datamodules.geneval_names import validate_metadata
+from datamodules.jsonl import PromptFiles, read_records
 
 
 def read_prompts(path: str | Path) -> list[PromptSample]:

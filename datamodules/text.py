@@ -1,13 +1,11 @@
-"""Bare prompts from text files, and tagged prompts that each name the one reward that judges them."""
+"""Bare prompts, without metadata, from text or JSONL files."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from datamodules.base import PromptSample
-from datamodules.files import PromptFiles, read_bare_prompts, read_records
-from datamodules.ocr import target_text
-from rewards.geneval.rules import validate_metadata
+from datamodules.jsonl import PromptFiles, read_bare_prompts, read_records
 
 
 class TextPrompts(PromptFiles):
@@ -27,47 +25,3 @@ class TextPrompts(PromptFiles):
             metadata = {key: value for key, value in record.items() if key not in ("id", "prompt")}
             samples.append(PromptSample(record["id"], record["prompt"], str(record.get("tag", "text")), metadata))
         return samples
-
-
-class TaggedPrompts(PromptFiles):
-    """Prompts of several kinds, each with the tag of the one reward that judges it (`rewards.tagged.TaggedReward`).
-
-    A line is `{"prompt", "tag", "metadata"?}`. Prompts with a GenEval record as metadata are checked like GenEval's,
-    and a tag `ocr` without `metadata.text` takes the text in double quotes. The evaluation sets are called as the tags.
-    """
-
-    eval_name = "tagged"
-
-    def read(self, path: Path) -> list[PromptSample]:
-        """All prompts of a JSONL file."""
-        samples = []
-        for where, record in read_records(path):
-            tag, metadata = record.get("tag"), record.get("metadata", {})
-            if not isinstance(tag, str) or not tag:
-                raise ValueError(f"{where}: `tag` is {tag!r}: name the reward that judges this prompt.")
-            if not isinstance(metadata, dict):
-                raise ValueError(f"{where}: `metadata` is {metadata!r}: give an object, or leave it out.")
-            if "include" in metadata:
-                try:
-                    validate_metadata(metadata)
-                except ValueError as error:
-                    raise ValueError(f"{where}: `metadata`: {error}") from None
-            if tag == "ocr" and "text" not in metadata:
-                texts = [text for text in target_text(record["prompt"], "double") if text.strip()]
-                if not texts:
-                    raise ValueError(f"{where}: no text in double quotes: quote it, or give `metadata.text`.")
-                metadata = metadata | {"text": texts}
-            samples.append(PromptSample(record["id"], record["prompt"], tag, metadata))
-        return samples
-
-    def eval_samples(self) -> dict[str, list[PromptSample]]:
-        """Prompts of `eval_file` by tag."""
-        return _by_tag(self._samples["eval_file"])
-
-    def test_samples(self) -> dict[str, list[PromptSample]]:
-        """Prompts of `test_file`, or of `eval_file` when there is none, by tag."""
-        return _by_tag(self._samples["test_file"])
-
-
-def _by_tag(samples: list[PromptSample]) -> dict[str, list[PromptSample]]:
-    return {tag: [s for s in samples if s.tag == tag] for tag in sorted({sample.tag for sample in samples})}

@@ -29,13 +29,15 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 
 from callbacks.dashboard import Dashboard
-from callbacks.pictures import KeepPictures
+from callbacks.kept_images import KeepPictures
 from callbacks.predictions import SavePredictions
 from callbacks.progress import RunProgressBar
 from callbacks.report import Report
 from datamodules.base import PromptDataModule, ResumableLoader
-from lightning_modules import preflight
-from lightning_modules.agents import Agents, check_precision
+from lightning_modules.agents import check_precision
+from lightning_modules.evaluation import EvaluatedAgents
+from lightning_modules.preflight import check as preflight
+from lightning_modules.renamed import renamed
 from rewards.base import RewardUnavailable
 
 OUR_PACKAGES = ("lightning_modules", "datamodules", "rewards", "callbacks")
@@ -50,7 +52,7 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends with one line instead of the usage text: ours, where a constructor of ours refused its arguments."""
         ours = _raised_by_us(ex or sys.exc_info()[1])
-        sys.exit(_complain(message if ours is None else str(ours)))
+        sys.exit(_complain(renamed(message) or (message if ours is None else str(ours))))
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Parses; jsonargparse hands a null that lies two classes deep on to itself as the text "None"."""
@@ -191,7 +193,7 @@ class PromptRLCLI(LightningCLI):
         if isinstance(self.datamodule, PromptDataModule):
             self.datamodule.setup(str(self.subcommand))
         if self.subcommand == "fit":
-            if isinstance(self.model, Agents):
+            if isinstance(self.model, EvaluatedAgents):
                 self.model.require_learner()
                 check_precision(self.trainer.precision)
             preflight.check(self.model, self.datamodule, self.trainer, self.config["fit"]["preflight"])
@@ -211,7 +213,7 @@ class PromptRLCLI(LightningCLI):
 
     def before_predict(self) -> None:
         """Opens no run folder, so it leaves loading to the trainer, behind the check of the pictures' folder."""
-        if not isinstance(self.model, Agents) or not isinstance(self.datamodule, PromptDataModule):
+        if not isinstance(self.model, EvaluatedAgents) or not isinstance(self.datamodule, PromptDataModule):
             raise ValueError(
                 f"`lightning predict` draws prompts, but this configuration has {type(self.model).__name__} and "
                 f"{type(self.datamodule).__name__}: use one of PromptRL."

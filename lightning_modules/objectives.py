@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_modules.policies.base import FlowPolicy
+from lightning_modules.policies.flow import FlowPolicy
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.rl.losses import clipped_surrogate, guard_log_ratio, k3_kl, masked_sequence_mean
 from lightning_modules.rollout import Completions, Trajectory

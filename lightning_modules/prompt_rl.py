@@ -26,20 +26,22 @@ from PIL.Image import Image
 from torch import Tensor
 
 from datamodules.base import PromptSample
-from lightning_modules.agents import Agents
-from lightning_modules.gradients import average_gradients, clip, gather_lists, no_backward_sync
+from datamodules.chunks import chunks
+from lightning_modules.distributed import average_gradients, clip, gather_lists, no_backward_sync
+from lightning_modules.evaluation import EvaluatedAgents
 from lightning_modules.groups import check_group, group_formats, group_prompts, source_images, tag_numbers
 from lightning_modules.objectives import flow_objective, language_objective
-from lightning_modules.policies.base import FlowPolicy, to_pil
+from lightning_modules.policies.flow import FlowPolicy, to_pil
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.rl.advantages import group_advantages, group_stats
-from lightning_modules.rollout import Rollout, chunks, seed_of
+from lightning_modules.rollout import Rollout
 from lightning_modules.scoring import Scoring
-from lightning_modules.statistics import Averages, group_similarity, refine_stats, reward_stats
+from lightning_modules.seeding import seed_of
+from lightning_modules.step_metrics import Averages, group_similarity, refine_stats, reward_stats
 from rewards.base import Reward, RewardUnavailable
 
 
-class PromptRL(Agents):
+class PromptRL(EvaluatedAgents):
     """Owns both agents. `language: null` is flow-only RL; an agent whose learning rate is null is frozen.
 
     Args:

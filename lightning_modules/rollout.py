@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -190,25 +188,3 @@ class Rollout:
     def counted(self) -> Tensor:
         """[G, N] bool, True for samples that take part in the update: valid, with another valid one in their group."""
         return self.valid & (self.valid.sum(1, keepdim=True) >= 2)
-
-
-def chunks(total: int, size: int | None) -> Iterator[slice]:
-    """Slices that cover `total` rows, `size` at a time (all at once when None)."""
-    size = size or max(total, 1)
-    for start in range(0, total, size):
-        yield slice(start, min(start + size, total))
-
-
-def seed_of(*key: object) -> int:
-    """A 63-bit seed that is a fixed function of the key.
-
-    Noise is keyed by what it is for (run seed, step, prompt id, place in the group), never by rank or batch
-    position, so that the same sample gets the same noise however the work is divided.
-    """
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-def generators_for(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator for each sample: the same numbers on every kind of device."""
-    return [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, PreTrainedConfig
 
 from rewards.base import Reward, RewardBatch, Score
-from rewards.models import in_batches, load_pretrained, load_processor
+from rewards.pretrained import in_batches, load_pretrained, load_processor
 
 DType = Literal["float32", "bfloat16", "float16"]
 T = TypeVar("T")

@@ -17,8 +17,8 @@ from transformers import AddedToken, AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VL
 
 from rewards.base import Reward, RewardBatch, Score
 from rewards.editreward_weights import build_heads, check_names, locate, read_weights, split_state_dict
-from rewards.judge_templates import EDIT_RUBRICS, REWARD_TOKEN, read_wording
-from rewards.models import in_batches, load_processor, pick_device
+from rewards.judges.templates import EDIT_RUBRICS, REWARD_TOKEN, read_wording
+from rewards.pretrained import in_batches, load_processor, pick_device
 
 DType = Literal["bfloat16", "float16", "float32"]
 Positions = Literal["sequential", "mrope"]

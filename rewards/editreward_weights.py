@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rewards.models import check_hub_id, one_line_errors
+from rewards.pretrained import check_hub_id, one_line_errors
 
 _HEAD = re.compile(r"rm_heads?\.(?:head_)?(\d+)\.(\d+\.(?:weight|bias))")
 

@@ -17,7 +17,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from rewards.base import Score
 from rewards.clip import ClipEncoder, ClipReward, DType
-from rewards.models import one_line_errors, pick_device
+from rewards.pretrained import one_line_errors, pick_device
 
 HEADS = 16
 """Attention heads of both towers of ViT-H-14, which weights do not tell: 80 wide in vision, 64 in text."""

@@ -10,13 +10,13 @@ import torch
 from diffusers import FluxPipeline
 
 from datamodules.base import PromptSample
-from datamodules.shapes import shapes_prompts
-from datamodules.shapes_world import vocabulary
 from lightning_modules.cli import main
-from lightning_modules.miniature import build_flow, build_vae
-from lightning_modules.policies.base import Sampling
+from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.flux1 import Flux1Policy
 from lightning_modules.policies.language import LanguagePolicy
+from miniature.architectures import build_flow, build_vae
+from miniature.scenes.prompts import shapes_prompts
+from miniature.scenes.world import vocabulary
 from tests.short_runs import short_fit
 
 ROOT = Path(__file__).parent.parent

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import cache
 
-from rewards.geneval.clip_colors import COLORS as COLORS
-from rewards.geneval.mask2former import CLASSES as CLASSES
+from datamodules.geneval_names import CLASSES as CLASSES
+from datamodules.geneval_names import COLORS as COLORS
 
 SAME: dict[str, tuple[str, ...]] = {
     "airplane": ("plane", "aeroplane"),

@@ -1,261 +1,191 @@
-"""What every flow model does (`FlowPolicy`): sampling, replay, pictures; `Policy` and its settings from beside."""
+"""What both agents have: how they load, freeze, take adapters, and keep a reference."""
 
 from __future__ import annotations
 
-import itertools
-from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import copy
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
-from PIL import Image
-from torch import Tensor
+from torch import nn
 
-from lightning_modules.policies.memory import Quantization
-from lightning_modules.policies.policy import DType as DType
-from lightning_modules.policies.policy import LoRA as LoRA
-from lightning_modules.policies.policy import Policy as Policy
-from lightning_modules.rl.schedule import Window, sde_step_indices
-from lightning_modules.rl.sde import SDEType, Transition, euler, sde_by_name
-from lightning_modules.rollout import Conditioning, Trajectory, chunks, generators_for
+from lightning_modules.policies.memory import Quantization, follow_weights, quantize_linears
+
+DType = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How rollouts are drawn; a clip range means nothing without its SDE type, so they travel together.
+class LoRA:
+    """Low-rank adapters (peft) in place of full fine-tuning.
 
     Args:
-        num_steps: sampler steps.
-        sde_steps: K for the first K steps, a list of steps, or a window; the others are Euler steps.
-        sde_type: which SDE.
-        noise_level: of the SDE.
-        clip_range: of the flow policy's ratio.
-        eval_steps: sampler steps in evaluation (no noise is added there); null is `num_steps`.
-        val_steps: likewise in validations within a fit, which may be lighter than tests; null is `eval_steps`.
+        rank: rank of the update.
+        alpha: its scale is alpha / rank.
+        targets: module name endings, or one regular expression; null is the policy's own choice.
     """
 
-    num_steps: int = 20
-    sde_steps: int | list[int] | Window = 20
-    sde_type: SDEType = "flow_sde"
-    noise_level: float = 0.8
-    clip_range: float = 1e-4
-    eval_steps: int | None = None
-    val_steps: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in (("eval_steps", self.eval_steps), ("val_steps", self.val_steps)):
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` is {value}; use at least 1, or null.")
-        # Checks the steps now rather than at the first rollout.
-        steps = sde_step_indices(self.sde_steps, self.num_steps, generator=torch.Generator())
-        last = isinstance(self.sde_steps, Window) and (self.sde_steps.stop or self.num_steps) == self.num_steps
-        if self.sde_type == "cps" and (last or self.num_steps - 1 in steps):
-            raise ValueError(
-                f"`sde_steps` is {self.sde_steps}, but the last of {self.num_steps} steps has no noise with "
-                "sde_type cps; leave it out."
-            )
+    rank: int = 64
+    alpha: int = 128
+    targets: list[str] | str | None = None
 
 
-class FlowPolicy(Policy):
-    """A rectified-flow image model as a policy. A family's subclass says only what differs from the next one.
+class Policy(nn.Module, ABC):
+    """An agent: a network that is trained fully, trained by adapters, or frozen.
 
-    Subclasses implement `load`, `sigmas`, `encode`, `latent_shape`, `velocity` and `decode`.
+    Constructors only store their arguments; `load` brings the weights. A policy always stays in evaluation mode, since
+    dropout or batch statistics would make a replay differ from its rollout.
 
     Args:
-        model: pipeline folder or hub id.
-        sampling: how rollouts are drawn.
-        height: of the pictures in pixels.
-        width: of the pictures in pixels.
-        learning_rate: null freezes the flow model (prompt-only RL).
+        model: folder or hub id.
+        learning_rate: null freezes this agent.
         weight_decay: AdamW's.
         betas: AdamW's.
-        max_grad_norm: the flow model's gradient is clipped to this norm.
-        kl_weight: weight of the Gaussian KL per step to the model before training; 0 keeps no reference.
-        lora: adapters; null trains all of the transformer.
+        max_grad_norm: the gradient of this agent alone is clipped to this norm.
+        kl_weight: weight of the KL to the model as it was before training; 0 keeps no reference.
+        clip_range: of the ratio in the surrogate.
+        lora: adapters; null trains all weights.
         dtype: of the loaded weights.
-        micro_batch_size: pictures per forward pass, in rollout and update alike; null is all at once.
+        micro_batch_size: samples per forward pass, in rollout and update alike; null is all at once.
         gradient_checkpointing: computes activations again in the backward pass in place of keeping them.
-        quantization: keeps the frozen weights in 4 or 8 bits (bitsandbytes); a flow model that learns needs `lora`.
+        quantization: keeps the frozen weights in 4 or 8 bits (bitsandbytes); an agent that learns needs `lora` then.
     """
 
-    agent = "flow"
+    agent: ClassVar[str] = "language"
+    """Its name in the configuration, the optimizer's groups and the log."""
+    default_lora_targets: list[str] | str
 
     def __init__(
         self,
         model: str,
-        sampling: Sampling,
-        height: int = 512,
-        width: int = 512,
-        learning_rate: float | None = 3e-7,
-        weight_decay: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.999),
-        max_grad_norm: float = 1.0,
-        kl_weight: float = 0.0,
-        lora: LoRA | None = None,
-        dtype: DType = "bfloat16",
-        micro_batch_size: int | None = None,
+        learning_rate: float | None,
+        weight_decay: float,
+        betas: tuple[float, float],
+        max_grad_norm: float,
+        kl_weight: float,
+        clip_range: float,
+        lora: LoRA | None,
+        dtype: DType,
+        micro_batch_size: int | None,
         gradient_checkpointing: bool = False,
         quantization: Quantization | None = None,
     ) -> None:
-        super().__init__(
-            model=model,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            betas=betas,
-            max_grad_norm=max_grad_norm,
-            kl_weight=kl_weight,
-            clip_range=sampling.clip_range,
-            lora=lora,
-            dtype=dtype,
-            micro_batch_size=micro_batch_size,
-            gradient_checkpointing=gradient_checkpointing,
-            quantization=quantization,
-        )
-        self.sampling = sampling
-        self.height = height
-        self.width = width
-
-    @abstractmethod
-    def sigmas(self, num_steps: int) -> Tensor:
-        """[num_steps + 1] fp32 noise shares from 1 to 0, as the family's stock pipeline has them."""
-
-    @abstractmethod
-    def encode(self, prompts: Sequence[str], images: Sequence[Image.Image] | None = None) -> Conditioning:
-        """Encodes B prompts, every distinct text once."""
+        super().__init__()
+        agent = self.agent
+        if quantization is not None and learning_rate is not None and lora is None:
+            raise ValueError(
+                f"`{agent}.quantization` is {quantization}, whose weights cannot be trained; add `{agent}.lora`."
+            )
+        self.model = model
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.betas = betas
+        self.max_grad_norm = max_grad_norm
+        self.kl_weight = kl_weight
+        self.clip_range = clip_range
+        self.lora = lora
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.micro_batch_size = micro_batch_size
+        self.gradient_checkpointing = gradient_checkpointing
+        self.quantization: Quantization | None = quantization
+        self.network: Any = None
+        self._frozen_copy: nn.Module | None = None
+        self._use_frozen_copy = False
 
     @property
-    @abstractmethod
-    def latent_shape(self) -> tuple[int, ...]:
-        """Shape of one sample's latents as `velocity` takes them."""
+    def trained(self) -> bool:
+        """Whether this agent learns."""
+        return self.learning_rate is not None
+
+    @property
+    def active(self) -> Any:
+        """The network that answers now: the trained one, or inside `reference()` its frozen copy."""
+        return self._frozen_copy if self._use_frozen_copy else self.network
 
     @abstractmethod
-    def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """[B, ...] fp32 velocity at fp32 latents; the one way to the network, shared by rollout and replay.
-
-        Args:
-            latents: [B, ...] fp32.
-            sigma: scalar, share of noise.
-            conditioning: of the B samples.
-        """
+    def load(self) -> None:
+        """Brings the weights and prepares them for training; later calls do nothing."""
 
     @abstractmethod
-    def decode(self, latents: Tensor) -> Tensor:
-        """[B, 3, height, width] float pictures in [0, 1]."""
+    def _add_adapters(self, lora: LoRA) -> None:
+        """Puts LoRA adapters into `self.network`."""
 
-    def prepare_latents(self, generators: Sequence[torch.Generator]) -> Tensor:
-        """[B, ...] fp32 standard normal noise, one generator a sample."""
-        noise = torch.stack([torch.randn(self.latent_shape, generator=generator) for generator in generators])
-        return noise.to(self.device)
+    @abstractmethod
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes what was trained in the ecosystem's own format: an adapter, or a model folder."""
 
-    @torch.no_grad()
-    def rollout(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        *,
-        window_seed: int = 0,
-        on_drawn: Callable[[slice, Tensor], None] | None = None,
-        images: Sequence[Image.Image] | None = None,
-    ) -> Trajectory:
-        """Draws one trajectory per prompt by the mixed SDE-ODE sampler.
+    def _prepare(self) -> None:
+        """Freezes everything but what this agent learns, and keeps a reference if the KL needs one."""
+        self.requires_grad_(False)
+        self.eval()
+        if self.quantization is not None:
+            quantize_linears(self.network, self.quantization, self.dtype)
+        if not self.trained:
+            return
+        if self.lora is not None:
+            self._add_adapters(self.lora)
+        else:
+            if self.dtype != torch.float32 and (self.learning_rate or 0.0) < 1e-5:
+                warnings.warn(
+                    f"{type(self).__name__} trains all weights in {self.dtype} with a learning rate of "
+                    f"{self.learning_rate:g}: most updates will be rounded away; use `dtype: float32` with "
+                    "`trainer.precision: bf16-mixed`, or `lora`.",
+                    stacklevel=2,
+                )
+            if self.kl_weight > 0:
+                self._frozen_copy = copy.deepcopy(self.network)
+            self.network.requires_grad_(True)
+        self.eval()
 
-        Args:
-            prompts: B prompts.
-            seeds: B seeds; all noise of a sample comes from its own.
-            window_seed: places a random window of SDE steps, one for the whole batch.
-            on_drawn: called after every micro-batch with its rows and its pictures [b, 3, height, width] in [0, 1],
-                so that scoring may begin before the whole batch is drawn.
-            images: B source images for an editing model; the same object for samples that share one.
-        """
-        sampling = self.sampling
-        generator = torch.Generator().manual_seed(window_seed)
-        steps = sde_step_indices(sampling.sde_steps, sampling.num_steps, generator=generator)
-        return self._sample(self.encode(prompts, images), seeds, self.sigmas(sampling.num_steps), steps, on_drawn)
+    def _apply(self, fn: Any, recurse: bool = True) -> Policy:
+        super()._apply(fn, recurse)
+        follow_weights(self)
+        return self
 
-    @torch.no_grad()
-    def generate(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        num_steps: int | None = None,
-        images: Sequence[Image.Image] | None = None,
-    ) -> Tensor:
-        """[B, 3, height, width] pictures in [0, 1], drawn without added noise (as stock pipelines do)."""
-        num_steps = num_steps or self.sampling.eval_steps or self.sampling.num_steps
-        return self.pictures(self._sample(self.encode(prompts, images), seeds, self.sigmas(num_steps), ()))
+    def train(self, mode: bool = True) -> Policy:
+        """Stays in evaluation mode whatever is asked."""
+        del mode
+        return super().train(False)
 
-    @torch.no_grad()
-    def pictures(self, trajectory: Trajectory) -> Tensor:
-        """[B, 3, height, width] the pictures that trajectories ended in, values in [0, 1]."""
-        with self.decoding():
-            parts = [self.decode(trajectory.final[rows]) for rows in chunks(len(trajectory), self.micro_batch_size)]
-        return torch.cat(parts)
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, the policy is what it was before training: adapters off, or the frozen copy."""
+        if self.lora is not None and self.trained:
+            with self._adapters_off():
+                yield
+            return
+        if self.trained and self._frozen_copy is None:
+            raise ValueError(f"{type(self).__name__} keeps no reference: set `kl_weight` above 0 before loading it.")
+        self._use_frozen_copy = self._frozen_copy is not None
+        try:
+            yield
+        finally:
+            self._use_frozen_copy = False
 
-    def decoding(self) -> AbstractContextManager[None]:
-        """Inside, the parts that `decode` needs are where it runs."""
-        return nullcontext()
+    @contextmanager
+    def _adapters_off(self) -> Iterator[None]:
+        self.network.disable_adapters()
+        try:
+            yield
+        finally:
+            self.network.enable_adapters()
 
-    def replay(self, trajectory: Trajectory, step: int) -> Transition:
-        """The distribution that the policy, as it is now, gives to the SDE step number `step` of a trajectory."""
-        return self._transition(
-            trajectory.latents[:, step], trajectory.sigmas, trajectory.sde_steps[step], trajectory.conditioning
-        )
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        device: torch.device = next(self.network.parameters()).device
+        return device
 
-    def _transition(self, latents: Tensor, sigmas: Tensor, step: int, conditioning: Conditioning) -> Transition:
-        sde = sde_by_name(self.sampling.sde_type)
-        return sde(
-            latents,
-            self.velocity(latents, sigmas[step], conditioning),
-            sigmas[step],
-            sigmas[step + 1],
-            noise_level=self.sampling.noise_level,
-            sigma_max=sigmas[1],
-        )
-
-    def _sample(
-        self,
-        conditioning: Conditioning,
-        seeds: Sequence[int],
-        sigmas: Tensor,
-        sde_steps: tuple[int, ...],
-        on_drawn: Callable[[slice, Tensor], None] | None = None,
-    ) -> Trajectory:
-        sigmas = sigmas.to(self.device)
-        parts = []
-        for rows in chunks(len(seeds), self.micro_batch_size):
-            generators = generators_for(seeds[rows])
-            parts.append(self._sample_chunk(conditioning.rows(rows), generators, sigmas, sde_steps))
-            if on_drawn is not None:
-                with self.decoding():
-                    on_drawn(rows, self.decode(parts[-1][-1]))
-        latents, next_latents, log_probs, final = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        return Trajectory(latents, next_latents, log_probs, final, sigmas, sde_steps, conditioning)
-
-    def _sample_chunk(
-        self,
-        conditioning: Conditioning,
-        generators: Sequence[torch.Generator],
-        sigmas: Tensor,
-        sde_steps: tuple[int, ...],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        current = self.prepare_latents(generators)
-        empty = current.new_empty(len(current), 0, *current.shape[1:])
-        latents, next_latents, log_probs = [empty], [empty], [current.new_empty(len(current), 0)]
-        for step, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
-            if step in sde_steps:
-                transition = self._transition(current, sigmas, step, conditioning)
-                following = transition.sample(self.prepare_latents(generators))
-                latents.append(current[:, None])
-                next_latents.append(following[:, None])
-                log_probs.append(transition.log_prob(following)[:, None])
-            else:
-                following = euler(current, self.velocity(current, sigma, conditioning), sigma, sigma_next)
-            current = following
-        return torch.cat(latents, 1), torch.cat(next_latents, 1), torch.cat(log_probs, 1), current
-
-
-def to_pil(pictures: Tensor) -> list[Image.Image]:
-    """8-bit RGB pictures of [B, 3, H, W] in [0, 1], rounded as diffusers rounds them."""
-    array = (pictures.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in array]
+    def parameter_group(self) -> dict[str, Any]:
+        """This agent's group for the optimizer."""
+        return {
+            "name": self.agent,
+            "params": [p for p in self.parameters() if p.requires_grad],
+            "lr": self.learning_rate,
+            "weight_decay": self.weight_decay,
+            "betas": self.betas,
+        }

@@ -12,7 +12,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
-from lightning_modules.policies.base import Sampling
+from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.pipeline import PipelinePolicy
 
 

@@ -13,7 +13,7 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from PIL import Image
 from torch import Tensor
 
-from lightning_modules.policies.base import Sampling
+from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.loading import read_config, read_index
 from lightning_modules.policies.pipeline import PipelinePolicy
 from lightning_modules.policies.sources import crop_to, stack_sources

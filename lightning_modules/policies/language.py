@@ -29,7 +29,7 @@ from lightning_modules.policies.memory import Quantization, recomputing
 from lightning_modules.policies.templates import GENERAL, fill, parse_answer
 from lightning_modules.rl.log_probs import completion_mask, position_ids, token_log_probs
 from lightning_modules.rollout import Completions, SeenImages
-from rewards.models import one_line_errors
+from rewards.pretrained import one_line_errors
 
 VISION_LANGUAGE_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 """Adapters of models with a vision tower, whose layers may have the same names."""

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from torch import nn
 
 from lightning_modules.policies.base import LoRA
-from rewards.models import check_hub_id, one_line_errors
+from rewards.pretrained import check_hub_id, one_line_errors
 
 ADAPTERS = {
     "FluxPipeline": "flux1.Flux1Policy",

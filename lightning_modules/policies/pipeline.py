@@ -16,12 +16,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_modules.policies.base import DType, FlowPolicy, LoRA, Sampling
+from datamodules.chunks import chunks
+from lightning_modules.policies.base import DType, LoRA
+from lightning_modules.policies.flow import FlowPolicy, Sampling
 from lightning_modules.policies.loading import absent_parts, check_pipeline, lora_config, read_config
 from lightning_modules.policies.memory import compile_blocks, lent
 from lightning_modules.rl.schedule import dynamic_mu
-from lightning_modules.rollout import Conditioning, chunks
-from rewards.models import one_line_errors
+from lightning_modules.rollout import Conditioning
+from rewards.pretrained import one_line_errors
 
 NEGATIVE = "negative_"
 

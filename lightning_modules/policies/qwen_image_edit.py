@@ -14,11 +14,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil, Qwen2VLProcessor
 from transformers.utils import is_torchvision_available
 
-from lightning_modules.policies.base import Sampling
+from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.loading import read_index
 from lightning_modules.policies.qwen_image import QwenImagePolicy
 from lightning_modules.policies.sources import crop_to, stack_sources
-from rewards.models import load_processor
+from rewards.pretrained import load_processor
 
 
 class QwenImageEditPolicy(QwenImagePolicy):

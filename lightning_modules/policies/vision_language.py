@@ -19,7 +19,7 @@ from datamodules.base import PromptSample
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.policies.templates import fill
 from lightning_modules.rollout import SeenImages
-from rewards.models import load_processor, one_line_errors
+from rewards.pretrained import load_processor, one_line_errors
 
 EDITING = """Rewrite the following instruction for an image editor that gets it with this image. Keep everything that \
 it asks for, say which part of the image is meant and what stays as it is, and add concrete visual detail that helps.

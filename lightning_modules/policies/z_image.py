@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lightning_modules.policies.base import Sampling
+from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.loading import read_config
 from lightning_modules.policies.pipeline import PipelinePolicy
 

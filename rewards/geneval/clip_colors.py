@@ -13,10 +13,10 @@ from PIL import Image, ImageColor
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
+from datamodules.geneval_names import COLORS
 from rewards.geneval.rules import Box
-from rewards.models import in_batches, load_pretrained, load_processor
+from rewards.pretrained import in_batches, load_pretrained, load_processor
 
-COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 TEMPLATES = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
 
 # CLIP's own, whatever a folder's preprocessor says.

@@ -13,22 +13,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import Mask2FormerForUniversalSegmentation
 
-from rewards.geneval.clip_colors import COLORS, ClipColors, Mask
+from datamodules.geneval_names import CLASSES, COLORS
+from rewards.geneval.clip_colors import ClipColors, Mask
 from rewards.geneval.rules import MIN_SCORE, Box, Detection
-from rewards.models import in_batches, load_pretrained
+from rewards.pretrained import in_batches, load_pretrained
 
-# COCO 2017's order. Checkpoints name some classes otherwise (mouse, remote, motorbike), so an index is all they tell.
-CLASSES: tuple[str, ...] = (
-    *("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light"),
-    *("fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow"),
-    *("elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee"),
-    *("skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard"),
-    *("tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple"),
-    *("sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch"),
-    *("potted plant", "bed", "dining table", "toilet", "tv", "laptop", "computer mouse", "tv remote"),
-    *("computer keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock"),
-    *("vase", "scissors", "teddy bear", "hair drier", "toothbrush"),
-)
 MAX_CANDIDATES = 100
 STRIDE = 32  # the network wants multiples of this
 

@@ -9,15 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 Box = tuple[float, float, float, float]
 Compat = Literal["flow_grpo"]
-Tag = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
-Relation = Literal["left of", "right of", "above", "below"]
-
-TAGS: tuple[str, ...] = get_args(Tag)
-RELATIONS: tuple[str, ...] = get_args(Relation)
 
 MIN_SCORE = 0.3
 MIN_SCORE_COUNTING = 0.9  # a spurious box would change the count, so counting trusts only sure ones
@@ -120,47 +115,6 @@ def relations(a: Detection, b: Detection) -> frozenset[str]:
     dx, dy = shift_x / distance, shift_y / distance
     holds = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
     return frozenset(relation for relation, true in holds.items() if true)
-
-
-def validate_metadata(metadata: Mapping[str, Any]) -> None:
-    """Check a GenEval record.
-
-    Args:
-        metadata: `{"tag", "include": [{"class", "count", "color"?, "position"?: [relation, index]}], "exclude"?}`.
-
-    Raises:
-        ValueError: with one sentence that names the key and the remedy.
-    """
-    tag = metadata.get("tag")
-    if tag not in TAGS:
-        raise ValueError(f"`tag` is {tag!r}, use one of {', '.join(TAGS)}.")
-    for key in ("include", "exclude"):
-        items = metadata.get(key, [])
-        if not isinstance(items, list | tuple) or (key == "include" and not items):
-            raise ValueError(f'`{key}` must be a list such as [{{"class": "dog", "count": 1}}], got {items!r}.')
-        for index, item in enumerate(items):
-            _validate_item(item, index, f"`{key}[{index}]`")
-
-
-def _validate_item(item: object, index: int, where: str) -> None:
-    """Check one entry of `include` or `exclude`; `index` bounds the entries that a position may point at."""
-    if not isinstance(item, dict) or not isinstance(item.get("class"), str) or not item["class"]:
-        raise ValueError(f"{where} needs a `class` that names an object, got {item!r}.")
-    count = item.get("count")
-    if type(count) is not int or count < 1:  # not isinstance: True is an int
-        raise ValueError(f"{where} has count {count!r}, use a whole number of at least 1.")
-    if not isinstance(item.get("color", ""), str):
-        raise ValueError(f"{where} has color {item['color']!r}, use a colour's name or leave the key out.")
-    if "position" not in item:
-        return
-    position = item["position"]
-    if not isinstance(position, list | tuple) or len(position) != 2:
-        raise ValueError(f'{where} has position {position!r}, use [relation, index] such as ["above", 0].')
-    relation, target = position
-    if relation not in RELATIONS:
-        raise ValueError(f"{where} has the relation {relation!r}, use one of {', '.join(RELATIONS)}.")
-    if type(target) is not int or not 0 <= target < index:
-        raise ValueError(f"{where} has a position that points at entry {target!r}, use the index of an earlier entry.")
 
 
 def _official_problem(found: Mapping[str, list[Detection]], include: Sequence[Mapping[str, Any]]) -> str:

@@ -11,7 +11,7 @@ from importlib import metadata
 from PIL.Image import Image
 
 from rewards.base import Reward, RewardBatch, Score
-from rewards.models import in_batches
+from rewards.pretrained import in_batches
 
 
 class ServedReward(Reward):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from rewards.models import one_line_errors, pick_device
+from rewards.pretrained import one_line_errors, pick_device
 from rewards.served import ServedReward, installed
 
 SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from rewards.models import check_hub_id, one_line_errors, pick_device
+from rewards.pretrained import check_hub_id, one_line_errors, pick_device
 from rewards.served import ServedReward, installed
 
 UNUSED = ("blip.vision_proj.", "blip.text_proj.")

@@ -19,11 +19,10 @@ from callbacks.benchmark import Benchmark
 from callbacks.geneval import GenEvalBenchmark
 from callbacks.reward import RewardBenchmark
 from datamodules.base import PromptDataModule, PromptSample
-from datamodules.shapes_world import Ask, Content, Item, Scene, render
-from lightning_modules.agents import Drawn
-from lightning_modules.validation import validate_now
+from lightning_modules.evaluation import EvaluationBatch, validate_now
+from miniature.scenes.detector import ShapesDetector
+from miniature.scenes.world import Ask, Content, Item, Scene, render
 from rewards.base import Reward, RewardBatch, Score
-from rewards.shapes import ShapesDetector
 
 pytestmark = pytest.mark.filterwarnings("ignore:Experiment logs directory", "ignore:The dirpath has changed")
 
@@ -81,7 +80,7 @@ class Painter(L.LightningModule):
         modes = ["without_pe", "with_pe"] if self.language else ["without_pe"]
         name = self.trainer.datamodule.eval_names[dataloader_idx]  # type: ignore[attr-defined]
         prompts = {mode: [sample.asked for sample in batch] for mode in modes}
-        return Drawn(name, batch, prompts, [[0] * len(batch)], {mode: [draw(mode)] for mode in modes})
+        return EvaluationBatch(name, batch, prompts, [[0] * len(batch)], {mode: [draw(mode)] for mode in modes})
 
     test_step = validation_step
 

@@ -29,15 +29,15 @@ from callbacks.health import Health
 from callbacks.reward import RewardBenchmark
 from callbacks.robustness import PromptRobustness
 from datamodules.base import PromptDataModule, PromptSample
-from datamodules.shapes import ShapesPrompts
 from lightning_modules.cli import main
-from lightning_modules.policies.base import Sampling
+from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.flux1 import Flux1Policy
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.prompt_rl import PromptRL
+from miniature.scenes.detector import ShapesDetector
+from miniature.scenes.prompts import ShapesPrompts
+from miniature.scenes.quality import ShapesQuality
 from rewards.encoders import PixelEncoder
-from rewards.shapes import ShapesDetector
-from rewards.shapes_quality import ShapesQuality
 from tests.short_runs import folder, short_fit
 
 EXPERIMENTS = ("flow_only", "promptrl")

@@ -24,20 +24,21 @@ from PIL import Image
 from torch import Tensor
 
 from callbacks.diversity import ARMS, DIFFERENCE, VIT_G, Diversity, by_tag, summarize
-from callbacks.pictures import KeepPictures
+from callbacks.kept_images import KeepPictures
+from callbacks.scores.prompt_scores import PromptTable
 from datamodules.base import PromptDataModule, PromptSample
-from datamodules.shapes import ShapesPrompts
-from lightning_modules.agents import Agents
 from lightning_modules.cli import main
-from lightning_modules.policies.base import Sampling
+from lightning_modules.evaluation import EvaluatedAgents
+from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.flux1 import Flux1Policy
 from lightning_modules.policies.language import LanguagePolicy
+from miniature.scenes.detector import ShapesDetector
+from miniature.scenes.encoder import ShapesEncoder
+from miniature.scenes.prompts import ShapesPrompts
 from rewards.base import Reward, RewardBatch, Score
 from rewards.clip import ClipEncoder
-from rewards.encoders import PixelEncoder, ShapesEncoder
+from rewards.encoders import PixelEncoder
 from rewards.geneval.reward import GenEvalReward
-from rewards.metric import PromptTable
-from rewards.shapes import ShapesDetector
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Experiment logs directory", "ignore:The dirpath has changed", "ignore:LightningCLI's args parameter"
@@ -98,7 +99,7 @@ class Refiner:
         return [sample.asked for sample in samples]
 
 
-class Painter(Agents):
+class Painter(EvaluatedAgents):
     """Paints a prompt's last word, but "green" with its third noise red."""
 
     def __init__(self, refines: bool = True) -> None:
@@ -228,7 +229,7 @@ def test_prompts_are_taken_from_all_tags_alike() -> None:
 # --- the miniature's agents -------------------------------------------------------------------------------------------
 
 
-class Recorder(Agents):
+class Recorder(EvaluatedAgents):
     """The miniature's agents; notes what is drawn, and can fail as an interrupted run does."""
 
     def __init__(self, fails_at: int | None = None) -> None:
@@ -363,7 +364,7 @@ def diversity(encoder: str, **arguments: Any) -> dict[str, Any]:
 
 
 GENEVAL = {"class_path": "rewards.geneval.reward.GenEvalReward",
-           "init_args": {"detector": {"class_path": "rewards.shapes.ShapesDetector"}}}  # fmt: skip
+           "init_args": {"detector": {"class_path": "miniature.scenes.detector.ShapesDetector"}}}  # fmt: skip
 
 
 @pytest.mark.parametrize("command", ["test", "validate"])

@@ -17,13 +17,13 @@ from PIL import Image
 from callbacks.edit import EditBenchmark
 from callbacks.reward import RewardBenchmark
 from callbacks.robustness import paired_difference
-from datamodules.edit_benchmarks import GEditPrompts
+from callbacks.scores.prompt_scores import PromptScores, PromptTable
+from datamodules.editing.benchmarks import GEditPrompts
 from datamodules.sample import PromptSample
-from lightning_modules.agents import Drawn
+from lightning_modules.evaluation import EvaluationBatch
 from rewards.base import Reward, RewardBatch, Score
-from rewards.metric import PromptScores, PromptTable
-from rewards.viescore import VIEScore
-from tests.rewards.judge_server import Judge, Reply, serving
+from rewards.judges.viescore import VIEScore
+from tests.rewards.judges.judge_server import Judge, Reply, serving
 
 
 class Told(Reward):
@@ -154,10 +154,10 @@ def test_summary_equals_a_slow_loop_for_every_weighting() -> None:
 class Paints(L.LightningModule):
     """Draws every prompt in one colour."""
 
-    def test_step(self, batch: list[PromptSample], batch_idx: int, dataloader_idx: int = 0) -> Drawn:
+    def test_step(self, batch: list[PromptSample], batch_idx: int, dataloader_idx: int = 0) -> EvaluationBatch:
         name = self.trainer.datamodule.eval_names[dataloader_idx]  # type: ignore[attr-defined]
         images = {"without_pe": [[Image.new("RGB", (8, 8), "red")] * len(batch)]}
-        return Drawn(name, batch, {"without_pe": [s.prompt for s in batch]}, [[0] * len(batch)], images)
+        return EvaluationBatch(name, batch, {"without_pe": [s.prompt for s in batch]}, [[0] * len(batch)], images)
 
 
 def answer(prompt: str, turn: int) -> Reply:

@@ -12,7 +12,7 @@ import yaml
 
 from callbacks.ema import EMA
 from lightning_modules.cli import main
-from tests.test_resume import SHORT, same
+from tests.lightning_modules.test_resume import SHORT, same
 
 
 class Witness(L.Callback):
@@ -115,7 +115,7 @@ def test_updates_come_whenever_enough_steps_are_complete(every: int, steps: list
 
 
 def test_a_validation_that_breaks_off_is_saved_unswapped(config: Path, tmp_path: Path) -> None:
-    lost = {"class_path": "tests.test_scoring.DownAfter", "init_args": {"batches": 1}}
+    lost = {"class_path": "tests.lightning_modules.test_scoring.DownAfter", "init_args": {"batches": 1}}
     content = yaml.safe_load(config.read_text())
     benchmark = {"class_path": "callbacks.reward.RewardBenchmark", "init_args": {"reward": lost, "sets": ["unseen"]}}
     content["trainer"]["callbacks"].append(benchmark)

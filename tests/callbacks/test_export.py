@@ -14,16 +14,16 @@ import torch
 import yaml
 
 from callbacks.export import Export
-from callbacks.model_card import call_arguments, drawing_code, loading_code
+from callbacks.reporting.model_card import call_arguments, drawing_code, loading_code
 from datamodules.base import PromptSample
 from lightning_modules.cli import main
-from lightning_modules.policies.base import Sampling
+from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.prompt_rl import PromptRL
-from lightning_modules.rollout import generators_for
-from tests.policies.family import PROMPTS, Family
-from tests.policies.test_families import FAMILIES, stock
-from tests.policies.test_flux1 import perturb
+from lightning_modules.seeding import generators_for
+from tests.lightning_modules.policies.family import PROMPTS, Family
+from tests.lightning_modules.policies.test_families import FAMILIES, stock
+from tests.lightning_modules.policies.test_flux1 import perturb
 
 ROOT = Path(__file__).parents[2]
 FLOW, LANGUAGE = "model.init_args.flow.init_args", "model.init_args.language.init_args"

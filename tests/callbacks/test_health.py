@@ -25,9 +25,8 @@ from callbacks.health import Health
 from callbacks.stop_rules import Limit, Streaks
 from datamodules.base import PromptDataModule, PromptSample
 from lightning_modules import cli
-from lightning_modules.agents import Drawn
+from lightning_modules.evaluation import EvaluationBatch, validate_now
 from lightning_modules.rollout import Conditioning, Rollout, Trajectory
-from lightning_modules.validation import validate_now
 from rewards.base import Reward, RewardBatch, Score
 from rewards.tagged import WeightedSum
 
@@ -123,7 +122,7 @@ class Painter(L.LightningModule):
         if self.global_step == 0:
             validate_now(self.trainer)
 
-    def validation_step(self, batch: list[PromptSample], batch_idx: int, dataloader_idx: int) -> Drawn:
+    def validation_step(self, batch: list[PromptSample], batch_idx: int, dataloader_idx: int) -> EvaluationBatch:
         red = 0.0 if self.reds is None else self.reds[self.global_step]
         name = self.trainer.datamodule.eval_names[dataloader_idx]  # type: ignore[attr-defined]
         images = {"without_pe": [[plain(red) for _ in batch]]}
@@ -131,7 +130,7 @@ class Painter(L.LightningModule):
             # Two of each prompt. Prompt 0's first is as red as asked, its second fails; others are half as red.
             first = [plain(red if sample.id == "0" else red / 2) for sample in batch]
             images["with_pe"] = [first, [plain(0.0 if sample.id == "0" else red / 2) for sample in batch]]
-        return Drawn(name, batch, {}, [], images)
+        return EvaluationBatch(name, batch, {}, [], images)
 
     def on_validation_epoch_end(self) -> None:
         values = {name: values[self.global_step] for name, values in self.numbers.items() if name.startswith("val/")}
@@ -477,12 +476,12 @@ trainer:
     - class_path: callbacks.reward.RewardBenchmark
       init_args:
         reward:
-          class_path: rewards.shapes_quality.ShapesQuality
+          class_path: miniature.scenes.quality.ShapesQuality
     - class_path: callbacks.health.Health
       init_args:
         every_n_steps: 2
         held_out:
-          class_path: rewards.shapes_quality.ShapesQuality
+          class_path: miniature.scenes.quality.ShapesQuality
         patience: 50
         limits:
           refine/distinct: {below: 0.1}

@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from callbacks.ocr import OCRWordsBenchmark
+from callbacks.scores.prompt_scores import PromptScores
 from datamodules.sample import PromptSample
-from rewards.metric import PromptScores
 from rewards.ocr_engines import Line
 
 

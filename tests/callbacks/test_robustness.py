@@ -16,12 +16,12 @@ from PIL import Image
 from callbacks.geneval import GenEvalBenchmark
 from callbacks.report import Report
 from callbacks.robustness import PromptRobustness, paired_difference
+from callbacks.scores.prompt_scores import PromptScores
 from datamodules.base import PromptDataModule, PromptSample, Reworded
 from datamodules.paraphrases.base import Paraphraser, Wordings
-from datamodules.shapes_world import Ask, Content, Item, Scene, render
-from lightning_modules.agents import Drawn
-from rewards.metric import PromptScores
-from rewards.shapes import ShapesDetector
+from lightning_modules.evaluation import EvaluationBatch
+from miniature.scenes.detector import ShapesDetector
+from miniature.scenes.world import Ask, Content, Item, Scene, render
 
 RIGHT, WRONG = Scene((Item("circle", "red", 0),)), Scene((Item("cross", "red", 9),))
 
@@ -64,7 +64,7 @@ class Painter(L.LightningModule):
             for mode, texts in prompts.items()
         }
         self.seen += [(name, mode, text) for mode, texts in prompts.items() for text in texts]
-        return Drawn(name, batch, prompts, [[0] * len(batch)], images)
+        return EvaluationBatch(name, batch, prompts, [[0] * len(batch)], images)
 
     validation_step = test_step
 

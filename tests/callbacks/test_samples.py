@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from callbacks.samples import SamplePictures
 from datamodules.base import PromptDataModule, PromptSample
-from lightning_modules.agents import Drawn
+from lightning_modules.evaluation import EvaluationBatch
 from lightning_modules.rollout import Conditioning, Rollout, Trajectory
 from rewards.base import Score
 
@@ -57,7 +57,7 @@ class Painter(L.LightningModule):
             images["with_pe"] = [[plain(BLUE, 512) for _ in batch]]
             prompts["with_pe"] = [f"fine {sample.prompt}" for sample in batch]
         name = self.trainer.datamodule.eval_names[dataloader_idx]  # type: ignore[attr-defined]
-        return Drawn(name, batch, prompts, [[0] * len(batch)], images)
+        return EvaluationBatch(name, batch, prompts, [[0] * len(batch)], images)
 
 
 def rollout(colors: list[tuple[int, int, int]], size: int) -> Rollout:

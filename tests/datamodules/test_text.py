@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from datamodules.geneval import GenEvalPrompts
+from datamodules.geneval_names import TAGS
 from datamodules.ocr import OCRPrompts
-from datamodules.text import TaggedPrompts, TextPrompts
-from rewards.geneval.rules import TAGS
+from datamodules.tagged import TaggedPrompts
+from datamodules.text import TextPrompts
 
 SAMPLES = Path("datamodules/samples")
 

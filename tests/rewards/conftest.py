@@ -16,10 +16,10 @@ import httpx
 import pytest
 import uvicorn
 
-from rewards.app import create_app
 from rewards.base import Reward
-from rewards.intake import Limits
-from rewards.server import bind
+from rewards.serving.endpoints import create_app
+from rewards.serving.requests import Limits
+from rewards.serving.server import bind
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,7 +72,7 @@ class SlowReward(Reward):
 
 
 class Process:
-    """`python -m rewards.server` with a `SlowReward`."""
+    """`python -m rewards.serving` with a `SlowReward`."""
 
     def __init__(self, folder: Path, port: int, **init_args: float) -> None:
         (folder / "slow_scorer.py").write_text(SLOW)
@@ -90,7 +90,7 @@ class Process:
         )
         self.url = f"http://127.0.0.1:{port}"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "rewards.server", "--config", str(folder / "slow.yaml")],
+            [sys.executable, "-m", "rewards.serving", "--config", str(folder / "slow.yaml")],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(folder)},
             stdout=subprocess.PIPE,

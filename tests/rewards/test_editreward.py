@@ -30,7 +30,7 @@ from datamodules.sample import PromptSample
 from rewards.base import RewardBatch, Score
 from rewards.editreward import EditReward
 from rewards.editreward_weights import split_state_dict
-from rewards.judge_templates import EDIT_RUBRICS
+from rewards.judges.templates import EDIT_RUBRICS
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
 CHAT_TEMPLATE = (

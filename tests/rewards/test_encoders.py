@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from datamodules.shapes_world import (
+from lightning_modules.step_metrics import group_similarity
+from miniature.scenes.encoder import ShapesEncoder
+from miniature.scenes.world import (
     COLORS,
     SHAPES,
     STYLES,
@@ -28,17 +30,8 @@ from datamodules.shapes_world import (
     write,
     write_loosely,
 )
-from lightning_modules.statistics import group_similarity
 from rewards.clip import ClipEncoder
-from rewards.encoders import (
-    ContentEncoder,
-    Encoder,
-    PixelEncoder,
-    ShapesEncoder,
-    TextEncoder,
-    image_similarity,
-    text_similarity,
-)
+from rewards.encoders import ContentEncoder, Encoder, PixelEncoder, TextEncoder, image_similarity, text_similarity
 from tests.rewards.tiny_clip import noise, save_model, save_processor
 
 THINGS = [(shape, color) for shape in SHAPES for color in COLORS]
@@ -197,7 +190,7 @@ def test_clip_is_an_encoder(tmp_path: Path) -> None:
     ("path", "reads", "counts"),
     [
         ("rewards.encoders.PixelEncoder", False, False),
-        ("rewards.encoders.ShapesEncoder", True, True),
+        ("miniature.scenes.encoder.ShapesEncoder", True, True),
         ("rewards.clip.ClipEncoder", True, False),
     ],
 )
@@ -216,4 +209,4 @@ def test_no_other_class_passes_for_an_encoder() -> None:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--encoder", type=Encoder)
     with pytest.raises(jsonargparse.ArgumentError, match="Encoder"):
-        parser.parse_object({"encoder": {"class_path": "rewards.shapes.ShapesDetector"}})
+        parser.parse_object({"encoder": {"class_path": "miniature.scenes.detector.ShapesDetector"}})

@@ -184,7 +184,7 @@ def test_config(name: str) -> None:
     assert getattr(reward, "trust_remote_code", False) is False
 
     header = path.read_text().split("rewards:\n")[0]
-    assert f"#   python -m rewards.server --config configs/rewards/{name}.yaml\n" in header
+    assert f"#   python -m rewards.serving --config configs/rewards/{name}.yaml\n" in header
     assert reward.requirements in header
 
 

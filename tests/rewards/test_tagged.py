@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datamodules.sample import PromptSample
-from lightning_modules.statistics import reward_stats
+from lightning_modules.step_metrics import reward_stats
 from rewards.base import Reward, RewardBatch, Score
 from rewards.format import format_reward, last_answer
 from rewards.tagged import TaggedReward, WeightedSum

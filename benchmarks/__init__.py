@@ -1,0 +1,1 @@
+"""Measurements: speed and memory, the small world, the paper's comparisons."""

@@ -1,0 +1,1 @@
+"""Measures the small world's base models and trained agents."""

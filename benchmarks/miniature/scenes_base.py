@@ -1,0 +1,87 @@
+"""Measures the miniature's base flow model: how often each wording is drawn right, and how varied its pictures are.
+
+python -m benchmarks.miniature.scenes_base [--model miniature/flow] [--prompts 384]
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections import Counter
+
+import torch
+
+from lightning_modules.policies.flow import Sampling, to_pil
+from lightning_modules.policies.flux1 import Flux1Policy
+from lightning_modules.seeding import seed_of
+from miniature.scenes.detector import ShapesDetector
+from miniature.scenes.world import STYLES, TAGS, Content, Style, contents, elaborate, write
+from rewards.geneval.rules import Detection, judge
+
+DETECTOR = ShapesDetector()
+
+
+def main() -> None:
+    """Prints one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="miniature/flow")
+    parser.add_argument("--prompts", type=int, default=384)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    policy = Flux1Policy(
+        args.model, Sampling(8, 0), height=32, width=32, max_sequence_length=18, learning_rate=None, dtype="float32"
+    )
+    policy.load()
+    policy.to(args.device)
+    rng = random.Random(7)
+    asked = [rng.choice(contents(TAGS[i % 6], "val")) for i in range(args.prompts)]
+    print(f"| correct on {args.prompts} prompts | overall | " + " | ".join(TAGS) + " |")
+    print("|---" * 8 + "|")
+    for style in STYLES:
+        right = _right(policy, asked, [_word(content, style, rng) for content in asked])
+        by_tag = [sum(right[i::6]) / len(right[i::6]) for i in range(6)]
+        print(f"| {style} | {sum(by_tag) / 6:.3f} | " + " | ".join(f"{share:.2f}" for share in by_tag) + " |")
+    few = asked[:48]
+    one = [[write(content, "canonical", rng)] * 8 for content in few]
+    many = [[_word(content, STYLES[1 + i % 3], rng) for i in range(8)] for content in few]
+    for name, prompts in (("eight seeds of one wording", one), ("eight wordings", many)):
+        pictures = _draw(policy, [prompt for group in prompts for prompt in group])
+        print(f"{name}: " + ", ".join(f"{k} {v:.2f}" for k, v in diversity(pictures, few).items()))
+
+
+def _word(content: Content, style: Style, rng: random.Random) -> str:
+    return write(elaborate(content, rng) if style == "detailed" else content, style, rng)
+
+
+def _draw(policy: Flux1Policy, prompts: list[str]) -> torch.Tensor:
+    seeds = [seed_of("miniature base", i) for i in range(len(prompts))]
+    return policy.generate(prompts, seeds).cpu()
+
+
+def _right(policy: Flux1Policy, asked: list[Content], prompts: list[str]) -> list[bool]:
+    found = DETECTOR.detect(to_pil(_draw(policy, prompts)))
+    return [judge(d, content.metadata).correct for d, content in zip(found, asked, strict=True)]
+
+
+def diversity(pictures: torch.Tensor, asked: list[Content]) -> dict[str, float]:
+    """Of groups of 8: distinct contents, cosine of mean-free pictures, groups with both right and wrong ones."""
+    detections = DETECTOR.detect(to_pil(pictures))
+    groups = [detections[i : i + 8] for i in range(0, len(detections), 8)]
+    distinct = [len({_contents(found) for found in group}) for group in groups]
+    right = [[judge(f, content.metadata).correct for f in g] for g, content in zip(groups, asked, strict=True)]
+    flat = pictures.reshape(len(groups), 8, -1)
+    flat = torch.nn.functional.normalize(flat - flat.mean(-1, keepdim=True), dim=-1)
+    cosine = (flat @ flat.transpose(1, 2)).sum((1, 2)).sub(8).div(56)
+    return {
+        "distinct contents of 8": sum(distinct) / len(distinct),
+        "cosine": cosine.mean().item(),
+        "groups with mixed success": sum(0 < sum(r) < 8 for r in right) / len(right),
+    }
+
+
+def _contents(found: list[Detection]) -> frozenset[tuple[tuple[str, str | None], int]]:
+    return frozenset(Counter((d.label, d.color) for d in found if d.score > 0.3).items())
+
+
+if __name__ == "__main__":
+    main()

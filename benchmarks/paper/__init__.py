@@ -1,0 +1,1 @@
+"""Repeats the paper's comparisons in the small world."""

@@ -1,0 +1,344 @@
+"""The paper's claims C1-C7 as conditions on measured numbers, and what the miniature says of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.paper.modes import FLOW, JOINT, PLAIN, PROMPT, Comparison, comparisons
+from benchmarks.paper.runs import (
+    GENEVAL,
+    LEAST_SEEDS,
+    PROBED,
+    REWARDS,
+    Score,
+    Setting,
+    Studies,
+    contrast,
+    fewest_scenes,
+    merged,
+    shared_seeds,
+)
+from callbacks.runs.comparison import Gap, ceiling_ratio, gap_difference
+from callbacks.scores.bootstrap import other_runs
+
+C1_SEEDS = 5
+"""Of the main claim."""
+LEAST_SCENES = 5
+"""Of every tag; from fewer nothing is concluded for others."""
+GAIN_SHARES = (0.9, 0.95, 1.0)
+"""Of flow-only's gain, whose rollouts are compared; the verdict is that of the second."""
+MARGIN = 0.02
+"""As much as makes no difference."""
+KEPT = 0.8
+"""Share of a single reward's gain that tags are to bring."""
+DRAWS = 1000
+"""Of other seeds' curves."""
+HOLDS, HERE, OPEN, FAILS = "holds", "holds for these scenes", "not decided", "does not hold"
+"""From best to worst; a claim is as good as its worst part."""
+EXPLANATION = (
+    "A part **holds** if its interval for other seeds and other scenes lies on the claim's side; it **holds for these "
+    "scenes** if only the one for other seeds, noise and prompts of the test's own scenes does (or a tag has fewer "
+    "than five scenes); it **does not hold** if the latter lies on the other side. The brackets are of both kinds, "
+    "other scenes last; what other seeds would give is taken from Student's distribution. Shares of rollouts are of "
+    "validation scores, with an interval for other seeds alone; C3's is the widest of the seeds' own. A claim is as "
+    "good as its worst part; fewer than three seeds (C1: five) or a part that is not measured decide nothing. C1, C2 "
+    "and C4 compare each mode at its best learning rates of the search, and nothing is decided where one may be at "
+    "worse ones. What stands beside a claim does not count."
+)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One measurable part of a claim.
+
+    Attributes:
+        what: in words.
+        number: as it is shown.
+        verdict: one of the four.
+    """
+
+    what: str
+    number: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One of the paper's.
+
+    Attributes:
+        parts: all of which must hold; None is one that was not measured.
+        rates: of the modes compared: whether each is at its best learning rates. None where these were not searched.
+        beside: numbers that explain it.
+        own_rates: whether `rates` matter.
+    """
+
+    parts: Sequence[Condition | None]
+    rates: Condition | None = None
+    beside: Sequence[Condition | None] = field(default_factory=list)
+    own_rates: bool = True
+
+    @property
+    def verdict(self) -> str:
+        """That of the worst part; open where a mode may do better at other learning rates."""
+        if self.own_rates and (self.rates is None or self.rates.verdict != HOLDS):
+            return OPEN
+        return verdict_of(self.parts)
+
+    def __str__(self) -> str:
+        counted = [*self.parts, *([self.rates] if self.own_rates else [])]
+        told = "; ".join(f"{one.what}: {one.number} ({one.verdict})" for one in counted if one is not None)
+        told += "; the rest is not measured yet" if None in counted else ""
+        beside = "; ".join(f"{one.what}: {one.number}" for one in self.beside if one is not None)
+        return f"{told}. Beside it: {beside}" if beside else told
+
+
+def above(what: str, *terms: tuple[float, Score], least: int = LEAST_SEEDS, margin: float = 0.0) -> Condition | None:
+    """That a contrast is positive; None if a score was not measured, or no seed has all of them.
+
+    Args:
+        what: in words.
+        terms: weighted scores.
+        least: fewer seeds decide nothing.
+        margin: how far below nothing it may be.
+    """
+    scores = [score for _, score in terms]
+    trained = [score for score in scores if score.setting.fits]
+    seeds = shared_seeds(*scores)
+    if not all(score.there for score in scores) or (trained and not seeds):
+        return None
+    here, elsewhere = contrast(*terms), contrast(*terms, scenes=True)
+    number = _number(here, elsewhere, len(seeds))
+    return Condition(what, number, _supported(verdict(here, elsewhere, -margin), len(seeds), least, scores[0]))
+
+
+def verdict(here: Gap, elsewhere: Gap, least: float = 0.0) -> str:
+    """Of a contrast that is to be more than `least`.
+
+    Args:
+        here: with its interval over seeds, and prompts for the test's own scenes.
+        elsewhere: over seeds and other scenes.
+        least: it.
+    """
+    if here.high < least:
+        return FAILS
+    return OPEN if not here.low > least else HOLDS if elsewhere.low > least else HERE
+
+
+def _number(here: Gap, elsewhere: Gap, seeds: int) -> str:
+    ends = [f"[{gap.low:+.3f}, {gap.high:+.3f}]" for gap in (here, elsewhere) if not math.isnan(gap.low)]
+    return f"{' '.join([f'{here.value:+.3f}', *ends])}, {seeds} seeds"
+
+
+def verdict_of(conditions: Sequence[Condition | None]) -> str:
+    """The worst of a claim's parts; None is a part that was not measured."""
+    order = (HOLDS, HERE, OPEN, FAILS)
+    return max((OPEN if condition is None else condition.verdict for condition in conditions), key=order.index)
+
+
+def verdicts(studies: Studies) -> str:
+    """All claims that something was measured for, as a Markdown table."""
+    lines = ["| claim | verdict | what it rests on |", "|---|---|---|"]
+    lines += [
+        f"| {name} | **{claim.verdict}** | {claim} |"
+        for name, claim in claims(studies).items()
+        if any(part is not None for part in claim.parts)
+    ]
+    return "\n".join([*lines, "", EXPLANATION])
+
+
+def claims(studies: Studies) -> dict[str, Claim]:
+    """All of the paper's, by what they say."""
+    every = comparisons(studies)
+    found = {}
+    for one in every:
+        best, alone, refiner = one.score(JOINT), one.score(FLOW), one.score(PROMPT)
+        found[f"C1, {one.name}: flow-only's ceiling with less than half the rollouts, and higher in the end"] = Claim(
+            [
+                ratio(one),
+                above("PromptRL with PE - flow-only", (1, best), (-1, alone), least=C1_SEEDS),
+                above("PromptRL with PE - prompt-only with PE", (1, best), (-1, refiner), least=C1_SEEDS),
+            ],
+            searched(one, JOINT, FLOW, PROMPT),
+        )
+    for one in every:
+        lost, plain, refined = (_cost(partial(one.score, label)) for label in (FLOW, PLAIN, JOINT))
+        base, enhanced = (_cost(partial(one.untrained, mode)) for mode in ("without_pe", "with_pe"))
+        found[f"C2, {one.name}: flow-only collapses on other wordings, joint training does not"] = Claim(
+            [
+                above("what an unseen wording costs flow-only, more than the base", *lost, *_less(base)),
+                above("what it costs flow-only, more than PromptRL without PE", *lost, *_less(plain)),
+            ],
+            searched(one, FLOW, PLAIN),
+            [
+                above(
+                    "in the unseen wording PromptRL with PE - flow-only",
+                    (1, one.score(JOINT, "unseen")),
+                    (-1, one.score(FLOW, "unseen")),
+                ),
+                above("what it costs PromptRL with PE", *refined),
+                above("what it costs flow-only, more than that", *lost, *_less(refined)),
+                above("what it costs the base with the untrained PE, more than that", *enhanced, *_less(refined)),
+            ],
+        )
+    joint, flow = (studies["geneval"][stem].only(PROBED) for stem in ("promptrl", "flow_only"))
+    found["C3: rewrites lower the similarity within a group"] = Claim(
+        [_similarity(studies["geneval"]["promptrl"])], own_rates=False
+    )
+    for one in every:
+        found[f"C4, {one.name}: the jointly trained flow model is better even without PE"] = Claim(
+            [above("PromptRL without PE - flow-only", (1, one.score(PLAIN)), (-1, one.score(FLOW)))],
+            searched(one, FLOW, PLAIN),
+        )
+    without = Score(joint, "geneval", "without_pe")
+    retained = {m: studies["retention"][f"promptrl-num_retained{m}"] for m in (0, 1)}
+    found["C5: m = 2 retained prompts beat 0 and 1, without PE"] = Claim(
+        [
+            above(f"m = 2 - m = {m}", (1, without), (-1, Score(setting, "geneval", "without_pe")))
+            for m, setting in retained.items()
+        ],
+        own_rates=False,
+    )
+    found["C6: tags train several rewards at once, each nearly as well as alone"] = Claim(
+        [part for name, title in {"geneval": GENEVAL, **REWARDS}.items() for part in _tagged(studies, name, title)],
+        own_rates=False,
+    )
+    own, static = Score(joint, "geneval", "with_pe"), "geneval.static_pe"
+    alone, behind = Score(flow, "geneval", "without_pe"), Score(flow, static, "without_pe")
+    swapped = merged(studies["swap"].settings.values())
+    found["C7: an untrained PE does not help an RL-tuned flow model; swapping the LM costs"] = Claim(
+        [
+            above(
+                f"flow-only - flow-only behind the untrained PE, at least -{MARGIN}",
+                (1, alone),
+                (-1, behind),
+                margin=MARGIN,
+            ),
+            above(
+                "PromptRL with its own refiner - with the untrained one",
+                (1, own),
+                (-1, Score(joint, static, "without_pe")),
+            ),
+        ],
+        beside=[
+            above(
+                "PromptRL with its own refiner - with another seed's",
+                (1, own),
+                (-1, Score(swapped, "geneval", "with_pe")),
+            )
+        ],
+        own_rates=False,
+    )
+    return found
+
+
+def _tagged(studies: Studies, reward: str, benchmark: str) -> list[Condition | None]:
+    """That training by tags raises a reward, and by most of what training by it alone does."""
+    singles, base = {"geneval": ("words_geneval", "promptrl", "base_words_geneval")}, f"{reward}_promptrl"
+    study, config, untrained = singles.get(reward, (reward, base, "base_words"))
+    tagged, single = (
+        [
+            (1, Score(studies[trained][name], reward, "with_pe", benchmark)),
+            (-1, Score(studies[before][name], reward, "without_pe", benchmark)),
+        ]
+        for trained, before, name in (
+            ("multi_reward", "base_words", "multi_reward_promptrl"),
+            (study, untrained, config),
+        )
+    )
+    gain = above(f"{reward}, with PE, above the untrained models without PE", *tagged)
+    alone = above("", *single)
+    if gain is None or alone is None:
+        return [gain, None]
+    # Other prompts and noise, so the two gains are not paired.
+    here, elsewhere = (
+        gap_difference(contrast(*tagged, scenes=scenes), contrast(*single, scenes=scenes), KEPT)
+        for scenes in (False, True)
+    )
+    seeds = min(len(shared_seeds(*(score for _, score in terms))) for terms in (tagged, single))
+    number = _number(here, elsewhere, seeds)
+    found = _supported(verdict(here, elsewhere), seeds, LEAST_SEEDS, tagged[0][1])
+    return [gain, Condition(f"that gain - {KEPT} of the one from this reward alone", number, found)]
+
+
+def _supported(found: str, seeds: int, least: int, score: Score) -> str:
+    """A verdict as far as seeds and scenes suffice for it."""
+    if seeds < least:
+        return OPEN
+    return HERE if found == HOLDS and fewest_scenes(score) < LEAST_SCENES else found
+
+
+def _cost(score: Callable[[str | None], Score]) -> list[tuple[float, Score]]:
+    """What an unseen wording costs."""
+    return [(1, score(None)), (-1, score("unseen"))]
+
+
+def _less(terms: Sequence[tuple[float, Score]]) -> list[tuple[float, Score]]:
+    return [(-sign, score) for sign, score in terms]
+
+
+def searched(one: Comparison, *labels: str) -> Condition | None:
+    """That no mode's learning rates hold it back: each runs at its best of those tried."""
+    arms = [one.arms[label] for label in labels]
+    if not all(arm.complete for arm in arms):
+        return None
+    doubts = "; ".join(filter(None, (arm.doubt for arm in arms)))
+    return Condition("learning rates", doubts or f"{one.rates(labels)}, each one's best", OPEN if doubts else HOLDS)
+
+
+def ratio(one: Comparison) -> Condition | None:
+    """Rollouts to shares of flow-only's gain, over its own; by the mean curves of the seeds that both have."""
+    flow, joint = (one.arms[label].setting.curves(one.arms[label].column) for label in (FLOW, JOINT))
+    seeds = [seed for seed in flow if seed in joint]
+    if not seeds:
+        return None
+    theirs, ours = (np.stack([curves[seed].to_numpy(dtype=float) for seed in seeds]) for curves in (flow, joint))
+    rollouts = flow[seeds[0]].index
+
+    def needed(weights: np.ndarray, share: float) -> float:
+        mine, reference = (pd.Series(weights @ curves / len(seeds), rollouts) for curves in (ours, theirs))
+        value = ceiling_ratio(mine, reference, share=share)
+        return math.inf if math.isnan(value) and reference.idxmax() > 0 else value  # never reached
+
+    what, mean = "share of the rollouts that flow-only takes to its gain", theirs.mean(0)
+    if mean.argmax() == 0:
+        return Condition(what, f"none, as flow-only is best untrained, {len(seeds)} seeds", OPEN)
+    draws = other_runs(len(seeds), DRAWS).numpy()
+    numbers, ends = [], {}
+    for share in GAIN_SHARES:
+        # Without draws in which flow-only never rises.
+        low, high = np.nanquantile([needed(weights, share) for weights in draws], (0.025, 0.975), method="nearest")
+        ends[share] = low, high
+        value = _share(needed(np.ones(len(seeds)), share))
+        numbers.append(f"{value} [{_share(low)}, {_share(high)}] to {100 * share:.0f} % of it")
+    rising = ", where flow-only still rises" if mean.argmax() == len(mean) - 1 else ""
+    low, high = ends[GAIN_SHARES[1]]
+    found = OPEN if len(seeds) < C1_SEEDS else HERE if high < 0.5 else FAILS if low > 0.5 else OPEN
+    return Condition(what, f"{', '.join(numbers)}{rising}, {len(seeds)} seeds", found)
+
+
+def _share(value: float) -> str:
+    return "never" if math.isinf(value) else f"{value:.2f}"
+
+
+def _similarity(joint: Setting) -> Condition | None:
+    """PromptRL's rewrites against one prompt: by each seed's interval over prompts."""
+    key = "rewrites - same_prompt"
+    results = [test.run.results["diversity_pixels"] for test in joint.tests.values()
+               if "diversity_pixels" in test.run.results]  # fmt: skip
+    if not results:
+        return None
+    values = [one["geneval"][key]["image_similarity"] for one in results]
+    ends = [one["intervals"]["geneval"][key]["image_similarity"] for one in results]
+    low, high = min(low for low, _ in ends), max(high for _, high in ends)
+    found = OPEN if len(results) < LEAST_SEEDS else HOLDS if high < 0 else FAILS if low > 0 else OPEN
+    number = (
+        f"{sum(values) / len(values):+.2f} (ends of the seeds' intervals {low:+.2f}, {high:+.2f}), {len(values)} seeds"
+    )
+    return Condition("cosine of two pictures, rewrites - one prompt", number, found)

@@ -1,0 +1,1 @@
+"""Measures speed, memory and numerics."""

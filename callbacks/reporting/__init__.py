@@ -1,0 +1,1 @@
+"""Tables, published results and model cards."""

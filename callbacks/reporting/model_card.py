@@ -1,0 +1,233 @@
+"""The model card of an export: how to load it, how it draws, and what was measured."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import pprint
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import yaml
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from callbacks.benchmark import MODES
+from lightning_modules.evaluation import EvaluatedAgents
+from lightning_modules.policies.base import Policy
+from lightning_modules.policies.flow import FlowPolicy
+from lightning_modules.policies.language import LanguagePolicy
+from lightning_modules.policies.pipeline import PipelinePolicy
+
+PAPER = "https://arxiv.org/abs/2602.01382"
+
+HOW = {
+    (True, True): "trained by LoRA adapters",
+    (True, False): "trained with all its weights",
+    (False, True): "not trained, so not in this folder",
+    (False, False): "not trained, so not in this folder",
+}
+
+
+def model_card(agents: EvaluatedAgents, step: int, *, results: dict[str, Any] | None, configured: bool) -> str:
+    """Markdown with front matter.
+
+    Args:
+        agents: what is exported.
+        step: optimizer steps behind it.
+        results: of a benchmark, as in `results.json`.
+        configured: whether a `config.yaml` lies beside the card.
+    """
+    flow, language = agents.flow, agents.language
+    parts = [
+        _front_matter(flow, language),
+        "# PromptRL export",
+        f"Trained by [PromptRL]({PAPER}). Optimizer steps: {step:,}; pictures drawn for them: {agents.num_rollouts:,}.",
+        "\n".join(_described(flow, language)),
+        "## Load",
+        f"From this folder{_relative_note(flow, language)}:",
+        f"```python\n{loading_code(flow, language)}\n```",
+        "## Draw",
+        f"```python\n{drawing_code(flow, language)}\n```",
+    ]
+    if language is not None:
+        parts += ["## The refiner's template", f"````text\n{language.template}\n````"]
+    parts += ["## Sampling", _sampling(flow, language)]
+    if results:
+        parts += ["## Results", *_tables(results)]
+    if configured:
+        parts += ["## Configuration", "All settings of the run: [config.yaml](config.yaml)."]
+    return "\n\n".join(parts) + "\n"
+
+
+def loading_code(flow: FlowPolicy, language: LanguagePolicy | None) -> str:
+    """Python that makes `pipe` and, if there is a refiner, `tokenizer` and `refiner` in the export's folder."""
+    pipeline, stock = _stock_pipeline(flow), _stock_language(language)
+    lines = ["import torch", f"from diffusers import {pipeline}"]
+    if language is not None:
+        lines.append(f"from transformers import {', '.join(sorted([stock, 'AutoTokenizer']))}")
+        if _adapted(language):
+            lines.append("from peft import PeftModel")
+    whole = flow.trained and not _adapted(flow)
+    source = "flow" if whole else flow.model
+    lines += ["", f"pipe = {pipeline}.from_pretrained({source!r}, torch_dtype={flow.dtype})"]
+    if _adapted(flow):
+        lines.append('pipe.load_lora_weights("flow")')
+    policy: Any = flow
+    ours, theirs = policy.scheduler(), policy.pipe.scheduler
+    if type(ours) is not type(theirs):
+        name = type(ours).__name__
+        lines[1] = f"from diffusers import {', '.join(sorted([name, pipeline]))}"
+        lines.append(f"pipe.scheduler = {name}({ours.config.num_train_timesteps}, shift={ours.config.shift})")
+    if language is not None:
+        whole = language.trained and not _adapted(language)
+        source = "language" if whole else language.model
+        tokens = "language" if language.trained else language.model
+        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({tokens!r})")
+        lines.append(f"refiner = {stock}.from_pretrained({source!r}, dtype={language.dtype})")
+        if _adapted(language):
+            lines.append('refiner = PeftModel.from_pretrained(refiner, "language")')
+    return "\n".join(lines)
+
+
+def drawing_code(flow: FlowPolicy, language: LanguagePolicy | None) -> str:
+    """Python that makes `picture` of `prompt`."""
+    lines = ['prompt = "..."']
+    if language is not None:
+        options = "".join(f", {name}={value!r}" for name, value in language.chat_template_kwargs.items())
+        lines = [
+            "import re",
+            "",
+            *lines,
+            f'template = """{_quoted(language.template)}"""',
+            'chat = [{"role": "user", "content": template.replace("{prompt}", prompt)}]',
+            f"text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True{options})",
+            'asked = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(refiner.device)',
+            # What a model's own generation config may warp is switched off, as in training.
+            f"tokens = refiner.generate(**asked, max_new_tokens={language.eval_max_new_tokens}, do_sample=False,",
+            "                          repetition_penalty=1.0)",
+            'answer = tokenizer.decode(tokens[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)',
+            'found = re.findall(r"<answer>(.*?)</answer>", answer, re.DOTALL)',
+            "prompt = (found[-1] if found else answer).strip() or prompt",
+        ]
+    arguments = pprint.pformat(call_arguments(flow), sort_dicts=False, width=100)
+    lines.append(f"arguments = {arguments}")
+    if type(flow).encode_sources is not PipelinePolicy.encode_sources:  # type: ignore[attr-defined]
+        lines.append('# To edit a picture: arguments["image"] = PIL.Image.open(...)')
+    return "\n".join([*lines, "picture = pipe(prompt=prompt, **arguments).images[0]"])
+
+
+def call_arguments(flow: FlowPolicy) -> dict[str, Any]:
+    """What the stock pipeline is called with to draw as evaluation does, as far as it has arguments for it."""
+    takes = inspect.signature(getattr(diffusers, _stock_pipeline(flow)).__call__).parameters
+    has = vars(flow) | {name: getattr(flow, name, None) for name in ("guidance_scale", "negative_prompt")}
+    wanted = {
+        "height": flow.height,
+        "width": flow.width,
+        "max_area": flow.height * flow.width,  # Kontext scales the two above to it
+        "num_inference_steps": flow.sampling.eval_steps or flow.sampling.num_steps,
+        "negative_prompt": has["negative_prompt"] or None,
+        "use_resolution_binning": False,
+    }
+    # FLUX.1 calls its embedded guidance guidance_scale; pipelines with a true_cfg_scale mean that by the usual one.
+    if "guidance" in has:
+        wanted["guidance_scale"] = has["guidance"]
+    else:
+        wanted["true_cfg_scale" if "true_cfg_scale" in takes else "guidance_scale"] = has["guidance_scale"]
+    for name in ("cfg_normalization", "max_sequence_length", "text_encoder_out_layers"):
+        wanted[name] = has.get(name)
+    arguments = {name: value for name, value in wanted.items() if name in takes and value is not None}
+    if has.get("auto_resize") is False:
+        arguments["_auto_resize"] = False
+    if has.get("complex_human_instruction", True) is not True:
+        arguments["complex_human_instruction"] = has["complex_human_instruction"] or None
+    return arguments
+
+
+def _front_matter(flow: FlowPolicy, language: LanguagePolicy | None) -> str:
+    agents = [agent for agent in (flow, language) if agent is not None]
+    trained = [agent for agent in agents if agent.trained]
+    # The card's readers know hub ids only; a folder of this machine would mean nothing, or another model, to them.
+    bases = [agent.model for agent in agents if not Path(agent.model).is_dir()]
+    about: dict[str, Any] = {"base_model": bases} if bases else {}
+    if bases and len({agent.lora is not None for agent in trained}) == 1:
+        about["base_model_relation"] = "adapter" if _adapted(trained[0]) else "finetune"
+    about["library_name"] = "diffusers" if flow.trained else "peft" if _adapted(agents[-1]) else "transformers"
+    about["tags"] = ["text-to-image", "reinforcement-learning", "promptrl"] + ["lora"] * any(map(_adapted, agents))
+    comment = "# license: yours to choose, within those of the base models"
+    return f"---\n{yaml.safe_dump(about, sort_keys=False)}{comment}\n---"
+
+
+def _described(flow: FlowPolicy, language: LanguagePolicy | None) -> list[str]:
+    return [
+        f"- {name}: {agent.model}, {HOW[agent.trained, agent.lora is not None]}"
+        for name, agent in (("image model", flow), ("prompt refiner", language))
+        if agent is not None
+    ]
+
+
+def _relative_note(flow: FlowPolicy, language: LanguagePolicy | None) -> str:
+    """Some base models are folders that only the trainer's machine has."""
+    agents = [agent for agent in (flow, language) if agent is not None and (_adapted(agent) or not agent.trained)]
+    folders = [f"`{agent.model}`" for agent in agents if Path(agent.model).is_dir()]
+    return f" ({', '.join(folders)} being where training found the base)" if folders else ""
+
+
+def _sampling(flow: FlowPolicy, language: LanguagePolicy | None) -> str:
+    sampling = flow.sampling
+    rows = [
+        ("rollouts: sampler steps", sampling.num_steps),
+        ("rollouts: SDE steps", sampling.sde_steps),
+        ("rollouts: SDE, noise level", f"{sampling.sde_type}, {sampling.noise_level}"),
+        ("evaluation: sampler steps, no noise", sampling.eval_steps or sampling.num_steps),
+        ("picture", f"{flow.height} x {flow.width} (height x width)"),
+    ]
+    if language is not None:
+        rows += [
+            ("rollouts: refiner", f"temperature {language.temperature}, {language.max_new_tokens} tokens"),
+            ("evaluation: refiner", f"greedy, {language.eval_max_new_tokens} tokens"),
+        ]
+    return "\n".join(["| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _tables(results: dict[str, Any]) -> list[str]:
+    """One table for each evaluation set: scores before and after training, in each mode."""
+    before: dict[str, Any] = results.get("before", {})
+    tables = []
+    for name, modes in results.items():
+        if not isinstance(modes, dict) or MODES[0] not in modes:  # what is not an evaluation set's
+            continue
+        trained = before.get(name, modes) != modes
+        shown = [mode for mode in MODES if mode in modes]
+        when = ("before", "after") if trained else ("",)
+        heads = [f"{mode.replace('_', ' ').replace('pe', 'PE')} {w}".strip() for mode in shown for w in when]
+        rows = [f"| {name} | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+        for score in modes[shown[0]]:
+            sources = [source for mode in shown for source in ([before[name][mode]] * trained + [modes[mode]])]
+            rows.append(f"| {score} | {' | '.join(_number(source.get(score)) for source in sources)} |")
+        tables.append("\n".join(rows))
+    return tables
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def _adapted(agent: Policy) -> bool:
+    return agent.trained and agent.lora is not None
+
+
+def _stock_pipeline(flow: FlowPolicy) -> str:
+    """Name of the diffusers class; an adapter's own may be a subclass of it."""
+    pipeline: Any = getattr(flow, "pipeline_class")  # noqa: B009 (FlowPolicy itself has none)
+    return next(kind.__name__ for kind in pipeline.__mro__ if hasattr(diffusers, kind.__name__))
+
+
+def _stock_language(language: LanguagePolicy | None) -> str:
+    text_alone = language is None or language.causal_lm.config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return "AutoModelForCausalLM" if text_alone else "AutoModelForImageTextToText"
+
+
+def _quoted(text: str) -> str:
+    """As it stands between triple quotes."""
+    return text.replace("\\", "\\\\").replace('"', '\\"')

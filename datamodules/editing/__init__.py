@@ -1,0 +1,1 @@
+"""Editing prompts: instructions with source images."""

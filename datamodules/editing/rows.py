@@ -1,0 +1,276 @@
+"""Rows of editing data: which column is what, and reading Parquet, Arrow, JSON lines and folders of pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from datamodules.editing.arrow import SUFFIXES, ArrowRows, Picture
+from datamodules.editing.hub import DATA_SUFFIXES
+from datamodules.editing.images import Source
+from datamodules.sample import PromptSample
+
+Row = tuple[str, PromptSample, Source]
+"""Where it stands, its sample without the image, and the image's path or what reads it."""
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+COLUMNS = ("image", "prompt", "category", "id")
+"""What a row is made of."""
+
+# Names in the order of preference. `image` counts before all others; of two other names for images neither does.
+_IMAGES = ("src_img", "source_img", "source_image", "input_image", "original_image", "input_image_raw", "file_name")
+_KNOWN = {
+    "prompt": ("prompt", "instruction", "edit_instruction", "edit_prompt", "edited_prompt_list", "text", "caption"),
+    "category": ("category", "task", "task_type", "edit_type"),
+    "id": ("id", "omni_edit_id", "index"),
+}
+TASKS = {
+    "obj_swap": "swap",
+    "style": "style",
+    "obj_add": "addition",
+    "attr_mod": "attribute_modification",
+    "env": "env",
+    "obj_remove": "removal",
+}
+"""OmniEdit's short names, as its ids have them (`task_obj_swap_rand_mask_401099`), and the names of its categories."""
+
+
+@dataclass
+class BadRows:
+    """What to do with a row that cannot be used.
+
+    Args:
+        how: `stop` raises at the first, `skip` keeps count.
+    """
+
+    how: Literal["stop", "skip"]
+    found: list[str] = field(default_factory=list)
+    """What was wrong with each row, in the files' order."""
+
+    def add(self, problem: str) -> None:
+        """One more."""
+        if self.how == "stop":
+            raise ValueError(problem)
+        self.found.append(problem)
+
+
+def read_rows(
+    places: Sequence[Path], bad: BadRows, columns: Mapping[str, str] | None = None, prompt_index: int = -1
+) -> list[Row]:
+    """The rows of some files, or of one folder, without looking into their pictures.
+
+    Args:
+        places: Parquet, Arrow or JSONL files, or a folder that holds some of one kind, or pictures with captions.
+        bad: is told of rows without an instruction or an image.
+        columns: names of the columns that hold `image`, `prompt`, `category` and `id`; the others are looked for.
+        prompt_index: which entry to take where the instruction is a list.
+    """
+    rows: list[Row] = []
+    lines: dict[str, str] = {}
+    total = 0
+    for table in _tables(places):
+        found = find_columns(table, columns or {})
+        for number, (where, record) in enumerate(table.records):
+            # A row that is left out keeps its number, so the others' ids stay what they are.
+            given = record.get(found.get("id", ""))
+            name = f"{total:05d}" if given is None else str(given)
+            total += 1
+            if name in lines:
+                raise ValueError(f"{where}: the id {name!r} was used in {lines[name]}: make ids unique.")
+            lines[name] = where
+            try:
+                source = table.source(number, record, found["image"])
+                prompt = _prompt(record, found["prompt"], prompt_index)
+            except ValueError as error:
+                bad.add(f"{where}: {error}")
+                continue
+            own = (found["image"], found["prompt"], found.get("id", "id"))
+            metadata = {key: value for key, value in record.items() if key not in own}
+            tag = category_of(record.get(found.get("category", "")), name)
+            rows.append((where, PromptSample(name, prompt, tag, metadata), source))
+    return rows
+
+
+def category_of(given: Any, name: str) -> str:
+    """The tag: the category given, else what the id begins with, else `edit`; OmniEdit's short names in full.
+
+    >>> category_of("obj_add", "7"), category_of(None, "task_env_weather_63722"), category_of("recolour", "7")
+    ('addition', 'env', 'recolour')
+    """
+    short = "|".join(TASKS)
+    if given is not None and str(given).strip():
+        match = re.fullmatch(rf"(?:task_)?({short})", str(given)) or re.match(rf"task_({short})(?:_|$)", str(given))
+        return TASKS[match[1]] if match else str(given)
+    match = re.match(rf"task_({short})(?:_|$)", name) or re.match(r"(style)(?:_|$)", name)
+    return TASKS[match[1]] if match else "edit"
+
+
+def _prompt(record: Mapping[str, Any], column: str, index: int) -> str:
+    value = record.get(column)
+    if isinstance(value, list) and value:
+        if not -len(value) <= index < len(value):
+            raise ValueError(f"`{column}` has {len(value)} entries, none at {index}: change prompt_index.")
+        value = value[index]
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"`{column}` is {value!r}: give the text of the prompt.")
+    return value
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of a file, pictures in it aside.
+
+    Args:
+        path: the file, or the folder that the pictures' paths are relative to.
+        columns: their names, pictures among them.
+        records: where each row stands, and its values.
+        pictures: columns that hold pictures, or paths of such.
+        stored: reads the picture of a row and column, in files that hold them.
+    """
+
+    path: Path
+    columns: Sequence[str]
+    records: Sequence[tuple[str, Mapping[str, Any]]]
+    pictures: Sequence[str]
+    stored: Callable[[int, str], Picture] | None = None
+
+    def source(self, number: int, record: Mapping[str, Any], column: str) -> Source:
+        """Where the picture of a row is to be had."""
+        if self.stored is not None and column not in record:
+            return self.stored(number, column)
+        name = record.get(column)
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"`{column}` is {name!r}: give the path of the source image.")
+        folder = self.path if self.path.is_dir() else self.path.parent
+        if not (folder / name).is_file():
+            raise ValueError(f"there is no image {folder / name}: paths are relative to {folder}.")
+        return folder / name
+
+
+def find_columns(table: Table, given: Mapping[str, str]) -> dict[str, str]:
+    """Column of the image, the prompt and, if there are such, the category and the id.
+
+    Raises:
+        ValueError: that lists the columns, if one is not there or it is unclear which one holds the source image.
+    """
+    has = ", ".join(table.columns) or "none"
+    for role, name in given.items():
+        if name not in table.columns:
+            raise ValueError(f"{table.path}: data.columns.{role} is {name!r}, and the columns are {has}.")
+    found = dict(given)
+    if "image" not in found:
+        named = ["image"] if "image" in table.columns else [name for name in _IMAGES if name in table.columns]
+        likely = named or list(table.pictures)
+        if len(likely) != 1:
+            which = f"any of {', '.join(likely)}" if likely else "no column"
+            raise ValueError(
+                f"{table.path}: {which} may hold the source images, the columns are {has}: name it in "
+                "data.columns.image."
+            )
+        found["image"] = likely[0]
+    for role, names in _KNOWN.items():
+        if role not in found and (present := [name for name in names if name in table.columns]):
+            found[role] = present[0]
+    if "prompt" not in found:
+        raise ValueError(
+            f"{table.path}: no column is called {' or '.join(_KNOWN['prompt'])}, the columns are {has}: name the "
+            "instruction's in data.columns.prompt."
+        )
+    return found
+
+
+def _tables(places: Sequence[Path]) -> Iterator[Table]:
+    for place in places:
+        if place.is_dir():
+            kinds = files_by_kind(place)
+            if len(kinds) > 1:
+                raise ValueError(
+                    f"{place} holds {' and '.join(kinds)} files: give a file, or a folder with files of one kind."
+                )
+            yield from _tables(next(iter(kinds.values()))) if kinds else [_captions(place)]
+        elif place.suffix in SUFFIXES:
+            yield _arrow(place)
+        elif place.suffix == ".jsonl":
+            records = list(json_lines(place))
+            if not records:
+                raise ValueError(f"{place}: the file holds no prompts: write one JSON object per line.")
+            columns = list(dict.fromkeys(key for _, record in records for key in record))
+            yield Table(place, columns, records, _paths(columns, records))
+        else:
+            raise ValueError(
+                f"{place}: the name ends in {place.suffix!r}: give {' or '.join(DATA_SUFFIXES)}, or a folder."
+            )
+
+
+def files_by_kind(folder: Path) -> dict[str, list[Path]]:
+    """Files of rows in a folder, by name; kinds that are not there are left out."""
+    found = {suffix: sorted(folder.glob(f"*{suffix}")) for suffix in DATA_SUFFIXES}
+    return {suffix: files for suffix, files in found.items() if files}
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`file:line` and the object; blank lines are skipped."""
+    with open(path, encoding="utf-8-sig") as file:  # -sig: a byte order mark is not part of the first record
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                where = f"{path}:{number}"
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{where}: not valid JSON ({error}): write one JSON object per line.") from None
+                if not isinstance(record, dict):
+                    raise ValueError(f"{where}: not a JSON object: write one per line.")
+                yield where, record
+
+
+def _arrow(path: Path) -> Table:
+    """Rows whose values fit into JSON; columns of anything else, beside pictures, are not read."""
+    rows = ArrowRows(path)
+    kinds = rows.kinds
+    values = rows.read([name for name, kind in kinds.items() if kind == "value"])
+    records = [
+        (f"{path}, row {number}", {name: _finite(value) for name, value in record.items()})
+        for number, record in enumerate(values)
+    ]
+    if not records:
+        raise ValueError(f"{path}: the file holds no rows: fetch it anew.")
+    pictures = [name for name, kind in kinds.items() if kind == "picture"]
+    return Table(
+        path, list(kinds), records, pictures + _paths(kinds, records), lambda row, column: Picture(rows, row, column)
+    )
+
+
+def _captions(folder: Path) -> Table:
+    """Pictures each with a text file of its name; a subfolder is the category."""
+    records = []
+    for file in sorted(folder.rglob("*")):
+        if file.suffix.lower() in IMAGE_SUFFIXES:
+            name, caption = file.relative_to(folder), file.with_suffix(".txt")
+            text = caption.read_text(encoding="utf-8-sig").strip() if caption.is_file() else None
+            record = {"id": name.with_suffix("").as_posix(), "image": name.as_posix(), "prompt": text}
+            if len(name.parts) > 1:
+                record["category"] = name.parts[0]
+            records.append((str(file if text is None else caption), record))
+    if not records:
+        raise ValueError(
+            f"{folder} holds neither {' nor '.join(DATA_SUFFIXES)} files nor images with .txt files beside them."
+        )
+    return Table(folder, ["id", "image", "prompt", "category"], records, ["image"])
+
+
+def _paths(columns: Iterable[str], records: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """Columns whose first value is the name of a picture."""
+    firsts = {name: next((r[name] for _, r in records if r.get(name) is not None), None) for name in columns}
+    return [name for name, v in firsts.items() if isinstance(v, str) and Path(v).suffix.lower() in IMAGE_SUFFIXES]
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""Estimates memory before weights are loaded."""

@@ -1,0 +1,253 @@
+"""What a run left on the disk, read without pandas or torch: where it is, what learned in it, how far it came."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # faster, where PyYAML has libyaml
+_NO_RUNS = ("checkpoints", "pictures", "predictions")
+MODE_LABELS = {"without_pe": "without PE", "with_pe": "with PE"}
+NAMES = {
+    "geneval": "GenEval",
+    "pickscore": "PickScore",
+    "hps": "HPSv2.1",
+    "unified_reward": "UnifiedReward",
+    "ocr": "OCR-1k",
+    "tmdb": "TMDB",
+    "openlib": "OpenLib",
+    "edit": "Editing",
+    "editreward": "EditReward",
+    "drawbench": "DrawBench",
+}
+# Files from before `headlines` was written; the benchmarks' own names.
+_HEADLINES = ("overall", "mean", "f")
+
+
+@dataclass(frozen=True, eq=False)
+class RunFolder:
+    """A folder `<root>/<experiment>/version_N`.
+
+    Args:
+        folder: where the run is.
+        config: its `config.yaml`; empty if there is none.
+        results: its `results.json`; empty before the first validation.
+    """
+
+    folder: Path
+    config: Mapping[str, Any] = field(repr=False)
+    results: Mapping[str, Any] = field(repr=False)
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Reads both files.
+
+        Raises:
+            ValueError: if one is damaged.
+        """
+        texts = {name: _text(folder / name) for name in ("config.yaml", "results.json")}
+        try:
+            config = yaml.load(texts["config.yaml"], Loader=_LOADER) or {}
+            results = json.loads(texts["results.json"] or "{}")
+        except (yaml.YAMLError, json.JSONDecodeError) as error:
+            name = "config.yaml" if isinstance(error, yaml.YAMLError) else "results.json"
+            raise ValueError(f"{folder / name} is damaged: {' '.join(str(error).split())}") from error
+        for name, value in (("config.yaml", config), ("results.json", results)):
+            if not isinstance(value, dict):
+                raise ValueError(f"{folder / name} is damaged: it holds a {type(value).__name__}, not a mapping")
+        return cls(folder, config, results)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A value of the configuration by its dotted name, as on the command line."""
+        value: Any = self.config
+        for part in key.split("."):
+            if not isinstance(value, Mapping) or part not in value:
+                return default
+            value = value[part]
+        return value
+
+    @property
+    def stage(self) -> str:
+        """`test` for what `lightning test` left, else `fit`."""
+        # That command alone has `pictures`; one that was cut off has left no scores yet.
+        return "test" if "pictures" in self.config or (self.folder / "scores.jsonl").is_file() else "fit"
+
+    @property
+    def mode(self) -> str:
+        """Which agents learned; `base` for a test without a checkpoint, empty if no configuration tells."""
+        if self.stage == "test" and self.config and not self.get("ckpt_path"):
+            return "base"
+        if self.fitted is not None:
+            return self.fitted.mode
+        rates = {agent: self.get(f"model.init_args.{agent}.init_args.learning_rate") for agent in ("flow", "language")}
+        refines = self.get("model.init_args.language") is not None
+        learns = mode_of(rates["flow"] is not None, rates["language"] is not None if refines else None)
+        return learns or str(self.get("model.class_path", "")).rpartition(".")[2]
+
+    @property
+    def seed(self) -> int | None:
+        """The model's seed, else that of everything. A test has its fit's: all may be tested on the same scenes."""
+        if self.fitted is not None:
+            return self.fitted.seed
+        seed: int | None = self.get("model.init_args.seed", self.get("seed_everything"))
+        return seed
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One entry per validation, `{"step", "rollouts", "seconds", "results"}`; all benchmarks' results in one."""
+        merged: dict[int, dict[str, Any]] = {}
+        for entries in self.results.get("history", {}).values():
+            for entry in entries:
+                one = merged.setdefault(entry["step"], entry | {"results": {}})
+                one["results"] = one["results"] | entry["results"]
+                one["seconds"] = max(one["seconds"], entry["seconds"])
+        return [merged[step] for step in sorted(merged)]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the command came to its end: at `max_steps`, or earlier where a rule stopped it."""
+        if (self.folder / "results.md").is_file():  # `Report` writes it last of all
+            return True
+        steps, most = [entry["step"] for entry in self.history], self.get("trainer.max_steps") or -1
+        return self.stage == "fit" and bool(steps) and steps[-1] >= most > 0
+
+    @property
+    def continues(self) -> Path | None:
+        """The run whose checkpoint this fit went on from."""
+        return self._origin if self.stage == "fit" else None
+
+    @cached_property
+    def fitted(self) -> RunFolder | None:
+        """Of a test, the fit whose checkpoint it is of, while that is still there."""
+        path = self._origin if self.stage == "test" else None
+        return None if path is None or not (path / "config.yaml").is_file() else RunFolder.read(path)
+
+    @property
+    def _origin(self) -> Path | None:
+        path = Path(self.get("ckpt_path") or "")
+        if path.suffix != ".ckpt":
+            return None
+        # A relative path is one from where the command was started, which lies above its folder as a rule.
+        starts = [Path.cwd(), *self.folder.resolve().parents]
+        run = next((start / path for start in starts if (start / path).exists()), path).resolve().parents[1]
+        return None if run == self.folder.resolve() else run  # one that went on in its own folder is one run
+
+    @property
+    def headlines(self) -> dict[tuple[str, str], float]:
+        """Benchmark's key and mode -> its headline score in the last evaluation."""
+        return headlines(self.results, self.results)
+
+
+def mode_of(flow: bool, language: bool | None) -> str:
+    """What the method is called, by which agents learn.
+
+    Args:
+        flow: whether the flow model does.
+        language: whether the refiner does; None without one.
+
+    Returns:
+        Empty if nothing learns.
+    """
+    if flow:
+        return {None: "flow-only", False: "flow-only, static PE", True: "PromptRL"}[language]
+    return "prompt-only" if language else ""
+
+
+def headlines(results: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[tuple[str, str], float]:
+    """Headline scores.
+
+    Args:
+        results: key -> mode -> score -> value; whatever else it holds is left out.
+        whole: the `results.json`, which says what they are called.
+
+    Returns:
+        Key and mode -> value; NaN for one that no picture has.
+    """
+    found = {}
+    for key, modes in results.items():
+        if isinstance(modes, Mapping) and isinstance(modes.get("without_pe"), Mapping):
+            for mode, scores in modes.items():
+                names = (whole.get("headlines", {}).get(key), *_HEADLINES)
+                name = next((name for name in names if name in scores), None)
+                if name is not None:
+                    found[key, mode] = float("nan") if scores[name] is None else float(scores[name])
+    return found
+
+
+def key_label(key: str) -> str:
+    """Words for a key of the results.
+
+    >>> key_label("geneval"), key_label("geneval.typos"), key_label("drawbench/hps")
+    ('GenEval', 'GenEval, typos', 'HPSv2.1 on DrawBench')
+    """
+    name, _, reward = key.partition("/")
+    base, _, kind = name.partition(".")
+    words = NAMES.get(base, base) + (f", {kind}" if kind else "")
+    return f"{NAMES.get(reward, reward)} on {words}" if reward else words
+
+
+def find(*places: str | Path) -> list[Path]:
+    """Run folders.
+
+    Args:
+        places: run folders, folders above them, patterns (`runs/*/miniature`).
+
+    Returns:
+        Their paths, each once, in the order of the places, then of the names.
+
+    Raises:
+        ValueError: if one of the places has no run.
+    """
+    found: dict[Path, None] = {}
+    for place in places:
+        path = Path(place).expanduser()
+        matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path))))
+        folders = [folder for match in matches for folder in below(match)]
+        if not folders:
+            raise ValueError(
+                f"there is no run in {place}: give a run's folder (with metrics.csv or results.json), one above it, or "
+                "a pattern."
+            )
+        found |= dict.fromkeys(folders)
+    return list(found)
+
+
+def read_all(cls: type[Any], folders: list[Path], *, skip_broken: bool = False) -> list[Any]:
+    """Reads run folders as one class.
+
+    Raises:
+        ValueError: that names all damaged ones, unless they are to be skipped with a warning, or if none is left.
+    """
+    runs, broken = [], []
+    for folder in folders:
+        try:
+            runs.append(cls.read(folder))
+        except ValueError as error:
+            broken.append(str(error))
+    if broken and skip_broken and runs:
+        warnings.warn(f"left out: {'; '.join(broken)}", stacklevel=3)
+    elif broken:
+        raise ValueError(f"{'; '.join(broken)}. Remove these folders, or leave them out (skip_broken=True).")
+    return runs
+
+
+def below(folder: Path) -> Iterator[Path]:
+    """Run folders at or below a folder, which need not be there."""
+    for path, folders, files in os.walk(folder):
+        if {"metrics.csv", "results.json"} & set(files) or any(name.startswith("events.out") for name in files):
+            folders.clear()
+            yield Path(path)
+        folders[:] = sorted(name for name in folders if name not in _NO_RUNS)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""

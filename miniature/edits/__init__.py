@@ -1,0 +1,1 @@
+"""Edits of scenes whose instructions need the source image: world, instructions, rewards."""

@@ -1,0 +1,26 @@
+"""Whether a rewritten instruction names what it is about, as the source picture shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from miniature.edits.world import named_objects
+
+
+def named_correctly(rewrite: str, metadata: Mapping[str, Any]) -> bool | None:
+    """Whether a rewrite names the object that its instruction means, by its shape and colour in the source.
+
+    Objects of a source differ in shape or colour, so the two say which one is meant. A rewrite that names others
+    beside it is not correct: an editor could not tell which to change.
+
+    Args:
+        rewrite: in any of the world's vocabularies.
+        metadata: of the example (`EditExample.metadata`).
+
+    Returns:
+        None if the rewrite names no object at all.
+    """
+    named = set(named_objects(rewrite))
+    meant = metadata["items"][metadata["index"]]
+    return named == {(meant["shape"], meant["color"])} if named else None

@@ -1,0 +1,416 @@
+"""Makes the miniature's base models with the same CLI: an autoencoder, a flow model, and a refiner.
+
+`configs/miniature/pretrain_{vae,flow,language}.yaml`, run in this order, rebuild what `miniature/` ships.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DiffusionPipeline, FluxKontextPipeline, FluxPipeline
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightning_modules.rl.schedule import dynamic_mu
+from miniature.architectures import (
+    TEXT_LENGTH,
+    build_flow,
+    build_language,
+    build_vae,
+    build_vision_language,
+    carry_over,
+    carry_over_words,
+)
+from miniature.edits.world import edit_vocabulary
+from miniature.scenes.world import GRID, vocabulary
+from miniature.signs.world import first_column, read_caption, words_vocabulary
+
+
+class _Pretraining(L.LightningModule):
+    """AdamW with a short warm-up and cosine decay; saves to `output` when training ends.
+
+    `fused` (AdamW in one kernel) rounds otherwise than the default, with which the first folders were made.
+
+    Args:
+        output: folder to write.
+        learning_rate: peak learning rate.
+        warmup_steps: length of the linear warm-up.
+    """
+
+    fused = False
+
+    def __init__(self, output: str, learning_rate: float, warmup_steps: int = 100) -> None:
+        super().__init__()
+        self.output = Path(output)
+        self.learning_rate = learning_rate
+        self.warmup_steps = warmup_steps
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW over the parameters that are to be learned."""
+        learned = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(learned, self.learning_rate, fused=self.fused)
+        total = self.trainer.estimated_stepping_batches
+
+        def factor(step: int) -> float:
+            return min(1.0, (step + 1) / self.warmup_steps) * (0.5 + 0.5 * math.cos(math.pi * min(step / total, 1.0)))
+
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor), "interval": "step"},
+        }
+
+
+class VAEPretraining(_Pretraining):
+    """Trains the autoencoder on pictures (L1 + L2, a little KL) and sets its latents' scale and shift.
+
+    Args:
+        output: folder to write.
+        learning_rate: peak learning rate.
+        kl_weight: of the latents' divergence from a standard normal.
+        init: continue from this autoencoder's folder instead of from random weights.
+    """
+
+    def __init__(
+        self,
+        output: str = "miniature/flow/vae",
+        learning_rate: float = 3e-3,
+        kl_weight: float = 1e-5,
+        init: str | None = None,
+    ) -> None:
+        super().__init__(output, learning_rate)
+        self.kl_weight = kl_weight
+        self.init = init
+        self.vae: Any
+
+    def configure_model(self) -> None:
+        """Builds or loads the autoencoder."""
+        if not hasattr(self, "vae"):
+            self.vae = build_vae() if self.init is None else AutoencoderKL.from_pretrained(self.init)
+            self.vae.train()
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Reconstruction of `pictures` [B, 3, 32, 32] in [-1, 1]."""
+        posterior = self.vae.encode(batch["pictures"]).latent_dist
+        error = self.vae.decode(posterior.sample()).sample - batch["pictures"]
+        loss = error.abs().mean() + error.pow(2).mean()
+        self.log_dict({"train/l1": error.abs().mean(), "train/loss": loss}, prog_bar=True)
+        return loss + self.kl_weight * posterior.kl().mean()
+
+    @torch.no_grad()
+    def on_train_end(self) -> None:
+        """Makes latents zero-mean and unit-variance by the config's own fields, then saves."""
+        batches = self.trainer.train_dataloader
+        assert batches is not None
+        stream = iter(batches)
+        latents = torch.cat(
+            [self.vae.encode(next(stream)["pictures"].to(self.device)).latent_dist.mode() for _ in range(16)]
+        )
+        self.vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+        self.vae.save_pretrained(self.output)
+
+
+class FlowPretraining(_Pretraining):
+    """Trains transformer and text encoders of a FLUX.1 pipeline by flow matching on captioned scenes.
+
+    Args:
+        output: pipeline folder to write; its `vae` must exist (pretrain_vae.yaml makes it).
+        learning_rate: peak learning rate.
+        guidance: value of the embedded guidance, the same in training and in use.
+        init: continue from this pipeline folder instead of from random weights.
+    """
+
+    def __init__(
+        self,
+        output: str = "miniature/flow",
+        learning_rate: float = 1.4e-3,
+        guidance: float = 3.5,
+        init: str | None = None,
+    ) -> None:
+        super().__init__(output, learning_rate, warmup_steps=200)
+        self.guidance = guidance
+        self.init = init
+        self.pipe: Any
+
+    def configure_model(self) -> None:
+        """Builds or loads the pipeline around the trained autoencoder."""
+        if hasattr(self, "pipe"):
+            return
+        self.pipe = self.build()
+        self.vae = self.pipe.vae.requires_grad_(False).eval()
+        self.learned = torch.nn.ModuleList([self.pipe.transformer, self.pipe.text_encoder, self.pipe.text_encoder_2])
+        self.learned.requires_grad_(True).train()
+
+    def build(self) -> Any:
+        """The pipeline to train."""
+        if self.init is not None:
+            return FluxPipeline.from_pretrained(self.init)
+        if not (self.output / "vae").is_dir():
+            raise ValueError(f"no autoencoder in {self.output / 'vae'}: run pretrain_vae.yaml first")
+        return build_flow(vocabulary(), AutoencoderKL.from_pretrained(self.output / "vae"))
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Mean squared error of the velocity at sigmas spread like the sampler's grid; `sources` are optional."""
+        pipe = self.pipe
+        latents, image_ids = self._encode(batch["pictures"])
+        b, tokens, _ = latents.shape
+        # What `pipe.encode_prompt` does, without its second tokenization that only serves a warning.
+        pooled = pipe.text_encoder(self._tokens(pipe.tokenizer, batch["captions"])).pooler_output
+        embeds = pipe.text_encoder_2(self._tokens(pipe.tokenizer_2, batch["captions"]))[0]
+        shift = math.exp(dynamic_mu(tokens))
+        # Stratified: one sigma from each of B equal slices, which steadies the loss at no cost.
+        uniform = (torch.randperm(b, device=self.device) + torch.rand(b, device=self.device)) / b
+        sigma = shift * uniform / (1 + (shift - 1) * uniform)
+        noise = torch.randn_like(latents)
+        noisy = torch.lerp(latents, noise, sigma[:, None, None])
+        if "sources" in batch:
+            source, source_ids = self._encode(batch["sources"])
+            source_ids[..., 0] = 1  # FLUX.1-Kontext's mark of a source
+            noisy, image_ids = torch.cat([noisy, source], 1), torch.cat([image_ids, source_ids])
+        velocity = pipe.transformer(
+            hidden_states=noisy,
+            timestep=sigma,
+            guidance=torch.full_like(sigma, self.guidance),
+            pooled_projections=pooled,
+            encoder_hidden_states=embeds,
+            txt_ids=embeds.new_zeros(TEXT_LENGTH, 3),
+            img_ids=image_ids,
+            return_dict=False,
+        )[0]
+        loss = F.mse_loss(velocity[:, :tokens], noise - latents)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss + self.text_loss(embeds, batch["captions"])
+
+    def text_loss(self, embeds: Tensor, captions: list[str]) -> Tensor:
+        """What T5's embeddings [B, text tokens, 64] are to tell of the captions besides; nothing here."""
+        return embeds.new_zeros(())
+
+    @torch.no_grad()
+    def _encode(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Packed latents [B, tokens, channels] of pictures in [-1, 1], and position ids [tokens, 3]."""
+        pipe = self.pipe
+        latents = pipe.vae.encode(pictures).latent_dist.mode()
+        latents = (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+        b, c, h, w = latents.shape
+        image_ids = pipe._prepare_latent_image_ids(b, h // 2, w // 2, self.device, latents.dtype)
+        return pipe._pack_latents(latents, b, c, h, w), image_ids
+
+    def _tokens(self, tokenizer: Any, captions: list[str]) -> Tensor:
+        padded = tokenizer(
+            captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        )
+        ids: Tensor = padded.input_ids
+        return ids.to(self.device)
+
+    def on_train_end(self) -> None:
+        """Saves the pipeline (averaged weights, if the averaging callback is on)."""
+        self.pipe.save_pretrained(self.output)
+
+    def save_small(self, vae: str | Path) -> None:
+        """Saves the pipeline: the transformer in half precision, the autoencoder to the bit as in this folder."""
+        # Averaging rounds weights that stand still, too.
+        self.pipe.vae = AutoencoderKL.from_pretrained(vae)
+        self.pipe.transformer.half()
+        self.pipe.save_pretrained(self.output)
+        for path in self.output.rglob("*.json"):  # diffusers notes where each part was loaded from
+            config = json.loads(path.read_text(encoding="utf-8"))
+            if config.pop("_name_or_path", None) is not None:
+                path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+class EditFlowPretraining(FlowPretraining):
+    """Trains a FLUX.1-Kontext pipeline on sources, captions and targets, starting from a text-to-image pipeline.
+
+    Args:
+        output: pipeline folder to write.
+        learning_rate: peak learning rate.
+        guidance: value of the embedded guidance, the same in training and in use.
+        init: pipeline folder to continue from: one of `FluxPipeline` gives its autoencoder, its transformer, and the
+            embeddings of the words that both vocabularies have; one of `FluxKontextPipeline` gives everything.
+    """
+
+    def __init__(
+        self,
+        output: str = "miniature/edit_flow",
+        learning_rate: float = 1.4e-3,
+        guidance: float = 2.5,
+        init: str = "miniature/flow",
+    ) -> None:
+        super().__init__(output, learning_rate, guidance, init)
+
+    def build(self) -> Any:
+        """Kontext's pipeline."""
+        old: Any = DiffusionPipeline.from_pretrained(self.init)
+        if isinstance(old, FluxKontextPipeline):
+            return old
+        pipe: Any = build_flow(edit_vocabulary(), old.vae)
+        carry_over(old, pipe)
+        return FluxKontextPipeline(**pipe.components)
+
+    def on_train_end(self) -> None:
+        """Saves the pipeline, with the autoencoder that it started from."""
+        assert self.init is not None
+        self.save_small(Path(self.init) / "vae")
+
+
+class WordsFlowPretraining(FlowPretraining):
+    """Trains a FLUX.1 pipeline on captioned scenes and signs, starting from one that knows the scenes.
+
+    FLUX gives all text tokens the same position, so its T5 has to tell which letter is where. Pictures alone teach that
+    too slowly for this size; a linear head on T5's embeddings (left out of `output`) is asked for each letter's column.
+
+    Args:
+        output: pipeline folder to write; its `vae` must exist (pretrain_words_vae.yaml makes it).
+        learning_rate: peak learning rate.
+        guidance: value of the embedded guidance, the same in training and in use.
+        init: pipeline folder to continue from: one that lacks words of the signs' captions gives its transformer and
+            the embeddings of the words that it has; one that knows them all gives everything but its autoencoder.
+    """
+
+    fused = True
+
+    def __init__(
+        self,
+        output: str = "miniature/words_flow",
+        learning_rate: float = 1.4e-3,
+        guidance: float = 3.5,
+        init: str = "miniature/flow",
+    ) -> None:
+        super().__init__(output, learning_rate, guidance, init)
+        self.column_head: Any
+
+    def configure_model(self) -> None:
+        """Builds or loads the pipeline, and the head that is asked for columns."""
+        super().configure_model()
+        if not hasattr(self, "column_head"):
+            self.column_head = torch.nn.Linear(self.pipe.text_encoder_2.config.d_model, GRID)
+
+    def text_loss(self, embeds: Tensor, captions: list[str]) -> Tensor:
+        """Cross-entropy of the columns of all letters of the signs."""
+        places = []  # of every letter: caption, token, column
+        for i, caption in enumerate(captions):
+            word = read_caption(caption) or ""
+            places += [(i, caption.split().index('"') + 1 + j, first_column(len(word)) + j) for j in range(len(word))]
+        if not places:
+            return embeds.new_zeros(())
+        rows, tokens, columns = torch.tensor(places, device=embeds.device).unbind(1)
+        loss = F.cross_entropy(self.column_head(embeds[rows, tokens]), columns)
+        self.log("train/column_loss", loss)
+        return loss
+
+    def build(self) -> Any:
+        """The pipeline with the larger vocabulary, around its own autoencoder."""
+        if not (self.output / "vae").is_dir():
+            raise ValueError(f"no autoencoder in {self.output / 'vae'}: run pretrain_words_vae.yaml first")
+        vae = AutoencoderKL.from_pretrained(self.output / "vae")
+        old: Any = FluxPipeline.from_pretrained(str(self.init))
+        if set(words_vocabulary()) <= old.tokenizer_2.get_vocab().keys():
+            old.register_modules(vae=vae)
+            return old
+        pipe: Any = build_flow(words_vocabulary(), vae)
+        carry_over(old, pipe)
+        return pipe
+
+    def on_train_end(self) -> None:
+        """Saves the pipeline, with the autoencoder that `output` had."""
+        self.save_small(self.output / "vae")
+
+
+class LanguagePretraining(_Pretraining):
+    """Supervised fine-tuning of a small Qwen3 on prompt-rewrite pairs, through its own chat template.
+
+    Args:
+        output: folder to write.
+        learning_rate: peak learning rate.
+        signs: whether its vocabulary has the words of signs beside those of scenes.
+        init: folder of a refiner to start from, the embeddings of the words that it has included; null is random
+            weights.
+    """
+
+    def __init__(
+        self,
+        output: str = "miniature/language",
+        learning_rate: float = 3e-3,
+        signs: bool = False,
+        init: str | None = None,
+    ) -> None:
+        super().__init__(output, learning_rate)
+        self.signs = signs
+        self.init = init
+        self.model: Any
+
+    def configure_model(self) -> None:
+        """Builds the model and its tokenizer."""
+        if hasattr(self, "model"):
+            return
+        self.model, self.tokenizer = build_language(words_vocabulary() if self.signs else vocabulary())
+        if self.init is not None:
+            old, words = AutoModelForCausalLM.from_pretrained(self.init), AutoTokenizer.from_pretrained(self.init)
+            carry_over_words(old, words.get_vocab(), self.model, self.tokenizer.get_vocab())
+        self.model.train()
+
+    def training_step(self, batch: dict[str, list[str]], batch_idx: int) -> Tensor:
+        """Cross-entropy of the completion's tokens; the prompt's are only read."""
+        encoded = self._encode([self._head(prompt) for prompt in batch["prompts"]], batch["completions"])
+        loss: Tensor = self.model(**encoded).loss
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def _head(self, content: Any) -> str:
+        """The chat up to where the completion begins."""
+        chat = [{"role": "user", "content": content}]
+        return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+
+    def _encode(self, heads: list[str], completions: list[str]) -> dict[str, Tensor]:
+        texts = [f"{head}{completion} <end>" for head, completion in zip(heads, completions, strict=True)]
+        encoded = self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(self.device)
+        ids, attention = encoded["input_ids"], encoded["attention_mask"]
+        lengths = torch.tensor([len(head) for head in self.tokenizer(heads)["input_ids"]], device=self.device)
+        columns = torch.arange(ids.shape[1], device=self.device)
+        labels = ids.masked_fill((columns < lengths[:, None]) | (attention == 0), -100)
+        return {"input_ids": ids, "attention_mask": attention, "labels": labels}
+
+    def on_train_end(self) -> None:
+        """Saves model and tokenizer."""
+        self.model.save_pretrained(self.output)
+        self.tokenizer.save_pretrained(self.output)
+
+
+class VisionLanguagePretraining(LanguagePretraining):
+    """Supervised fine-tuning of a small Qwen2.5-VL, vision tower included, on pictures, instructions and rewrites."""
+
+    def __init__(self, output: str = "miniature/edit_language", learning_rate: float = 3e-3) -> None:
+        super().__init__(output, learning_rate)
+        self.processor: Any = None
+
+    def configure_model(self) -> None:
+        """Builds the model, its tokenizer and its image processor."""
+        if hasattr(self, "model"):
+            return
+        self.model, self.tokenizer, self.processor = build_vision_language(edit_vocabulary())
+        self.model.train()
+
+    def training_step(self, batch: dict[str, list[Any]], batch_idx: int) -> Tensor:
+        """As for text, with `images`: pictures of one size, or None where the refiner is to see none."""
+        pixels = self.processor([image for image in batch["images"] if image is not None], return_tensors="pt")
+        tokens = int(pixels["image_grid_thw"][0].prod()) // self.processor.merge_size**2
+        heads = [
+            self._head([{"type": "image"}] * (image is not None) + [{"type": "text", "text": prompt}])
+            for image, prompt in zip(batch["images"], batch["prompts"], strict=True)
+        ]
+        encoded = self._encode([head.replace("<image>", "<image>" * tokens) for head in heads], batch["completions"])
+        kinds = (encoded["input_ids"] == self.model.config.image_token_id).int()
+        loss: Tensor = self.model(**encoded, mm_token_type_ids=kinds, **pixels.to(self.device)).loss
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def on_train_end(self) -> None:
+        """Saves model, tokenizer and image processor."""
+        super().on_train_end()
+        self.processor.save_pretrained(self.output)

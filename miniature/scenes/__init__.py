@@ -1,0 +1,1 @@
+"""Scenes of coloured shapes: world, prompts, detector, rewards."""

@@ -1,0 +1,1 @@
+"""Signs of letters in a pixel font: world, prompts, text reader."""

@@ -1,0 +1,348 @@
+"""Questions to a vision-language model behind any OpenAI-compatible endpoint (sglang, vLLM, a hosted one)."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import os
+import re
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any, Literal, get_args
+from urllib.parse import urlsplit
+
+import httpx
+from PIL import Image
+
+from rewards.base import Reward, RewardUnavailable
+from rewards.judges.templates import JudgeTemplate
+
+OnFailure = Literal["skip", "fail"]
+
+_TRANSIENT = (408, 429, 500, 502, 503, 504)
+_THIS_IMAGE = (400, 413, 422)  # refusals that say nothing about other images
+_MAX_WAIT = 60.0  # seconds; a server that asks for more is as good as down
+
+
+@dataclass(frozen=True)
+class Question:
+    """One request: a template's text about a prompt, and the images it is about."""
+
+    template: JudgeTemplate
+    prompt: str
+    images: Sequence[Image.Image]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a judge made of a question.
+
+    Args:
+        marks: as many as the template asks for; none if no marks could be had.
+        reply: the judge's words; None if the marks were remembered.
+        reason: why there are no marks.
+    """
+
+    marks: tuple[float, ...] = ()
+    reply: str | None = None
+    reason: str = ""
+
+    @property
+    def detail(self) -> dict[str, Any]:
+        """For the score: the reply, or `cached: true` for remembered marks."""
+        return {"cached": True} if self.reply is None else {"reply": self.reply}
+
+
+class Judge(Reward):
+    """Base of the rewards that ask a vision-language model for marks; a subclass says what it asks.
+
+    A reply that the template cannot read is asked for once more, then its image is invalid. So is one whose own request
+    is refused (400, 413, 422: a content policy, a prompt too long). Other refusals (401, 403, 404, further 4xx) raise
+    at once whatever `on_failure` says: a wrong key or a wrong model name fails for every image.
+
+    Args:
+        base_url: of the API, up to and with its version: `http://127.0.0.1:8000/v1`.
+        model: the name that the endpoint knows the judge by.
+        api_key_env: name of the environment variable that holds the key (never the key itself); null sends none.
+        name: key of this reward in logs; null is the default one.
+        image_size: images are resized to this many pixels square, as UnifiedReward's 512; null sends them as they are.
+        max_tokens: longest reply.
+        concurrency: most requests at any time.
+        timeout: seconds without a byte from the server after which a request has failed.
+        max_retries: further attempts after timeouts, lost connections, broken replies and 408, 429, 500, 502, 503, 504.
+        backoff: seconds before the first retry, doubled at each further one; the server's Retry-After goes first.
+        on_failure: once the retries are used up, `skip` makes the image's score invalid, `fail` raises
+            RewardUnavailable.
+        cache_dir: folder of remembered marks, which several processes may share; null remembers in memory.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        api_key_env: str | None = None,
+        name: str | None = None,
+        image_size: int | None = 512,
+        max_tokens: int = 1024,
+        concurrency: int = 8,
+        timeout: float = 120.0,
+        max_retries: int = 3,
+        backoff: float = 0.5,
+        on_failure: OnFailure = "fail",
+        cache_dir: str | None = None,
+    ) -> None:
+        own = type(self).__name__
+        if api_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", api_key_env):
+            # not quoted: it may well be the key
+            raise ValueError(
+                f"{own}'s api_key_env must be the name, in capitals, of an environment variable that holds the key, "
+                "such as OPENAI_API_KEY: never write the key itself into a configuration."
+            )
+        if on_failure not in get_args(OnFailure):
+            raise ValueError(f"{own} has on_failure={on_failure!r}, use skip or fail.")
+        for key, value, least in (
+            ("max_tokens", max_tokens, 1),
+            ("concurrency", concurrency, 1),
+            ("image_size", 1 if image_size is None else image_size, 1),
+            ("max_retries", max_retries, 0),
+            ("backoff", backoff, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{own} has {key}={value}, use {least} or more.")
+        if timeout <= 0:
+            raise ValueError(f"{own} has timeout={timeout}, use a number of seconds above 0.")
+        self.base_url = _checked_url(base_url, own)
+        self.model = model
+        self.api_key_env = api_key_env
+        if name is not None:
+            self.name = name
+        self.image_size = image_size
+        self.max_tokens = max_tokens
+        self.concurrency = concurrency
+        self.timeout = timeout
+        self.max_retries = max_retries
+        self.backoff = backoff
+        self.on_failure: OnFailure = on_failure
+        self.cache_dir = Path(cache_dir) if cache_dir else None
+        self._client: httpx.Client | None = None
+        self._key = ""
+        self._marks: dict[str, tuple[float, ...]] = {}
+
+    def load(self) -> None:
+        """Reads the key and opens the client; sends nothing."""
+        if self._client is not None:
+            return
+        headers = {}
+        if self.api_key_env is not None:
+            self._key = os.environ.get(self.api_key_env, "").strip()
+            if not self._key:
+                raise ValueError(
+                    f"{type(self).__name__} needs the key of {self.base_url} in the environment variable "
+                    f"{self.api_key_env}, which is not set: export it, or set api_key_env to null for a server that "
+                    "asks for none."
+                )
+            if not re.fullmatch(r"[!-~]+", self._key):  # the HTTP library would quote it in its error
+                raise ValueError(f"{self.api_key_env} holds white space or letters that no key has: copy the key anew.")
+            headers["Authorization"] = f"Bearer {self._key}"
+        if self.cache_dir is not None:
+            self.cache_dir.mkdir(parents=True, exist_ok=True)
+        limits = httpx.Limits(max_connections=self.concurrency)
+        self._client = httpx.Client(headers=headers, timeout=self.timeout, limits=limits)
+
+    def ask(self, questions: Sequence[Question]) -> list[Answer]:
+        """Answers to Q questions, in their order; equal questions are asked once."""
+        self.load()
+        answers: dict[str, Answer] = {}
+        unknown: dict[str, Question] = {}
+        keys: list[str] = []
+        for question in questions:
+            shown = Question(question.template, question.prompt, [self._prepare(image) for image in question.images])
+            key = self._digest(shown)
+            keys.append(key)
+            marks = self._recall(key)
+            if marks is not None:
+                answers[key] = Answer(marks)
+            else:
+                unknown[key] = shown
+        pool = ThreadPoolExecutor(self.concurrency)
+        try:
+            answers.update(pool.map(lambda item: (item[0], self._judge(*item)), unknown.items()))
+        finally:  # after an error the questions still waiting are not asked
+            pool.shutdown(cancel_futures=True)
+        return [answers[key] for key in keys]
+
+    def _prepare(self, image: Image.Image) -> Image.Image:
+        image = image.convert("RGB")
+        size = self._size(image.size)
+        return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+
+    def _size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Width and height that an image is shown in."""
+        return (self.image_size, self.image_size) if self.image_size else size
+
+    def _digest(self, question: Question) -> str:
+        template, sizes = question.template, [image.size for image in question.images]
+        digest = hashlib.sha256(json.dumps([self.model, template.id, template.text, question.prompt, *sizes]).encode())
+        for image in question.images:
+            digest.update(image.tobytes())
+        return digest.hexdigest()
+
+    def _recall(self, key: str) -> tuple[float, ...] | None:
+        if self.cache_dir is None:
+            return self._marks.get(key)
+        path = self.cache_dir / f"{key}.json"
+        if not path.is_file():
+            return None
+        native = json.loads(path.read_text())["native"]
+        return tuple(map(float, native)) if isinstance(native, list) else (float(native),)
+
+    def _remember(self, key: str, template: str, answer: Answer) -> None:
+        if self.cache_dir is None:
+            self._marks[key] = answer.marks
+            return
+        native = answer.marks[0] if len(answer.marks) == 1 else answer.marks
+        entry = {"native": native, "model": self.model, "template": template, "reply": answer.reply}
+        partial = self.cache_dir / f"{key}.{os.getpid()}.partial"  # another process may write the same marks
+        partial.write_text(json.dumps(entry))
+        partial.replace(self.cache_dir / f"{key}.json")
+
+    def _judge(self, key: str, question: Question) -> Answer:
+        template = question.template
+        body = {
+            "model": self.model,
+            "temperature": 0,
+            "max_tokens": self.max_tokens,
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        *({"type": "image_url", "image_url": {"url": _data_url(image)}} for image in question.images),
+                        {"type": "text", "text": template.text.replace("{prompt}", question.prompt)},
+                    ],
+                }
+            ],
+        }
+        reason = reply = ""
+        for _ in range(2):  # once more if the reply cannot be read: servers are not deterministic at temperature 0
+            try:
+                reply, finish = self._ask(body)
+            except ConnectionError as error:
+                if self.on_failure == "fail":
+                    raise RewardUnavailable(f"{error}: start or unburden it, or set on_failure to skip.") from error
+                return Answer(reason=str(error))
+            except _ImageRefused as error:
+                return Answer(reason=str(error))
+            try:
+                answer = Answer(template.read(reply, template.low, template.high), reply)
+            except ValueError as error:
+                cut = f", cut off at max_tokens={self.max_tokens}" if finish == "length" else ""
+                reason = f"{error}{cut}; the reply ends: {reply[-200:]}"
+                continue
+            self._remember(key, template.id, answer)
+            return answer
+        return Answer(reason=reason)
+
+    def _ask(self, body: dict[str, Any]) -> tuple[str, str]:
+        """The reply's text and why it ended.
+
+        Raises:
+            ConnectionError: once the retries are used up.
+            _ImageRefused: if the server does not take this request.
+            RewardUnavailable: if it takes none.
+        """
+        assert self._client is not None
+        url = f"{self.base_url}/chat/completions"
+        problem = ""
+        for attempt in range(self.max_retries + 1):
+            wait = min(self.backoff * 2**attempt, _MAX_WAIT)
+            try:
+                response = self._client.post(url, json=body)
+            except httpx.RequestError as error:  # timeouts among them
+                problem = f"{type(error).__name__} {error}".strip()
+            else:
+                # servers quote the key back in "incorrect key" messages
+                text = response.text.replace(self._key, "***") if self._key else response.text
+                if response.status_code == 200:
+                    reply = _read_reply(text)
+                    if reply is not None:
+                        return reply
+                    problem = f"200 with no chat completion: {_short(text)}"
+                elif response.status_code in _TRANSIENT:
+                    problem = f"{response.status_code} {_short(text)}"
+                    wait = max(wait, _retry_after(response.headers.get("retry-after")))
+                else:
+                    kind = _ImageRefused if response.status_code in _THIS_IMAGE else RewardUnavailable
+                    raise kind(f"{url} refused with {response.status_code} ({_short(text)}): {self._advice(response)}")
+            if attempt < self.max_retries:
+                time.sleep(wait)
+        raise ConnectionError(f"{url} failed {self.max_retries + 1} times, last with {problem}")
+
+    def _advice(self, response: httpx.Response) -> str:
+        if response.status_code in (401, 403):
+            return f"check the key in {self.api_key_env}." if self.api_key_env else "set api_key_env to its key's name."
+        if response.status_code in (404, 405) or response.is_redirect:
+            return f"check base_url (it ends in /v1 on most servers) and that model {self.model} is served there."
+        return f"check that model {self.model} takes this prompt, images and a reply of max_tokens={self.max_tokens}."
+
+
+class _ImageRefused(Exception):
+    """The server does not take this image or its prompt; it may take others."""
+
+
+def _checked_url(url: str, owner: str) -> str:
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 (raises if it is no number)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname)
+        secret = parts.username is not None or parts.password is not None or bool(parts.query)
+    except ValueError:
+        good = secret = False
+    if secret:  # not quoted: it would end up in logs, as would every later error
+        raise ValueError(f"{owner}'s base_url holds a user name or a query: give the key by api_key_env instead.")
+    if not good:
+        raise ValueError(f"{owner} has base_url={url!r}, use one such as http://127.0.0.1:8000/v1.")
+    return url.rstrip("/")
+
+
+def _data_url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", compress_level=1)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _read_reply(text: str) -> tuple[str, str] | None:
+    """Text and finish reason of the first choice; None if this is no chat completion."""
+    try:
+        choice = json.loads(text)["choices"][0]
+        content = choice["message"]["content"]
+    except (ValueError, KeyError, IndexError, TypeError):
+        return None
+    # a refusal comes as null: nothing to read, but the server works
+    return (content if isinstance(content, str) else ""), str(choice.get("finish_reason"))
+
+
+def _retry_after(value: str | None) -> float:
+    """Seconds asked for by a Retry-After header, which holds seconds or a date."""
+    if not value:
+        return 0.0
+    try:
+        seconds = float(value) if value.strip().isdigit() else _seconds_until(value)
+    except ValueError:
+        return 0.0
+    return min(max(seconds, 0.0), _MAX_WAIT)
+
+
+def _seconds_until(date: str) -> float:
+    when = parsedate_to_datetime(date)
+    return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp() - datetime.now(UTC).timestamp()
+
+
+def _short(text: str) -> str:
+    return " ".join(text.split())[:200] or "no text"

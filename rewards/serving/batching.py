@@ -1,0 +1,173 @@
+"""One worker thread per reward: gathers items of all clients into batches and keeps one client's mistake its own."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from PIL.Image import Image
+
+from datamodules.sample import PromptSample
+from rewards.base import Reward, RewardBatch, RewardUnavailable, Score
+from rewards.serving.protocol import BadImage, Item, Result, Unscored, decode_image, to_result
+
+log = logging.getLogger("rewards.serving.server")
+
+
+class QueueFull(RuntimeError):
+    """More items wait than `queue_limit`."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One item with its pictures' files, and the place where its result will be."""
+
+    item: Item
+    image: bytes
+    source: bytes | None = None
+    result: Future[Result] = field(default_factory=Future)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    job: Job
+    sample: PromptSample
+    image: Image
+
+
+class Scheduler:
+    """Calls a reward with batches of up to `max_batch_items`, never twice at once.
+
+    Pictures are decoded when their batch is due: decoded are those of one batch, and what waits is files. The queue
+    bounds how many items wait, not how large they are; `rewards.serving.requests.Budget` bounds their bytes.
+
+    Args:
+        reward: a loaded reward.
+        max_pixels: largest picture.
+        max_batch_items: most items that the reward is called with.
+        batch_wait_ms: how long a batch that is not full waits for other clients' items.
+        queue_limit: most items that wait.
+    """
+
+    def __init__(
+        self, reward: Reward, *, max_pixels: int, max_batch_items: int, batch_wait_ms: float, queue_limit: int
+    ) -> None:
+        self.reward = reward
+        self.max_pixels = max_pixels
+        self.max_batch_items = max_batch_items
+        self.batch_wait = batch_wait_ms / 1000
+        self.queue_limit = queue_limit
+        self._queue: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._decoders = ThreadPoolExecutor(4, thread_name_prefix="decode")
+        self._worker = threading.Thread(target=self._work, name="score", daemon=True)
+
+    def start(self) -> None:
+        """Starts the worker."""
+        self._worker.start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether items are taken."""
+        return self._worker.is_alive() and not self._closed
+
+    @property
+    def waiting(self) -> int:
+        """Items that wait for a batch."""
+        return len(self._queue)
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Queues all of them or, if they do not fit, none.
+
+        Raises:
+            QueueFull: if they do not fit.
+        """
+        with self._changed:
+            if self._closed or len(self._queue) + len(jobs) > self.queue_limit:
+                raise QueueFull
+            self._queue.extend(jobs)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Scores what was accepted, then ends the worker."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._worker.join()
+        self._decoders.shutdown()
+
+    def _work(self) -> None:
+        while batch := self._next_batch():
+            self._answer([job for job in batch if job.result.set_running_or_notify_cancel()])
+
+    def _next_batch(self) -> list[Job]:
+        """Waits for a batch; empty at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._closed)
+            due = time.monotonic() + self.batch_wait
+            self._changed.wait_for(
+                lambda: len(self._queue) >= self.max_batch_items or self._closed, max(0.0, due - time.monotonic())
+            )
+            return [self._queue.popleft() for _ in range(min(self.max_batch_items, len(self._queue)))]
+
+    def _answer(self, jobs: Sequence[Job]) -> None:
+        prepared = list(self._decoders.map(self._prepare, jobs))
+        for job, outcome in zip(jobs, prepared, strict=True):
+            if isinstance(outcome, Unscored):
+                job.result.set_result(outcome)
+        ready = [outcome for outcome in prepared if isinstance(outcome, _Ready)]
+        try:
+            results = self._score(ready) if ready else []
+        except RewardUnavailable as error:
+            log.warning("%s is unavailable: %s", self.reward.name, error)
+            for one in ready:
+                one.job.result.set_exception(error)
+            return
+        for one, result in zip(ready, results, strict=True):
+            one.job.result.set_result(result)
+
+    def _prepare(self, job: Job) -> _Ready | Unscored:
+        """The sample and its decoded picture, or what is wrong with them."""
+        item = job.item
+        has = {*item.metadata, *(["tag"] if item.tag else []), *(["image"] if job.source is not None else [])}
+        missing = [need for need in self.reward.needs if need not in has]
+        if missing:
+            reason = f"the item lacks {', '.join(missing)}, which the reward needs"
+            return Unscored(valid=False, error="missing_need", reason=reason)
+        try:
+            image = decode_image(job.image, self.max_pixels)
+            source = None if job.source is None else decode_image(job.source, self.max_pixels)
+        except BadImage as error:
+            return Unscored(valid=False, error=error.error, reason=str(error))
+        return _Ready(job, PromptSample(item.id, item.prompt, item.tag, item.metadata, source), image)
+
+    def _score(self, ready: Sequence[_Ready]) -> list[Result]:
+        """One result for each; if the reward raises, each is scored alone, so that only the culprit is invalid."""
+        try:
+            scores = self.reward(RewardBatch([one.sample for one in ready], [one.image for one in ready]))
+            if len(scores) != len(ready):
+                log.error("%s returned %d scores for %d images", self.reward.name, len(scores), len(ready))
+                wrong = "the scorer returned a wrong number of scores, so that none can be told whose it is"
+                return [Unscored(valid=False, error="wrong_length", reason=wrong)] * len(ready)
+            return [_checked(score) for score in scores]
+        except RewardUnavailable:
+            raise
+        except BaseException:  # SystemExit too: without its worker a queue would never be answered
+            log.exception("%s failed on %d items", self.reward.name, len(ready))
+            if len(ready) == 1:
+                return [
+                    Unscored(valid=False, error="scorer_error", reason="the scorer failed; the server's log says how")
+                ]
+        return [result for one in ready for result in self._score([one])]
+
+
+def _checked(score: object) -> Result:
+    if not isinstance(score, Score):
+        raise TypeError(f"the scorer returned a {type(score).__name__} in place of a Score")
+    return to_result(score)

@@ -1,0 +1,251 @@
+"""Reads a score request off the wire: limits while it streams, then JSON and parts that must fit each other."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+from collections.abc import AsyncIterator, Coroutine, Mapping, Set
+from contextlib import aclosing
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fastapi import HTTPException, Request
+from PIL import Image
+from pydantic import ValidationError
+from pydantic_core import from_json
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
+
+from rewards.serving.batching import Job
+from rewards.serving.multipart import MultipartError, PartTooLarge, read_parts
+from rewards.serving.protocol import Item, ScoreRequest
+
+RETRY_AFTER_S = 1
+PARSED = 32
+"""What JSON takes in memory once parsed, in bytes for each byte of its text: `{}` and a comma take 64 + 8 for 3."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one client may ask of a server.
+
+    Args:
+        max_request_bytes: largest request, pictures included.
+        max_json_bytes: largest part `request`, the request's JSON.
+        max_items: most items of one request.
+        max_pixels: largest picture, width x height; at most 89,478,485, above which Pillow itself suspects a bomb.
+        max_batch_items: most items that a reward is called with at once; the items of several clients are gathered.
+        batch_wait_ms: how long a batch that is not full waits for other clients' items.
+        queue_limit: most items that wait for one reward; clients get 503 and come again.
+        max_waiting_bytes: most bytes of all requests together that are being read or wait for their answer, where JSON
+            counts for what it takes once parsed; clients get 503 and come again.
+        max_connections: most connections; clients get 503 and come again.
+        read_timeout: how long a request's body may take to arrive, in seconds.
+    """
+
+    max_request_bytes: int = 64 * 2**20
+    max_json_bytes: int = 2 * 2**20
+    max_items: int = 64
+    max_pixels: int = 2048 * 2048
+    max_batch_items: int = 32
+    batch_wait_ms: float = 5.0
+    queue_limit: int = 1024
+    max_waiting_bytes: int = 2**30
+    max_connections: int = 512
+    read_timeout: float = 60.0
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value, least = getattr(self, one.name), {"batch_wait_ms": 0, "read_timeout": 0.001}.get(one.name, 1)
+            if not least <= value < math.inf:
+                raise ValueError(f"the server has {one.name}={value}, use {least} or more.")
+        if self.queue_limit < self.max_items:
+            raise ValueError(
+                f"the server has queue_limit={self.queue_limit}, which no request of max_items={self.max_items} "
+                "would ever fit: raise queue_limit."
+            )
+        largest = self.max_request_bytes + PARSED * min(self.max_json_bytes, self.max_request_bytes)
+        if self.max_waiting_bytes < largest:
+            raise ValueError(
+                f"the server has max_waiting_bytes={self.max_waiting_bytes}, but one request may take {largest} (of "
+                f"max_request_bytes, and {PARSED} x max_json_bytes): raise the first or lower the others."
+            )
+        if Image.MAX_IMAGE_PIXELS is not None and self.max_pixels > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(
+                f"the server has max_pixels={self.max_pixels}, use at most {Image.MAX_IMAGE_PIXELS}: above that "
+                "Pillow suspects a decompression bomb."
+            )
+
+
+class Budget:
+    """Counts bytes of requests that are being read or wait. Lives on the event loop alone, so it needs no lock.
+
+    Args:
+        most: bytes of all requests together.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.held = 0
+
+
+class Share:
+    """One request's part of a budget, given back at the end of a `with`."""
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+        self.held = 0
+
+    def __enter__(self) -> Share:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.budget.held -= self.held
+        self.held = 0
+
+    def take(self, num_bytes: int) -> None:
+        """Takes more.
+
+        Raises:
+            HTTPException: 503 if there is no more.
+        """
+        if self.budget.held + num_bytes > self.budget.most:
+            raise busy("too many bytes of requests wait")
+        self.budget.held += num_bytes
+        self.held += num_bytes
+
+
+def busy(why: str, headers: Mapping[str, str] | None = None) -> HTTPException:
+    """The answer to a client that is welcome later."""
+    return HTTPException(503, f"{why}: come again later.", {"Retry-After": str(RETRY_AFTER_S), **(headers or {})})
+
+
+async def read_request(
+    request: Request, limits: Limits, share: Share, stopping: asyncio.Event
+) -> tuple[ScoreRequest, list[Job], bytes]:
+    """The request, a job for each of its items, and a digest of everything that was sent.
+
+    Args:
+        request: its body is not read yet.
+        limits: what it may ask.
+        share: where it takes its bytes from, for as long as they are in use.
+        stopping: set once the server stops, which a body that is still on its way must not hold up.
+
+    Raises:
+        HTTPException: 400, 408, 413, 415, 422 or 503, with one sentence.
+    """
+    content_type = request.headers.get("content-type", "")
+    if content_type.partition(";")[0].strip().lower() != "multipart/form-data":
+        raise HTTPException(415, "send multipart/form-data: a part `request` with JSON, and one part for each picture.")
+    stream = _limited(request, limits.max_request_bytes, share)
+    # Every item has one picture and at most one source.
+    reading = read_parts(content_type, stream, 2 * limits.max_items + 1, {"request": limits.max_json_bytes})
+    try:
+        parts = await _in_time(reading, limits.read_timeout, stopping)
+    except PartTooLarge as error:
+        raise HTTPException(413, f"{error}: send fewer items a request, or less text.") from error
+    except MultipartError as error:
+        raise HTTPException(400, str(error)) from error
+    except ClientDisconnect as error:
+        raise HTTPException(400, "the client left before its request was complete.") from error
+    share.take(PARSED * len(parts.get("request", b"")))
+    return await run_in_threadpool(_understand, parts, limits.max_items)  # others are served meanwhile
+
+
+async def _in_time(
+    reading: Coroutine[Any, Any, dict[str, bytes]], seconds: float, stopping: asyncio.Event
+) -> dict[str, bytes]:
+    """What `reading` returns, unless it takes too long or the server stops first."""
+    read, stop = asyncio.ensure_future(reading), asyncio.ensure_future(stopping.wait())
+    try:
+        await asyncio.wait((read, stop), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if read.done():
+            return read.result()
+    finally:
+        read.cancel()
+        stop.cancel()
+    if stopping.is_set():
+        raise busy("the server stops", {"Connection": "close"})
+    raise HTTPException(
+        408, f"the request took over {seconds} s to arrive: send fewer items a request.", {"Connection": "close"}
+    )
+
+
+async def _limited(request: Request, max_bytes: int, share: Share) -> AsyncIterator[bytes]:
+    """The body, which ends in a 413 when it turns out to be too large; `Content-Length` is only a promise."""
+    declared = request.headers.get("content-length", "")
+    too_large = declared.isdecimal() and int(declared) > max_bytes
+    received = 0
+    async with aclosing(request.stream()) as stream:
+        async for chunk in stream:
+            received += len(chunk)
+            too_large = too_large or received > max_bytes
+            if not too_large:
+                share.take(len(chunk))
+                yield chunk
+            # A little more is read and dropped: a client that is cut off while it sends may never see the answer.
+            elif received > 2 * max_bytes:
+                break
+    if too_large:
+        raise HTTPException(
+            413, f"the request is over {max_bytes} bytes: send fewer items a request.", {"Connection": "close"}
+        )
+
+
+def _understand(parts: dict[str, bytes], max_items: int) -> tuple[ScoreRequest, list[Job], bytes]:
+    ask = _parse(parts.pop("request", None), max_items)
+    return ask, _jobs(ask, parts), _digest(ask, parts)
+
+
+def _parse(text: bytes | None, max_items: int) -> ScoreRequest:
+    """The request's JSON, checked. What pydantic would answer with one report per fault is refused before."""
+    if text is None:
+        raise HTTPException(422, "there is no part `request`: send the request's JSON in it.")
+    try:
+        raw = from_json(text)
+    except ValueError as error:
+        raise _wrong("the JSON", f"Invalid JSON: {error}") from error
+    items = raw.get("items") if isinstance(raw, dict) else None
+    items = items if isinstance(items, list) else []
+    if len(items) > max_items:
+        raise HTTPException(413, f"{len(items)} items are too many: send at most {max_items} a request.")
+    _refuse_unknown(raw, {"schema", *ScoreRequest.model_fields} - {"version"}, "")
+    for n, item in enumerate(items):
+        _refuse_unknown(item, set(Item.model_fields), f"items.{n}.")
+    try:
+        return ScoreRequest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        raise _wrong(".".join(map(str, first["loc"])) or "the JSON", first["msg"]) from error
+
+
+def _refuse_unknown(value: object, known: Set[str], where: str) -> None:
+    if isinstance(value, dict) and (unknown := next((key for key in value if key not in known), None)) is not None:
+        raise _wrong(where + unknown, "Extra inputs are not permitted")
+
+
+def _wrong(where: str, why: str) -> HTTPException:
+    return HTTPException(422, f"the part `request` is wrong at {where[:200]}: {why}.")
+
+
+def _jobs(ask: ScoreRequest, parts: Mapping[str, bytes]) -> list[Job]:
+    """A job for each item, once every part that is named is there and every part that is there is named."""
+    named = {name for item in ask.items for name in (*item.images, *item.source)}
+    if absent := sorted(named - set(parts)):
+        raise HTTPException(422, f"an item names the part {_short(absent[0])}, but there is no such part.")
+    if idle := sorted(set(parts) - named):
+        raise HTTPException(422, f"no item names the part {_short(idle[0])}: leave it out or name it.")
+    return [Job(item, parts[item.images[0]], parts[item.source[0]] if item.source else None) for item in ask.items]
+
+
+def _digest(ask: ScoreRequest, parts: Mapping[str, bytes]) -> bytes:
+    """A fingerprint of the content, whatever the multipart boundary and the order of parts."""
+    digest = hashlib.sha256(ask.model_dump_json(by_alias=True).encode())
+    for name, data in sorted(parts.items()):
+        digest.update(name.encode() + hashlib.sha256(data).digest())
+    return digest.digest()
+
+
+def _short(name: str) -> str:
+    return repr(name[:70])

@@ -1,0 +1,142 @@
+"""A safe server for rewards: `python -m rewards.serving --config configs/rewards/<name>.yaml`.
+
+Scorers that need other libraries than the trainer, or another GPU, run here; the client is
+`rewards.serving.client.RemoteReward`.
+It reads JSON and pictures, nothing that could run code, and listens to this machine alone unless the environment holds
+a `REWARD_TOKEN`. It imports neither Lightning nor torch: only the scorers that it hosts may. Where strangers can
+connect, put a proxy before it: for TLS, and to cut off clients that never finish their headers.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import NoReturn
+
+import jsonargparse
+import uvicorn
+from fastapi import FastAPI
+from PIL import Image
+
+from rewards.base import Reward, RewardUnavailable
+from rewards.serving.endpoints import create_app
+from rewards.serving.requests import Limits
+
+TOKEN_ENV = "REWARD_TOKEN"
+
+log = logging.getLogger("rewards.serving.server")
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """Takes no abbreviated options and complains in one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends with one line instead of the usage text."""
+        _stop(message)
+
+
+def build_parser() -> Parser:
+    """The command line, whose options are the keys of the configuration file."""
+    parser = Parser(prog="python -m rewards.serving", description="Serves rewards over HTTP.", allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below")
+    parser.add_argument("--rewards", type=dict[str, Reward], required=True, help="name -> reward")
+    parser.add_argument("--host", type=str, default="127.0.0.1", help="other machines need a REWARD_TOKEN set")
+    parser.add_argument("--port", type=int, default=18080, help="0 takes any free port")
+    parser.add_class_arguments(Limits)
+    return parser
+
+
+def bind(host: str, port: int, token: str | None) -> socket.socket:
+    """A socket that is bound but does not listen yet: no client is kept waiting while models load.
+
+    Raises:
+        ValueError: if others could connect without a token, or the address is not free.
+    """
+    if not 0 <= port <= 65535:
+        raise ValueError(f"the server has port={port}, use 0 to 65535.")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0]
+        # What is checked is the very address that is bound, whatever the name resolves to later.
+        if token is None and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
+            raise ValueError(
+                f"`host` is {host!r}, which others can reach, but {TOKEN_ENV} is not set: set it to a secret that "
+                "server and clients share, or use host 127.0.0.1."
+            )
+        # Named as TCP, else asyncio leaves Nagle's algorithm on, and every answer waits 40 ms for an acknowledgement.
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server may come back at once
+        bound.bind(address)
+    except OSError as error:
+        raise ValueError(f"cannot listen on {host}:{port}: {error}; choose another `host` or `port`.") from error
+    return bound
+
+
+def read_token() -> str | None:
+    """The token of the environment; an empty one is none."""
+    token = os.environ.get(TOKEN_ENV) or None
+    if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
+        raise ValueError(f"{TOKEN_ENV} must be printable ASCII without spaces: make one with `openssl rand -hex 32`.")
+    return token
+
+
+class Server(uvicorn.Server):
+    """Tells the application that it stops: uvicorn alone would wait for half-sent requests for ever."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drops half-sent requests, answers what was accepted."""
+        self.config.app.state.stopping.set()  # type: ignore[union-attr]
+        await super().shutdown(sockets)
+
+
+def run(app: FastAPI, listener: socket.socket, max_connections: int) -> None:
+    """Serves until SIGTERM or SIGINT, then answers what was accepted and returns."""
+    server = Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            limit_concurrency=max_connections + 1,  # uvicorn counts the new one and refuses at this number
+        )
+    )
+
+    def stop(*_: object) -> None:
+        server.should_exit = True
+
+    # uvicorn has handlers of its own while it runs and raises the signal again at the end, for these: the exit code
+    # of a server that was asked to stop is 0.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    server.run(sockets=[listener])
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    parser = build_parser()
+    config = parser.parse_args(args)
+    try:
+        token = read_token()
+        limits = Limits(**{one.name: config[one.name] for one in fields(Limits)})
+        listener = bind(config.host, config.port, token)
+        rewards: dict[str, Reward] = parser.instantiate(config).rewards
+        if not rewards:
+            raise ValueError("`rewards` is empty: name at least one reward.")
+        app = create_app(rewards, limits, token)
+        log.info("serving %s on http://%s:%d", ", ".join(rewards), *listener.getsockname()[:2])
+        run(app, listener, limits.max_connections)
+    except (ValueError, OSError, RewardUnavailable) as error:
+        _stop(str(error))
+
+
+def _stop(message: str) -> NoReturn:
+    print(f"rewards.serving.server: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

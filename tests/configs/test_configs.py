@@ -1,0 +1,140 @@
+"""Every configuration parses, builds its classes, and says how to run itself."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import yaml
+
+from callbacks.benchmark import Benchmark
+from lightning_modules import cli
+from lightning_modules.sweep import run as sweep
+from rewards.serving.server import build_parser
+
+pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+
+ROOT = Path(__file__).parents[2]
+EVERY = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
+SERVED = [config for config in EVERY if config.startswith("configs/rewards/")]
+SWEEPS = [config for config in EVERY if config.startswith("configs/sweeps/")]
+OVERLAYS = [config for config in EVERY if config.startswith("configs/gpu/")]
+FOR_TESTS = [config for config in EVERY if config.startswith("configs/benchmarks/") or config.endswith("evaluate.yaml")]
+CONFIGS = [config for config in EVERY if config not in {*SERVED, *SWEEPS, *OVERLAYS, *FOR_TESTS}]
+MINIATURE = [config for config in CONFIGS if config.startswith("configs/miniature/") and "pretrain" not in config]
+LORA = [config for config in CONFIGS if config.startswith("configs/lora/")]
+JOINT = [config for config in CONFIGS if config.endswith("promptrl.yaml")]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_config(config: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`main` does all but run: no weights are loaded, nothing is written."""
+    built: list[cli.PromptRLCLI] = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cli.PromptRLCLI, "_run_subcommand", lambda self, _: built.append(self))
+    cli.main(["fit", "--config", config, "--trainer.default_root_dir", str(tmp_path), "--trainer.accelerator=cpu"])
+    (built_by_main,) = built
+    resolved = yaml.safe_load((ROOT / config).read_text())
+    assert isinstance(built_by_main.model, L.LightningModule)
+    assert type(built_by_main.model).__qualname__ == resolved["model"]["class_path"].rsplit(".", 1)[1]
+    assert type(built_by_main.datamodule).__qualname__ == resolved["data"]["class_path"].rsplit(".", 1)[1]
+    assert built_by_main.trainer.max_steps == resolved["trainer"]["max_steps"]
+    assert not any(True for _ in built_by_main.model.parameters()), "constructors load no weights"
+    assert list(tmp_path.iterdir()) == []
+    if config in MINIATURE:  # no user's files are needed to name the sets
+        built_by_main.datamodule.val_dataloader()
+        for callback in built_by_main.trainer.callbacks:
+            if isinstance(callback, Benchmark):  # what would end the run at its first validation
+                callback._refuse_mistakes(built_by_main.trainer, built_by_main.datamodule)
+
+    header = re.match(r"(?:#.*\n)+", (ROOT / config).read_text())
+    assert header, "no header comment"
+    assert re.search(rf"^#   lightning fit --config {re.escape(config)}(\s|$)", header.group(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("config", SERVED)
+def test_reward_config(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server's parser builds every reward; none loads anything yet. Each has a port of its own."""
+    monkeypatch.chdir(ROOT)
+    parser = build_parser()
+    rewards = parser.instantiate(parser.parse_args(["--config", config])).rewards
+    text = (ROOT / config).read_text()
+    resolved = yaml.safe_load(text)
+    for name, reward in rewards.items():
+        assert type(reward).__qualname__ == resolved["rewards"][name]["class_path"].rsplit(".", 1)[1]
+        assert reward.version
+    assert re.search(rf"^#   python -m rewards\.server --config {re.escape(config)}$", text, re.MULTILINE)
+    ports = [yaml.safe_load((ROOT / other).read_text())["port"] for other in SERVED]
+    assert ports.count(resolved["port"]) == 1 and resolved["host"] == "127.0.0.1"
+
+
+@pytest.mark.parametrize("config", SWEEPS)
+def test_sweep(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It parses, its experiments are ones of ours, every run has a folder of its own; its last command builds."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cli.PromptRLCLI, "_run_subcommand", lambda self, _: None)
+    plan = sweep.read(["--config", config])
+    cli.main([*plan.jobs()[-1].commands[-1].options, "--trainer.accelerator=cpu"])
+    assert set(plan.configs) <= set(CONFIGS) and set(plan.test_configs or ()) <= set(FOR_TESTS)
+    folders = [command.folder for job in plan.jobs() for command in job.commands]
+    assert len(set(folders)) == len(folders) and plan.root.startswith("runs/")
+    text = (ROOT / config).read_text()
+    assert re.search(rf"^#   python -m lightning_modules\.sweep --config {re.escape(config)}$", text, re.MULTILINE)
+
+
+def test_there_are_configs() -> None:
+    assert "configs/sweeps/miniature.yaml" in SWEEPS
+    assert "configs/rewards/shapes.yaml" in SERVED
+    assert {"configs/quickstart.yaml", "configs/miniature/promptrl.yaml"} <= set(CONFIGS)
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves by dotted name."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {name: leaf for key, value in tree.items() for name, leaf in flat(value, f"{prefix}.{key}").items()}
+
+
+def differing(one: str, other: str) -> set[str]:
+    a, b = (flat(yaml.safe_load((ROOT / path).read_text())) for path in (one, other))
+    return {name for name in {*a, *b} if a.get(name, "absent") != b.get(name, "absent")}
+
+
+@pytest.mark.parametrize("joint", JOINT)
+def test_three_modes_differ_in_their_agents_alone(joint: str) -> None:
+    """Data, reward, seeds, number of steps, evaluation and learning rates are the same."""
+    model = ".model.init_args"
+    frozen = differing(joint, joint.replace("promptrl.yaml", "prompt_only.yaml"))
+    assert f"{model}.flow.init_args.learning_rate" in frozen
+    # A frozen model is not compared with what it was.
+    assert frozen <= {".experiment", f"{model}.flow.init_args.learning_rate", f"{model}.flow.init_args.kl_weight"}
+    differ = differing(joint, joint.replace("promptrl.yaml", "flow_only.yaml"))
+    assert {name for name in differ if not name.startswith(f"{model}.language")} == {
+        ".experiment",
+        f"{model}.num_retained",
+    }
+    assert f"{model}.language" in differ
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("config", LORA)
+def test_overlay(config: str, overlay: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A smaller GPU's settings replace the file's own, whichever family it is for."""
+    built: list[cli.PromptRLCLI] = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cli.PromptRLCLI, "_run_subcommand", lambda self, _: built.append(self))
+    options = ["--trainer.accelerator=cpu", "--trainer.default_root_dir", str(tmp_path)]
+    cli.main(["fit", "--config", config, "--config", overlay, *options])
+    flow: Any = built[0].model.flow
+    wanted = yaml.safe_load((ROOT / overlay).read_text())["model"]["init_args"]["flow"]["init_args"]
+    assert flow.offload and flow.gradient_checkpointing
+    assert (flow.micro_batch_size, flow.quantization) == (wanted["micro_batch_size"], wanted.get("quantization"))
+    assert (
+        flow.lora is not None
+        and flow.model
+        == yaml.safe_load((ROOT / config).read_text())["model"]["init_args"]["flow"]["init_args"]["model"]
+    )
+    assert re.search(rf"--config {re.escape(overlay)}$", (ROOT / overlay).read_text(), re.MULTILINE)

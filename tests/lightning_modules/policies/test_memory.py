@@ -1,0 +1,183 @@
+"""Switches that save memory change no number that they should not, or by no more than their rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from datamodules.sample import PromptSample
+from lightning_modules.policies.base import LoRA
+from lightning_modules.policies.flow import Sampling
+from lightning_modules.policies.flux1 import Flux1Policy
+from lightning_modules.policies.language import LanguagePolicy
+from lightning_modules.prompt_rl import PromptRL
+from tests.lightning_modules.policies.test_flux1 import PROMPTS, perturb
+from tests.lightning_modules.test_prompt_rl import Listed, attach, gradients
+
+MakeFlow = Callable[..., Flux1Policy]
+MakeLanguage = Callable[..., LanguagePolicy]
+LORA = LoRA(rank=4, alpha=8)
+
+
+def saved_bytes(compute: Callable[[], torch.Tensor]) -> int:
+    """Bytes that autograd keeps for the backward pass, each storage once."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = compute()
+    del result
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_recomputed_activations_give_the_same_gradients(
+    make_flow: MakeFlow, make_language: MakeLanguage, samples: list[PromptSample], lora: LoRA | None
+) -> None:
+    """Gradients of a whole RL step are bitwise the same, while less is kept for the backward pass."""
+    found, kept = [], []
+    for on in (False, True):
+        torch.manual_seed(0)  # of the adapters' start
+        flow, language = (make(lora=lora, gradient_checkpointing=on) for make in (make_flow, make_language))
+        perturb(flow)
+        module = attach(PromptRL(flow, Listed([0.0, 1.0, 3.0, 1.0]), language, 4, 2))
+        torch.manual_seed(0)
+        rollout = module.collect(samples[:1])
+        assert rollout.completions is not None
+        kept.append(
+            (
+                saved_bytes(lambda flow=flow, rollout=rollout: flow.replay(rollout.trajectory, 0).mean),
+                saved_bytes(lambda language=language, rollout=rollout: language.log_probs(rollout.completions)),
+            )
+        )
+        module.update(rollout)
+        found.append(gradients(module))
+    plain, recomputed = found
+    assert plain.keys() == recomputed.keys() and sum(g.abs().sum() for g in plain.values()) > 0
+    assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
+    assert kept[1][0] < kept[0][0] and kept[1][1] < kept[0][1]
+
+
+@pytest.mark.parametrize(("quantization", "error"), [("nf4", 0.25), ("int8", 0.02)])
+def test_quantized_policies_roll_out_replay_and_learn(
+    make_flow: MakeFlow, make_language: MakeLanguage, samples: list[PromptSample], quantization: str, error: float
+) -> None:
+    """The ratio is 1 on quantized weights too, gradients reach the adapters, and velocities are near the full ones."""
+    flow = make_flow(lora=LORA, quantization=quantization)
+    language = make_language(lora=LORA, quantization=quantization)
+    rounded = {name for name, p in flow.network.named_parameters() if p.dtype in (torch.uint8, torch.int8)}
+    assert rounded and not any("lora" in name for name in rounded)
+    module = attach(PromptRL(flow, Listed([0.0, 1.0, 3.0, 1.0]), language, 4, 2))
+    rollout = module.collect(samples[:1])
+    ratios = module.check_ratio(rollout)
+    assert ratios["flow"] < 1e-5 and ratios["language"] < 1e-4
+    before = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
+    module.update(rollout)
+    moved = [name for name, p in module.named_parameters() if p.requires_grad and not torch.equal(before[name], p)]
+    assert any("flow" in name for name in moved) and any("language" in name for name in moved)
+
+    full = make_flow()
+    conditioning, latents = full.encode(PROMPTS[:2]), torch.randn(2, *full.latent_shape)
+    with torch.no_grad(), flow.reference():
+        ours = flow.velocity(latents, torch.tensor(0.6), conditioning)
+        exact = full.velocity(latents, torch.tensor(0.6), conditioning)
+    assert 0 < (ours - exact).norm() / exact.norm() < error
+
+
+def test_int8_keeps_its_scales_beside_its_weights(make_flow: MakeFlow) -> None:
+    """Moving a module copies its weights; what bitsandbytes keeps of them has to follow."""
+    policy = make_flow(lora=LORA, quantization="int8")
+    policy._apply(lambda tensor: tensor.clone())
+    layers = [module for module in policy.modules() if type(module).__name__ == "Linear8bitLt"]
+    assert layers
+    for layer in layers:
+        kept = [holder.CB for holder in (layer.weight, layer.state) if getattr(holder, "CB", None) is not None]
+        assert kept and all(each.data_ptr() == layer.weight.data.data_ptr() for each in kept)
+    assert policy.generate(PROMPTS[:1], [1]).isfinite().all()
+
+
+def test_parts_that_wait_on_the_cpu_are_lent_and_returned(make_flow: MakeFlow) -> None:
+    """Offloaded parts are no submodules, so nothing moves them for good; pictures are the same."""
+    policy, plain = make_flow(offload=True), make_flow()
+    assert not any(name.startswith(("vae", "text_encoder")) for name, _ in policy.named_parameters())
+    pictures, others = policy.generate(PROMPTS[:2], [1, 2]), plain.generate(PROMPTS[:2], [1, 2])
+    assert torch.equal(pictures, others)
+    meta_free = [p.device.type for part in policy._frozen_parts().values() for p in part.parameters()]
+    assert set(meta_free) == {"cpu"}
+    assert not any(p.requires_grad for part in policy._frozen_parts().values() for p in part.parameters())
+
+
+def test_frozen_parts_in_another_type(make_flow: MakeFlow) -> None:
+    """fp32 weights to train beside bf16 encoders: the network gets fp32, and pictures stay close."""
+    policy, plain = make_flow(frozen_dtype="bfloat16"), make_flow()
+    assert policy.pipe.vae.dtype == policy.pipe.text_encoder_2.dtype == torch.bfloat16
+    assert policy.network.dtype == torch.float32
+    conditioning = policy.encode(PROMPTS)
+    assert {tensor.dtype for tensor in conditioning.tensors.values()} == {torch.float32}
+    pictures, others = policy.generate(PROMPTS[:2], [1, 2]), plain.generate(PROMPTS[:2], [1, 2])
+    assert 0 < (pictures - others).abs().mean() < 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_compiled_blocks_keep_the_ratio_at_one(make_flow: MakeFlow, lora: LoRA | None) -> None:
+    """And the KL at 0 before training: the reference is compiled as well."""
+    policy = make_flow(compile=True, sampling=Sampling(4, 2), lora=lora, kl_weight=0.1)
+    trajectory = policy.rollout(PROMPTS[:2], [1, 2])
+    with torch.no_grad(), policy.reference():
+        reference = policy.replay(trajectory, 0)
+    assert policy.replay(trajectory, 0).kl(reference).max() < 1e-9
+    perturb(policy)
+    trajectory = policy.rollout(PROMPTS[:2], [1, 2])
+    for step in range(2):
+        replayed = policy.replay(trajectory, step)
+        assert replayed.mean.requires_grad
+        difference = replayed.log_prob(trajectory.next_latents[:, step]) - trajectory.log_probs[:, step]
+        assert difference.abs().max() < 1e-6
+
+
+def test_attention_backends_are_checked(make_flow: MakeFlow) -> None:
+    policy = make_flow(attention_backend="_native_math")
+    assert policy.generate(PROMPTS[:1], [1]).isfinite().all()
+    policy.network.set_attention_backend("native")  # diffusers keeps the choice for the whole process
+    with pytest.raises(ValueError, match="no_such_backend.* must be one of"):
+        make_flow(attention_backend="no_such_backend")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantization": "nf4"}, r"`flow\.quantization` is nf4, whose weights cannot be trained; add `flow\.lora`"),
+    ],
+)
+def test_settings_that_cannot_train_are_refused(make_flow: MakeFlow, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_flow(**options)
+
+
+def test_updates_that_would_be_rounded_away_are_warned_of(make_flow: MakeFlow) -> None:
+    with pytest.warns(UserWarning, match="Flux1Policy trains all weights in torch.bfloat16 .* rounded away"):
+        make_flow(dtype="bfloat16", learning_rate=3e-7)
+
+
+def test_eight_bit_adamw_keeps_an_agent_a_group(
+    make_flow: MakeFlow, make_language: MakeLanguage, samples: list[PromptSample], tmp_path: Path
+) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+
+    def optimizer(groups: list[dict[str, Any]]) -> Any:
+        return bitsandbytes.optim.AdamW8bit(groups)
+
+    flow, language = make_flow(learning_rate=1e-3), make_language(learning_rate=2e-3)
+    module = attach(PromptRL(flow, Listed([0.0, 1.0, 3.0, 1.0]), language, 4, 2, optimizer=optimizer))
+    module.update(module.collect(samples[:1]))
+    used = module.optimizers().optimizer  # type: ignore[union-attr]
+    assert [(group["name"], group["lr"]) for group in used.param_groups] == [("flow", 1e-3), ("language", 2e-3)]
+    assert any(state["state1"].dtype == torch.uint8 for state in used.state.values())

@@ -1,0 +1,49 @@
+"""Tiny FLUX.1-Kontext: FLUX.1's tiny parts in the editing pipeline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import FluxKontextPipeline
+from PIL import Image
+from torch import Tensor
+
+from lightning_modules.policies.flux1_kontext import KontextPolicy
+from tests.lightning_modules.policies import tiny_flux1
+from tests.lightning_modules.policies.family import Family
+
+
+def build() -> Any:
+    """Kontext's pipeline of 1M random weights."""
+    return FluxKontextPipeline(**tiny_flux1.build().components)
+
+
+def draw(
+    pipe: Any, policy: Any, prompts: list[str], latents: Tensor, steps: int, images: list[Image.Image] | None
+) -> Tensor:
+    """Stock pictures, of the height and width asked for."""
+    pictures: Tensor = pipe(
+        image=images,
+        prompt=prompts,
+        latents=latents,
+        num_inference_steps=steps,
+        guidance_scale=policy.guidance,
+        height=policy.height,
+        width=policy.width,
+        max_area=policy.height * policy.width,
+        max_sequence_length=policy.max_sequence_length,
+        output_type="pt",
+        _auto_resize=policy.auto_resize,
+    ).images
+    return pictures
+
+
+FLUX1_KONTEXT = Family(
+    "flux1_kontext",
+    KontextPolicy,
+    build,
+    draw,
+    options={"max_sequence_length": 18, "auto_resize": False},
+    sources=True,
+    learning_rates=(1e-3, 3e-2),
+)

@@ -1,0 +1,135 @@
+"""Tiny Qwen-Image: stock classes with random weights, the published scheduler and latent statistics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImageEditPlusPipeline,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from lightning_modules.policies.qwen_image import QwenImagePolicy
+from tests.lightning_modules.policies.family import PROMPTS, Family, byte_tokenizer
+
+SPECIAL = [
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
+]
+
+
+def parts(**transformer: Any) -> dict[str, Any]:
+    """The pipeline's parts, 0.2M random weights; 8 pixels a token.
+
+    Args:
+        **transformer: settings of the transformer beside its size.
+    """
+    # The pipelines drop a fixed number of tokens, their template's in Qwen's tokenizer: each of its words must be one.
+    templates = [
+        QwenImagePipeline(*[None] * 5).prompt_template_encode,
+        QwenImageEditPlusPipeline(*[None] * 6).prompt_template_encode,
+    ]
+    tokenizer = byte_tokenizer(SPECIAL, [*PROMPTS, *templates], 1000, pad_token="<|endoftext|>", eos_token="<|im_end|>")
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[-0.3, 0.2, 0.1, -0.1],
+        latents_std=[1.5, 0.7, 1.2, 0.9],
+    )
+    vae.decoder.conv_out.weight.data *= 8  # a fresh one's pictures are nearly flat
+    vae.decoder.conv_out.bias.data = torch.tensor([-1.0, 1.0, 0.5])  # and not clipped
+    network = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(8, 4, 4),
+        **transformer,
+    )
+    for name, parameter in network.named_parameters():
+        if "_mod." in name:
+            parameter.data *= 10  # a fresh one's gates are nearly shut
+    network.proj_out.weight.data *= 4  # and its velocity is small beside the noise
+    return {
+        "scheduler": FlowMatchEulerDiscreteScheduler(  # as in Qwen/Qwen-Image
+            base_image_seq_len=256,
+            base_shift=0.5,
+            max_image_seq_len=8192,
+            max_shift=0.9,
+            shift_terminal=0.02,
+            use_dynamic_shifting=True,
+        ),
+        "vae": vae,
+        "text_encoder": text_encoder(tokenizer),
+        "tokenizer": tokenizer,
+        "transformer": network,
+    }
+
+
+def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VLForConditionalGeneration:
+    """Qwen2.5-VL with random weights."""
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "initializer_range": 0.25,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "fullatt_block_indexes": [1],
+            "initializer_range": 0.25,
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+    )
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def build() -> Any:
+    """Qwen-Image's pipeline."""
+    return QwenImagePipeline(**parts())
+
+
+def draw(
+    pipe: Any, policy: Any, prompts: list[str], latents: Tensor, steps: int, images: list[Image.Image] | None
+) -> Tensor:
+    """Stock pictures."""
+    pictures: Tensor = pipe(
+        prompts,
+        negative_prompt=[policy.negative_prompt] * len(prompts),
+        true_cfg_scale=policy.guidance_scale,
+        latents=latents,
+        num_inference_steps=steps,
+        height=policy.height,
+        width=policy.width,
+        max_sequence_length=policy.max_sequence_length,
+        output_type="pt",
+    ).images
+    return pictures
+
+
+QWEN_IMAGE = Family("qwen_image", QwenImagePolicy, build, draw, learning_rates=(1e-2, 2e-2))

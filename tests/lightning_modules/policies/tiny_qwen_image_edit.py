@@ -1,0 +1,63 @@
+"""Tiny Qwen-Image-Edit: Qwen-Image's tiny parts in the editing pipeline, with a processor for pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from diffusers import QwenImageEditPlusPipeline
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
+from PIL import Image
+from torch import Tensor
+from transformers import Qwen2VLImageProcessorPil
+
+from lightning_modules.policies.qwen_image_edit import PictureProcessor, QwenImageEditPolicy, picture_processor
+from tests.lightning_modules.policies import tiny_qwen_image
+from tests.lightning_modules.policies.family import Family
+
+
+def build(zero_cond_t: bool = False) -> Any:
+    """Qwen-Image-Edit's pipeline; 2511 sets `zero_cond_t`, 2509 does not."""
+    parts = tiny_qwen_image.parts(zero_cond_t=zero_cond_t)
+    processor = PictureProcessor(Qwen2VLImageProcessorPil(), parts["tokenizer"])
+    pipe = QwenImageEditPlusPipeline(processor=processor, **parts)
+    pipe.register_to_config(processor=("transformers", "Qwen2VLProcessor"))  # as in Qwen/Qwen-Image-Edit-2509
+    return pipe
+
+
+def draw(
+    pipe: Any, policy: Any, prompts: list[str], latents: Tensor, steps: int, images: list[Image.Image] | None
+) -> Tensor:
+    """Stock pictures, one by one since the pipeline takes no more; its sizes of the source are constants."""
+    assert images is not None
+    areas = {"CONDITION_IMAGE_SIZE": policy.condition_area, "VAE_IMAGE_SIZE": policy.source_area}
+    with patch.multiple(pipeline_qwenimage_edit_plus, **areas):
+        return torch.cat(
+            [
+                pipe(
+                    image,
+                    prompt,
+                    negative_prompt=policy.negative_prompt,
+                    true_cfg_scale=policy.guidance_scale,
+                    latents=x,
+                    num_inference_steps=steps,
+                    height=policy.height,
+                    width=policy.width,
+                    output_type="pt",
+                ).images
+                for prompt, x, image in zip(prompts, latents.split(1), images, strict=True)
+            ]
+        )
+
+
+QWEN_IMAGE_EDIT = Family(
+    "qwen_image_edit",
+    QwenImageEditPolicy,
+    build,
+    draw,
+    options={"condition_area": 32 * 32, "source_area": 32 * 32, "positions": "sequential"},
+    sources=True,
+    learning_rates=(1e-2, 2e-2),
+    parts=lambda folder: picture_processor(str(folder)),
+)

@@ -1,0 +1,179 @@
+"""Two processes, each with half of a rollout, end with the parameters of one process that had all of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.multiprocessing as mp
+from lightning.pytorch.plugins.environments import LightningEnvironment
+
+from datamodules.base import PromptSample
+from lightning_modules.policies.flow import Sampling
+from lightning_modules.policies.flux1 import Flux1Policy
+from lightning_modules.policies.language import LanguagePolicy
+from lightning_modules.prompt_rl import PromptRL
+from lightning_modules.rollout import Rollout
+from miniature.scenes.detector import ShapesDetector
+from miniature.scenes.prompts import ShapesPrompts
+from rewards.geneval.reward import GenEvalReward
+
+
+class Shared(PromptRL):
+    """Collects for all ranks' prompts with the same seed, then keeps its own groups: the union is known."""
+
+    def collect(self, samples: Any) -> Rollout:
+        """The rollout of the union's prompts, cut to this rank's share."""
+        everything: list[PromptSample] = self.union[self.global_step]
+        torch.manual_seed(self.global_step)
+        whole = super().collect(everything)
+        rank, world, size = self.global_rank, self.trainer.world_size, self.group_size
+        mine = slice(4 // world * rank, 4 // world * (rank + 1))
+        images = slice(mine.start * size, mine.stop * size)
+        refined = size - self.num_retained
+        rewrites = slice(mine.start * refined, mine.stop * refined)
+        assert whole.completions is not None
+        assert whole.language_advantages is not None and whole.language_counted is not None
+        return Rollout(
+            samples=whole.samples[mine],
+            prompts=whole.prompts[images],
+            completions=whole.completions.rows(rewrites),
+            trajectory=whole.trajectory.rows(images),
+            images=whole.images[images],
+            scores=whole.scores[images],
+            rewards=whole.rewards[mine],
+            valid=whole.valid[mine],
+            advantages=whole.advantages[mine],
+            language_advantages=whole.language_advantages[rewrites],
+            language_counted=whole.language_counted[rewrites],
+        )
+
+
+def sgd(groups: list[dict[str, Any]]) -> torch.optim.SGD:
+    """Plain SGD: Adam would blow the rounding of near-zero gradients up to full steps."""
+    return torch.optim.SGD([{"name": g["name"], "params": g["params"], "lr": 0.05} for g in groups])
+
+
+def train(rank: int, world: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    data = ShapesPrompts(train_prompts=16, batch_size=2)
+    # Ranks run different numbers of micro-batches.
+    flow = Flux1Policy(
+        "miniature/flow",
+        Sampling(4, 2),
+        height=32,
+        width=32,
+        max_sequence_length=18,
+        dtype="float32",
+        learning_rate=1e-3,
+        micro_batch_size=4 if rank == 0 else 3,
+    )
+    language = LanguagePolicy(
+        "miniature/language", template="{prompt}", max_new_tokens=32, dtype="float32", learning_rate=1e-3
+    )
+    module = Shared(flow, GenEvalReward(ShapesDetector()), language, 4, 2, optimizer=sgd)
+    module.union = [data.train_samples()[i : i + 4] for i in (0, 4)]
+    strategy = "ddp" if world > 1 else "auto"
+    if world > 1:
+        os.environ |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "NODE_RANK": "0",
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+        }
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy=strategy,
+        plugins=[LightningEnvironment()],
+        max_steps=2,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, data)
+    weights = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
+    torch.save({"weights": weights, "rollouts": module.num_rollouts}, f"{folder}/{world}-{rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_the_union(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = mp.get_context("spawn")
+    workers = [(0, 1)] + [(rank, 2) for rank in range(2)]
+    processes = [context.Process(target=train, args=(rank, world, port, str(tmp_path))) for rank, world in workers]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(180)
+        assert process.exitcode == 0
+    one, *two = (torch.load(tmp_path / f"{world}-{rank}.pt", weights_only=True) for rank, world in workers)
+    for other in two:
+        assert other["rollouts"] == one["rollouts"] == 32
+        for name, weight in one["weights"].items():
+            torch.testing.assert_close(other["weights"][name], weight, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_validate_and_write_results(tmp_path: Path) -> None:
+    """The whole command under DDP: no rank may skip a collective, or this hangs."""
+    options = [
+        "fit",
+        "--config=configs/quickstart.yaml",
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=2",
+        "--trainer.strategy=ddp",
+        "--trainer.max_steps=1",
+        "--data.init_args.eval_prompts=7",
+        "--data.init_args.batch_size=1",
+        f"--trainer.default_root_dir={tmp_path}",
+        "--trainer.enable_progress_bar=false",
+    ]
+    subprocess.run([sys.executable, "-m", "lightning_modules.cli", *options], check=True, timeout=240)
+    (path,) = tmp_path.rglob("results.json")
+    results = json.loads(path.read_text())
+    assert results["rollouts"] == 2 * 8
+    # 7 prompts, none counted twice: the share of correct pictures is a whole number of sevenths.
+    sevenths = 7 * results["geneval"]["without_pe"]["images"]
+    assert abs(sevenths - round(sevenths)) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_scorer_lost_on_one_rank_stops_both_with_a_checkpoint(tmp_path: Path) -> None:
+    """Rank 1 alone gets no scores in the second step; nobody hangs, and the state before that step is saved."""
+    options = [
+        "fit",
+        "--config=configs/quickstart.yaml",
+        "--model.init_args.reward=tests.lightning_modules.test_scoring.DownAfter",
+        "--model.init_args.reward.init_args.batches=1",
+        "--model.init_args.reward.init_args.rank=1",
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=2",
+        "--trainer.strategy=ddp",
+        "--trainer.max_steps=3",
+        "--data.init_args.eval_prompts=2",
+        "--data.init_args.batch_size=1",
+        f"--trainer.default_root_dir={tmp_path}",
+        "--trainer.enable_progress_bar=false",
+    ]
+    command = [sys.executable, "-m", "lightning_modules.cli", *options]
+    env = os.environ | {"PYTHONPATH": "."}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
+    assert run.returncode != 0
+    assert "lightning: error: the reward server is gone." in run.stderr
+    (path,) = tmp_path.rglob("last.ckpt")
+    assert torch.load(path, weights_only=True)["global_step"] == 1

@@ -1,0 +1,290 @@
+"""The joint step: groups, rewards, advantages, gradients, guards, and that it learns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from datamodules.base import PromptSample
+from lightning_modules.policies.base import LoRA
+from lightning_modules.policies.flow import Sampling
+from lightning_modules.policies.flux1 import Flux1Policy
+from lightning_modules.policies.language import LanguagePolicy
+from lightning_modules.prompt_rl import PromptRL
+from lightning_modules.rollout import Rollout
+from miniature.scenes.prompts import ShapesPrompts
+from rewards.base import Reward, RewardBatch, Score
+
+MakeFlow = Callable[..., Flux1Policy]
+MakeLanguage = Callable[..., LanguagePolicy]
+
+
+class Redness(Reward):
+    """Mean red minus mean of green and blue, -1..1."""
+
+    name = "redness"
+
+    def __call__(self, batch: RewardBatch) -> list[Score]:
+        """Scores pictures by colour alone."""
+        means = [np.asarray(image, dtype=float).mean((0, 1)) / 255 for image in batch.images]
+        values = [float(red - (green + blue) / 2) for red, green, blue in means]
+        return [Score(value, value, value) for value in values]
+
+
+class Listed(Reward):
+    """Gives out listed values; None is a failed score. Remembers what it was asked about."""
+
+    name = "listed"
+
+    def __init__(self, values: Sequence[float | None]) -> None:
+        self.values = values
+        self.prompts: list[str] = []
+
+    def __call__(self, batch: RewardBatch) -> list[Score]:
+        """One value an image."""
+        self.prompts = [sample.prompt for sample in batch.samples]
+        return [Score.invalid("scorer down") if v is None else Score(v, v, v) for v in self.values]
+
+
+class Collector(L.Callback):
+    """Keeps what every step logged."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """Copies the step's metrics."""
+        self.steps.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+
+def fit(module: PromptRL, tmp_path: Path, steps: int, **data: Any) -> list[dict[str, float]]:
+    collector = Collector()
+    trainer = L.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        default_root_dir=tmp_path,
+        callbacks=[collector],
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, ShapesPrompts(train_prompts=24, **({"batch_size": 2} | data)))
+    return collector.steps
+
+
+def attach(module: PromptRL) -> PromptRL:
+    """Gives a module a trainer and its optimizer, so that `collect` and `update` can be called by hand."""
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.strategy.connect(module)
+    module.trainer = trainer
+    module.configure_model()
+    trainer.strategy.setup_optimizers(trainer)
+    module.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign,assignment]
+    return module
+
+
+def gradients(module: PromptRL) -> dict[str, torch.Tensor]:
+    return {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+
+
+def test_a_group_keeps_m_originals_and_is_judged_by_the_original(
+    make_flow: MakeFlow, make_language: MakeLanguage, samples: list[PromptSample]
+) -> None:
+    reward = Listed([0.0, 1.0] * 8)
+    module = attach(PromptRL(make_flow(), reward, make_language(), group_size=4, num_retained=1, images_per_prompt=2))
+    rollout = module.collect(samples[:2])
+    assert rollout.completions is not None and len(rollout.completions) == 6
+    for group, sample in enumerate(samples[:2]):
+        prompts = rollout.prompts[8 * group : 8 * group + 8]
+        assert prompts[:2] == [sample.prompt] * 2
+        assert prompts[2::2] == prompts[3::2] == rollout.completions.rewrites[3 * group : 3 * group + 3]
+    assert reward.prompts == [samples[0].prompt] * 8 + [samples[1].prompt] * 8
+    assert len(rollout.images) == 16 and rollout.rewards.shape == (2, 8)
+
+
+def test_rewards_and_advantages_by_hand(
+    make_flow: MakeFlow, make_language: MakeLanguage, samples: list[PromptSample]
+) -> None:
+    """Group of 4, m = 2, formats 1 and 0: retained ones get 0.5. Rewards 0.5+1, 0.5+0, 1+1, 0+0.
+
+    Mean 1, population std sqrt((0.25 + 0.25 + 1 + 1) / 4) = 0.790569; advantages 0.5, -0.5, 1, -1 over that.
+    """
+    language = make_language()
+    module = attach(PromptRL(make_flow(), Listed([1.0, 0.0, 1.0, 0.0]), language, group_size=4, num_retained=2))
+    refine = language.refine
+
+    def with_formats(*args: Any) -> Any:
+        completions = refine(*args)
+        object.__setattr__(completions, "formatted", torch.tensor([1.0, 0.0]))
+        return completions
+
+    language.refine = with_formats  # type: ignore[method-assign]
+    rollout = module.collect(samples[:1])
+    torch.testing.assert_close(rollout.rewards, torch.tensor([[1.5, 0.5, 2.0, 0.0]]))
+    expected = torch.tensor([[0.5, -0.5, 1.0, -1.0]]) / (0.625**0.5 + 1e-4)
+    torch.testing.assert_close(rollout.advantages, expected)
+    torch.testing.assert_close(rollout.language_advantages, expected[0, 2:])
+
+
+def test_each_rewrite_gets_the_mean_of_its_images_advantages(
+    make_flow: MakeFlow, make_language: MakeLanguage, samples: list[PromptSample]
+) -> None:
+    values = [0.0, 0.0, 1.0, 0.0, 1.0, 1.0]  # two of the original, two of each rewrite
+    module = attach(
+        PromptRL(make_flow(), Listed(values), make_language(), 3, 1, images_per_prompt=2, format_weight=0.0)
+    )
+    rollout = module.collect(samples[:1])
+    assert rollout.language_advantages is not None
+    expected = torch.tensor([0.5 * (1 + 0) - 0.5, 1.0 - 0.5]) / (0.5 + 1e-4)
+    torch.testing.assert_close(rollout.language_advantages, expected, atol=1e-6, rtol=0)
+
+
+def test_failed_scores_are_masked_and_never_zero(make_flow: MakeFlow, samples: list[PromptSample]) -> None:
+    values = [1.0, None, 3.0, None, None, None, 5.0, None]
+    module = attach(PromptRL(make_flow(), Listed(values), None, group_size=4, num_retained=4))
+    rollout = module.collect(samples[:2])
+    expected = torch.tensor([[-1.0, 0.0, 1.0, 0.0], [0.0] * 4]) / (1 + 1e-4)  # one valid sample is no group
+    torch.testing.assert_close(rollout.advantages, expected)
+    assert rollout.valid.tolist() == [[True, False, True, False], [False, False, True, False]]
+
+
+def test_stops_when_nothing_can_be_scored(make_flow: MakeFlow, tmp_path: Path) -> None:
+    module = PromptRL(make_flow(), Listed([None] * 4), None, 2, 2, max_invalid_steps=2)
+    with pytest.raises(ValueError, match=r"no image could be scored in 2 steps in a row .* scorer down"):
+        fit(module, tmp_path, 5)
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=4, alpha=8)], ids=["full", "lora"])
+def test_micro_batches_add_up_to_the_full_batch(
+    make_flow: MakeFlow, make_language: MakeLanguage, samples: list[PromptSample], lora: LoRA | None
+) -> None:
+    """The accumulated gradient of uneven micro-batches equals the gradient of all samples at once."""
+    flow, language = make_flow(lora=lora, kl_weight=0.01), make_language(lora=lora, kl_weight=0.01)
+    module = attach(PromptRL(flow, Redness(), language, group_size=4, num_retained=2))
+    rollout = module.collect(samples[:2])
+    found = []
+    for flow_size, language_size in ((None, None), (3, 1)):
+        flow.micro_batch_size, language.micro_batch_size = flow_size, language_size
+        torch.manual_seed(0)
+        before = {n: p.detach().clone() for n, p in module.named_parameters()}
+        module.update(rollout)
+        found.append(gradients(module))
+        for name, parameter in module.named_parameters():
+            parameter.data.copy_(before[name])
+    whole, parts = found
+    assert whole.keys() == parts.keys() and sum(g.abs().sum() for g in whole.values()) > 0
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], atol=2e-6, rtol=1e-3)
+
+
+def test_on_policy_gradient_is_the_policy_gradient(make_flow: MakeFlow, samples: list[PromptSample]) -> None:
+    """Independent reference: minus the advantage-weighted mean log-prob, differentiated."""
+    flow = make_flow(max_grad_norm=1e9)
+    module = attach(PromptRL(flow, Redness(), None, group_size=4, num_retained=4))
+    rollout = module.collect(samples[:2])
+    parameters = [p for p in flow.parameters() if p.requires_grad]
+    log_probs = torch.stack(
+        [flow.replay(rollout.trajectory, k).log_prob(rollout.trajectory.next_latents[:, k]) for k in range(3)], 1
+    )
+    expected = torch.autograd.grad(
+        -(rollout.advantages.flatten()[:, None] * log_probs).mean(), parameters, allow_unused=True
+    )
+    module.update(rollout)
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        if gradient is not None:
+            torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_a_second_update_on_a_rollout_is_clipped_against_the_first(
+    make_flow: MakeFlow, make_language: MakeLanguage, samples: list[PromptSample]
+) -> None:
+    flow = make_flow(learning_rate=1e-3)
+    module = attach(PromptRL(flow, Redness(), make_language(), 4, 2, updates_per_rollout=2))
+    rollout = module.collect(samples[:2])
+    first = rollout.trajectory.log_probs
+    stats = module.update(rollout)
+    assert stats["train/flow/max_abs_log_ratio"] > 1e-3  # the second update saw a policy that had moved
+    assert 0 < stats["train/flow/clip_fraction"] <= 0.5  # at most the second of the two
+    module.updates_per_rollout = 1
+    assert module.update(module.collect(samples[:2]))["train/flow/max_abs_log_ratio"] == 0
+    assert torch.equal(first, rollout.trajectory.log_probs)
+
+
+def test_the_guard_measures_zero_and_stops_a_rollout_of_another_policy(
+    make_flow: MakeFlow, make_language: MakeLanguage, samples: list[PromptSample]
+) -> None:
+    flow, language = make_flow(), make_language()
+    module = attach(PromptRL(flow, Redness(), language, 4, 2))
+    rollout = module.collect(samples[:2])
+    found = module.check_ratio(rollout)
+    assert found["flow"] == 0 and found["language"] < 1e-5
+    flow.guidance = 4.0
+    with pytest.raises(ValueError, match="the flow policy is not on-policy: .* more than 10 % of its clip range 1e-04"):
+        module.check_ratio(rollout)
+    flow.guidance, language.temperature = 3.5, 1.3
+    with pytest.raises(ValueError, match="the language policy is not on-policy"):
+        module.check_ratio(rollout)
+
+
+@pytest.mark.parametrize("frozen", ["flow", "language"])
+def test_an_agent_without_learning_rate_does_not_move(
+    make_flow: MakeFlow, make_language: MakeLanguage, tmp_path: Path, frozen: str
+) -> None:
+    rates = {"flow": 1e-3, "language": 1e-3} | {frozen: None}
+    module = PromptRL(
+        make_flow(learning_rate=rates["flow"]), Redness(), make_language(learning_rate=rates["language"]), 4, 2
+    )
+    before = {n: p.detach().clone() for n, p in module.named_parameters()}
+    fit(module, tmp_path, 2)
+    moved = {n.split(".")[0] for n, p in module.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {"flow", "language"} - {frozen}
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=16, alpha=32)], ids=["full", "lora"])
+def test_flow_rl_raises_a_simple_reward(make_flow: MakeFlow, tmp_path: Path, lora: LoRA | None) -> None:
+    rate = 3e-4 if lora is None else 3e-3
+    module = PromptRL(make_flow(learning_rate=rate, lora=lora, sampling=Sampling(4, 2)), Redness(), None, 8, 8)
+    rewards = [step["reward"] for step in fit(module, tmp_path, 16, batch_size=4)]
+    assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.03
+
+
+def test_prompt_rl_raises_a_simple_reward_by_words_alone(
+    make_flow: MakeFlow, make_language: MakeLanguage, tmp_path: Path
+) -> None:
+    """The frozen flow model cannot change, so whatever reddens the pictures is the refiner's doing."""
+    language = make_language(learning_rate=2e-3, kl_weight=0.0)
+    module = PromptRL(
+        make_flow(learning_rate=None, sampling=Sampling(4, 1)), Redness(), language, 8, 2, format_weight=0.0
+    )
+    rewards = [step["reward"] for step in fit(module, tmp_path, 16, batch_size=4)]
+    assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.02
+
+
+def test_updates_of_a_rollout_part_by_part(make_flow: MakeFlow, samples: list[PromptSample]) -> None:
+    """`Trajectory.rows` is consistent with itself: what DDP's shares add up to (see test_distributed)."""
+    module = attach(PromptRL(make_flow(), Redness(), None, 4, 4))
+    rollout: Rollout = module.collect(samples[:2])
+    part = rollout.trajectory.rows(slice(4, 8))
+    assert len(part) == 4 and torch.equal(part.conditioning["embeds"], rollout.trajectory.conditioning["embeds"][4:])
+
+
+def test_settings_that_cannot_work_say_what_to_do(make_flow: MakeFlow, make_language: MakeLanguage) -> None:
+    flow, language = make_flow(), make_language()
+    with pytest.raises(ValueError, match="`model.num_retained` is 8 of `model.group_size` 8, which leaves the refiner"):
+        PromptRL(flow, Redness(), language, 8, 8)
+    with pytest.raises(ValueError, match="`model.language` is null, but `model.num_retained` 2 is less than"):
+        PromptRL(flow, Redness(), None, 8, 2)
+    with pytest.raises(ValueError, match="a group needs at least 2 samples"):
+        PromptRL(flow, Redness(), None, 1, 1)
+    flow.learning_rate = None
+    with pytest.raises(ValueError, match="nothing learns"):
+        PromptRL(flow, Redness(), None, 8, 8).require_learner()

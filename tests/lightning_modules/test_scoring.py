@@ -1,0 +1,234 @@
+"""Scoring beside drawing, failed scores in an update, and a scorer that goes away for good."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from datamodules.sample import PromptSample
+from lightning_modules.agents import check_precision
+from lightning_modules.cli import main
+from lightning_modules.policies.flux1 import Flux1Policy
+from lightning_modules.policies.language import LanguagePolicy
+from lightning_modules.prompt_rl import PromptRL
+from lightning_modules.scoring import Scoring
+from miniature.scenes.detector import ShapesDetector
+from rewards.base import Reward, RewardBatch, RewardUnavailable, Score
+from rewards.geneval.reward import GenEvalReward
+from tests.lightning_modules.test_prompt_rl import Listed, attach, fit, gradients
+from tests.lightning_modules.test_resume import SHORT, same
+
+MakeFlow = Callable[..., Flux1Policy]
+MakeLanguage = Callable[..., LanguagePolicy]
+
+
+class Width(Reward):
+    """An image's width, and the thread that scored it."""
+
+    name = "width"
+
+    def __init__(self) -> None:
+        self.threads: list[str] = []
+        self.autocast: list[bool] = []
+
+    def __call__(self, batch: RewardBatch) -> list[Score]:
+        self.threads.append(threading.current_thread().name)
+        self.autocast.append(torch.is_autocast_enabled("cpu"))
+        return [Score(image.width, image.width, image.width) for image in batch.images]
+
+
+class DownAfter(GenEvalReward):
+    """The miniature's reward until its server is gone for good, on one rank or on all."""
+
+    def __init__(self, batches: int, rank: int | None = None) -> None:
+        super().__init__(ShapesDetector())
+        self.batches = batches
+        self.rank = rank
+
+    def __call__(self, batch: RewardBatch) -> list[Score]:
+        if self.batches == 0 and self.rank in (None, int(os.environ.get("LOCAL_RANK", 0))):
+            raise RewardUnavailable("the reward server is gone.")
+        self.batches = max(self.batches - 1, 0)
+        return super().__call__(batch)
+
+
+def pictures(*widths: int) -> list[Image.Image]:
+    return [Image.new("RGB", (width, 1)) for width in widths]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_scores_come_in_the_order_of_the_chunks(overlap: bool, samples: Sequence[PromptSample]) -> None:
+    reward = Width()
+    with torch.autocast("cpu"), Scoring(reward, torch.device("cpu"), overlap=overlap) as scoring:
+        for widths in ((5, 6), (1,), (9, 8, 7)):
+            scoring.submit([samples[0]] * len(widths), pictures(*widths))
+        assert [score.native for score in scoring.scores()] == [5, 6, 1, 9, 8, 7]
+    # One thread in both modes, and free of the training's autocast.
+    assert set(reward.threads) == {"reward_0"} and reward.autocast == [False] * 3
+
+
+def test_drawing_goes_on_while_a_chunk_is_scored(samples: Sequence[PromptSample]) -> None:
+    drawn = threading.Event()
+
+    class Waits(Width):
+        def __call__(self, batch: RewardBatch) -> list[Score]:
+            assert drawn.wait(10), "the next chunk was not drawn while this one was scored"
+            return super().__call__(batch)
+
+    with Scoring(Waits(), torch.device("cpu")) as scoring:
+        scoring.submit(samples[:1], pictures(3))
+        drawn.set()  # reached only if `submit` did not wait
+        assert [score.native for score in scoring.scores()] == [3]
+
+
+def test_a_reward_that_loses_a_score_is_named(samples: Sequence[PromptSample]) -> None:
+    class Short(Width):
+        def __call__(self, batch: RewardBatch) -> list[Score]:
+            return super().__call__(batch)[1:]
+
+    with pytest.raises(ValueError, match="Short returned 1 scores for 2 images"):
+        with Scoring(Short(), torch.device("cpu")) as scoring:
+            scoring.submit(samples[:2], pictures(1, 2))
+            scoring.scores()
+
+
+def test_overlap_changes_nothing(make_flow: MakeFlow, make_language: MakeLanguage, samples: list[PromptSample]) -> None:
+    """Scores, images and gradients of a step are bitwise the same with overlap and without."""
+    found = []
+    for overlap in (True, False):
+        reward = GenEvalReward(ShapesDetector())
+        flow = make_flow(micro_batch_size=3)
+        module = attach(PromptRL(flow, reward, make_language(), 4, 2, overlap_scoring=overlap))
+        torch.manual_seed(0)
+        rollout = module.collect(samples[:2])
+        module.update(rollout)
+        pixels = [image.tobytes() for image in rollout.images]
+        found.append((pixels, [score.rl for score in rollout.scores], gradients(module)))
+    (pixels, scores, grads), (other_pixels, other_scores, other_grads) = found
+    assert pixels == other_pixels and scores == other_scores and len(set(scores)) > 1
+    assert same(grads, other_grads) and sum(g.abs().sum() for g in grads.values()) > 0
+
+
+def test_a_group_with_one_valid_score_takes_no_part(
+    make_flow: MakeFlow, make_language: MakeLanguage, samples: list[PromptSample]
+) -> None:
+    """Its gradient, KL and all, is that of a batch without it, at the whole batch's scale; invalid ones likewise."""
+    found = []
+    for values in ([0.0, 1.0, 3.0, 1.0] + [None, None, 5.0, None], [0.0, 1.0, 3.0, 1.0] + [2.0] * 4):
+        module = attach(PromptRL(make_flow(), Listed(values), make_language(), 4, 2, format_weight=0.0))
+        torch.manual_seed(0)
+        rollout = module.collect(samples[:2])
+        module.update(rollout)
+        found.append((rollout.counted.tolist(), gradients(module)))
+    (masked, some), (whole, everything) = found
+    assert masked == [[True] * 4, [False] * 4] and whole == [[True] * 4] * 2
+    for name, gradient in some.items():  # no KL here: equal rewards have no gradient either
+        torch.testing.assert_close(gradient, everything[name], atol=2e-6, rtol=1e-3)
+    assert sum(g.abs().sum() for g in some.values()) > 0
+
+
+def test_kl_and_momentum_do_not_move_a_policy_without_scores(
+    make_flow: MakeFlow, make_language: MakeLanguage, samples: list[PromptSample]
+) -> None:
+    reward = Listed([0.0, 1.0, 3.0, 1.0])
+    language = make_language(kl_weight=0.5, learning_rate=1e-2)
+    module = attach(PromptRL(make_flow(kl_weight=0.5, learning_rate=1e-2), reward, language, 4, 2))
+    module.update(module.collect(samples[:1]))  # now there are momenta, and a KL above 0
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    reward.values = [None, 1.0, None, None]
+    module.update(module.collect(samples[:1]))
+    assert same(before, {name: parameter.detach() for name, parameter in module.named_parameters()})
+    reward.values = [0.0, 1.0, 3.0, 1.0]
+    module.update(module.collect(samples[:1]))
+    assert not same(before, {name: parameter.detach() for name, parameter in module.named_parameters()})
+
+
+class Alternates(Reward):
+    """Scores a step's prompts by one scorer or the other, in turn."""
+
+    name = "alternates"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, batch: RewardBatch) -> list[Score]:
+        self.calls += 1
+        part = Score(self.calls, self.calls, self.calls)
+        return [Score(1.0, 1.0, 1.0, parts={"ab"[self.calls % 2]: part}) for _ in batch.images]
+
+
+def test_a_scorer_that_was_not_asked_leaves_a_gap(make_flow: MakeFlow, tmp_path: Path) -> None:
+    steps = fit(PromptRL(make_flow(), Alternates(), None, 2, 2), tmp_path, 3)
+    assert [step["reward/b"] for step in steps][0] == 1.0
+    assert [math.isnan(step["reward/b"]) for step in steps] == [False, True, False]
+    assert [step["reward/a"] for step in steps[1:2]] == [2.0] and math.isnan(steps[2]["reward/a"])
+
+
+def test_a_scorer_lost_in_validation_leaves_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = yaml.safe_load(Path("configs/quickstart.yaml").read_text())
+    lost = {
+        "class_path": "tests.lightning_modules.test_scoring.DownAfter",
+        "init_args": {"batches": 1},
+    }  # the one before training
+    config["trainer"]["callbacks"] += [
+        {"class_path": "callbacks.reward.RewardBenchmark", "init_args": {"reward": lost, "sets": ["unseen"]}}
+    ]
+    config["model"]["init_args"] |= {"language": None, "num_retained": 8}
+    path = tmp_path / "lost.yaml"
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit):
+        main(
+            ["fit", f"--config={path}", *SHORT[2:-1], "--trainer.max_steps=6", f"--trainer.default_root_dir={tmp_path}"]
+        )
+    assert "the reward server is gone." in capsys.readouterr().err
+    (checkpoint,) = tmp_path.rglob("last.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 3
+
+
+def test_training_stops_with_a_checkpoint_when_scores_end_and_resumes_exactly(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped in step 3 of 4, in mid-epoch, and resumed: parameters as in a run that was never stopped."""
+    config = yaml.safe_load(Path("configs/quickstart.yaml").read_text())
+    reward = {"class_path": "tests.lightning_modules.test_scoring.DownAfter", "init_args": {"batches": 2}}
+    config["model"]["init_args"]["reward"] = reward
+    # Two prompts a step of twelve, so that the stop is in mid-epoch; the last checkpoint before it is of step 2.
+    path = tmp_path / "down.yaml"
+    path.write_text(yaml.safe_dump(config))
+    options = [
+        *SHORT[2:],
+        "--trainer.max_steps=4",
+        "--data.init_args.batch_size=2",
+        "--checkpoint.every_n_train_steps=9",
+    ]
+    with pytest.raises(SystemExit):
+        main(["fit", f"--config={path}", *options, f"--trainer.default_root_dir={tmp_path / 'stopped'}"])
+    assert "lightning: error: the reward server is gone. A fit stops so with its state in" in capsys.readouterr().err
+    (stopped,) = (tmp_path / "stopped").rglob("last.ckpt")
+    assert torch.load(stopped, weights_only=True)["global_step"] == 2
+    again = "--model.init_args.reward.init_args.batches=100"
+    for name, more in (("resumed", [f"--ckpt_path={stopped}"]), ("unbroken", [])):
+        main(["fit", f"--config={path}", *options, f"--trainer.default_root_dir={tmp_path / name}", again, *more])
+    resumed, unbroken = (
+        torch.load(next((tmp_path / name).rglob("last.ckpt")), weights_only=True) for name in ("resumed", "unbroken")
+    )
+    assert resumed["global_step"] == unbroken["global_step"] == 4
+    assert same(resumed["state_dict"], unbroken["state_dict"])
+    assert same(resumed["optimizer_states"], unbroken["optimizer_states"])
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_precisions_that_would_train_wrongly_are_refused(precision: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--config=configs/quickstart.yaml", f"--trainer.precision={precision}"])
+    assert f"`trainer.precision` is {precision}, which PromptRL does not train in" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="is 16-mixed"):  # on a CPU Lightning itself falls back to bf16-mixed
+        check_precision("16-mixed")
