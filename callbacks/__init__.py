@@ -1,1 +1,1 @@
-"""Benchmarks, pictures, and reports that watch a run from outside."""
+"""Benchmarks, images, and reports that watch a run from outside."""

@@ -31,10 +31,10 @@ Intervals = dict[str, dict[str, dict[str, list[float]]]]
 
 
 class Benchmark(L.Callback, ABC):
-    """Scores the pictures that `validation_step` and `test_step` return.
+    """Scores the images that `validation_step` and `test_step` return.
 
-    Logs `val/<set>/<mode>` (the headline number) and `val/<set>/<mode>/<score>`, with mode `without_pe` (pictures of
-    the prompts as they are) or `with_pe` (pictures of the refiner's greedy rewrites). At the end of a fit or test it
+    Logs `val/<set>/<mode>` (the headline number) and `val/<set>/<mode>/<score>`, with mode `without_pe` (images of
+    the prompts as they are) or `with_pe` (images of the refiner's greedy rewrites). At the end of a fit or test it
     prints a table and writes `results.json` beside the logs, with 95 % intervals from a bootstrap over prompts within
     each tag (where each tag has a few); a test also leaves `scores.jsonl`, a line for each prompt.
 
@@ -46,7 +46,7 @@ class Benchmark(L.Callback, ABC):
     headline: str
     """Name of the score that stands for the whole."""
     columns: tuple[str, ...]
-    """Names of a picture's values."""
+    """Names of an image's values."""
 
     def __init__(self, sets: list[str] | None = None, resamples: int = 1000) -> None:
         if resamples < 1:
@@ -56,7 +56,7 @@ class Benchmark(L.Callback, ABC):
         self.history: list[dict[str, Any]] = []
         """One entry per validation: `{"step", "rollouts", "seconds", "results"}`."""
         self.tables: dict[tuple[str, str], PromptTable] = {}
-        """What the pictures of each set and mode scored in the latest evaluation, over all ranks."""
+        """What the images of each set and mode scored in the latest evaluation, over all ranks."""
         self.intervals: Intervals = {}
         """Of the latest evaluation."""
         self._metrics: dict[tuple[str, str], PromptScores] = {}
@@ -90,7 +90,7 @@ class Benchmark(L.Callback, ABC):
         return sample.tag
 
     def summarize(self, table: PromptTable, weights: Tensor) -> dict[str, Tensor]:
-        """Scores of a set's pictures; here the mean of each column.
+        """Scores of a set's images; here the mean of each column.
 
         Args:
             table: of P prompts.
@@ -260,7 +260,7 @@ class Benchmark(L.Callback, ABC):
         _dump(merged, path)
 
     def _write_scores(self, path: Path) -> None:
-        """Adds a line for each prompt: the means of its pictures' values."""
+        """Adds a line for each prompt: the means of its images' values."""
         with path.open("a", encoding="utf-8") as file:
             for (name, mode), table in self.tables.items():
                 means = {column: table.sums[column] / table.counts[column] for column in self.columns}
@@ -293,7 +293,7 @@ def _dump(results: dict[str, Any], path: Path) -> None:
 
 
 def _without_nan(value: Any) -> Any:
-    """NaN is no JSON: a score that no picture has is null."""
+    """NaN is no JSON: a score that no image has is null."""
     if isinstance(value, dict):
         return {key: _without_nan(inner) for key, inner in value.items()}
     if isinstance(value, list):

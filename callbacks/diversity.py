@@ -1,4 +1,4 @@
-"""How alike the pictures of one prompt are, and what rewriting the prompt does to that (paper, Figure 2)."""
+"""How alike the images of one prompt are, and what rewriting the prompt does to that (paper, Figure 2)."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ Scores = dict[str, dict[str, Tensor]]
 
 
 class Diversity(L.Callback):
-    """Draws K pictures of a prompt in three ways and compares the pictures of each group.
+    """Draws K images of a prompt in three ways and compares the images of each group.
 
     `same_prompt`: the prompt with K noises. `rewrites`: K rewrites sampled from the refiner, with the same K noises.
     `rewrites_shared_noise`: these rewrites with one noise, so that wording alone makes them differ. Without a refiner
     there is the first arm only. Each has
 
-    - `image_similarity` (II-Sim): mean cosine of two different pictures of a group;
-    - `text_similarity` (TI-Sim): mean cosine of a picture with the original prompt, if the encoder reads texts;
+    - `image_similarity` (II-Sim): mean cosine of two different images of a group;
+    - `text_similarity` (TI-Sim): mean cosine of an image with the original prompt, if the encoder reads texts;
     - `distinct_contents`: how many of the K show different things, if the encoder can tell;
     - `distinct_rewrites`: share of different ones among the K rewrites;
     - the mean table value of `reward`, under its name.
@@ -55,11 +55,11 @@ class Diversity(L.Callback):
     `test/diversity/<set>/<arm>/<score>` (`val/...` in fit and validate).
 
     Args:
-        encoder: embeds the pictures; null is CLIP ViT-g-14 as in the paper.
-        images_per_prompt: K pictures in a group, 2 or more (the paper does not say how many).
+        encoder: embeds the images; null is CLIP ViT-g-14 as in the paper.
+        images_per_prompt: K images in a group, 2 or more (the paper does not say how many).
         num_prompts: how many prompts of each set, from all tags alike; null is all.
         sets: evaluation sets to take prompts from; null is the first one that rewords no other.
-        reward: also scores the pictures against their original prompts (the paper: PickScore).
+        reward: also scores the images against their original prompts (the paper: PickScore).
         every_n_validations: also at every n-th validation within a fit, starting with the first; null is never.
         num_prompts_in_fit: how many prompts of each set there.
         resamples: of the bootstrap over prompts.
@@ -172,7 +172,7 @@ class Diversity(L.Callback):
 
     def _shown(self, name: str) -> Table:
         """A line for each score and arm, so that arms stand below one another."""
-        title = f"{self.name} of {name}: {self.images_per_prompt} pictures a prompt, {self.encoder.version}"
+        title = f"{self.name} of {name}: {self.images_per_prompt} images a prompt, {self.encoder.version}"
         table = Table("score", "arm", title=title)
         table.add_column("value", justify="right")
         table.add_column("95 % interval", justify="right")
@@ -241,7 +241,7 @@ class Diversity(L.Callback):
         names = group_columns(self.encoder, self.reward)
         columns = [f"{arm}/{n}" for arm in arms for n in (names if arm == "same_prompt" else [*names, DISTINCT])]
         metric = PromptScores.on(agents.device, [(sample.id, sample.tag) for sample in few], columns)
-        # Rewrites are drawn K at a time, so other pictures belong to another K or seed.
+        # Rewrites are drawn K at a time, so other images belong to another K or seed.
         kept_as = f"{name}.diversity-{self.images_per_prompt}-{self.seed}"
         share = chosen[trainer.global_rank :: trainer.world_size]
         batches = [share[i : i + data.eval_batch_size] for i in range(0, len(share), data.eval_batch_size)]
@@ -256,14 +256,14 @@ class Diversity(L.Callback):
                 wordings = self._wordings(trainer, agents, batch) if refined else []
                 for arm in arms:
                     prompts = [[s.asked for s in batch]] * self.images_per_prompt if arm == "same_prompt" else wordings
-                    pictures = []
+                    images = []
                     for k, texts in enumerate(prompts):
                         number = 0 if arm == "rewrites_shared_noise" else k
                         seeds = [seed_of("diversity", self.seed, sample.id, number) for sample in batch]
                         with trainer.precision_plugin.forward_context():
-                            pictures.append(agents.draw(kept_as, arm, k, batch, texts, seeds))
+                            images.append(agents.draw(kept_as, arm, k, batch, texts, seeds))
                         progress.advance(task, len(batch))
-                    for row, scores in enumerate(group_scores(self.encoder, self.reward, batch, pictures)):
+                    for row, scores in enumerate(group_scores(self.encoder, self.reward, batch, images)):
                         if arm != "same_prompt":
                             scores[DISTINCT] = len({texts[row] for texts in wordings}) / len(wordings)
                         values[row] |= {f"{arm}/{score}": value for score, value in scores.items()}

@@ -18,13 +18,13 @@ INTERSECTION = "Intersection_exist"
 
 
 class EditBenchmark(RewardBenchmark):
-    """Mean over the tags of the reward's mean over a tag's pictures, so that every kind of edit weighs the same.
+    """Mean over the tags of the reward's mean over a tag's images, so that every kind of edit weighs the same.
 
     Gives `overall`, each tag's mean, and for each of `parts` the mean of the tags' means. Where prompts have
     `Intersection_exist` in their metadata, `intersection_overall` and so on are over those for which it is true. A tag
-    without any scored picture is left out of a mean, not counted as 0.
+    without any scored image is left out of a mean, not counted as 0.
 
-    PromptRL's editing table is a mean over pictures instead (its 200 swaps count twice as much as the 100 of every
+    PromptRL's editing table is a mean over images instead (its 200 swaps count twice as much as the 100 of every
     other kind): that is `RewardBenchmark`.
 
     Args:
@@ -66,7 +66,7 @@ class EditBenchmark(RewardBenchmark):
         return values
 
     def summarize(self, table: PromptTable, weights: Tensor) -> dict[str, Tensor]:
-        """Means of tags' means; tags' means; the share that could not be scored; the number of pictures."""
+        """Means of tags' means; tags' means; the share that could not be scored; the number of images."""
         tags = {tag: table.tagged(tag) for tag in dict.fromkeys(table.tags)}
         means = ("overall", *self.parts)
         scores = {tag: weighted_mean(table, "overall", weights, rows) for tag, rows in tags.items()}
@@ -81,7 +81,7 @@ class EditBenchmark(RewardBenchmark):
 
 
 def _mean_of_means(table: PromptTable, column: str, weights: Tensor, groups: Sequence[Tensor]) -> Tensor:
-    """[R] mean over groups of prompts, each with its pictures' mean; those without a value are left out."""
+    """[R] mean over groups of prompts, each with its images' mean; those without a value are left out."""
     if not groups:
         return torch.full((len(weights),), torch.nan, dtype=torch.float64)
     return torch.stack([weighted_mean(table, column, weights, rows) for rows in groups]).nanmean(0)

@@ -17,10 +17,10 @@ from rewards.geneval.rules import judge
 
 
 class GenEvalBenchmark(Benchmark):
-    """Share of correct pictures by GenEval's rules (arXiv 2310.11513); the headline is the mean of the tags' means.
+    """Share of correct images by GenEval's rules (arXiv 2310.11513); the headline is the mean of the tags' means.
 
     Beside the tags: `overall` (the unweighted mean of those that occur: the number that papers print), `images` (share
-    of all pictures that are correct) and `prompts` (share of prompts with at least one correct picture).
+    of all images that are correct) and `prompts` (share of prompts with at least one correct image).
 
     Args:
         detector: finds objects; the same as the reward's, or another to guard against reward hacking.
@@ -48,7 +48,7 @@ class GenEvalBenchmark(Benchmark):
         return tag
 
     def summarize(self, table: PromptTable, weights: Tensor) -> dict[str, Tensor]:
-        """The six tags' means, their mean, and the shares of pictures and of prompts."""
+        """The six tags' means, their mean, and the shares of images and of prompts."""
         seen = [tag for tag in TAGS if bool(table.counts["correct"][table.tagged(tag)].sum())]
         by_tag = {tag: weighted_mean(table, "correct", weights, table.tagged(tag)) for tag in seen}
         nothing = weights.new_full((len(weights),), float("nan"))

@@ -22,20 +22,20 @@ from rewards.base import Reward, RewardBatch, score_each
 
 
 class Health(L.Callback):
-    """Logs statistics of drawn pictures and a reward that is not trained on; stops by rules.
+    """Logs statistics of drawn images and a reward that is not trained on; stops by rules.
 
-    Every `every_n_steps` steps `health/<statistic>` of the step's pictures, over all processes (definitions:
+    Every `every_n_steps` steps `health/<statistic>` of the step's images, over all processes (definitions:
     `lightning_modules.image_statistics`). At every validation `health/held_out/<reward>`, the mean table value over the
-    scored pictures of the evaluation sets, and its `/invalid_share`: fixed prompts and noise, so steps compare.
+    scored images of the evaluation sets, and its `/invalid_share`: fixed prompts and noise, so steps compare.
 
     A rule that ends a run ends it as `max_steps` would: a last validation, `last.ckpt`, results. Resumed from there it
     goes on until a rule applies again.
 
     Args:
-        every_n_steps: steps between two looks at a rollout's pictures.
+        every_n_steps: steps between two looks at a rollout's images.
         held_out: a reward that the run is not trained on.
         sets: evaluation sets that it scores; null is all.
-        mode: pictures of the prompts as they are (`without_pe`) or of rewrites (`with_pe`); null: of rewrites if there
+        mode: images of the prompts as they are (`without_pe`) or of rewrites (`with_pe`); null: of rewrites if there
             is a refiner.
         patience: stop after so many validations in a row in which the held-out reward did not rise above its best.
         min_delta: by how much it has to rise.
@@ -67,7 +67,7 @@ class Health(L.Callback):
                 self._held_out_name, min_delta, patience, mode="max", check_finite=False, check_on_train_epoch_end=False
             )
         self._streaks = Streaks(limits or {})
-        self._sums = torch.zeros(3, dtype=torch.float64)  # of the held-out table values, valid scores, pictures
+        self._sums = torch.zeros(3, dtype=torch.float64)  # of the held-out table values, valid scores, images
         self._ending = False
         self._told_unseen = False
 
@@ -107,7 +107,7 @@ class Health(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Looks at the step's pictures and its logged numbers."""
+        """Looks at the step's images and its logged numbers."""
         step = trainer.fit_loop.epoch_loop.total_batch_idx  # the x of the step's own numbers in the log, from 0
         rollout: Rollout | None = getattr(pl_module, "latest", None)
         statistics: dict[str, float] = {}
@@ -140,7 +140,7 @@ class Health(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Scores one batch; a set without pictures of the mode is left out."""
+        """Scores one batch; a set without images of the mode is left out."""
         drawn: EvaluationBatch = outputs
         if self.held_out is None or not drawn.samples or (self.sets is not None and drawn.name not in self.sets):
             return
@@ -158,10 +158,10 @@ class Health(L.Callback):
         # Double precision, which not every accelerator has; processes on GPUs reduce there.
         device = pl_module.device if pl_module.device.type == "cuda" else torch.device("cpu")
         sums = trainer.strategy.reduce(self._sums.to(device), reduce_op="sum")
-        total, valid, pictures = sums.tolist()
+        total, valid, images = sums.tolist()
         values = {
             self._held_out_name: total / valid if valid else math.nan,
-            f"{self._held_out_name}/invalid_share": 1 - valid / pictures if pictures else math.nan,
+            f"{self._held_out_name}/invalid_share": 1 - valid / images if images else math.nan,
         }
         # Equal on all ranks already, and said to be synced so that `monitor` of other callbacks may name it.
         pl_module.log_dict(values, sync_dist=True)

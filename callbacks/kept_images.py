@@ -1,4 +1,4 @@
-"""Pictures of `lightning test`: kept once, so that a killed test goes on and scoring is redone without drawing."""
+"""Images of `lightning test`: kept once, so that a killed test goes on and scoring is redone without drawing."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from callbacks.run_config import checkpoint_note, folder_stamps, resolved_config
 from datamodules.base import PromptDataModule, PromptSample, bare
 from lightning_modules.evaluation import EvaluatedAgents
-from lightning_modules.image_store import PictureStore, safe_name, write_whole
+from lightning_modules.image_store import ImageStore, safe_name, write_whole
 
 
-class KeepPictures(L.Callback):
-    """Writes the pictures of a test as `<directory>/<set>/<mode>/00000/samples/0000.png` with a `metadata.jsonl` each.
+class KeepImages(L.Callback):
+    """Writes the images of a test as `<directory>/<set>/<mode>/00000/samples/0000.png` with a `metadata.jsonl` each.
 
     That is GenEval's own layout, which its published scripts read: prompts are numbered in the order of their set.
     `lightning test` adds it by itself. The same command goes on where it was killed, and another scorer, or further
-    pictures of a prompt, need no second drawing of what is there. `pictures.jsonl` lists what each was drawn from.
+    images of a prompt, need no second drawing of what is there. `images.jsonl` lists what each was drawn from.
 
     Args:
-        directory: null is `<root>/<experiment>/pictures/<digest>`, the digest being that of what pictures depend on:
+        directory: null is `<root>/<experiment>/images/<digest>`, the digest being that of what images depend on:
             flow model, refiner, data, checkpoint, local model folders (by time and size) and precision.
-        images_per_prompt: K pictures of each prompt in each mode; null is the data's (GenEval 4, others 1). The first
+        images_per_prompt: K images of each prompt in each mode; null is the data's (GenEval 4, others 1). The first
             has the noise of validation's.
         keep: false draws all anew and writes nothing.
     """
 
     def __init__(self, directory: str | None = None, images_per_prompt: int | None = None, keep: bool = True) -> None:
         if images_per_prompt is not None and images_per_prompt < 1:
-            raise ValueError(f"`pictures.images_per_prompt` is {images_per_prompt}, use at least 1, or null.")
+            raise ValueError(f"`images.images_per_prompt` is {images_per_prompt}, use at least 1, or null.")
         self.directory = directory
         self.images_per_prompt = images_per_prompt
         self.keep = keep
@@ -49,37 +49,37 @@ class KeepPictures(L.Callback):
             return
         config = resolved_config(trainer)
         if self.directory is None and not config:
-            raise ValueError("KeepPictures knows no configuration outside the `lightning` command: give `directory`.")
+            raise ValueError("KeepImages knows no configuration outside the `lightning` command: give `directory`.")
         settings = self._describe(trainer, config)
         directory = Path(self.directory) if self.directory is not None else _own_folder(config, settings)
         self._rows = {
             name: {sample.id: row for row, sample in enumerate(bare(samples))}
             for name, samples in data.eval_sets.items()
         }
-        store = PictureStore(directory, "pictures", self._place, trainer.global_rank, describe=True)
+        store = ImageStore(directory, "images", self._place, trainer.global_rank, describe=True)
         if trainer.is_global_zero:
             try:
                 directory.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise ValueError(
-                    f"`pictures.directory` {directory} cannot be made ({error.strerror}): name another folder."
+                    f"`images.directory` {directory} cannot be made ({error.strerror}): name another folder."
                 ) from None
-            _refuse_others(directory / "pictures.yaml", settings)
+            _refuse_others(directory / "images.yaml", settings)
             text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-            write_whole(directory / "pictures.yaml", f"# What these pictures were drawn with.\n{text}")
+            write_whole(directory / "images.yaml", f"# What these images were drawn with.\n{text}")
             store.merge()
-        trainer.strategy.barrier("pictures merged")
+        trainer.strategy.barrier("images merged")
         there = len(store.read())
-        rank_zero_info(f"Pictures are kept in {directory}" + (f"; {there} are there already." if there else "."))
-        pl_module.pictures = store
+        rank_zero_info(f"Images are kept in {directory}" + (f"; {there} are there already." if there else "."))
+        pl_module.image_store = store
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Makes one list of all processes' lists."""
-        if isinstance(pl_module, EvaluatedAgents) and pl_module.pictures is not None:
+        if isinstance(pl_module, EvaluatedAgents) and pl_module.image_store is not None:
             trainer.strategy.barrier("all drawn")
             if trainer.is_global_zero:
-                pl_module.pictures.merge()
-            pl_module.pictures = None
+                pl_module.image_store.merge()
+            pl_module.image_store = None
 
     def _place(self, name: str, mode: str, sample: PromptSample, k: int) -> Path:
         row = self._rows.get(name, {}).get(sample.id)
@@ -100,11 +100,11 @@ class KeepPictures(L.Callback):
 
 def _own_folder(config: dict[str, Any], settings: dict[str, Any]) -> Path:
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=6).hexdigest()
-    return Path(config["trainer"]["default_root_dir"], config["experiment"], "pictures", digest)
+    return Path(config["trainer"]["default_root_dir"], config["experiment"], "images", digest)
 
 
 def _refuse_others(note: Path, settings: dict[str, Any]) -> None:
-    """Raises a ValueError if the folder's pictures were drawn with something else."""
+    """Raises a ValueError if the folder's images were drawn with something else."""
     if not note.is_file():
         return
     before = yaml.safe_load(note.read_text(encoding="utf-8"))
@@ -112,6 +112,6 @@ def _refuse_others(note: Path, settings: dict[str, Any]) -> None:
     for name, value in now.items():
         if before.get(name) != value:
             raise ValueError(
-                f"the pictures in {note.parent} were drawn with other settings ({name} differs, see {note.name}): set "
-                "`--pictures.directory` to another folder, or undo the change."
+                f"the images in {note.parent} were drawn with other settings ({name} differs, see {note.name}): set "
+                "`--images.directory` to another folder, or undo the change."
             )

@@ -17,10 +17,10 @@ from rewards.ocr import OCRReward, TextReader
 
 
 class OCRWordsBenchmark(Benchmark):
-    """Which of the wanted words are in the picture; the headline is the F score. Logged as `val/<set>/words/<mode>`.
+    """Which of the wanted words are in the image; the headline is the F score. Logged as `val/<set>/words/<mode>`.
 
-    Like the published scorer, precision, recall and accuracy are means over *pictures* (a long text weighs as much as a
-    short one), and `f` is the harmonic mean of the two *means*, not the mean of the pictures' own. It differs in two
+    Like the published scorer, precision, recall and accuracy are means over *images* (a long text weighs as much as a
+    short one), and `f` is the harmonic mean of the two *means*, not the mean of the images' own. It differs in two
     trifles: no epsilon in the denominators, and accuracy compares words where the published one compares the sorted
     words run together. Letters rather than words: `RewardBenchmark` with `rewards.ocr.OCRReward`.
 
@@ -43,7 +43,7 @@ class OCRWordsBenchmark(Benchmark):
         return f"{name}/words"
 
     def score(self, samples: Sequence[PromptSample], images: Sequence[Image]) -> list[dict[str, float]]:
-        """Reads every picture and compares its words with those wanted."""
+        """Reads every image and compares its words with those wanted."""
         values: list[dict[str, float]] = []
         for score in score_each(self.reward, RewardBatch(samples, images)):
             if not score.valid:
@@ -54,7 +54,7 @@ class OCRWordsBenchmark(Benchmark):
         return values
 
     def summarize(self, table: PromptTable, weights: Tensor) -> dict[str, Tensor]:
-        """The published four, the share of pictures that could not be read, and the number of pictures."""
+        """The published four, the share of images that could not be read, and the number of images."""
         precision, recall, accuracy = (weighted_mean(table, column, weights) for column in self.columns)
         both = precision + recall
         return {

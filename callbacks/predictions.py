@@ -1,4 +1,4 @@
-"""Pictures of `lightning predict` in a folder, where a run that was interrupted goes on."""
+"""Images of `lightning predict` in a folder, where a run that was interrupted goes on."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from callbacks.run_config import checkpoint_note, folder_stamps, resolved_config
 from datamodules.base import PromptDataModule, PromptSample, bare
 from lightning_modules.evaluation import MODES, EvaluatedAgents
-from lightning_modules.image_store import Key, PictureStore, safe_name, write_whole
+from lightning_modules.image_store import ImageStore, Key, safe_name, write_whole
 
 _ABSENT = "nothing"
 
 
 class SavePredictions(L.Callback):
-    """Writes `<directory>/<set>/<mode>/<id>_<k>.png` and a line for each picture in `<directory>/predictions.jsonl`.
+    """Writes `<directory>/<set>/<mode>/<id>_<k>.png` and a line for each image in `<directory>/predictions.jsonl`.
 
-    `lightning predict` adds it by itself. Prompts whose pictures are all there and listed are not drawn again. While
+    `lightning predict` adds it by itself. Prompts whose images are all there and listed are not drawn again. While
     several processes draw, those after the first list theirs in `predictions.<rank>.jsonl`; at the end, or when the
-    run goes on, the lists are made one, in the order of the prompts. `predictions.yaml` holds what the pictures
-    depend on; a run with anything else stops rather than mix its pictures in.
+    run goes on, the lists are made one, in the order of the prompts. `predictions.yaml` holds what the images
+    depend on; a run with anything else stops rather than mix its images in.
 
     Args:
-        directory: where pictures and lists go.
-        images_per_prompt: K pictures of each prompt in each mode; the first has the noise of validation's.
+        directory: where images and lists go.
+        images_per_prompt: K images of each prompt in each mode; the first has the noise of validation's.
     """
 
     def __init__(self, directory: str = "predictions", images_per_prompt: int = 1) -> None:
@@ -38,7 +38,7 @@ class SavePredictions(L.Callback):
         self.directory = Path(directory)
         self.images_per_prompt = images_per_prompt
         self._settings: dict[str, Any] = {}
-        self._store = PictureStore(self.directory, "predictions", _place)
+        self._store = ImageStore(self.directory, "predictions", _place)
 
     # --- hooks ------------------------------------------------------------------------------------------------------
 
@@ -48,11 +48,11 @@ class SavePredictions(L.Callback):
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(pl_module, EvaluatedAgents) and isinstance(data, PromptDataModule)
-        self._store = PictureStore(self.directory, "predictions", _place, trainer.global_rank)
+        self._store = ImageStore(self.directory, "predictions", _place, trainer.global_rank)
         self._settings = self._describe(trainer, data)
         self._compare()
         pl_module.images_per_evaluation = self.images_per_prompt
-        pl_module.pictures = self._store
+        pl_module.image_store = self._store
         trainer.strategy.barrier("compared")
         if trainer.is_global_zero and self._store.path.exists():
             self._merge(pl_module, data)
@@ -70,7 +70,7 @@ class SavePredictions(L.Callback):
         if trainer.is_global_zero:
             self.directory.mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump(self._settings, sort_keys=False, allow_unicode=True)
-            write_whole(self._note, f"# What these pictures were drawn with; `lightning predict` compares it.\n{text}")
+            write_whole(self._note, f"# What these images were drawn with; `lightning predict` compares it.\n{text}")
             self._store.path.touch()
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -85,7 +85,7 @@ class SavePredictions(L.Callback):
         return self.directory / "predictions.yaml"
 
     def _whole(self, agents: EvaluatedAgents, data: PromptDataModule) -> dict[tuple[str, str], list[Key]]:
-        """Pictures of the prompts that have them all, by set and id, in the order of the data."""
+        """Images of the prompts that have them all, by set and id, in the order of the data."""
         there = self._store.read()
         modes = MODES if agents.language is not None else MODES[:1]
         wanted = [(mode, k) for mode in modes for k in range(self.images_per_prompt)]
@@ -100,7 +100,7 @@ class SavePredictions(L.Callback):
     def _merge(self, agents: EvaluatedAgents, data: PromptDataModule) -> None:
         self._store.merge(key for keys in self._whole(agents, data).values() for key in keys)
 
-    # --- what the pictures depend on ----------------------------------------------------------------------------------
+    # --- what the images depend on ----------------------------------------------------------------------------------
 
     def _describe(self, trainer: L.Trainer, data: PromptDataModule) -> dict[str, Any]:
         prompts = [
@@ -120,11 +120,11 @@ class SavePredictions(L.Callback):
         }
 
     def _compare(self) -> None:
-        """Raises a ValueError if the folder's pictures were drawn with something else."""
+        """Raises a ValueError if the folder's images were drawn with something else."""
         if not self._note.is_file():
             if self._store.path.exists():
                 raise ValueError(
-                    f"{self._store.path} exists, but not the {self._note.name} that says what its pictures were drawn "
+                    f"{self._store.path} exists, but not the {self._note.name} that says what its images were drawn "
                     "with: set `--predictions.directory` to another folder."
                 )
             return
@@ -134,7 +134,7 @@ class SavePredictions(L.Callback):
             old, new = before.get(name, _ABSENT), now.get(name, _ABSENT)
             if old != new:
                 raise ValueError(
-                    f"the pictures in {self.directory} were drawn with {name} {old}, which is {new} now: set "
+                    f"the images in {self.directory} were drawn with {name} {old}, which is {new} now: set "
                     "`--predictions.directory` to another folder, or undo the change."
                 )
 

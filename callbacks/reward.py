@@ -16,12 +16,12 @@ from rewards.base import Reward, RewardBatch, score_each
 class RewardBenchmark(Benchmark):
     """Mean table value of a reward (PickScore, HPSv2.1, OCR, ...), which need not be the one that is trained on.
 
-    `mean` runs over all scored pictures, as the paper's "Avg." of editing does; where a set has several tags, each has
-    its own mean beside it. Pictures that could not be scored are left out and counted in `invalid_share`. Logged as
+    `mean` runs over all scored images, as the paper's "Avg." of editing does; where a set has several tags, each has
+    its own mean beside it. Images that could not be scored are left out and counted in `invalid_share`. Logged as
     `val/<set>/<reward>/<mode>`, or `val/<set>/<mode>` where the set has the reward's own name.
 
     Args:
-        reward: scores pictures against their original prompts.
+        reward: scores images against their original prompts.
         sets: evaluation sets to score, with the sets that reword them; null is all of the data module's.
         resamples: of the bootstrap.
     """
@@ -48,7 +48,7 @@ class RewardBenchmark(Benchmark):
         return [{"table": score.table, "rl": score.rl} if score.valid else {} for score in scores]
 
     def summarize(self, table: PromptTable, weights: Tensor) -> dict[str, Tensor]:
-        """Means over scored pictures, in all and by tag; the share that could not be scored; the number of pictures."""
+        """Means over scored images, in all and by tag; the share that could not be scored; the number of images."""
         tags = list(dict.fromkeys(table.tags))
         by_tag = {tag: weighted_mean(table, "table", weights, table.tagged(tag)) for tag in tags if len(tags) > 1}
         return {

@@ -267,7 +267,7 @@ def paired_difference(
     row_of = {name: row for row, name in enumerate(second.ids)}
     rows = [row for row, name in enumerate(first.ids) if name in common]
     first, second = first.rows(rows), second.rows([row_of[first.ids[row]] for row in rows])
-    # A prompt that could be scored in one wording only is no pair. A column that no picture of either has, such as
+    # A prompt that could be scored in one wording only is no pair. A column that no image of either has, such as
     # GEdit-Bench's `intersection` elsewhere, says nothing of that.
     pairs = [(counts, second.counts[column]) for column, counts in first.counts.items()]
     used = [torch.stack(pair) > 0 for pair in pairs if pair[0].any() or pair[1].any()]

@@ -35,7 +35,7 @@ def checkpoint_note(trainer: L.Trainer) -> dict[str, str | None]:
     """
     path = trainer.ckpt_path or resolved_config(trainer).get("ckpt_path")
     if path and not os.path.isfile(path):
-        raise ValueError(f"`ckpt_path` is {path}; name the checkpoint's file, which the pictures depend on.")
+        raise ValueError(f"`ckpt_path` is {path}; name the checkpoint's file, which the images depend on.")
     modified = datetime.fromtimestamp(os.stat(path).st_mtime, UTC).isoformat() if path else None
     return {"ckpt_path": os.path.abspath(path) if path else None, "ckpt_modified": modified}
 

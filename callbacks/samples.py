@@ -1,4 +1,4 @@
-"""Pictures for TensorBoard: the same prompts and noise every time, with their prompts and rewrites written below."""
+"""Images for TensorBoard: the same prompts and noise every time, with their prompts and rewrites written below."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _SIDE = 160
 _CAPTION = 78
 
 
-class SamplePictures(L.Callback):
-    """Draws sheets of captioned pictures at every validation.
+class SampleImages(L.Callback):
+    """Draws sheets of captioned images at every validation.
 
     `samples/<set>`: the first `num` prompts of each evaluation set, without prompt enhancement above and with it
     below. `samples/group`: one group of the latest rollout, with rewards and advantages, retained prompts first.
 
     Args:
-        num: pictures per row.
+        num: images per row.
     """
 
     def __init__(self, num: int = 6) -> None:
@@ -75,7 +75,7 @@ class SamplePictures(L.Callback):
 
 
 def captioned(image: Image.Image, text: str) -> Image.Image:
-    """One picture with its caption below; small pictures are enlarged without smoothing."""
+    """One image with its caption below; small images are enlarged without smoothing."""
     tile = Image.new("RGB", (_SIDE, _SIDE + _CAPTION), "white")
     resample = Image.Resampling.NEAREST if image.width < _SIDE else Image.Resampling.LANCZOS
     tile.paste(image.resize((_SIDE - 8, _SIDE - 8), resample), (4, 4))
@@ -85,7 +85,7 @@ def captioned(image: Image.Image, text: str) -> Image.Image:
 
 
 def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Rows of captioned pictures."""
+    """Rows of captioned images."""
     whole = Image.new("RGB", (max(map(len, rows)) * _SIDE, len(rows) * (_SIDE + _CAPTION)), "white")
     for y, row in enumerate(rows):
         for x, tile in enumerate(row):
@@ -93,9 +93,9 @@ def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
     return whole
 
 
-def _log(trainer: L.Trainer, tag: str, picture: Image.Image) -> None:
+def _log(trainer: L.Trainer, tag: str, image: Image.Image) -> None:
     for logger in tensorboards(trainer):
-        logger.experiment.add_image(tag, np.asarray(picture), trainer.global_step, dataformats="HWC")
+        logger.experiment.add_image(tag, np.asarray(image), trainer.global_step, dataformats="HWC")
 
 
 def tensorboards(trainer: L.Trainer) -> list[TensorBoardLogger]:

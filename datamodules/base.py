@@ -166,7 +166,7 @@ class PromptDataModule(L.LightningDataModule):
     published = True
     """Whether the evaluation sets are those that papers report, so that their numbers may stand beside ours."""
     test_images_per_prompt = 1
-    """Pictures of each prompt in `lightning test`, unless `--pictures.images_per_prompt` says otherwise."""
+    """Images of each prompt in `lightning test`, unless `--images.images_per_prompt` says otherwise."""
 
     def __init__(self, batch_size: int = 1, eval_batch_size: int = 8, seed: int = 42, num_workers: int = 0) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class PromptDataModule(L.LightningDataModule):
         self.unrefined: set[str] = set()
         """Sets that are drawn without the refiner only."""
         self.predicted: set[tuple[str, str]] = set()
-        """Set and id of prompts whose pictures an earlier `lightning predict` has left; a callback says so."""
+        """Set and id of prompts whose images an earlier `lightning predict` has left; a callback says so."""
 
     @abstractmethod
     def train_samples(self) -> list[PromptSample]:
@@ -238,7 +238,7 @@ class PromptDataModule(L.LightningDataModule):
         """This process's batches of all sets, less those that are `predicted` to the last prompt.
 
         The others stay whole: a batch of another make-up could round differently, and continuing an interrupted run
-        is to give the pictures of an unbroken one.
+        is to give the images of an unbroken one.
         """
         rank, world = self._rank_and_world()
         batches = []

@@ -11,7 +11,7 @@ from datamodules.sample import PromptSample
 
 
 class LazySamples(Sequence[PromptSample]):
-    """Samples whose images are read when they are asked for: thousands of pictures would not fit into memory."""
+    """Samples whose images are read when they are asked for: thousands of images would not fit into memory."""
 
     @abstractmethod
     def without_images(self) -> Sequence[PromptSample]:

@@ -1,4 +1,4 @@
-"""Prompts that ask for text in the picture: Flow-GRPO's OCR files (double quotes) and MARIO-Eval's (single quotes)."""
+"""Prompts that ask for text in the image: Flow-GRPO's OCR files (double quotes) and MARIO-Eval's (single quotes)."""
 
 from __future__ import annotations
 

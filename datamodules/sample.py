@@ -14,7 +14,7 @@ class PromptSample:
     """One original prompt.
 
     Args:
-        id: unique within its file; names pictures and rows of results.
+        id: unique within its file; names images and rows of results.
         prompt: the text as the user wrote it. Rewards see this one, never a rewrite.
         tag: category of the prompt (GenEval's six, or the name of the reward in tagged data).
         metadata: what the reward needs: GenEval's `include`, OCR's target text.

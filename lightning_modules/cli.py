@@ -29,7 +29,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 
 from callbacks.dashboard import Dashboard
-from callbacks.kept_images import KeepPictures
+from callbacks.kept_images import KeepImages
 from callbacks.predictions import SavePredictions
 from callbacks.progress import RunProgressBar
 from callbacks.report import Report
@@ -140,7 +140,7 @@ class PromptRLCLI(LightningCLI):
         parser.set_defaults({"checkpoint.save_last": True, "trainer.default_root_dir": "runs"})
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        """Adds `predictions` and `pictures` (where they go, how many) to `lightning predict` and `lightning test`."""
+        """Adds `predictions` and `images` (where they go, how many) to `lightning predict` and `lightning test`."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "predict":
             parser.add_lightning_class_args(SavePredictions, "predictions")
@@ -148,7 +148,7 @@ class PromptRLCLI(LightningCLI):
         if subcommand in ("validate", "test"):
             parser.set_defaults({"verbose": False})  # the benchmarks print what they found
         if subcommand == "test":
-            parser.add_lightning_class_args(KeepPictures, "pictures")
+            parser.add_lightning_class_args(KeepImages, "images")
         return parser
 
     def _parse_ckpt_path(self) -> None:
@@ -212,7 +212,7 @@ class PromptRLCLI(LightningCLI):
     before_validate = before_test = before_fit
 
     def before_predict(self) -> None:
-        """Opens no run folder, so it leaves loading to the trainer, behind the check of the pictures' folder."""
+        """Opens no run folder, so it leaves loading to the trainer, behind the check of the images' folder."""
         if not isinstance(self.model, EvaluatedAgents) or not isinstance(self.datamodule, PromptDataModule):
             raise ValueError(
                 f"`lightning predict` draws prompts, but this configuration has {type(self.model).__name__} and "

@@ -13,7 +13,7 @@ from PIL.Image import Image
 from datamodules.base import PredictBatch, PromptDataModule, PromptSample
 from lightning_modules.agents import Agents
 from lightning_modules.groups import source_images
-from lightning_modules.image_store import PictureStore
+from lightning_modules.image_store import ImageStore
 from lightning_modules.policies.flow import FlowPolicy, to_pil
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.seeding import seed_of
@@ -24,14 +24,14 @@ MODES = ("without_pe", "with_pe")
 
 @dataclass(frozen=True)
 class EvaluationBatch:
-    """What an evaluation step draws for B prompts of one set, K pictures each.
+    """What an evaluation step draws for B prompts of one set, K images each.
 
     Attributes:
         name: of the set.
         samples: B original prompts.
         prompts: mode -> B prompts as drawn; those of "with_pe" are greedy rewrites.
         seeds: K lists of B seeds.
-        images: mode -> K lists of B pictures.
+        images: mode -> K lists of B images.
     """
 
     name: str
@@ -54,7 +54,7 @@ class EvaluatedAgents(Agents):
         super().__init__(flow, language, optimizer)
         self.images_per_evaluation = 1
         """Images of each prompt in each mode in `lightning test` and `predict`; validation draws one."""
-        self.pictures: PictureStore | None = None
+        self.image_store: ImageStore | None = None
         """Where `lightning test` and `predict` keep images; a callback says so."""
         self._validated_step = -1
 
@@ -67,7 +67,7 @@ class EvaluatedAgents(Agents):
     def test_step(  # type: ignore[override]
         self, batch: Sequence[PromptSample], batch_idx: int, dataloader_idx: int = 0
     ) -> EvaluationBatch:
-        """Draws as `validation_step` does, and again with other noise for further pictures."""
+        """Draws as `validation_step` does, and again with other noise for further images."""
         return self._draw_set(self._data.eval_names[dataloader_idx], batch, self.images_per_evaluation)
 
     def predict_step(self, batch: PredictBatch, batch_idx: int) -> EvaluationBatch:
@@ -88,35 +88,35 @@ class EvaluatedAgents(Agents):
         prompts: Sequence[str],
         seeds: Sequence[int],
     ) -> list[Image]:
-        """B pictures: those that are kept, if all are, else drawn and, where there is a store, kept.
+        """B images: those that are kept, if all are, else drawn and, where there is a store, kept.
 
         A batch is drawn as a whole, since one of another make-up could round differently.
 
         Args:
             name: of the set.
             mode: what the prompts are.
-            k: number of the picture among those of its prompt.
+            k: number of the image among those of its prompt.
             samples: B original prompts.
             prompts: B prompts to draw.
             seeds: B seeds.
         """
         if not samples:
             return []
-        if self.pictures is not None:
-            kept = self.pictures.recall(name, mode, k, samples, prompts, seeds)
+        if self.image_store is not None:
+            kept = self.image_store.recall(name, mode, k, samples, prompts, seeds)
             if kept is not None:
                 return kept
         light = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         steps = self.flow.sampling.val_steps if light else None
         images = to_pil(self.flow.generate(prompts, seeds, steps, source_images(samples)))
-        if self.pictures is not None:
-            self.pictures.keep(name, mode, k, samples, prompts, seeds, images)
+        if self.image_store is not None:
+            self.image_store.keep(name, mode, k, samples, prompts, seeds, images)
         return images
 
     def _draw_set(self, name: str, samples: Sequence[PromptSample], num: int) -> EvaluationBatch:
         prompts = {mode: self._prompts(name, mode, samples) for mode in self.modes(name)}
         seeds = [evaluation_seeds(samples, k) for k in range(num)]
-        # Picture by picture, so that the first ones come from the same batch as in validation, to the last bit.
+        # Image by image, so that the first ones come from the same batch as in validation, to the last bit.
         images = {
             mode: [self.draw(name, mode, k, samples, texts, seeds[k]) for k in range(num)]
             for mode, texts in prompts.items()
@@ -129,7 +129,7 @@ class EvaluatedAgents(Agents):
             return [sample.asked for sample in samples]
         if not samples:
             return []
-        kept = None if self.pictures is None else self.pictures.rewrites(name, mode, 0, samples)
+        kept = None if self.image_store is None else self.image_store.rewrites(name, mode, 0, samples)
         if kept is not None:
             return kept
         assert self.language is not None
@@ -170,5 +170,5 @@ def validate_now(trainer: L.Trainer) -> None:
 
 
 def evaluation_seeds(samples: Sequence[PromptSample], number: int = 0) -> list[int]:
-    """Of evaluation noise: a function of the prompt's id and of the picture's number, 0 being validation's."""
+    """Of evaluation noise: a function of the prompt's id and of the image's number, 0 being validation's."""
     return [seed_of("evaluation", sample.id, *([number] if number else [])) for sample in samples]

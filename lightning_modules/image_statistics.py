@@ -1,6 +1,6 @@
-"""What a reward's curve hides: statistics of pictures that show dark, blank, washed-out, noisy or repeated ones.
+"""What a reward's curve hides: statistics of images that show dark, blank, washed-out, noisy or repeated ones.
 
-Pictures are [B, 3, H, W] RGB in 0..1, as stored (gamma-encoded). Nothing here knows of a trainer.
+Images are [B, 3, H, W] RGB in 0..1, as stored (gamma-encoded). Nothing here knows of a trainer.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ _THUMBNAIL = 16
 
 
 def rollout_statistics(images: Sequence[Image], group_size: int) -> dict[str, float]:
-    """Means over the pictures of a rollout.
+    """Means over the images of a rollout.
 
     Args:
-        images: G * N pictures of any sizes, group by group.
+        images: G * N images of any sizes, group by group.
         group_size: N.
 
     Returns:
-        Each in 0..1: `dark_share`, `bright_share` and `blank_share` of the pictures, and the means of `flat_area`,
+        Each in 0..1: `dark_share`, `bright_share` and `blank_share` of the images, and the means of `flat_area`,
         `saturation`, `high_frequency` and `duplicates` (see the functions of these names).
     """
     rows, small = [], []
-    for image in images:  # one at a time: a rollout of large pictures would not fit into memory as fp32
-        picture = to_tensor(image)
-        rows.append(picture_statistics(picture))
-        small.append(thumbnails(picture))
+    for image in images:  # one at a time: a rollout of large images would not fit into memory as fp32
+        pixels = to_tensor(image)
+        rows.append(image_statistics(pixels))
+        small.append(thumbnails(pixels))
     means = {name: torch.cat([row[name] for row in rows]).mean().item() for name in rows[0]}
     return means | {"duplicates": duplicates(torch.cat(small).unflatten(0, (-1, group_size))).mean().item()}
 
 
-def picture_statistics(
-    pictures: Tensor, *, dark: float = 0.05, bright: float = 0.95, blank: float = 0.02
+def image_statistics(
+    images: Tensor, *, dark: float = 0.05, bright: float = 0.95, blank: float = 0.02
 ) -> dict[str, Tensor]:
-    """What can be said of each picture alone.
+    """What can be said of each image alone.
 
     Args:
-        pictures: [B, 3, H, W].
-        dark: mean luminance below which a picture counts as dark.
+        images: [B, 3, H, W].
+        dark: mean luminance below which an image counts as dark.
         bright: mean luminance above which it counts as bright.
         blank: contrast below which it counts as blank.
 
@@ -51,68 +51,68 @@ def picture_statistics(
         Each [B] in 0..1: `dark_share`, `bright_share`, `blank_share` (0 or 1), `flat_area`, `saturation`,
         `high_frequency`.
     """
-    mean = luminance(pictures).mean((1, 2))
+    mean = luminance(images).mean((1, 2))
     return {
         "dark_share": (mean < dark).float(),
         "bright_share": (mean > bright).float(),
-        "blank_share": (contrast(pictures) < blank).float(),
-        "flat_area": flat_area(pictures, flat=blank),
-        "saturation": saturation(pictures),
-        "high_frequency": high_frequency(pictures),
+        "blank_share": (contrast(images) < blank).float(),
+        "flat_area": flat_area(images, flat=blank),
+        "saturation": saturation(images),
+        "high_frequency": high_frequency(images),
     }
 
 
-def luminance(pictures: Tensor) -> Tensor:
+def luminance(images: Tensor) -> Tensor:
     """[B, H, W] luminance 0..1: 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601, as in Pillow's mode L)."""
-    assert pictures.ndim == 4 and pictures.shape[1] == 3
-    return torch.einsum("bchw,c->bhw", pictures, pictures.new_tensor([0.299, 0.587, 0.114]))
+    assert images.ndim == 4 and images.shape[1] == 3
+    return torch.einsum("bchw,c->bhw", images, images.new_tensor([0.299, 0.587, 0.114]))
 
 
-def contrast(pictures: Tensor) -> Tensor:
+def contrast(images: Tensor) -> Tensor:
     """[B] the largest of the three channels' (population) standard deviations, 0..0.5.
 
-    Not the luminance's: red on an equally light green would pass for a blank picture.
+    Not the luminance's: red on an equally light green would pass for a blank image.
     """
-    assert pictures.ndim == 4 and pictures.shape[1] == 3
-    return pictures.flatten(2).std(-1, correction=0).amax(1)
+    assert images.ndim == 4 and images.shape[1] == 3
+    return images.flatten(2).std(-1, correction=0).amax(1)
 
 
-def flat_area(pictures: Tensor, *, flat: float = 0.02, tiles: int = 16) -> Tensor:
-    """[B] share of a picture's tiles whose `contrast` is below `flat`, 0..1: 1 is blank, and so is an erased ground.
+def flat_area(images: Tensor, *, flat: float = 0.02, tiles: int = 16) -> Tensor:
+    """[B] share of an image's tiles whose `contrast` is below `flat`, 0..1: 1 is blank, and so is an erased ground.
 
     Args:
-        pictures: [B, 3, H, W], at least two pixels a tile; rows and columns that fill no tile are left out.
+        images: [B, 3, H, W], at least two pixels a tile; rows and columns that fill no tile are left out.
         flat: contrast, 0..0.5.
         tiles: number of tiles in each direction.
     """
-    assert pictures.ndim == 4 and pictures.shape[1] == 3
-    height, width = pictures.shape[-2] // tiles, pictures.shape[-1] // tiles
-    cut = pictures[..., : height * tiles, : width * tiles]
+    assert images.ndim == 4 and images.shape[1] == 3
+    height, width = images.shape[-2] // tiles, images.shape[-1] // tiles
+    cut = images[..., : height * tiles, : width * tiles]
     cut = cut.unflatten(-1, (tiles, width)).unflatten(-3, (tiles, height))  # [B, 3, tiles, height, tiles, width]
     deviations = cut.std((-3, -1), correction=0).amax(1)
     return (deviations < flat).float().mean((1, 2))
 
 
-def saturation(pictures: Tensor) -> Tensor:
+def saturation(images: Tensor) -> Tensor:
     """[B] mean HSV saturation, (max - min) / max of a pixel's channels and 0 for black: 0 is grey, 1 pure colour."""
-    assert pictures.ndim == 4 and pictures.shape[1] == 3
-    high, low = pictures.amax(1), pictures.amin(1)
+    assert images.ndim == 4 and images.shape[1] == 3
+    high, low = images.amax(1), images.amin(1)
     return torch.where(high > 0, (high - low) / high.clamp(min=torch.finfo(high.dtype).tiny), 0).mean((1, 2))
 
 
-def high_frequency(pictures: Tensor, *, cutoff: float = 0.25) -> Tensor:
+def high_frequency(images: Tensor, *, cutoff: float = 0.25) -> Tensor:
     """[B] share of the luminance's spectral energy above half the Nyquist frequency, 0..1; fine grids and noise.
 
         sum_{|f| > cutoff} |F(f)|^2 / sum_f |F(f)|^2,    F = DFT of hann(y) hann(x) (L(y, x) - mean of L)
 
-    with |f| the radius in cycles per pixel. White noise has 1 - pi / 16 = 0.80, a natural picture a few hundredths. The
-    window keeps the jump from one edge to the opposite one out. A picture without any contrast has 0.
+    with |f| the radius in cycles per pixel. White noise has 1 - pi / 16 = 0.80, a natural image a few hundredths. The
+    window keeps the jump from one edge to the opposite one out. An image without any contrast has 0.
 
     Args:
-        pictures: [B, 3, H, W].
+        images: [B, 3, H, W].
         cutoff: cycles per pixel; the Nyquist frequency is 0.5.
     """
-    light = luminance(pictures)
+    light = luminance(images)
     height, width = light.shape[1:]
     centred = light - light.mean((1, 2), keepdim=True)
     rows, columns = (torch.hann_window(size, dtype=light.dtype, device=light.device) for size in (height, width))
@@ -124,15 +124,15 @@ def high_frequency(pictures: Tensor, *, cutoff: float = 0.25) -> Tensor:
     return torch.where(contrasted, (energy * above).sum((1, 2)) / torch.where(contrasted, total, 1), 0)
 
 
-def thumbnails(pictures: Tensor) -> Tensor:
+def thumbnails(images: Tensor) -> Tensor:
     """[B, 3, 16, 16] means of equal tiles."""
-    return F.adaptive_avg_pool2d(pictures, _THUMBNAIL)
+    return F.adaptive_avg_pool2d(images, _THUMBNAIL)
 
 
 def duplicates(thumbnails: Tensor, *, threshold: float = 0.03) -> Tensor:
-    """[G] share of a group's pictures that nearly repeat an earlier one of it, its first left out: 1 is collapse.
+    """[G] share of a group's images that nearly repeat an earlier one of it, its first left out: 1 is collapse.
 
-    Two pictures are near-duplicates if the root mean square difference of their thumbnails is below `threshold`. (The
+    Two images are near-duplicates if the root mean square difference of their thumbnails is below `threshold`. (The
     mean absolute one takes small objects on a plain ground for the same wherever they are.)
 
     Args:
@@ -149,6 +149,6 @@ def duplicates(thumbnails: Tensor, *, threshold: float = 0.03) -> Tensor:
 
 
 def to_tensor(image: Image) -> Tensor:
-    """[1, 3, H, W] of a picture."""
+    """[1, 3, H, W] of an image."""
     array = np.array(image.convert("RGB"))
     return torch.from_numpy(array).permute(2, 0, 1).float().div(255).unsqueeze(0)

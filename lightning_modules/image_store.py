@@ -1,4 +1,4 @@
-"""Pictures kept in a folder, with a list that says what each was drawn from: an interrupted run goes on from there."""
+"""Images kept in a folder, with a list that says what each was drawn from: an interrupted run goes on from there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 from datamodules.sample import PromptSample
 
 Line = dict[str, Any]
-"""One picture: `{"set", "id", "prompt", "wording", "source", "mode", "rewrite", "seed", "k", "file", "digest"}`.
+"""One image: `{"set", "id", "prompt", "wording", "source", "mode", "rewrite", "seed", "k", "file", "digest"}`.
 
 `source` and `digest` are digests of the source image (null without one) and of the file.
 """
@@ -26,18 +26,18 @@ Place = Callable[[str, str, PromptSample, int], Path]
 """Set, mode, sample and k -> path below the store's folder."""
 
 
-class PictureStore:
-    """Keeps pictures as PNG, and a line for each in `<directory>/<list_name>.jsonl`.
+class ImageStore:
+    """Keeps images as PNG, and a line for each in `<directory>/<list_name>.jsonl`.
 
-    A line is written after its picture, so what is listed is there. While several processes draw, those after the
+    A line is written after its image, so what is listed is there. While several processes draw, those after the
     first list theirs in `<list_name>.<rank>.jsonl`; `merge` makes one list of them.
 
     Args:
-        directory: of the pictures.
+        directory: of the images.
         list_name: name of the list, without its ending.
-        place: where a picture goes.
+        place: where an image goes.
         rank: of this process.
-        describe: also write what was asked for (`metadata.jsonl`) beside a prompt's folder of pictures.
+        describe: also write what was asked for (`metadata.jsonl`) beside a prompt's folder of images.
     """
 
     def __init__(self, directory: Path, list_name: str, place: Place, rank: int = 0, describe: bool = False) -> None:
@@ -50,11 +50,11 @@ class PictureStore:
 
     @property
     def path(self) -> Path:
-        """The list of all pictures."""
+        """The list of all images."""
         return self.directory / f"{self.list_name}.jsonl"
 
     def read(self) -> dict[Key, Line]:
-        """Reads all processes' lists; a later line of the same picture holds."""
+        """Reads all processes' lists; a later line of the same image holds."""
         self._lines = {}
         # The whole list first: what a process has drawn anew stands in its own.
         for path in [self.path, *sorted(self.directory.glob(f"{self.list_name}.*.jsonl"))]:
@@ -70,7 +70,7 @@ class PictureStore:
         """Makes one list of all processes' lists.
 
         Args:
-            keys: pictures to list, in this order; None lists all.
+            keys: images to list, in this order; None lists all.
         """
         lines = self.read()
         kept = lines.values() if keys is None else (lines[key] for key in keys)
@@ -79,7 +79,7 @@ class PictureStore:
             path.unlink()
 
     def rewrites(self, name: str, mode: str, k: int, samples: Sequence[PromptSample]) -> list[str] | None:
-        """What B samples' kept pictures were drawn from instead of the prompts; None unless all have one."""
+        """What B samples' kept images were drawn from instead of the prompts; None unless all have one."""
         lines = [self._lines.get((name, sample.id, mode, k)) for sample in samples]
         found = [
             line["rewrite"]
@@ -97,7 +97,7 @@ class PictureStore:
         prompts: Sequence[str],
         seeds: Sequence[int],
     ) -> list[Image.Image] | None:
-        """B kept pictures; None unless all are there, drawn from these prompts with these seeds and readable."""
+        """B kept images; None unless all are there, drawn from these prompts with these seeds and readable."""
         images = []
         for sample, prompt, seed in zip(samples, prompts, seeds, strict=True):
             line = self._lines.get((name, sample.id, mode, k))
@@ -109,7 +109,7 @@ class PictureStore:
                 data = (self.directory / line["file"]).read_bytes()
             except OSError:
                 return None
-            # A file that was written again without its line is another prompt's picture, or a later one.
+            # A file that was written again without its line is another prompt's image, or a later one.
             if _digest(data) != line["digest"]:
                 return None
             with Image.open(io.BytesIO(data)) as image:
@@ -126,7 +126,7 @@ class PictureStore:
         seeds: Sequence[int],
         images: Sequence[Image.Image],
     ) -> None:
-        """Writes B pictures, then their lines in one piece."""
+        """Writes B images, then their lines in one piece."""
         texts = []
         for sample, prompt, seed, image in zip(samples, prompts, seeds, images, strict=True):
             place = self.place(name, mode, sample, k)
@@ -179,9 +179,9 @@ def _write_whole(path: Path, data: bytes) -> None:
     os.replace(unfinished, path)
 
 
-def _png(picture: Image.Image) -> bytes:
+def _png(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    picture.save(file, format="PNG")
+    image.save(file, format="PNG")
     return file.getvalue()
 
 

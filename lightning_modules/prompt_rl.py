@@ -59,7 +59,7 @@ class PromptRL(EvaluatedAgents):
         optimizer: gets one parameter group per agent; weight decay and betas are the agents' own.
         check_ratio_every: steps between two checks that replayed log-probs equal sampled ones.
         max_invalid_steps: stop after this many steps in a row in which no image could be scored.
-        overlap_scoring: score a micro-batch of pictures while the flow model draws the next one; same results.
+        overlap_scoring: score a micro-batch of images while the flow model draws the next one; same results.
         seed: of all rollout noise.
     """
 
@@ -145,8 +145,8 @@ class PromptRL(EvaluatedAgents):
         ]
         images: list[Image] = []
 
-        def score(rows: slice, pictures: Tensor) -> None:
-            images.extend(to_pil(pictures))
+        def score(rows: slice, pixels: Tensor) -> None:
+            images.extend(to_pil(pixels))
             scoring.submit(judged[rows], images[rows])
 
         with Scoring(self.reward, self.device, overlap=self.overlap_scoring) as scoring:

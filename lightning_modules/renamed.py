@@ -29,6 +29,8 @@ _MODULES = {
     "rewards.vlm_judge": "rewards.judges.vlm_judge",
 }
 _CLASSES = {
+    "callbacks.pictures.KeepPictures": "callbacks.kept_images.KeepImages",
+    "callbacks.samples.SamplePictures": "callbacks.samples.SampleImages",
     "datamodules.text.TaggedPrompts": "datamodules.tagged.TaggedPrompts",
     "lightning_modules.policies.base.Sampling": "lightning_modules.policies.flow.Sampling",
     "rewards.encoders.ShapesEncoder": "miniature.scenes.encoder.ShapesEncoder",

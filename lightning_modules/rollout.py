@@ -163,7 +163,7 @@ class Rollout:
         prompts: G * N prompts as drawn.
         completions: the rewrites, or None without a refiner.
         trajectory: of the G * N images.
-        images: G * N pictures.
+        images: G * N images.
         scores: G * N task scores, given against the original prompts.
         rewards: [G, N] total reward.
         valid: [G, N] bool, False where scoring failed.

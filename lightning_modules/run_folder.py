@@ -15,7 +15,7 @@ from typing import Any, Self
 import yaml
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # faster, where PyYAML has libyaml
-_NO_RUNS = ("checkpoints", "pictures", "predictions")
+_NO_RUNS = ("checkpoints", "images", "predictions")
 MODE_LABELS = {"without_pe": "without PE", "with_pe": "with PE"}
 NAMES = {
     "geneval": "GenEval",
@@ -78,8 +78,8 @@ class RunFolder:
     @property
     def stage(self) -> str:
         """`test` for what `lightning test` left, else `fit`."""
-        # That command alone has `pictures`; one that was cut off has left no scores yet.
-        return "test" if "pictures" in self.config or (self.folder / "scores.jsonl").is_file() else "fit"
+        # That command alone has `images`; one that was cut off has left no scores yet.
+        return "test" if "images" in self.config or (self.folder / "scores.jsonl").is_file() else "fit"
 
     @property
     def mode(self) -> str:
@@ -170,7 +170,7 @@ def headlines(results: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[tupl
         whole: the `results.json`, which says what they are called.
 
     Returns:
-        Key and mode -> value; NaN for one that no picture has.
+        Key and mode -> value; NaN for one that no image has.
     """
     found = {}
     for key, modes in results.items():

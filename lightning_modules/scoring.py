@@ -1,4 +1,4 @@
-"""Scores chunks of pictures while the next chunk is drawn."""
+"""Scores chunks of images while the next chunk is drawn."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rewards.base import Reward, RewardBatch, Score, score_each
 
 
 class Scoring:
-    """Hands chunks of pictures to a reward, in a thread of its own, and gives the scores back in order.
+    """Hands chunks of images to a reward, in a thread of its own, and gives the scores back in order.
 
     The thread serves without overlap too: autocast and the gradient mode are kept per thread, so that a scorer runs in
     its own precision whatever the training's, and scores do not depend on the overlap.
@@ -41,7 +41,7 @@ class Scoring:
         self._thread.shutdown(cancel_futures=error is not None)
 
     def submit(self, samples: Sequence[PromptSample], images: Sequence[Image.Image]) -> None:
-        """Takes the next chunk: B pictures and their samples."""
+        """Takes the next chunk: B images and their samples."""
         self._chunks.append(self._thread.submit(self._score, RewardBatch(samples, images)))
         if not self.overlap:
             self._chunks[-1].exception()  # waits; `scores` raises it

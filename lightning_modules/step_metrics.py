@@ -78,7 +78,7 @@ def reward_stats(named: Sequence[tuple[str, Score]]) -> dict[str, float]:
 
 
 def group_similarity(images: Sequence[Image.Image], groups: int) -> float:
-    """Mean cosine of two different pictures of a group, each shrunk to 32 x 32 and freed of its mean, -1..1.
+    """Mean cosine of two different images of a group, each shrunk to 32 x 32 and freed of its mean, -1..1.
 
     A cheap stand-in for an encoder's image-image similarity (paper Fig. 2): it sees layout and colour.
     """

@@ -68,7 +68,7 @@ class _Pretraining(L.LightningModule):
 
 
 class VAEPretraining(_Pretraining):
-    """Trains the autoencoder on pictures (L1 + L2, a little KL) and sets its latents' scale and shift.
+    """Trains the autoencoder on images (L1 + L2, a little KL) and sets its latents' scale and shift.
 
     Args:
         output: folder to write.
@@ -96,9 +96,9 @@ class VAEPretraining(_Pretraining):
             self.vae.train()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Reconstruction of `pictures` [B, 3, 32, 32] in [-1, 1]."""
-        posterior = self.vae.encode(batch["pictures"]).latent_dist
-        error = self.vae.decode(posterior.sample()).sample - batch["pictures"]
+        """Reconstruction of `images` [B, 3, 32, 32] in [-1, 1]."""
+        posterior = self.vae.encode(batch["images"]).latent_dist
+        error = self.vae.decode(posterior.sample()).sample - batch["images"]
         loss = error.abs().mean() + error.pow(2).mean()
         self.log_dict({"train/l1": error.abs().mean(), "train/loss": loss}, prog_bar=True)
         return loss + self.kl_weight * posterior.kl().mean()
@@ -110,7 +110,7 @@ class VAEPretraining(_Pretraining):
         assert batches is not None
         stream = iter(batches)
         latents = torch.cat(
-            [self.vae.encode(next(stream)["pictures"].to(self.device)).latent_dist.mode() for _ in range(16)]
+            [self.vae.encode(next(stream)["images"].to(self.device)).latent_dist.mode() for _ in range(16)]
         )
         self.vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
         self.vae.save_pretrained(self.output)
@@ -158,7 +158,7 @@ class FlowPretraining(_Pretraining):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Mean squared error of the velocity at sigmas spread like the sampler's grid; `sources` are optional."""
         pipe = self.pipe
-        latents, image_ids = self._encode(batch["pictures"])
+        latents, image_ids = self._encode(batch["images"])
         b, tokens, _ = latents.shape
         # What `pipe.encode_prompt` does, without its second tokenization that only serves a warning.
         pooled = pipe.text_encoder(self._tokens(pipe.tokenizer, batch["captions"])).pooler_output
@@ -192,10 +192,10 @@ class FlowPretraining(_Pretraining):
         return embeds.new_zeros(())
 
     @torch.no_grad()
-    def _encode(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Packed latents [B, tokens, channels] of pictures in [-1, 1], and position ids [tokens, 3]."""
+    def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Packed latents [B, tokens, channels] of images in [-1, 1], and position ids [tokens, 3]."""
         pipe = self.pipe
-        latents = pipe.vae.encode(pictures).latent_dist.mode()
+        latents = pipe.vae.encode(images).latent_dist.mode()
         latents = (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
         b, c, h, w = latents.shape
         image_ids = pipe._prepare_latent_image_ids(b, h // 2, w // 2, self.device, latents.dtype)
@@ -262,7 +262,7 @@ class EditFlowPretraining(FlowPretraining):
 class WordsFlowPretraining(FlowPretraining):
     """Trains a FLUX.1 pipeline on captioned scenes and signs, starting from one that knows the scenes.
 
-    FLUX gives all text tokens the same position, so its T5 has to tell which letter is where. Pictures alone teach that
+    FLUX gives all text tokens the same position, so its T5 has to tell which letter is where. Images alone teach that
     too slowly for this size; a linear head on T5's embeddings (left out of `output`) is asked for each letter's column.
 
     Args:
@@ -383,7 +383,7 @@ class LanguagePretraining(_Pretraining):
 
 
 class VisionLanguagePretraining(LanguagePretraining):
-    """Supervised fine-tuning of a small Qwen2.5-VL, vision tower included, on pictures, instructions and rewrites."""
+    """Supervised fine-tuning of a small Qwen2.5-VL, vision tower included, on images, instructions and rewrites."""
 
     def __init__(self, output: str = "miniature/edit_language", learning_rate: float = 3e-3) -> None:
         super().__init__(output, learning_rate)
@@ -397,7 +397,7 @@ class VisionLanguagePretraining(LanguagePretraining):
         self.model.train()
 
     def training_step(self, batch: dict[str, list[Any]], batch_idx: int) -> Tensor:
-        """As for text, with `images`: pictures of one size, or None where the refiner is to see none."""
+        """As for text, with `images`: images of one size, or None where the refiner is to see none."""
         pixels = self.processor([image for image in batch["images"] if image is not None], return_tensors="pt")
         tokens = int(pixels["image_grid_thw"][0].prod()) // self.processor.merge_size**2
         heads = [

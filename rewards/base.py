@@ -23,7 +23,7 @@ class Score:
         table: what papers print; averages of it are compared with published numbers.
         rl: what the trainer maximises.
         valid: False when the scorer failed. A failure is never a 0: it is masked before a group is normalised.
-        detail: the raw breakdown, for logs and pictures.
+        detail: the raw breakdown, for logs and images.
         parts: scorer name -> its own score, where a reward only routes to or sums up others.
     """
 

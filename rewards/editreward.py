@@ -197,10 +197,10 @@ class EditReward(Reward):
         """[B, 2, 2] float32: (mu, log sigma) of both questions, for B edits (source, edited, instruction) in RGB."""
         self.load()
         device, network = self._network.device, self._network
-        pictures = self._processor([image for edit in edits for image in edit[:2]], return_tensors="pt").to(device)
-        grid = pictures["image_grid_thw"]
+        pixels = self._processor([image for edit in edits for image in edit[:2]], return_tensors="pt").to(device)
+        grid = pixels["image_grid_thw"]
         # one pass of the vision tower serves both questions
-        features = torch.cat(network.get_image_features(pictures["pixel_values"].to(network.dtype), grid).pooler_output)
+        features = torch.cat(network.get_image_features(pixels["pixel_values"].to(network.dtype), grid).pooler_output)
         counts = (grid.prod(-1) // self._processor.merge_size**2).tolist()
         outputs = []
         for rubric, head in zip(self.rubrics, self._heads, strict=True):

@@ -1,4 +1,4 @@
-"""Encoders that the pictures of one prompt are compared by, and what such a group of pictures scores.
+"""Encoders that the images of one prompt are compared by, and what such a group of images scores.
 
 `rewards.clip.ClipEncoder` is one, too.
 """
@@ -20,7 +20,7 @@ from rewards.base import Reward, RewardBatch, score_each
 
 
 class Encoder(Protocol):
-    """Embeds pictures, so that the cosine of two of them says how alike they are."""
+    """Embeds images, so that the cosine of two of them says how alike they are."""
 
     @property
     def version(self) -> str:
@@ -95,21 +95,21 @@ def group_columns(encoder: Encoder, reward: Reward | None) -> list[str]:
 
 
 def group_scores(
-    encoder: Encoder, reward: Reward | None, samples: Sequence[PromptSample], pictures: Sequence[Sequence[Image]]
+    encoder: Encoder, reward: Reward | None, samples: Sequence[PromptSample], images: Sequence[Sequence[Image]]
 ) -> list[dict[str, float]]:
-    """What the K pictures of each of B prompts score together.
+    """What the K images of each of B prompts score together.
 
     Args:
         encoder: compares them with one another and, if it can, with the original prompt.
         reward: if there is one, the mean table value of those it can score is added under its name.
         samples: B original prompts.
-        pictures: K lists of B.
+        images: K lists of B.
 
     Returns:
         B times score -> value; what could not be scored is left out.
     """
-    num = len(pictures)
-    flat = [images[row] for row in range(len(samples)) for images in pictures]
+    num = len(images)
+    flat = [drawn[row] for row in range(len(samples)) for drawn in images]
     starts = range(0, len(flat), num)
     embeddings = encoder.images(flat).cpu()
     if embeddings.shape[:-1] != (len(flat),):
@@ -135,7 +135,7 @@ def group_scores(
 class PixelEncoder:
     """32 x 32 pixels, freed of their mean: sees layout and colour and needs no weights.
 
-    The training log's `group/image_similarity` is made of these. A picture of one grey is zeros.
+    The training log's `group/image_similarity` is made of these. An image of one grey is zeros.
     """
 
     version = "32 x 32 pixels"

@@ -1,4 +1,4 @@
-"""MARIO-Eval's word scores (TextDiffuser, arXiv 2305.10855, Sec. 5): which of the wanted words are in the picture."""
+"""MARIO-Eval's word scores (TextDiffuser, arXiv 2305.10855, Sec. 5): which of the wanted words are in the image."""
 
 from __future__ import annotations
 

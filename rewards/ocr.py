@@ -1,4 +1,4 @@
-"""The OCR reward: how much of the wanted text can be read off the picture."""
+"""The OCR reward: how much of the wanted text can be read off the image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def text_reward(recognized_lines: Sequence[str], target: str, *, max_extra: int 
     """Flow-GRPO's OCR reward: `1 - min(d, n) / n` with n letters wanted and d edits between what is read and wanted.
 
     Lines are joined without a separator, spaces are removed and case is ignored. Where the target occurs within what
-    was read, d is 0. This pays for covering the picture with text until the target is somewhere in it, a known leak
+    was read, d is 0. This pays for covering the image with text until the target is somewhere in it, a known leak
     of the published reward, which `max_extra` closes.
 
     Args:
@@ -95,7 +95,7 @@ class OCRReward(Reward):
 
     def _score(self, image: Image, target: list[str]) -> Score:
         try:
-            pages = self.reader.read([image])  # one by one: a picture that breaks the engine costs no other its score
+            pages = self.reader.read([image])  # one by one: an image that breaks the engine costs no other its score
         except Exception as error:
             return Score.invalid(f"{type(self.reader).__name__}: {type(error).__name__}: {error}")
         if len(pages) != 1:
@@ -120,7 +120,7 @@ def _target(sample_id: str, metadata: dict[str, Any]) -> list[str]:
     texts = [text] if isinstance(text, str) else text
     if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts) or not "".join(texts).strip():
         raise ValueError(
-            f"the prompt {sample_id!r} has the metadata text={text!r}: OCRReward needs the text that the picture is to "
+            f"the prompt {sample_id!r} has the metadata text={text!r}: OCRReward needs the text that the image is to "
             "show, as a string or a list of strings (datamodules.ocr.OCRPrompts takes it from the prompt's quotes)."
         )
     return texts

@@ -64,7 +64,7 @@ class RapidOCRReader:
 
             engine: Any = RapidOCR(
                 params={
-                    "Global.use_cls": False,  # looks for upside-down lines, which pictures have no reason to hold
+                    "Global.use_cls": False,  # looks for upside-down lines, which images have no reason to hold
                     "Global.text_score": self.min_confidence,
                     "Global.log_level": "error",  # it warns of every image without text
                     "EngineConfig.onnxruntime.intra_op_num_threads": self.threads,
@@ -73,7 +73,7 @@ class RapidOCRReader:
                     "Det.limit_type": "min",
                 }
             )
-            # Each network loads when first needed. With this picture both are, so that what is missing shows now.
+            # Each network loads when first needed. With this image both are, so that what is missing shows now.
             sign = Image.new("RGB", (128, 64), "white")
             ImageDraw.Draw(sign).text((64, 32), "load", fill="black", anchor="mm", font_size=32)
             engine(_bgr(sign))
@@ -149,11 +149,11 @@ class PaddleOCRReader:
         self.load()
         return [self._read_one(_bgr(image)) for image in images]
 
-    def _read_one(self, picture: np.ndarray[Any, Any]) -> list[Line]:
+    def _read_one(self, image: np.ndarray[Any, Any]) -> list[Line]:
         if self._major < 3:
-            (page,) = self._engine.ocr(picture, cls=False)
+            (page,) = self._engine.ocr(image, cls=False)
             return [(text, float(confidence)) for _, (text, confidence) in page or []]  # None without text
-        (page,) = self._engine.predict(picture)
+        (page,) = self._engine.predict(image)
         return [(text, float(score)) for text, score in zip(page["rec_texts"], page["rec_scores"], strict=True)]
 
 

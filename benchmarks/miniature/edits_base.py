@@ -64,18 +64,18 @@ def main() -> None:
 
 
 def measure(policy: KontextPolicy, asked: Sequence[EditExample], texts: Sequence[str]) -> list[Score]:
-    """Marks of the pictures that the policy draws when told these texts."""
+    """Marks of the images that the policy draws when told these texts."""
     sources = [Image.fromarray(render(one.source)) for one in asked]
     samples = [
         PromptSample(one.id, one.instruction, one.category, one.metadata, image)
         for one, image in zip(asked, sources, strict=True)
     ]
     seeds = [seed_of("miniature edit base", i) for i in range(len(asked))]
-    pictures = []
+    images = []
     for i in range(0, len(asked), 96):
         part = slice(i, i + 96)
-        pictures += to_pil(policy.generate(texts[part], seeds[part], images=sources[part]).cpu())
-    return ShapesEditReward()(RewardBatch(samples, pictures))
+        images += to_pil(policy.generate(texts[part], seeds[part], images=sources[part]).cpu())
+    return ShapesEditReward()(RewardBatch(samples, images))
 
 
 def _mean(scores: Sequence[Score]) -> str:

@@ -1,4 +1,4 @@
-"""Measures the editing miniature's refiner: whether it names the right object, and what it owes to the picture.
+"""Measures the editing miniature's refiner: whether it names the right object, and what it owes to the image.
 
 python -m benchmarks.miniature.edits_refiner [--model miniature/edit_language] [--prompts 384]
 """
@@ -31,14 +31,14 @@ def main() -> None:
     refiner.load()
     rng = random.Random(7)
     asked = [example(rng, CATEGORIES[i % 6], "val") for i in range(args.prompts)]
-    pictures: list[Image.Image | None] = [Image.fromarray(render(one.source)) for one in asked]
+    sources: list[Image.Image | None] = [Image.fromarray(render(one.source)) for one in asked]
     shown: dict[str, list[Image.Image | None]] = {
-        "the source": pictures,
+        "the source": sources,
         "hidden": [None] * len(asked),
-        "another one": [*pictures[6:], *pictures[:6]],
+        "another one": [*sources[6:], *sources[:6]],
     }
     print(
-        f"| {args.prompts} greedy rewrites | picture | names the object | value kept | " + " | ".join(CATEGORIES) + " |"
+        f"| {args.prompts} greedy rewrites | image | names the object | value kept | " + " | ".join(CATEGORIES) + " |"
     )
     print("|---" * 10 + "|")
     styles: tuple[EditStyle, ...] = ("canonical", "unseen")
@@ -52,11 +52,11 @@ def main() -> None:
             kept = [value_kept(text, one) for text, one in zip(rewrites, asked, strict=True)]
             by_category = [share(right[start :: len(CATEGORIES)]) for start in range(len(CATEGORIES))]
             print(f"| {style} | {name} | {share(right)} | {share(kept)} | " + " | ".join(by_category) + " |")
-    drawn(refiner, asked[:96], worded(asked[:96], "canonical", pictures[:96]))
+    drawn(refiner, asked[:96], worded(asked[:96], "canonical", sources[:96]))
 
 
 def worded(asked: Sequence[EditExample], style: EditStyle, images: Sequence[Image.Image | None]) -> list[PromptSample]:
-    """The instructions in a style, beside given pictures."""
+    """The instructions in a style, beside given images."""
     words = random.Random(style)
     return [
         PromptSample(str(i), write_edit(one.edit, one.source, style, words), one.category, one.metadata, image)

@@ -3,7 +3,7 @@
 For each agent and seed S, after a fit to `runs/<mode>-S`:
 
     lightning test --config configs/miniature/<mode>.yaml --config configs/miniature/evaluate.yaml \
-        --ckpt_path <its last.ckpt> --pictures.images_per_prompt 2 --trainer.default_root_dir evaluation/<mode>-S
+        --ckpt_path <its last.ckpt> --images.images_per_prompt 2 --trainer.default_root_dir evaluation/<mode>-S
 
 and once without a checkpoint to `evaluation/base-0`. Then:
 
@@ -140,7 +140,7 @@ def naming_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
 
 
 def diversity_table(original: str, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
-    """Means over seeds of what the pictures of one prompt have in common."""
+    """Means over seeds of what the images of one prompt have in common."""
     rows: list[Row] = []
     columns: dict[str, None] = {}
     for mode, seeds in results.items():
@@ -154,7 +154,7 @@ def diversity_table(original: str, results: Mapping[str, Sequence[Mapping[str, A
             columns |= dict.fromkeys(scores)
             rows.append(Row(f"{mode}, {arm.replace('_', ' ')}", scores))
     shown = [column for column in columns if not column.startswith("distinct_rewrites, p")]
-    return Table("Diversity of the 8 pictures of a prompt", shown, rows)
+    return Table("Diversity of the 8 images of a prompt", shown, rows)
 
 
 def main() -> None:

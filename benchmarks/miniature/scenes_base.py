@@ -1,4 +1,4 @@
-"""Measures the miniature's base flow model: how often each wording is drawn right, and how varied its pictures are.
+"""Measures the miniature's base flow model: how often each wording is drawn right, and how varied its images are.
 
 python -m benchmarks.miniature.scenes_base [--model miniature/flow] [--prompts 384]
 """
@@ -45,8 +45,8 @@ def main() -> None:
     one = [[write(content, "canonical", rng)] * 8 for content in few]
     many = [[_word(content, STYLES[1 + i % 3], rng) for i in range(8)] for content in few]
     for name, prompts in (("eight seeds of one wording", one), ("eight wordings", many)):
-        pictures = _draw(policy, [prompt for group in prompts for prompt in group])
-        print(f"{name}: " + ", ".join(f"{k} {v:.2f}" for k, v in diversity(pictures, few).items()))
+        images = _draw(policy, [prompt for group in prompts for prompt in group])
+        print(f"{name}: " + ", ".join(f"{k} {v:.2f}" for k, v in diversity(images, few).items()))
 
 
 def _word(content: Content, style: Style, rng: random.Random) -> str:
@@ -63,13 +63,13 @@ def _right(policy: Flux1Policy, asked: list[Content], prompts: list[str]) -> lis
     return [judge(d, content.metadata).correct for d, content in zip(found, asked, strict=True)]
 
 
-def diversity(pictures: torch.Tensor, asked: list[Content]) -> dict[str, float]:
-    """Of groups of 8: distinct contents, cosine of mean-free pictures, groups with both right and wrong ones."""
-    detections = DETECTOR.detect(to_pil(pictures))
+def diversity(images: torch.Tensor, asked: list[Content]) -> dict[str, float]:
+    """Of groups of 8: distinct contents, cosine of mean-free images, groups with both right and wrong ones."""
+    detections = DETECTOR.detect(to_pil(images))
     groups = [detections[i : i + 8] for i in range(0, len(detections), 8)]
     distinct = [len({_contents(found) for found in group}) for group in groups]
     right = [[judge(f, content.metadata).correct for f in g] for g, content in zip(groups, asked, strict=True)]
-    flat = pictures.reshape(len(groups), 8, -1)
+    flat = images.reshape(len(groups), 8, -1)
     flat = torch.nn.functional.normalize(flat - flat.mean(-1, keepdim=True), dim=-1)
     cosine = (flat @ flat.transpose(1, 2)).sum((1, 2)).sub(8).div(56)
     return {

@@ -1,4 +1,4 @@
-"""Measures the flow model that draws words: how well each wording is spelt, and how varied its pictures are.
+"""Measures the flow model that draws words: how well each wording is spelt, and how varied its images are.
 
 python -m benchmarks.miniature.signs_base [--model miniature/words_flow] [--prompts 384]
 
@@ -63,11 +63,11 @@ def main() -> None:
 
 
 def measure(policy: Flux1Policy, asked: Sequence[str], prompts: Sequence[str]) -> list[float]:
-    """OCR rewards of the pictures that the policy draws."""
+    """OCR rewards of the images that the policy draws."""
     seeds = [seed_of("miniature words base", i) for i in range(len(prompts))]
     samples = [PromptSample(str(i), prompts[i], "ocr", {"text": [word]}) for i, word in enumerate(asked)]
-    pictures = to_pil(policy.generate(list(prompts), seeds).cpu())
-    return [score.native for score in OCRReward(PixelFontReader(), max_extra=0)(RewardBatch(samples, pictures))]
+    images = to_pil(policy.generate(list(prompts), seeds).cpu())
+    return [score.native for score in OCRReward(PixelFontReader(), max_extra=0)(RewardBatch(samples, images))]
 
 
 @torch.no_grad()
@@ -82,10 +82,10 @@ def reconstructed(policy: Flux1Policy, noise: float, num: int) -> tuple[int, int
     rng, generator = random.Random(3), torch.Generator().manual_seed(3)
     signs, scenes = [random_sign(rng) for _ in range(num)], [random_scene(rng) for _ in range(num)]
     drawn = [render_sign(sign) for sign in signs] + [render(scene) for scene in scenes]
-    pictures = torch.stack([torch.from_numpy(one.copy()).permute(2, 0, 1).float() / 127.5 - 1 for one in drawn])
+    images = torch.stack([torch.from_numpy(one.copy()).permute(2, 0, 1).float() / 127.5 - 1 for one in drawn])
     vae = policy.pipe.vae
     back: list[Image.Image] = []
-    for part in pictures.split(200):
+    for part in images.split(200):
         latents = vae.encode(part.to(vae.device)).latent_dist.mode().cpu()
         latents += noise * torch.randn(latents.shape, generator=generator) * latents.std()
         back += to_pil(vae.decode(latents.to(vae.device)).sample.cpu() / 2 + 0.5)

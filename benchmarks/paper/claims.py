@@ -341,4 +341,4 @@ def _similarity(joint: Setting) -> Condition | None:
     number = (
         f"{sum(values) / len(values):+.2f} (ends of the seeds' intervals {low:+.2f}, {high:+.2f}), {len(values)} seeds"
     )
-    return Condition("cosine of two pictures, rewrites - one prompt", number, found)
+    return Condition("cosine of two images, rewrites - one prompt", number, found)

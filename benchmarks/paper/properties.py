@@ -37,7 +37,7 @@ def properties_table(studies: Studies) -> Table:
         note=(
             "Canonical prompts of the test; parentheses: seeds, those that all modes have. Gains over the base without "
             "PE; those of the refiners with PE; PromptRL's gain minus that of the better single mode, and minus the "
-            f"sum of theirs. Alike: cosine of two pictures of a group, by pixels, in the first {EARLY} steps. "
+            f"sum of theirs. Alike: cosine of two images of a group, by pixels, in the first {EARLY} steps. "
             "Brackets: 95 % interval for other seeds, noise and prompts of the test's scenes."
         ),
     )

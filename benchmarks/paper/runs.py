@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from callbacks.runs.comparison import Gap
-from callbacks.runs.contrasts import Summary, mean_of_pictures, mean_of_tags, prompt_contrast, prompt_table
+from callbacks.runs.contrasts import Summary, mean_of_images, mean_of_tags, prompt_contrast, prompt_table
 from callbacks.runs.curves import Curves, curve
 from callbacks.runs.loading import Run, load
 from callbacks.scores.prompt_scores import PromptTable
@@ -31,7 +31,7 @@ GENEVAL = "GenEvalBenchmark"
 REWARDS = {"ocr": "RewardBenchmark by ocr", "preference": "RewardBenchmark by preference"}
 """Set of prompts -> the benchmark that scores it, by its title without the sets."""
 SUMMARIES: dict[str, Summary] = {GENEVAL: mean_of_tags("correct")}
-"""Headline of a benchmark's tests; else the mean of the reward over pictures."""
+"""Headline of a benchmark's tests; else the mean of the reward over images."""
 PROMPTS: dict[str, type[MiniaturePrompts]] = {
     GENEVAL: ShapesPrompts,
     REWARDS["ocr"]: WordsPrompts,
@@ -133,7 +133,7 @@ class Score:
     def by_tag(self) -> dict[str, float]:
         """Tag -> mean over its prompts and the seeds."""
         tables = self.tables(list(self.tests))
-        summarize = mean_of_pictures("correct" if self.benchmark == GENEVAL else "table")
+        summarize = mean_of_images("correct" if self.benchmark == GENEVAL else "table")
         means = {}
         for tag in dict.fromkeys(tables[0].tags):
             parts = [table.rows([i for i, own in enumerate(table.tags) if own == tag]) for table in tables]
@@ -143,7 +143,7 @@ class Score:
     @property
     def by_seed(self) -> list[float]:
         """Each seed's own."""
-        summarize = SUMMARIES.get(self.benchmark, mean_of_pictures("table"))
+        summarize = SUMMARIES.get(self.benchmark, mean_of_images("table"))
         return [
             prompt_contrast([(1, [table])], summarize=summarize, resamples=1).value
             for table in self.tables(list(self.tests))
@@ -169,7 +169,7 @@ def contrast(*terms: tuple[float, Score], scenes: bool = False) -> Gap:
     tables = [(sign, score.tables(seeds if score.setting.fits else list(score.tests))) for sign, score in terms]
     found = prompt_contrast(
         tables,
-        summarize=SUMMARIES.get(benchmark, mean_of_pictures("table")),
+        summarize=SUMMARIES.get(benchmark, mean_of_images("table")),
         scenes=asked(benchmark, len(tables[0][1][0])) if scenes else None,
         runs=True,
     )

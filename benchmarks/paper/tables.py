@@ -25,7 +25,7 @@ from miniature.scenes.world import TAGS
 PE = {"without_pe": "without PE", "with_pe": "with PE"}
 WORDINGS = ("unseen", "geneval.synonyms", "geneval.terse", "geneval.gallery", "geneval.template", "geneval.detailed")
 CORRECT = "RewardBenchmark by geneval"
-"""What pleasing costs: GenEval's verdict on the preference's pictures."""
+"""What pleasing costs: GenEval's verdict on the preference's images."""
 MULTI = "By tags the tests draw other noise, for the preference also other scenes, than those of one reward."
 BRACKETS = (
     "Brackets: 95 % interval for other seeds, noise and prompts of the test's scenes, from three seeds on; "
@@ -125,7 +125,7 @@ def rewards_table(studies: Studies) -> Table:
         ("canonical", "unseen", "correct"),
         rows,
         headings={"correct": "GenEval, canonical"},
-        note=f"GenEval: share of the same pictures that show what was asked. {BRACKETS}",
+        note=f"GenEval: share of the same images that show what was asked. {BRACKETS}",
     )
 
 
@@ -257,7 +257,7 @@ def long_table(studies: Studies) -> Table:
 
 
 def similarity_table(studies: Studies) -> Table:
-    """Cosine of two pictures of a group (the paper's Figure 2), by pixels."""
+    """Cosine of two images of a group (the paper's Figure 2), by pixels."""
     rows, columns = [], ("same_prompt", "rewrites", "rewrites_shared_noise")
     for label, (setting, _) in arms(studies["geneval"].settings, studies["base"]["promptrl"]).items():
         if label in ("base with the untrained PE", "PromptRL without PE"):
@@ -277,7 +277,7 @@ def similarity_table(studies: Studies) -> Table:
         if "image_similarity" in row.intervals
     ]
     return Table(
-        "Cosine of two pictures of a prompt, by pixels (the paper's Figure 2, by CLIP)",
+        "Cosine of two images of a prompt, by pixels (the paper's Figure 2, by CLIP)",
         columns,
         [*rows, *others],
         note="Brackets: the range over seeds.",

@@ -248,9 +248,9 @@ def row(name: str, preset: str, found: Estimate) -> str:
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=1024, help="height and width of pictures")
+    parser.add_argument("--size", type=int, default=1024, help="height and width of images")
     parser.add_argument("--batch-size", type=int, default=4, help="prompts a step")
-    parser.add_argument("--micro-batch-size", type=int, default=1, help="pictures, and completions, a forward pass")
+    parser.add_argument("--micro-batch-size", type=int, default=1, help="images, and completions, a forward pass")
     options = parser.parse_args()
     print("| model | preset | parameters | trained | sure | kept in a step | largest phase | peak, rough |")
     print("|---|---|---|---|---|---|---|---|")

@@ -78,7 +78,7 @@ def head_file(path: Path) -> str:
 
 
 def sign(words: str, size: int) -> Image.Image:
-    """A picture with text on noise."""
+    """An image with text on noise."""
     generator = np.random.default_rng(len(words))
     image = Image.fromarray(generator.integers(180, 255, (size, size, 3)).astype(np.uint8))
     ImageDraw.Draw(image).text((size // 10, size // 2), words, fill="black", font=ImageFont.load_default(size // 10))

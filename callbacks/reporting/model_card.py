@@ -42,7 +42,7 @@ def model_card(agents: EvaluatedAgents, step: int, *, results: dict[str, Any] | 
     parts = [
         _front_matter(flow, language),
         "# PromptRL export",
-        f"Trained by [PromptRL]({PAPER}). Optimizer steps: {step:,}; pictures drawn for them: {agents.num_rollouts:,}.",
+        f"Trained by [PromptRL]({PAPER}). Optimizer steps: {step:,}; images drawn for them: {agents.num_rollouts:,}.",
         "\n".join(_described(flow, language)),
         "## Load",
         f"From this folder{_relative_note(flow, language)}:",
@@ -91,7 +91,7 @@ def loading_code(flow: FlowPolicy, language: LanguagePolicy | None) -> str:
 
 
 def drawing_code(flow: FlowPolicy, language: LanguagePolicy | None) -> str:
-    """Python that makes `picture` of `prompt`."""
+    """Python that makes `image` of `prompt`."""
     lines = ['prompt = "..."']
     if language is not None:
         options = "".join(f", {name}={value!r}" for name, value in language.chat_template_kwargs.items())
@@ -113,8 +113,8 @@ def drawing_code(flow: FlowPolicy, language: LanguagePolicy | None) -> str:
     arguments = pprint.pformat(call_arguments(flow), sort_dicts=False, width=100)
     lines.append(f"arguments = {arguments}")
     if type(flow).encode_sources is not PipelinePolicy.encode_sources:  # type: ignore[attr-defined]
-        lines.append('# To edit a picture: arguments["image"] = PIL.Image.open(...)')
-    return "\n".join([*lines, "picture = pipe(prompt=prompt, **arguments).images[0]"])
+        lines.append('# To edit an image: arguments["image"] = PIL.Image.open(...)')
+    return "\n".join([*lines, "image = pipe(prompt=prompt, **arguments).images[0]"])
 
 
 def call_arguments(flow: FlowPolicy) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def _sampling(flow: FlowPolicy, language: LanguagePolicy | None) -> str:
         ("rollouts: SDE steps", sampling.sde_steps),
         ("rollouts: SDE, noise level", f"{sampling.sde_type}, {sampling.noise_level}"),
         ("evaluation: sampler steps, no noise", sampling.eval_steps or sampling.num_steps),
-        ("picture", f"{flow.height} x {flow.width} (height x width)"),
+        ("image", f"{flow.height} x {flow.width} (height x width)"),
     ]
     if language is not None:
         rows += [

@@ -104,7 +104,7 @@ def paraphrase_rows(benchmark: str) -> list[Row]:
 
 
 def diversity_rows() -> list[Row]:
-    """Ranges of CLIP ViT-g-14's cosines, between the pictures of one prompt and between picture and text."""
+    """Ranges of CLIP ViT-g-14's cosines, between the images of one prompt and between image and text."""
     ranges = [
         ("SD1.5", "image_similarity", (0.58, 0.72)),
         ("FLUX.1-dev", "image_similarity", (0.92, 0.93)),

@@ -217,7 +217,7 @@ def diversity_table(
     intervals: Mapping[str, Mapping[str, Sequence[float | None]]],
     paper: Sequence[Row] = (),
 ) -> Table:
-    """How alike the pictures of one prompt are.
+    """How alike the images of one prompt are.
 
     Args:
         title: of the table.

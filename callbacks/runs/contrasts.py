@@ -18,7 +18,7 @@ Summary = Callable[[PromptTable, Tensor], Tensor]
 
 
 def mean_of_tags(column: str) -> Summary:
-    """Mean of the tags' means, each over its pictures: the headline of GenEval and of the editing benchmarks."""
+    """Mean of the tags' means, each over its images: the headline of GenEval and of the editing benchmarks."""
 
     def summarize(table: PromptTable, weights: Tensor) -> Tensor:
         tags = [tag for tag in dict.fromkeys(table.tags) if bool(table.counts[column][table.tagged(tag)].sum())]
@@ -28,15 +28,15 @@ def mean_of_tags(column: str) -> Summary:
     return summarize
 
 
-def mean_of_pictures(column: str) -> Summary:
-    """Mean over all pictures."""
+def mean_of_images(column: str) -> Summary:
+    """Mean over all images."""
     return lambda table, weights: weighted_mean(table, column, weights)
 
 
 def prompt_table(run: Run, name: str, mode: str, benchmark: str | None = None) -> PromptTable:
     """What `scores.jsonl` says of a set's prompts.
 
-    A prompt's values count as often as it has pictures; which of them could not be scored is not kept.
+    A prompt's values count as often as it has images; which of them could not be scored is not kept.
 
     Args:
         run: a test.

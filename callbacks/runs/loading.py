@@ -81,7 +81,7 @@ class Run(RunFolder):
             }
             told = pd.DataFrame.from_dict(entries, orient="index", dtype=float).rename_axis("step")
             table = told.combine_first(table.reindex(told.index))
-        else:  # killed before the first; pictures a step are constant, so a line through what was logged is exact
+        else:  # killed before the first; images a step are constant, so a line through what was logged is exact
             steps, rollouts = np.append(0, self.training.index), np.append(0.0, self.training["rollouts"])
             table = table.assign(rollouts=np.interp(table.index.to_numpy(dtype=float), steps, rollouts))
         if self._earlier is not None:
@@ -108,7 +108,7 @@ class Run(RunFolder):
     def _shift(self) -> int:
         """Updates made less the step that Lightning logs with them: 1, and 0 after some resumes.
 
-        Its count goes on from where it was when the checkpoint was saved, before or after a validation. Pictures a step
+        Its count goes on from where it was when the checkpoint was saved, before or after a validation. Images a step
         are constant, so rollouts tell the truth.
         """
         told = [(entry["step"], entry["rollouts"]) for entry in self.history]
@@ -153,7 +153,7 @@ class Run(RunFolder):
         try:
             return pd.DataFrame([json.loads(line) for line in lines])
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is damaged: {error}; score the pictures again by the same command.") from error
+            raise ValueError(f"{path} is damaged: {error}; score the images again by the same command.") from error
 
 
 def load(*places: str | Path, stage: str | None = "fit", skip_broken: bool = False) -> list[Run]:

@@ -12,14 +12,14 @@ from torchmetrics import Metric
 
 @dataclass(frozen=True)
 class PromptTable:
-    """What the pictures of P prompts scored.
+    """What the images of P prompts scored.
 
     Attributes:
         ids: P prompts' ids.
         tags: P tags, by which results are split.
-        sums: column -> [P] float64 sum of its values over a prompt's pictures.
-        counts: column -> [P] float64 pictures that have a value; the others could not be scored.
-        images: [P] float64 pictures seen.
+        sums: column -> [P] float64 sum of its values over a prompt's images.
+        counts: column -> [P] float64 images that have a value; the others could not be scored.
+        images: [P] float64 images seen.
     """
 
     ids: Sequence[str]
@@ -48,7 +48,7 @@ class PromptTable:
 
 
 def weighted_mean(table: PromptTable, column: str, weights: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Mean of a column over pictures, each with its prompt's weight.
+    """Mean of a column over images, each with its prompt's weight.
 
     Args:
         table: of P prompts.
@@ -57,14 +57,14 @@ def weighted_mean(table: PromptTable, column: str, weights: Tensor, rows: Tensor
         rows: [P] bool, prompts to take; None is all.
 
     Returns:
-        [R] float64, NaN where no picture has a value.
+        [R] float64, NaN where no image has a value.
     """
     weights = weights if rows is None else weights * rows
     return (weights @ table.sums[column]) / (weights @ table.counts[column])
 
 
 class PromptScores(Metric):
-    """Accumulates the values of pictures by prompt; sums only, so processes with unequal shares reduce exactly.
+    """Accumulates the values of images by prompt; sums only, so processes with unequal shares reduce exactly.
 
     Args:
         ids: P prompts' ids.
@@ -108,10 +108,10 @@ class PromptScores(Metric):
         return metric.to(device if device.type == "cuda" else torch.device("cpu"))
 
     def update(self, ids: Sequence[str], values: Sequence[Mapping[str, float]]) -> None:
-        """Adds pictures.
+        """Adds images.
 
         Args:
-            ids: B prompts' ids, once for every picture.
+            ids: B prompts' ids, once for every image.
             values: B times column -> value; a column that is missing could not be scored.
         """
         for name, named in zip(ids, values, strict=True):
@@ -122,7 +122,7 @@ class PromptScores(Metric):
                 self.counts[row, self.columns.index(column)] += 1
 
     def compute(self) -> list[list[float]]:
-        """P rows: sums of the columns, their counts, pictures. Plain lists, of which torchmetrics squeezes nothing."""
+        """P rows: sums of the columns, their counts, images. Plain lists, of which torchmetrics squeezes nothing."""
         rows: list[list[float]] = torch.cat([self.sums, self.counts, self.images[:, None]], 1).tolist()
         return rows
 

@@ -1,4 +1,4 @@
-"""Rows of Parquet and Arrow files, whose pictures are read when they are asked for."""
+"""Rows of Parquet and Arrow files, whose images are read when they are asked for."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Kind = Literal["picture", "value", "other"]
-"""Of a column: files of pictures (binary, or `datasets`' struct); text, numbers and lists of texts; anything else."""
+Kind = Literal["image", "value", "other"]
+"""Of a column: files of images (binary, or `datasets`' struct); text, numbers and lists of texts; anything else."""
 
 SUFFIXES = (".parquet", ".arrow")
 
@@ -48,8 +48,8 @@ class ArrowRows:
         rows: list[dict[str, Any]] = table.to_pylist()
         return rows
 
-    def picture(self, row: int, column: str) -> bytes:
-        """A picture's file: binary, or `datasets`' `{"bytes", "path"}`, where either will do."""
+    def image(self, row: int, column: str) -> bytes:
+        """An image's file: binary, or `datasets`' `{"bytes", "path"}`, where either will do."""
         value = self._value(row, column)
         data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
         if isinstance(data, bytes):
@@ -106,9 +106,9 @@ def _kind(type_: Any) -> Kind:
 
     binary = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
     if any(is_one(type_) for is_one in binary):
-        return "picture"
+        return "image"
     if types.is_struct(type_):
-        return "picture" if {"bytes", "path"} & {field.name for field in type_} else "other"
+        return "image" if {"bytes", "path"} & {field.name for field in type_} else "other"
     if types.is_list(type_) or types.is_large_list(type_) or types.is_dictionary(type_):
         return "value" if _kind(type_.value_type) == "value" else "other"
     values = (types.is_string, types.is_large_string, types.is_string_view, types.is_integer, types.is_floating)
@@ -116,16 +116,16 @@ def _kind(type_: Any) -> Kind:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """What reads the bytes of one row's picture."""
+class Image:
+    """What reads the bytes of one row's image."""
 
     rows: ArrowRows
     row: int
     column: str
 
     def __call__(self) -> bytes:
-        """The picture's file."""
-        return self.rows.picture(self.row, self.column)
+        """The image's file."""
+        return self.rows.image(self.row, self.column)
 
     def __str__(self) -> str:
         return f"in `{self.column}`"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from datamodules.base import PromptDataModule, PromptSample, spread
-from datamodules.editing.arrow import ArrowRows, Picture
+from datamodules.editing.arrow import ArrowRows, Image
 from datamodules.editing.hub import DATA_SUFFIXES
 from datamodules.editing.prompts import EditSamples
 from datamodules.editing.rows import Row, files_by_kind, json_lines
@@ -171,7 +171,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any], None]]:
     return ((where, record, None) for where, record in json_lines(path))
 
 
-def _arrow_rows(path: Path, image_column: str | None) -> Iterator[tuple[str, dict[str, Any], Picture]]:
+def _arrow_rows(path: Path, image_column: str | None) -> Iterator[tuple[str, dict[str, Any], Image]]:
     """Place, columns without the image, and what reads the image."""
     rows = ArrowRows(path)
     columns = rows.columns
@@ -180,7 +180,7 @@ def _arrow_rows(path: Path, image_column: str | None) -> Iterator[tuple[str, dic
         raise ValueError(f"{path}: no column {missing[0]}, only {', '.join(columns)}: GEdit-Bench's rows are needed.")
     column = _image_column(str(path), columns, image_column)
     for number, record in enumerate(rows.read(_GEDIT)):
-        yield f"{path}, row {number}", record, Picture(rows, number, column)
+        yield f"{path}, row {number}", record, Image(rows, number, column)
 
 
 def _image_column(where: str, columns: Sequence[str], asked: str | None) -> str:

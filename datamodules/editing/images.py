@@ -1,4 +1,4 @@
-"""Pictures to be edited: what file they may come in, and how each kind becomes RGB."""
+"""Images to be edited: what file they may come in, and how each kind becomes RGB."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 Source = Path | Callable[[], bytes]
-"""A picture's path, or what reads its file's bytes."""
+"""An image's path, or what reads its file's bytes."""
 
 _MAX_16_BIT = 65535
 
 
 @dataclass(frozen=True)
 class ImageRules:
-    """Which pictures will do.
+    """Which images will do.
 
     Args:
         min_side: pixels that both sides have to have.
-        max_pixels: a picture may have; more are refused before anything is unpacked. Pillow's own bound, 179 million
+        max_pixels: an image may have; more are refused before anything is unpacked. Pillow's own bound, 179 million
             pixels, holds whatever this says.
     """
 
@@ -34,14 +34,14 @@ class ImageRules:
 
 
 def read_image(source: Source, rules: ImageRules) -> Image.Image:
-    """A picture in RGB, upright.
+    """An image in RGB, upright.
 
     Turned as its EXIF orientation says; transparent parts on white; 16 bits scaled to 8, so 65535 is white; CMYK, gray
     and palettes by Pillow's own conversion. Colour profiles are not applied, as diffusers and transformers do not.
 
     Raises:
         ValueError: what is wrong with it, to follow "the image so-and-so": not readable or cut off, animated (which
-            picture is meant?), 32-bit numbers (of no known range), too few or too many pixels.
+            image is meant?), 32-bit numbers (of no known range), too few or too many pixels.
     """
     return _opened(source, rules, _to_rgb)
 
@@ -70,9 +70,9 @@ def _problem(image: Image.Image, rules: ImageRules) -> str | None:
         return f"is only {width} x {height} pixels, less than {rules.min_side} on a side"
     if width * height > rules.max_pixels:
         return f"is {width} x {height} pixels, more than {rules.max_pixels} in all"
-    # A phone's MPO is an ordinary photograph with further pictures behind it, such as its depth.
+    # A phone's MPO is an ordinary photograph with further images behind it, such as its depth.
     if getattr(image, "is_animated", False) and image.format != "MPO":
-        return f"holds {getattr(image, 'n_frames', 'many')} pictures"
+        return f"holds {getattr(image, 'n_frames', 'many')} images"
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         return "has 32-bit numbers as pixels, whose range is unknown"
     if isinstance(image, TiffImageFile) and image.mode.startswith("I;16"):

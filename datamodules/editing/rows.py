@@ -1,4 +1,4 @@
-"""Rows of editing data: which column is what, and reading Parquet, Arrow, JSON lines and folders of pictures."""
+"""Rows of editing data: which column is what, and reading Parquet, Arrow, JSON lines and folders of images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from datamodules.editing.arrow import SUFFIXES, ArrowRows, Picture
+from datamodules.editing.arrow import SUFFIXES, ArrowRows, Image
 from datamodules.editing.hub import DATA_SUFFIXES
 from datamodules.editing.images import Source
 from datamodules.sample import PromptSample
@@ -62,10 +62,10 @@ class BadRows:
 def read_rows(
     places: Sequence[Path], bad: BadRows, columns: Mapping[str, str] | None = None, prompt_index: int = -1
 ) -> list[Row]:
-    """The rows of some files, or of one folder, without looking into their pictures.
+    """The rows of some files, or of one folder, without looking into their images.
 
     Args:
-        places: Parquet, Arrow or JSONL files, or a folder that holds some of one kind, or pictures with captions.
+        places: Parquet, Arrow or JSONL files, or a folder that holds some of one kind, or images with captions.
         bad: is told of rows without an instruction or an image.
         columns: names of the columns that hold `image`, `prompt`, `category` and `id`; the others are looked for.
         prompt_index: which entry to take where the instruction is a list.
@@ -123,24 +123,24 @@ def _prompt(record: Mapping[str, Any], column: str, index: int) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of a file, pictures in it aside.
+    """The rows of a file, images in it aside.
 
     Args:
-        path: the file, or the folder that the pictures' paths are relative to.
-        columns: their names, pictures among them.
+        path: the file, or the folder that the images' paths are relative to.
+        columns: their names, images among them.
         records: where each row stands, and its values.
-        pictures: columns that hold pictures, or paths of such.
-        stored: reads the picture of a row and column, in files that hold them.
+        images: columns that hold images, or paths of such.
+        stored: reads the image of a row and column, in files that hold them.
     """
 
     path: Path
     columns: Sequence[str]
     records: Sequence[tuple[str, Mapping[str, Any]]]
-    pictures: Sequence[str]
-    stored: Callable[[int, str], Picture] | None = None
+    images: Sequence[str]
+    stored: Callable[[int, str], Image] | None = None
 
     def source(self, number: int, record: Mapping[str, Any], column: str) -> Source:
-        """Where the picture of a row is to be had."""
+        """Where the image of a row is to be had."""
         if self.stored is not None and column not in record:
             return self.stored(number, column)
         name = record.get(column)
@@ -165,7 +165,7 @@ def find_columns(table: Table, given: Mapping[str, str]) -> dict[str, str]:
     found = dict(given)
     if "image" not in found:
         named = ["image"] if "image" in table.columns else [name for name in _IMAGES if name in table.columns]
-        likely = named or list(table.pictures)
+        likely = named or list(table.images)
         if len(likely) != 1:
             which = f"any of {', '.join(likely)}" if likely else "no column"
             raise ValueError(
@@ -229,7 +229,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _arrow(path: Path) -> Table:
-    """Rows whose values fit into JSON; columns of anything else, beside pictures, are not read."""
+    """Rows whose values fit into JSON; columns of anything else, beside images, are not read."""
     rows = ArrowRows(path)
     kinds = rows.kinds
     values = rows.read([name for name, kind in kinds.items() if kind == "value"])
@@ -239,14 +239,14 @@ def _arrow(path: Path) -> Table:
     ]
     if not records:
         raise ValueError(f"{path}: the file holds no rows: fetch it anew.")
-    pictures = [name for name, kind in kinds.items() if kind == "picture"]
+    images = [name for name, kind in kinds.items() if kind == "image"]
     return Table(
-        path, list(kinds), records, pictures + _paths(kinds, records), lambda row, column: Picture(rows, row, column)
+        path, list(kinds), records, images + _paths(kinds, records), lambda row, column: Image(rows, row, column)
     )
 
 
 def _captions(folder: Path) -> Table:
-    """Pictures each with a text file of its name; a subfolder is the category."""
+    """Images each with a text file of its name; a subfolder is the category."""
     records = []
     for file in sorted(folder.rglob("*")):
         if file.suffix.lower() in IMAGE_SUFFIXES:
@@ -264,7 +264,7 @@ def _captions(folder: Path) -> Table:
 
 
 def _paths(columns: Iterable[str], records: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """Columns whose first value is the name of a picture."""
+    """Columns whose first value is the name of an image."""
     firsts = {name: next((r[name] for _, r in records if r.get(name) is not None), None) for name in columns}
     return [name for name, v in firsts.items() if isinstance(v, str) and Path(v).suffix.lower() in IMAGE_SUFFIXES]
 

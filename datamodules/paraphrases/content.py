@@ -40,7 +40,7 @@ class _Mention:
 
 
 def wanted_texts(sample: PromptSample) -> list[str]:
-    """What the picture is to say: OCR metadata's `text`, else whatever the prompt has in double quotes."""
+    """What the image is to say: OCR metadata's `text`, else whatever the prompt has in double quotes."""
     text = sample.metadata.get("text")
     given = [text] if isinstance(text, str) else text if isinstance(text, list | tuple) else []
     return [t for t in given if isinstance(t, str) and t.strip()] or _QUOTED.findall(sample.prompt.translate(_STRAIGHT))

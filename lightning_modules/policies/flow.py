@@ -1,4 +1,4 @@
-"""What every flow model does (`FlowPolicy`): sampling, replay, pictures; `Policy` and its settings from beside."""
+"""What every flow model does (`FlowPolicy`): sampling, replay, images; `Policy` and its settings from beside."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ class FlowPolicy(Policy):
     Args:
         model: pipeline folder or hub id.
         sampling: how rollouts are drawn.
-        height: of the pictures in pixels.
-        width: of the pictures in pixels.
+        height: of the images in pixels.
+        width: of the images in pixels.
         learning_rate: null freezes the flow model (prompt-only RL).
         weight_decay: AdamW's.
         betas: AdamW's.
@@ -74,7 +74,7 @@ class FlowPolicy(Policy):
         kl_weight: weight of the Gaussian KL per step to the model before training; 0 keeps no reference.
         lora: adapters; null trains all of the transformer.
         dtype: of the loaded weights.
-        micro_batch_size: pictures per forward pass, in rollout and update alike; null is all at once.
+        micro_batch_size: images per forward pass, in rollout and update alike; null is all at once.
         gradient_checkpointing: computes activations again in the backward pass in place of keeping them.
         quantization: keeps the frozen weights in 4 or 8 bits (bitsandbytes); a flow model that learns needs `lora`.
     """
@@ -141,7 +141,7 @@ class FlowPolicy(Policy):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, 3, height, width] float pictures in [0, 1]."""
+        """[B, 3, height, width] float images in [0, 1]."""
 
     def prepare_latents(self, generators: Sequence[torch.Generator]) -> Tensor:
         """[B, ...] fp32 standard normal noise, one generator a sample."""
@@ -164,7 +164,7 @@ class FlowPolicy(Policy):
             prompts: B prompts.
             seeds: B seeds; all noise of a sample comes from its own.
             window_seed: places a random window of SDE steps, one for the whole batch.
-            on_drawn: called after every micro-batch with its rows and its pictures [b, 3, height, width] in [0, 1],
+            on_drawn: called after every micro-batch with its rows and its images [b, 3, height, width] in [0, 1],
                 so that scoring may begin before the whole batch is drawn.
             images: B source images for an editing model; the same object for samples that share one.
         """
@@ -181,13 +181,13 @@ class FlowPolicy(Policy):
         num_steps: int | None = None,
         images: Sequence[Image.Image] | None = None,
     ) -> Tensor:
-        """[B, 3, height, width] pictures in [0, 1], drawn without added noise (as stock pipelines do)."""
+        """[B, 3, height, width] images in [0, 1], drawn without added noise (as stock pipelines do)."""
         num_steps = num_steps or self.sampling.eval_steps or self.sampling.num_steps
-        return self.pictures(self._sample(self.encode(prompts, images), seeds, self.sigmas(num_steps), ()))
+        return self.final_images(self._sample(self.encode(prompts, images), seeds, self.sigmas(num_steps), ()))
 
     @torch.no_grad()
-    def pictures(self, trajectory: Trajectory) -> Tensor:
-        """[B, 3, height, width] the pictures that trajectories ended in, values in [0, 1]."""
+    def final_images(self, trajectory: Trajectory) -> Tensor:
+        """[B, 3, height, width] the images that trajectories ended in, values in [0, 1]."""
         with self.decoding():
             parts = [self.decode(trajectory.final[rows]) for rows in chunks(len(trajectory), self.micro_batch_size)]
         return torch.cat(parts)
@@ -255,7 +255,7 @@ class FlowPolicy(Policy):
         return torch.cat(latents, 1), torch.cat(next_latents, 1), torch.cat(log_probs, 1), current
 
 
-def to_pil(pictures: Tensor) -> list[Image.Image]:
-    """8-bit RGB pictures of [B, 3, H, W] in [0, 1], rounded as diffusers rounds them."""
-    array = (pictures.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in array]
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """8-bit RGB images of [B, 3, H, W] in [0, 1], rounded as diffusers rounds them."""
+    array = (images.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(image) for image in array]

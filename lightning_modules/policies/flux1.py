@@ -88,9 +88,9 @@ class Flux1Policy(PipelinePolicy):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, 3, height, width] pictures in [0, 1] of packed latents."""
+        """[B, 3, height, width] images in [0, 1] of packed latents."""
         vae = self.pipe.vae
         unpacked = self.pipe._unpack_latents(latents, self.height, self.width, self.pipe.vae_scale_factor)
         unpacked = unpacked.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        pictures: Tensor = VaeImageProcessor.denormalize(vae.decode(unpacked, return_dict=False)[0])
-        return pictures.float()
+        images: Tensor = VaeImageProcessor.denormalize(vae.decode(unpacked, return_dict=False)[0])
+        return images.float()

@@ -19,7 +19,7 @@ from lightning_modules.policies.sources import crop_to, stack_sources
 class KontextPolicy(Flux1Policy):
     """FLUX.1-Kontext-dev: edits source images, or draws from text where there are none.
 
-    Pictures are drawn at `height` x `width` exactly, where the stock pipeline first scales these two to `max_area`.
+    Images are drawn at `height` x `width` exactly, where the stock pipeline first scales these two to `max_area`.
 
     Args:
         model: pipeline folder or hub id.
@@ -54,7 +54,7 @@ class KontextPolicy(Flux1Policy):
         latents = torch.cat([self.pipe._encode_vae_image(part, generator=None) for part in pixels.split(1)])
         batch, channels, height, width = latents.shape
         ids = self.pipe._prepare_latent_image_ids(batch, height // 2, width // 2, latents.device, self.dtype)
-        ids[..., 0] = 1  # the pipeline's mark of a source; the picture being drawn has 0
+        ids[..., 0] = 1  # the pipeline's mark of a source; the image being drawn has 0
         packed = self.pipe._pack_latents(latents, batch, channels, height, width)
         return {"source": packed.to(self.dtype), "source_ids": ids.expand(batch, -1, -1)}
 

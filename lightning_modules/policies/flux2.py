@@ -103,7 +103,7 @@ class Flux2KleinPolicy(PipelinePolicy):
     def encode_sources(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """Packed, batch-normalised latents (the mode of the VAE's posterior) and position ids of S source images."""
         pixels = stack_sources([self._preprocess(crop_to(image, self.source_size)) for image in images])
-        # One call a source: several in one call would be several references of one picture.
+        # One call a source: several in one call would be several references of one image.
         encoded = [
             self.pipe.prepare_image_latents([part], 1, generator=None, device=self.device, dtype=self.pipe.vae.dtype)
             for part in pixels.split(1)
@@ -120,7 +120,7 @@ class Flux2KleinPolicy(PipelinePolicy):
         return pixels
 
     def predict(self, latents: Tensor, sigma: Tensor, told: dict[str, Tensor]) -> Tensor:
-        """[B, channels, rows, columns] velocity; a source's tokens follow the picture's and are cut off again."""
+        """[B, channels, rows, columns] velocity; a source's tokens follow the image's and are cut off again."""
         embeds = told["embeds"]
         tokens = self.pipe._pack_latents(latents).to(self.dtype)
         length = tokens.shape[1]
@@ -141,10 +141,10 @@ class Flux2KleinPolicy(PipelinePolicy):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, 3, height, width] pictures in [0, 1] of patchified latents."""
+        """[B, 3, height, width] images in [0, 1] of patchified latents."""
         vae = self.pipe.vae
         mean, variance = (x.float().view(1, -1, 1, 1) for x in (vae.bn.running_mean, vae.bn.running_var))
         latents = latents * torch.sqrt(variance + vae.config.batch_norm_eps) + mean
         unpacked = self.pipe._unpatchify_latents(latents).to(vae.dtype)
-        pictures: Tensor = VaeImageProcessor.denormalize(vae.decode(unpacked, return_dict=False)[0])
-        return pictures.float()
+        images: Tensor = VaeImageProcessor.denormalize(vae.decode(unpacked, return_dict=False)[0])
+        return images.float()

@@ -70,7 +70,7 @@ class QwenImagePolicy(PipelinePolicy):
 
     @property
     def latent_grid(self) -> tuple[int, int]:
-        """Rows and columns of the picture's tokens."""
+        """Rows and columns of the image's tokens."""
         factor = 2 * self.pipe.vae_scale_factor
         return self.height // factor, self.width // factor
 
@@ -119,7 +119,7 @@ class QwenImagePolicy(PipelinePolicy):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, 3, height, width] pictures in [0, 1] of packed latents, as one-frame videos of the VAE."""
+        """[B, 3, height, width] images in [0, 1] of packed latents, as one-frame videos of the VAE."""
         vae = self.pipe.vae
         unpacked = self.pipe._unpack_latents(latents, self.height, self.width, self.pipe.vae_scale_factor)
         mean, std = (
@@ -127,8 +127,8 @@ class QwenImagePolicy(PipelinePolicy):
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
         frames = vae.decode((unpacked * std + mean).to(vae.dtype), return_dict=False)[0]
-        pictures: Tensor = VaeImageProcessor.denormalize(frames[:, :, 0])
-        return pictures.float()
+        images: Tensor = VaeImageProcessor.denormalize(frames[:, :, 0])
+        return images.float()
 
 
 def _without_padding(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -31,7 +31,7 @@ class QwenImageEditPolicy(QwenImagePolicy):
         source_area: pixels of the source that the network sees, at its own aspect ratio (the pipeline's).
         source_size: height and width that source images are first cropped to, around the centre; null crops nothing.
             All sources of one batch must come out in one size.
-        positions: how the text encoder counts a picture's tokens. `mrope` has rows and columns, as the published
+        positions: how the text encoder counts an image's tokens. `mrope` has rows and columns, as the published
             models were trained; `sequential` counts them like words, as diffusers 0.42 does by mistake with
             transformers 5 (huggingface/diffusers#14194), for drawing what that pair draws.
         **kwargs: as for `QwenImagePolicy`, but this pipeline does not cut prompts: `max_sequence_length` is not used.
@@ -57,10 +57,10 @@ class QwenImageEditPolicy(QwenImagePolicy):
 
     def passed_parts(self) -> dict[str, Any]:
         """The processor, where the stock one cannot be loaded."""
-        return super().passed_parts() | picture_processor(self.model)
+        return super().passed_parts() | image_processor(self.model)
 
     def load(self) -> None:
-        """Loads the pipeline, and has its text encoder told which tokens are a picture's."""
+        """Loads the pipeline, and has its text encoder told which tokens are an image's."""
         loaded = self.pipe is not None
         super().load()
         if loaded:
@@ -68,7 +68,7 @@ class QwenImageEditPolicy(QwenImagePolicy):
         # An exported folder names the class that the published one names, whatever stands in for it here.
         self.pipe.register_to_config(processor=tuple(read_index(self.model)["processor"]))
         if self.positions == "mrope":
-            self.pipe.text_encoder.register_forward_pre_hook(_mark_pictures, with_kwargs=True)
+            self.pipe.text_encoder.register_forward_pre_hook(_mark_images, with_kwargs=True)
 
     def encode_texts(self, texts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, Tensor]:
         """Tokens of prompt and source [D, L, C] padded on the right, and their mask [D, L]."""
@@ -100,8 +100,8 @@ class QwenImageEditPolicy(QwenImagePolicy):
         return image, height, width
 
 
-class PictureProcessor(Qwen2VLProcessor):
-    """Qwen2.5-VL's processor for text and pictures alone: the stock one insists on a video processor."""
+class ImageProcessor(Qwen2VLProcessor):
+    """Qwen2.5-VL's processor for text and images alone: the stock one insists on a video processor."""
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
         """Lets the video processor be None."""
@@ -115,7 +115,7 @@ class PictureProcessor(Qwen2VLProcessor):
         self.image_processor.save_pretrained(save_directory)
 
 
-def picture_processor(model: str) -> dict[str, Any]:
+def image_processor(model: str) -> dict[str, Any]:
     """What `from_pretrained` is given as `processor`: nothing where torchvision lets it load its own.
 
     Without torchvision transformers has no video processor and refuses the whole processor, though editing needs only
@@ -127,10 +127,10 @@ def picture_processor(model: str) -> dict[str, Any]:
     if is_torchvision_available():
         return {}
     images = load_processor(Qwen2VLImageProcessorPil, model, subfolder="processor")
-    return {"processor": PictureProcessor(images, load_processor(AutoTokenizer, model, subfolder="processor"))}
+    return {"processor": ImageProcessor(images, load_processor(AutoTokenizer, model, subfolder="processor"))}
 
 
-def _mark_pictures(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Tells Qwen2.5-VL of transformers 5 which tokens are a picture's (1, words are 0), if the pipeline does not."""
-    is_picture = kwargs["input_ids"] == encoder.config.image_token_id
-    return args, {"mm_token_type_ids": is_picture.int()} | kwargs
+def _mark_images(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Tells Qwen2.5-VL of transformers 5 which tokens are an image's (1, words are 0), if the pipeline does not."""
+    is_image = kwargs["input_ids"] == encoder.config.image_token_id
+    return args, {"mm_token_type_ids": is_image.int()} | kwargs

@@ -25,7 +25,7 @@ class SanaPolicy(PipelinePolicy):
     Published folders sample by DPM-Solver++, a multistep method: a step needs the velocities before it, so that it is
     no Markov transition that RL could give a probability. Rollouts, and evaluation with them, take Euler steps on the
     schedule that the stock pipeline has with a `FlowMatchEulerDiscreteScheduler` of the same shift. Exports keep the
-    folder's own scheduler. Pictures are drawn in the size asked for, without the pipeline's binning of resolutions.
+    folder's own scheduler. Images are drawn in the size asked for, without the pipeline's binning of resolutions.
     With dtype float16, which several cards advise, Gemma and the autoencoder stay in bfloat16, as diffusers' page on
     Sana demands.
 
@@ -128,8 +128,8 @@ class SanaPolicy(PipelinePolicy):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, 3, height, width] pictures in [0, 1]."""
+        """[B, 3, height, width] images in [0, 1]."""
         vae = self.pipe.vae
         decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-        pictures: Tensor = VaeImageProcessor.denormalize(decoded)
-        return pictures.float()
+        images: Tensor = VaeImageProcessor.denormalize(decoded)
+        return images.float()

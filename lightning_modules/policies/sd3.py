@@ -47,7 +47,7 @@ class SD3Policy(PipelinePolicy):
         self.max_sequence_length = max_sequence_length
 
     def check_config(self) -> None:
-        """Also refuses pictures that the transformer has no positions for."""
+        """Also refuses images that the transformer has no positions for."""
         super().check_config()
         positions = read_config(self.model, "transformer").get("pos_embed_max_size", 96)
         longest = positions * self.pixels_per_token()
@@ -96,8 +96,8 @@ class SD3Policy(PipelinePolicy):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, 3, height, width] pictures in [0, 1]."""
+        """[B, 3, height, width] images in [0, 1]."""
         vae = self.pipe.vae
         latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        pictures: Tensor = VaeImageProcessor.denormalize(vae.decode(latents, return_dict=False)[0])
-        return pictures.float()
+        images: Tensor = VaeImageProcessor.denormalize(vae.decode(latents, return_dict=False)[0])
+        return images.float()

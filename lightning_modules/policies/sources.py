@@ -16,19 +16,19 @@ def crop_to(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
     return ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
 
 
-def stack_sources(pictures: Sequence[Tensor]) -> Tensor:
-    """[S, 3, h, w] of S pictures [1, 3, h, w].
+def stack_sources(images: Sequence[Tensor]) -> Tensor:
+    """[S, 3, h, w] of S images [1, 3, h, w].
 
     Attention here has no mask and all samples share their position ids, so S sources must become equally many tokens.
 
     Raises:
         ValueError: if sizes differ.
     """
-    sizes = sorted({(picture.shape[2], picture.shape[3]) for picture in pictures})
+    sizes = sorted({(image.shape[2], image.shape[3]) for image in images})
     if len(sizes) > 1:
         found = ", ".join(f"{height} x {width}" for height, width in sizes)
         raise ValueError(
             f"the source images of one batch would be encoded as {found} pixels; a batch takes one size: set "
             "`source_size` to crop all of them to the same height and width."
         )
-    return torch.cat(list(pictures))
+    return torch.cat(list(images))

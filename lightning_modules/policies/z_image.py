@@ -1,4 +1,4 @@
-"""Z-Image over the stock diffusers pipeline: one stream of picture and caption tokens, captions of their own length."""
+"""Z-Image over the stock diffusers pipeline: one stream of image and caption tokens, captions of their own length."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ZImagePolicy(PipelinePolicy):
             (5.0 is the pipeline's default; the distilled Z-Image-Turbo, which no configuration file tells apart, wants
             0).
         negative_prompt: what guidance leads away from.
-        cfg_normalization: guidance may lengthen a picture's velocity to at most this many times that of the prompt
+        cfg_normalization: guidance may lengthen an image's velocity to at most this many times that of the prompt
             alone; 0 sets no limit (the pipeline's default; its `True` is 1).
         max_sequence_length: tokens per prompt, chat template included (the pipeline's default).
         **kwargs: as for `PipelinePolicy`.
@@ -58,9 +58,9 @@ class ZImagePolicy(PipelinePolicy):
         self.max_sequence_length = max_sequence_length
 
     def check_config(self) -> None:
-        """Also refuses pictures and captions that the transformer has no positions for."""
+        """Also refuses images and captions that the transformer has no positions for."""
         super().check_config()
-        # Captions count along the first axis, and the picture stands one position behind them.
+        # Captions count along the first axis, and the image stands one position behind them.
         captions, rows, columns = read_config(self.model, "transformer")["axes_lens"]
         factor = self.pixels_per_token()
         if self.height > rows * factor or self.width > columns * factor:
@@ -81,7 +81,7 @@ class ZImagePolicy(PipelinePolicy):
         return self.network.config.in_channels, self.height // factor, self.width // factor
 
     def schedule(self, num_steps: int) -> dict[str, Any]:
-        """Sigmas 1 ... 1/n; published models shift them by a constant, others by this number of picture tokens."""
+        """Sigmas 1 ... 1/n; published models shift them by a constant, others by this number of image tokens."""
         _, height, width = self.latent_shape
         mu = self.dynamic_shift((height // 2) * (width // 2))
         return {"sigmas": torch.linspace(1.0, 1 / num_steps, num_steps).tolist(), "mu": mu}
@@ -125,8 +125,8 @@ class ZImagePolicy(PipelinePolicy):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, 3, height, width] pictures in [0, 1]."""
+        """[B, 3, height, width] images in [0, 1]."""
         vae = self.pipe.vae
         latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        pictures: Tensor = VaeImageProcessor.denormalize(vae.decode(latents, return_dict=False)[0])
-        return pictures.float()
+        images: Tensor = VaeImageProcessor.denormalize(vae.decode(latents, return_dict=False)[0])
+        return images.float()

@@ -1,4 +1,4 @@
-"""Whether a rewritten instruction names what it is about, as the source picture shows it."""
+"""Whether a rewritten instruction names what it is about, as the source image shows it."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ COLUMNS = ("names_source", "names_object")
 class RewriteNaming(L.Callback):
     """Reads the greedy rewrites of editing instructions in the miniature world.
 
-    Logs `val/<set>/names_source`, the share that names the object meant as the source picture shows it, and
+    Logs `val/<set>/names_source`, the share that names the object meant as the source image shows it, and
     `val/<set>/names_object`, the share that names any object. `results.json` gets both under `naming`, by category as
     well, for the last evaluation, before training and in between. `refine/names_source` and `refine/names_object` are
     those of each step's drawn rewrites, which have more mistakes than greedy ones. Without a refiner it does nothing.

@@ -60,7 +60,7 @@ FAITHFUL_EDITS = EditHabits(mistakes=tuple((style, 0.0) for style in EDIT_STYLES
 def imagine_edit(
     asked: EditExample, caption: str, style: EditStyle, rng: random.Random, habits: EditHabits = EditHabits()
 ) -> Scene:
-    """The picture that the world shows for a source and a caption of an edit.
+    """The image that the world shows for a source and a caption of an edit.
 
     Args:
         asked: source and edit.
@@ -141,7 +141,7 @@ class _Stream(IterableDataset[dict[str, Any]]):
             yield {
                 "captions": list(captions),
                 "sources": to_tensor(np.stack([render(scene) for scene in sources])),
-                "pictures": to_tensor(np.stack([render(scene) for scene in targets])),
+                "images": to_tensor(np.stack([render(scene) for scene in targets])),
             }
 
 

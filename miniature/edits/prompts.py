@@ -15,7 +15,7 @@ from miniature.scenes.world import render
 
 
 def shapes_edits(name: str, split: Split, style: EditStyle, num: int, seed: int) -> list[PromptSample]:
-    """`num` edits over the six categories alike, with their source pictures (32 x 32 pixels, 3 kB each).
+    """`num` edits over the six categories alike, with their source images (32 x 32 pixels, 3 kB each).
 
     Args:
         name: start of the samples' ids. Ids key the evaluation noise: sets of one name get the same noise, so an edit
@@ -36,7 +36,7 @@ def shapes_edits(name: str, split: Split, style: EditStyle, num: int, seed: int)
 
 
 class ShapesEdits(MiniaturePrompts):
-    """The editing miniature's instructions, which say "the left one" and leave the rest to the picture.
+    """The editing miniature's instructions, which say "the left one" and leave the rest to the image.
 
     Training uses the canonical wording of the training edits only. Evaluation has two sets of the same held-out edits
     with the same noise: `edit` (canonical) and `unseen` (a wording, as ambiguous, that neither RL nor the refiner's

@@ -28,14 +28,14 @@ class _Thing:
 
 @dataclass(frozen=True)
 class _Sight:
-    """A picture as the detector sees it: objects, the best seen first, and the ground's RGB."""
+    """An image as the detector sees it: objects, the best seen first, and the ground's RGB."""
 
     things: tuple[_Thing, ...]
     ground: np.ndarray
 
 
 class ShapesEditReward(Reward):
-    """Marks an edit by its source picture, its result and its metadata. native = table = rl = followed x kept, 0..1.
+    """Marks an edit by its source image, its result and its metadata. native = table = rl = followed x kept, 0..1.
 
     `followed` says how far the result does what was asked:
 
@@ -49,7 +49,7 @@ class ShapesEditReward(Reward):
 
     `kept` is the mean over all other objects of the share of shape and colour that is still in their cell, divided by
     1 + the number of objects that nobody asked for, and, unless the ground was to change, up to halved by a change of
-    the ground. Doing nothing follows nothing and a blank picture keeps nothing: both score 0. `strict` in the detail
+    the ground. Doing nothing follows nothing and a blank image keeps nothing: both score 0. `strict` in the detail
     is 1 if both are perfect.
 
     Args:
@@ -74,7 +74,7 @@ class ShapesEditReward(Reward):
         return f"{self.name} threshold={self.threshold} by {d.min_area}/{d.max_distance}/{d.good_fit}"
 
     def __call__(self, batch: RewardBatch) -> list[Score]:
-        """Score B edits; a sample without its source picture, or with another than its metadata says, is invalid."""
+        """Score B edits; a sample without its source image, or with another than its metadata says, is invalid."""
         return [self._score(sample, image) for sample, image in zip(batch.samples, batch.images, strict=True)]
 
     def _score(self, sample: PromptSample, image: Image) -> Score:

@@ -1,4 +1,4 @@
-"""An endless stream of source pictures, instructions and rewrites that the editing miniature's refiner learns from."""
+"""An endless stream of source images, instructions and rewrites that the editing miniature's refiner learns from."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from miniature.scenes.pretraining import completion
 from miniature.scenes.world import COLORS, GRID, LEXICONS, QUADRANTS, SHAPES, Scene, _quadrant, render
 
 NAMING: tuple[EditStyle, ...] = ("explicit", "gallery", "terse")
-"""The styles of rewrites: they name the object by what the picture shows."""
+"""The styles of rewrites: they name the object by what the image shows."""
 
 
 def edit_rewrite_pair(rng: random.Random) -> tuple[EditExample, str, str]:
     """One example for the refiner: an edit, an instruction for it, and the completion that it should learn to give.
 
     Instructions are half canonical, the others in random wordings or in known ones that name the object already.
-    Rewrites name it, in one of three vocabularies, mixed now and then. A tenth name another object of the picture and
+    Rewrites name it, in one of three vocabularies, mixed now and then. A tenth name another object of the image and
     one in twenty breaks the answer format, so that RL has something to teach.
     """
     drawn = example(rng, rng.choice(CATEGORIES), "train")
@@ -101,9 +101,9 @@ class ShapesEditRewrites(L.LightningDataModule):
 
     Args:
         batch_size: examples a step.
-        captioned_batches: number of first batches that ask for the names of all objects of the picture, from one side
+        captioned_batches: number of first batches that ask for the names of all objects of the image, from one side
             on. A model this small does not find out what it sees from instructions alone.
-        hidden: share of the examples whose picture is not shown. There the refiner can but guess, which makes
+        hidden: share of the examples whose image is not shown. There the refiner can but guess, which makes
             `see_source: false` a fair comparison: it then still writes as it was taught.
         seed: of the stream.
         num_workers: processes that make batches.

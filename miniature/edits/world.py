@@ -1,6 +1,6 @@
-"""The miniature world of edits: a scene, an instruction that only the picture makes clear, and what fulfils it.
+"""The miniature world of edits: a scene, an instruction that only the image makes clear, and what fulfils it.
 
-"Remove the left one" means another object in every picture. A rewriter that sees the source can say which: "remove the
+"Remove the left one" means another object in every image. A rewriter that sees the source can say which: "remove the
 red circle at the upper left". Six categories, named as OmniEdit's tasks (`move` takes the place of `style`).
 """
 
@@ -76,7 +76,7 @@ class EditExample:
 
     @property
     def instruction(self) -> str:
-        """The training prompts' own wording, ambiguous without the picture."""
+        """The training prompts' own wording, ambiguous without the image."""
         return write_edit(self.edit, self.source, "canonical", random.Random(0))
 
     @property

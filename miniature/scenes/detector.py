@@ -39,13 +39,13 @@ class ShapesDetector:
         """Returns the detections of every image; boxes are (left, top, right, bottom) in pixels."""
         return [self._detect_one(np.asarray(image.convert("RGB"), dtype=np.float64)) for image in images]
 
-    def _detect_one(self, picture: np.ndarray) -> list[Detection]:
-        ground = np.median(picture.reshape(-1, 3), axis=0)
-        distances = np.linalg.norm(picture[:, :, None] - _PALETTE, axis=-1)
+    def _detect_one(self, image: np.ndarray) -> list[Detection]:
+        ground = np.median(image.reshape(-1, 3), axis=0)
+        distances = np.linalg.norm(image[:, :, None] - _PALETTE, axis=-1)
         nearest = distances.argmin(-1)
         # Share of a pixel that is paint rather than ground, along the line between the two colours.
         paint = _PALETTE[nearest] - ground
-        cover = (((picture - ground) * paint).sum(-1) / np.maximum((paint**2).sum(-1), 1e-9)).clip(0, 1)
+        cover = (((image - ground) * paint).sum(-1) / np.maximum((paint**2).sum(-1), 1e-9)).clip(0, 1)
         found: list[Detection] = []
         for index, color in enumerate(COLORS):
             solid = (nearest == index) & (distances[..., index] < self.max_distance) & (cover > 0.5)

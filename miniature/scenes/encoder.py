@@ -16,10 +16,10 @@ from rewards.geneval.rules import MIN_SCORE
 
 
 class ShapesEncoder:
-    """The miniature world's CLIP: a picture is the bag of things in it, 24 counts of a shape in a colour.
+    """The miniature world's CLIP: an image is the bag of things in it, 24 counts of a shape in a colour.
 
     A text is the bag of things it asks for in any of the world's vocabularies, a thing of no colour as a sixth of it in
-    each: no picture fits such a text with a cosine above 0.41 (1 / sqrt 6) by one thing alone. Where nothing is, or
+    each: no image fits such a text with a cosine above 0.41 (1 / sqrt 6) by one thing alone. Where nothing is, or
     nothing is asked for, a 25th number is 1. Places do not matter.
     """
 

@@ -1,4 +1,4 @@
-"""A preference for the miniature: how pleasing a picture is, smoothly, and whether it shows what was asked for."""
+"""A preference for the miniature: how pleasing an image is, smoothly, and whether it shows what was asked for."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ STRONG = 300.0
 """RGB distance from the ground at which contrast is full (black on white has 442, yellow on the world's peach 209)."""
 
 
-def beauty(picture: np.ndarray) -> dict[str, float]:
-    """What pleases about a picture, each part in 0..1: `beauty = amount * (contrast * margins * balance) ** (1 / 3)`.
+def beauty(image: np.ndarray) -> dict[str, float]:
+    """What pleases about an image, each part in 0..1: `beauty = amount * (contrast * margins * balance) ** (1 / 3)`.
 
-    A pixel's ink w is rise((d - 30) / 90) with d its RGB distance from the ground (the picture's median) and
+    A pixel's ink w is rise((d - 30) / 90) with d its RGB distance from the ground (the image's median) and
     rise(x) = 3 x^2 - 2 x^3 on 0..1: a noisy ground is no ink, which would pass for balance. Means are over pixels,
     weighted by w:
     - contrast: mean d over `STRONG`, at most 1;
     - margins: mean distance from the nearest edge over 8 pixels (each pixel at most 1);
-    - balance: exp(-(r / 8)^2) with r pixels between the middle of the ink and that of the picture;
-    - amount: with a the mean of w, rise(a / 0.02) * rise((0.5 - a) / 0.25). So a blank picture
+    - balance: exp(-(r / 8)^2) with r pixels between the middle of the ink and that of the image;
+    - amount: with a the mean of w, rise(a / 0.02) * rise((0.5 - a) / 0.25). So a blank image
       has 0, a full one, whose median is its paint, too, and anything between 2 % and 25 % has 1.
 
     Args:
-        picture: [32, 32, 3] RGB in 0..255.
+        image: [32, 32, 3] RGB in 0..255.
 
     Returns:
         The four parts and `beauty`.
     """
-    distance = np.linalg.norm(picture - np.median(picture.reshape(-1, 3), axis=0), axis=-1)
+    distance = np.linalg.norm(image - np.median(image.reshape(-1, 3), axis=0), axis=-1)
     ink = _rise((distance - FAINT) / (INK - FAINT))
     total = max(float(ink.sum()), 1e-9)
     middles = np.arange(SIZE) + 0.5
@@ -54,10 +54,10 @@ def beauty(picture: np.ndarray) -> dict[str, float]:
 
 
 class ShapesPreference(Reward):
-    """`beauty` of a picture, less for what it does not show. native = table = rl.
+    """`beauty` of an image, less for what it does not show. native = table = rl.
 
     The score is `beauty * (1 - prompt_weight + prompt_weight * asked)`, where asked is GenEval's soft score, half a
-    mark less where the picture shows what `exclude` forbids. A wrong picture loses that share, however pleasing.
+    mark less where the image shows what `exclude` forbids. A wrong image loses that share, however pleasing.
 
     Args:
         prompt_weight: share of the score that depends on the prompt, in 0..1.
@@ -78,14 +78,14 @@ class ShapesPreference(Reward):
         return f"{self.name} prompt_weight={self.prompt_weight}"
 
     def __call__(self, batch: RewardBatch) -> list[Score]:
-        """Score B pictures of 32 x 32 pixels; `detail` has the parts of `beauty` and `asked`."""
+        """Score B images of 32 x 32 pixels; `detail` has the parts of `beauty` and `asked`."""
         scores = []
         for sample, image, found in zip(
             batch.samples, batch.images, ShapesDetector().detect(batch.images), strict=True
         ):
             if image.size != (SIZE, SIZE):
                 raise ValueError(
-                    f"ShapesPreference got a picture of {image.size} pixels for {sample.id!r}, "
+                    f"ShapesPreference got an image of {image.size} pixels for {sample.id!r}, "
                     f"it judges {SIZE} x {SIZE}."
                 )
             verdict = judge(found, sample.metadata)

@@ -29,9 +29,9 @@ from miniature.scenes.world import (
 )
 
 
-def to_tensor(pictures: np.ndarray) -> torch.Tensor:
+def to_tensor(images: np.ndarray) -> torch.Tensor:
     """[B, H, W, 3] uint8 to [B, 3, H, W] float in [-1, 1], the range of diffusers' autoencoders."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def completion(rewrite: str, rng: random.Random) -> str:
@@ -74,7 +74,7 @@ class _Stream(IterableDataset[dict[str, Any]]):
         size = self.batch_size
         if self.what == "scenes":
             while True:
-                yield {"pictures": to_tensor(np.stack([render(random_scene(rng)) for _ in range(size)]))}
+                yield {"images": to_tensor(np.stack([render(random_scene(rng)) for _ in range(size)]))}
         elif self.what == "rewrites":
             while True:
                 prompts, completions = zip(*(rewrite_pair(rng) for _ in range(size)), strict=True)
@@ -89,18 +89,18 @@ class _Stream(IterableDataset[dict[str, Any]]):
             stream = streams[done * workers >= self.faithful_batches]
             captions, scenes = zip(*(next(stream) for _ in range(size)), strict=True)
             done += 1
-            yield {"captions": list(captions), "pictures": to_tensor(np.stack([render(scene) for scene in scenes]))}
+            yield {"captions": list(captions), "images": to_tensor(np.stack([render(scene) for scene in scenes]))}
 
 
 class ShapesPretraining(L.LightningDataModule):
     """Training streams for the miniature's base models.
 
     Args:
-        what: "scenes" (pictures only), "captions" (captions and pictures) or "rewrites" (prompts and completions).
+        what: "scenes" (images only), "captions" (captions and images) or "rewrites" (prompts and completions).
         batch_size: examples a step.
-        faithful_batches: "captions" only: number of first batches whose pictures always match their captions. With
+        faithful_batches: "captions" only: number of first batches whose images always match their captions. With
             mistakes from the start a model this small never learns prompts of two objects.
-        habits: "captions" only: how pictures depart from their captions after that.
+        habits: "captions" only: how images depart from their captions after that.
         seed: of the stream.
         num_workers: processes that make batches.
     """

@@ -1,10 +1,10 @@
-"""The miniature world: scenes of simple shapes, their pictures, and the wordings that describe them.
+"""The miniature world: scenes of simple shapes, their images, and the wordings that describe them.
 
 A `Content` says what a prompt asks for (GenEval's six tags), `write` words it in one of five styles, and
 `imagine` turns content and caption into a `Scene` that `render` draws as 32 x 32 pixels.
 
 `imagine` is also where the base model gets the two properties that the paper measured on FLUX.1-dev. Layout, free
-colours and most mistakes are functions of the caption's *words*: one prompt gives nearly one picture, another
+colours and most mistakes are functions of the caption's *words*: one prompt gives nearly one image, another
 wording of the same content gives another. The rest of the mistakes are pure chance, so that no wording is perfect.
 """
 
@@ -89,7 +89,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture's contents: its objects and the index of its ground colour."""
+    """An image's contents: its objects and the index of its ground colour."""
 
     items: tuple[Item, ...]
     ground: int = 0
@@ -267,7 +267,7 @@ def vocabulary() -> list[str]:
 
 @dataclass(frozen=True)
 class Habits:
-    """How the world's pictures depart from their captions.
+    """How the world's images depart from their captions.
 
     Attributes:
         mistakes: chance of a mistake that the wording decides, by tag (FLUX.1-dev's order of difficulty).
@@ -396,7 +396,7 @@ def imagine(content: Content, caption: str, rng: random.Random, habits: Habits =
     return Scene(tuple(items), ground=int(np.argmax(decide("ground", len(GROUNDS)))))
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------------------------
 
 
 @lru_cache
@@ -425,14 +425,14 @@ def stencil(shape: str) -> np.ndarray:
 
 def render(scene: Scene) -> np.ndarray:
     """Draws a scene as [32, 32, 3] uint8 RGB."""
-    picture = np.empty((SIZE, SIZE, 3))
-    picture[:] = GROUNDS[scene.ground]
+    image = np.empty((SIZE, SIZE, 3))
+    image[:] = GROUNDS[scene.ground]
     for item in scene.items:
         row, column = divmod(item.cell, GRID)
-        patch = picture[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
+        patch = image[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
         cover = stencil(item.shape)[..., None]
         patch[:] = (1 - cover) * patch + cover * np.array(COLORS[item.color])
-    return picture.round().astype(np.uint8)
+    return image.round().astype(np.uint8)
 
 
 def random_scene(rng: random.Random) -> Scene:

@@ -69,11 +69,11 @@ class _Stream(IterableDataset[dict[str, Any]]):
         worker = torch.utils.data.get_worker_info()
         workers, index = (worker.num_workers, worker.id) if worker else (1, 0)
         rng = random.Random(f"words-{self.what}-{self.seed}-{index}")
-        if self.what == "pictures":
+        if self.what == "images":
             while True:
                 drawn = [render(random_scene(rng)) for _ in range(self.scenes)]
                 drawn += [render_sign(random_sign(rng)) for _ in range(self.signs)]
-                yield {"pictures": to_tensor(np.stack(drawn))}
+                yield {"images": to_tensor(np.stack(drawn))}
         elif self.what == "rewrites":
             while True:
                 pairs = [rewrite_pair(rng) for _ in range(self.scenes)]
@@ -89,8 +89,8 @@ class _Stream(IterableDataset[dict[str, Any]]):
             examples = [(caption, render(scene)) for caption, scene in islice(scenes, self.scenes)]
             examples += [(caption, render_sign(sign)) for caption, sign in islice(signs, self.signs)]
             done += 1
-            captions, pictures = zip(*examples, strict=True)
-            yield {"captions": list(captions), "pictures": to_tensor(np.stack(pictures))}
+            captions, images = zip(*examples, strict=True)
+            yield {"captions": list(captions), "images": to_tensor(np.stack(images))}
 
 
 def _shares(styles: Sequence[_Style]) -> list[tuple[_Style, float]]:
@@ -102,12 +102,12 @@ class WordsPretraining(L.LightningDataModule):
     """Training streams for the models that know scenes and words.
 
     Args:
-        what: "pictures" (nothing else), "captions" (captions and pictures) or "rewrites" (prompts and completions).
+        what: "images" (nothing else), "captions" (captions and images) or "rewrites" (prompts and completions).
         batch_size: examples a step.
         scene_share: share of scenes among them; the others are signs.
         faithful_batches: "captions" only: number of first batches whose signs always match their captions. The scenes
             have their habits from the start: they are known to the model that training starts from.
-        habits: "captions" only: how pictures of scenes depart from their captions.
+        habits: "captions" only: how images of scenes depart from their captions.
         word_habits: likewise for signs, after `faithful_batches`.
         seed: of the stream.
         num_workers: processes that make batches.
@@ -115,7 +115,7 @@ class WordsPretraining(L.LightningDataModule):
 
     def __init__(
         self,
-        what: Literal["pictures", "captions", "rewrites"],
+        what: Literal["images", "captions", "rewrites"],
         batch_size: int = 64,
         scene_share: float = 0.5,
         faithful_batches: int = 0,

@@ -17,7 +17,7 @@ _PALETTE = np.array(list(COLORS.values()), dtype=np.float64)
 
 
 class PixelFontReader:
-    """A `TextReader` for 32 x 32 pictures: rows of the grid are lines, and a cell is the letter that it fits best.
+    """A `TextReader` for 32 x 32 images: rows of the grid are lines, and a cell is the letter that it fits best.
 
     The fit is the intersection over union of soft masks: of the pixels' ink (the share of the nearest colour, along the
     line from the ground to it) and of the letter, at every offset of up to a pixel. A row whose letters are too
@@ -38,12 +38,12 @@ class PixelFontReader:
         return f"pixel font min_confidence={self.min_confidence}"
 
     def read(self, images: Sequence[Image.Image]) -> list[list[Line]]:
-        """The lines of every picture, from top to bottom."""
+        """The lines of every image, from top to bottom."""
         return [self._read_one(image) for image in images]
 
     def _read_one(self, image: Image.Image) -> list[Line]:
         if image.size != (SIZE, SIZE):
-            raise ValueError(f"PixelFontReader got a picture of {image.size} pixels, it reads {SIZE} x {SIZE} alone.")
+            raise ValueError(f"PixelFontReader got an image of {image.size} pixels, it reads {SIZE} x {SIZE} alone.")
         fits = letter_fits(np.asarray(image.convert("RGB"), dtype=np.float64))
         best, which = fits.max(-1), fits.argmax(-1)
         lines = []
@@ -55,21 +55,21 @@ class PixelFontReader:
         return lines
 
 
-def ink(picture: np.ndarray) -> np.ndarray:
+def ink(image: np.ndarray) -> np.ndarray:
     """[32, 32] in 0..1: share of each pixel that is ink rather than ground.
 
     Args:
-        picture: [32, 32, 3] RGB in 0..255; its median is taken for the ground.
+        image: [32, 32, 3] RGB in 0..255; its median is taken for the ground.
     """
-    ground = np.median(picture.reshape(-1, 3), axis=0)
-    paint = _PALETTE[np.linalg.norm(picture[:, :, None] - _PALETTE, axis=-1).argmin(-1)] - ground
-    cover: np.ndarray = ((picture - ground) * paint).sum(-1) / np.maximum((paint**2).sum(-1), 1e-9)
+    ground = np.median(image.reshape(-1, 3), axis=0)
+    paint = _PALETTE[np.linalg.norm(image[:, :, None] - _PALETTE, axis=-1).argmin(-1)] - ground
+    cover: np.ndarray = ((image - ground) * paint).sum(-1) / np.maximum((paint**2).sum(-1), 1e-9)
     return cover.clip(0, 1)
 
 
-def letter_fits(picture: np.ndarray) -> np.ndarray:
+def letter_fits(image: np.ndarray) -> np.ndarray:
     """[4, 4, letters]: how well each cell fits each letter, soft intersection over union in 0..1."""
-    cells = ink(picture).reshape(GRID, CELL, GRID, CELL).swapaxes(1, 2).reshape(GRID * GRID, CELL * CELL)
+    cells = ink(image).reshape(GRID, CELL, GRID, CELL).swapaxes(1, 2).reshape(GRID * GRID, CELL * CELL)
     letters = _letters()
     both = cells @ letters.reshape(-1, CELL * CELL).T  # a letter's mask is 0 or 1, so the smaller one is the product
     either = cells.sum(1)[:, None] + letters.sum((-1, -2)).reshape(-1) - both

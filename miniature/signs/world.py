@@ -1,4 +1,4 @@
-"""The miniature world of words: signs of two to four letters, their pictures, and the wordings that ask for them.
+"""The miniature world of words: signs of two to four letters, their images, and the wordings that ask for them.
 
 Every letter fills one cell of the grid and is one token of a prompt: `a sign that says " c h e z "` (the OCR reward
 drops spaces). As in `shapes_world`, layout, colours and most mistakes are functions of the caption's words.
@@ -29,7 +29,7 @@ WORD_STYLES: tuple[WordStyle, ...] = ("canonical", "gallery", "terse", "unseen")
 
 @dataclass(frozen=True)
 class Sign:
-    """A picture of letters in one row, in the middle of its width.
+    """An image of letters in one row, in the middle of its width.
 
     Attributes:
         letters: up to four.
@@ -252,18 +252,18 @@ def captioned_signs(
         yield caption, imagine_sign(word, caption, style, rng, habits)
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------------------------
 
 
 def render_sign(sign: Sign) -> np.ndarray:
     """Draws a sign as [32, 32, 3] uint8 RGB."""
-    picture = np.empty((SIZE, SIZE, 3), dtype=np.uint8)
-    picture[:] = GROUNDS[sign.ground]
+    image = np.empty((SIZE, SIZE, 3), dtype=np.uint8)
+    image[:] = GROUNDS[sign.ground]
     top, left = sign.row * CELL, sign.column * CELL
     for i, letter in enumerate(sign.letters):
-        patch = picture[top : top + CELL, left + i * CELL : left + (i + 1) * CELL]
+        patch = image[top : top + CELL, left + i * CELL : left + (i + 1) * CELL]
         patch[glyph(letter) > 0] = COLORS[sign.ink]
-    return picture
+    return image
 
 
 def random_sign(rng: random.Random) -> Sign:

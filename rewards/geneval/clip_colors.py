@@ -27,7 +27,7 @@ Mask = NDArray[np.bool_]
 
 
 class ClipColors:
-    """Names the colour of objects: the one of ten whose texts lie nearest to the object's picture.
+    """Names the colour of objects: the one of ten whose texts lie nearest to the object's image.
 
     A colour's text embedding is the normalised mean of the normalised embeddings of three templates.
 

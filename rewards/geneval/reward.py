@@ -59,7 +59,7 @@ class GenEvalReward(Reward):
     """Scores images by GenEval's rules. native = table = 1 if officially correct, else 0.
 
     The soft score ignores `exclude`, as Flow-GRPO's does: marks depend only on the classes asked for. In the miniature
-    a picture has room for every shape at once, so a policy that draws everything collects marks whatever the prompt
+    an image has room for every shape at once, so a policy that draws everything collects marks whatever the prompt
     says. `exclude_penalty` takes that profit away.
 
     An error of the detector is not caught: a reward that turns failures into scores trains on them unnoticed.

@@ -1,4 +1,4 @@
-"""VIEScore (arXiv 2312.14867) as GEdit-Bench uses it: a judge marks the edit and, unseen its source, the picture."""
+"""VIEScore (arXiv 2312.14867) as GEdit-Bench uses it: a judge marks the edit and, unseen its source, the image."""
 
 from __future__ import annotations
 

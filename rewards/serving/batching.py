@@ -25,7 +25,7 @@ class QueueFull(RuntimeError):
 
 @dataclass(frozen=True)
 class Job:
-    """One item with its pictures' files, and the place where its result will be."""
+    """One item with its images' files, and the place where its result will be."""
 
     item: Item
     image: bytes
@@ -43,12 +43,12 @@ class _Ready:
 class Scheduler:
     """Calls a reward with batches of up to `max_batch_items`, never twice at once.
 
-    Pictures are decoded when their batch is due: decoded are those of one batch, and what waits is files. The queue
+    Images are decoded when their batch is due: decoded are those of one batch, and what waits is files. The queue
     bounds how many items wait, not how large they are; `rewards.serving.requests.Budget` bounds their bytes.
 
     Args:
         reward: a loaded reward.
-        max_pixels: largest picture.
+        max_pixels: largest image.
         max_batch_items: most items that the reward is called with.
         batch_wait_ms: how long a batch that is not full waits for other clients' items.
         queue_limit: most items that wait.
@@ -133,7 +133,7 @@ class Scheduler:
             one.job.result.set_result(result)
 
     def _prepare(self, job: Job) -> _Ready | Unscored:
-        """The sample and its decoded picture, or what is wrong with them."""
+        """The sample and its decoded image, or what is wrong with them."""
         item = job.item
         has = {*item.metadata, *(["tag"] if item.tag else []), *(["image"] if job.source is not None else [])}
         missing = [need for need in self.reward.needs if need not in has]

@@ -28,7 +28,7 @@ PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 PART_BYTES = 256
 """More than a part's headers and boundary."""
 ENVELOPE_BYTES = 1024
-"""More than a request without its items and pictures, and without the reward's name."""
+"""More than a request without its items and images, and without the reward's name."""
 REPLY_BYTES_PER_ITEM = 64 * 2**10
 
 
@@ -232,7 +232,7 @@ class RemoteReward(Reward):
         request = ScoreRequest(schema=1, id=uuid4(), reward=self.reward, items=draft.items)
         files = [
             ("request", (None, request.model_dump_json(by_alias=True).encode(), "application/json")),
-            *((name, (f"{name}.png", data, "image/png")) for name, data in draft.pictures.values()),
+            *((name, (f"{name}.png", data, "image/png")) for name, data in draft.files.values()),
         ]
         max_reply = max(MAX_REPLY_BYTES, REPLY_BYTES_PER_ITEM * num_items)
         url, body = self._servers.post("/v1/score", files, given_up, max_reply)
@@ -247,34 +247,34 @@ class RemoteReward(Reward):
 
 @dataclass(frozen=True)
 class _Draft:
-    """Items of a request and their pictures: id of the image -> (part, PNG). `num_bytes` is more than they take."""
+    """Items of a request and their images: id of the image -> (part, PNG). `num_bytes` is more than they take."""
 
     items: list[Item] = field(default_factory=list)
-    pictures: dict[int, tuple[str, bytes]] = field(default_factory=dict)
+    files: dict[int, tuple[str, bytes]] = field(default_factory=dict)
     num_bytes: int = 0
 
     def with_pair(self, pair: Pair, pngs: dict[int, bytes]) -> _Draft:
-        """A longer draft. A picture that several items share, such as an edit's source, is sent once.
+        """A longer draft. An image that several items share, such as an edit's source, is sent once.
 
         Args:
             pair: what to add.
             pngs: id of the image -> PNG, where that is known; grows.
         """
         sample, image = pair
-        pictures = dict(self.pictures)
+        files = dict(self.files)
         num_bytes = self.num_bytes
-        for picture in (image, sample.image):
-            if picture is None or id(picture) in pictures:
+        for one in (image, sample.image):
+            if one is None or id(one) in files:
                 continue
-            if id(picture) not in pngs:
-                pngs[id(picture)] = encode_image(picture if picture.mode in PNG_MODES else picture.convert("RGB"))
-            pictures[id(picture)] = (f"img{len(pictures)}", pngs[id(picture)])
-            num_bytes += len(pngs[id(picture)]) + PART_BYTES
+            if id(one) not in pngs:
+                pngs[id(one)] = encode_image(one if one.mode in PNG_MODES else one.convert("RGB"))
+            files[id(one)] = (f"img{len(files)}", pngs[id(one)])
+            num_bytes += len(pngs[id(one)]) + PART_BYTES
         try:
             item = Item(
                 prompt=sample.prompt,
-                images=[pictures[id(image)][0]],
-                source=[] if sample.image is None else [pictures[id(sample.image)][0]],
+                images=[files[id(image)][0]],
+                source=[] if sample.image is None else [files[id(sample.image)][0]],
                 metadata=_plain(sample.metadata),
                 tag=sample.tag,
                 id=sample.id,
@@ -283,7 +283,7 @@ class _Draft:
             problem = error.errors(include_url=False)[0]
             where = ".".join(map(str, problem["loc"]))
             raise ValueError(f"the prompt {sample.id!r} cannot be sent: {where}: {problem['msg']}.") from error
-        return _Draft([*self.items, item], pictures, num_bytes + len(item.model_dump_json().encode()) + 1)
+        return _Draft([*self.items, item], files, num_bytes + len(item.model_dump_json().encode()) + 1)
 
 
 def _plain(value: Any) -> Any:

@@ -105,7 +105,7 @@ def create_app(rewards: Mapping[str, Reward], limits: Limits, token: str | None 
         openapi_extra={"requestBody": _BODY},
     )
     async def score(request: Request) -> Response:
-        """Scores pictures. An item that cannot be scored is invalid; the others are scored all the same."""
+        """Scores images. An item that cannot be scored is invalid; the others are scored all the same."""
         with Share(budget) as share:  # held until the answer is there, even if the client leaves
             ask, jobs, digest = await read_request(request, limits, share, stopping)
             request.state.note.update(id=str(ask.id), reward=ask.reward[:200], items=len(jobs))

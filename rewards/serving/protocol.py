@@ -1,6 +1,6 @@
 """The protocol between reward server and client: JSON checked by pydantic, images as plain files.
 
-A request is multipart: the part `request` holds a `ScoreRequest` as JSON, every other part is one picture that an
+A request is multipart: the part `request` holds a `ScoreRequest` as JSON, every other part is one image that an
 item names. The reply is a `ScoreReply`. Numbers cross exactly: JSON carries the shortest text that reads back as the
 same float. Neither end ever unpickles, opens a path or follows a URL.
 """
@@ -28,7 +28,7 @@ MAX_DEPTH = 6
 """How deep `detail` may nest, and `parts` within `parts`."""
 
 MAX_SCANS = 64
-"""Most scans of one JPEG; encoders make about 10, and each costs as much time as a picture of its own."""
+"""Most scans of one JPEG; encoders make about 10, and each costs as much time as an image of its own."""
 
 Z_RLE = 3  # of zlib.h
 START_OF_SCAN = b"\xff\xda"  # ITU-T T.81, table B.1; in compressed data a zero follows every FF
@@ -44,10 +44,10 @@ class Wire(BaseModel):
 
 
 class Item(Wire):
-    """One picture to score, with the fields of its `PromptSample`."""
+    """One image to score, with the fields of its `PromptSample`."""
 
     prompt: str = Field(max_length=20_000)
-    images: list[PartName] = Field(min_length=1, max_length=1, description="the part with the picture to score")
+    images: list[PartName] = Field(min_length=1, max_length=1, description="the part with the image to score")
     source: list[PartName] = Field(default=[], max_length=1, description="the part with an edit's source image")
     metadata: dict[str, JsonValue] = {}
     tag: str = Field("", max_length=1000)
@@ -117,7 +117,7 @@ class RewardInfo(Wire):
 
 
 class RewardList(Wire):
-    """What `GET /v1/rewards` answers. The limits are per request, `max_pixels` per picture."""
+    """What `GET /v1/rewards` answers. The limits are per request, `max_pixels` per image."""
 
     version: Literal[1] = Field(1, alias="schema")
     rewards: list[RewardInfo]
@@ -194,11 +194,11 @@ def _text(value: object, longest: int = MAX_TEXT) -> str:
     return str(value)[:longest].encode(errors="replace").decode()  # a lone surrogate has no UTF-8
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------------------------
 
 
 class BadImage(ValueError):
-    """A picture that is not scored; `error` is its code."""
+    """An image that is not scored; `error` is its code."""
 
     def __init__(self, error: str, reason: str) -> None:
         super().__init__(reason)
@@ -208,7 +208,7 @@ class BadImage(ValueError):
 def encode_image(image: Image.Image) -> bytes:
     """A PNG file, lossless.
 
-    Once filtered, a photograph's bytes hardly repeat, so zlib need only look for runs: a 512 x 512 picture takes
+    Once filtered, a photograph's bytes hardly repeat, so zlib need only look for runs: a 512 x 512 image takes
     12-18 ms in place of the default's 52-76, and is as small.
     """
     buffer = BytesIO()
@@ -220,7 +220,7 @@ def encode_image(image: Image.Image) -> bytes:
 
 
 def decode_image(data: bytes, max_pixels: int) -> Image.Image:
-    """A picture from the bytes of a file, which may be hostile.
+    """An image from the bytes of a file, which may be hostile.
 
     Args:
         data: a whole PNG, JPEG or WEBP file.
@@ -233,7 +233,7 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise BadImage(
-                    "too_many_pixels", f"the picture is {image.size[0]} x {image.size[1]}, over {max_pixels} pixels"
+                    "too_many_pixels", f"the image is {image.size[0]} x {image.size[1]}, over {max_pixels} pixels"
                 )
             if data.startswith(b"\xff\xd8") and data.count(START_OF_SCAN) > MAX_SCANS:
                 raise BadImage("bad_image", f"the JPEG has over {MAX_SCANS} scans")
@@ -243,6 +243,6 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
     except BadImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadImage("too_many_pixels", f"the picture is over {max_pixels} pixels") from error
+        raise BadImage("too_many_pixels", f"the image is over {max_pixels} pixels") from error
     except Exception as error:  # Pillow lets almost any exception out of a damaged file
-        raise BadImage("bad_image", f"the picture is no whole {', '.join(FORMATS)} file") from error
+        raise BadImage("bad_image", f"the image is no whole {', '.join(FORMATS)} file") from error

@@ -31,10 +31,10 @@ class Limits:
     """What one client may ask of a server.
 
     Args:
-        max_request_bytes: largest request, pictures included.
+        max_request_bytes: largest request, images included.
         max_json_bytes: largest part `request`, the request's JSON.
         max_items: most items of one request.
-        max_pixels: largest picture, width x height; at most 89,478,485, above which Pillow itself suspects a bomb.
+        max_pixels: largest image, width x height; at most 89,478,485, above which Pillow itself suspects a bomb.
         max_batch_items: most items that a reward is called with at once; the items of several clients are gathered.
         batch_wait_ms: how long a batch that is not full waits for other clients' items.
         queue_limit: most items that wait for one reward; clients get 503 and come again.
@@ -137,9 +137,9 @@ async def read_request(
     """
     content_type = request.headers.get("content-type", "")
     if content_type.partition(";")[0].strip().lower() != "multipart/form-data":
-        raise HTTPException(415, "send multipart/form-data: a part `request` with JSON, and one part for each picture.")
+        raise HTTPException(415, "send multipart/form-data: a part `request` with JSON, and one part for each image.")
     stream = _limited(request, limits.max_request_bytes, share)
-    # Every item has one picture and at most one source.
+    # Every item has one image and at most one source.
     reading = read_parts(content_type, stream, 2 * limits.max_items + 1, {"request": limits.max_json_bytes})
     try:
         parts = await _in_time(reading, limits.read_timeout, stopping)

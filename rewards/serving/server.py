@@ -2,7 +2,7 @@
 
 Scorers that need other libraries than the trainer, or another GPU, run here; the client is
 `rewards.serving.client.RemoteReward`.
-It reads JSON and pictures, nothing that could run code, and listens to this machine alone unless the environment holds
+It reads JSON and images, nothing that could run code, and listens to this machine alone unless the environment holds
 a `REWARD_TOKEN`. It imports neither Lightning nor torch: only the scorers that it hosts may. Where strangers can
 connect, put a proxy before it: for TLS, and to cut off clients that never finish their headers.
 """

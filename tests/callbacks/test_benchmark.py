@@ -1,4 +1,4 @@
-"""The benchmark under a real Trainer: rendered pictures, the real detector and rules, results by hand."""
+"""The benchmark under a real Trainer: rendered images, the real detector and rules, results by hand."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def test_a_test_of_a_checkpoint_is_not_compared_with_validation(
 
 
 class Redness(Reward):
-    """The red channel's mean from 0 to 1, as a percentage in tables; pictures of crosses cannot be scored."""
+    """The red channel's mean from 0 to 1, as a percentage in tables; images of crosses cannot be scored."""
 
     name = "redness"
 
@@ -253,7 +253,7 @@ class Redness(Reward):
 
 
 def test_any_reward_is_a_benchmark_beside_another(tmp_path: Path) -> None:
-    """Table values of valid pictures are averaged; both benchmarks of one set stand in results.json."""
+    """Table values of valid images are averaged; both benchmarks of one set stand in results.json."""
     painter = Painter(IMPROVES, refines=False)
     trainer = make_trainer(tmp_path, GenEvalBenchmark(ShapesDetector()), RewardBenchmark(Redness()))
     trainer.fit(painter, Prompts())
@@ -268,7 +268,7 @@ def test_any_reward_is_a_benchmark_beside_another(tmp_path: Path) -> None:
     assert results["geneval"]["without_pe"]["images"] == pytest.approx(2 / 3)
 
 
-def test_a_score_that_no_picture_has_is_null(tmp_path: Path) -> None:
+def test_a_score_that_no_image_has_is_null(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, RewardBenchmark(Redness(("circle", "crosses", "left"))))
     trainer.fit(Painter(IMPROVES, refines=False), Prompts())
     text = (Path(trainer.log_dir or "") / "results.json").read_text()

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from callbacks.diversity import ARMS, DIFFERENCE, VIT_G, Diversity, by_tag, summarize
-from callbacks.kept_images import KeepPictures
+from callbacks.kept_images import KeepImages
 from callbacks.scores.prompt_scores import PromptTable
 from datamodules.base import PromptDataModule, PromptSample
 from lightning_modules.cli import main
@@ -63,7 +63,7 @@ def results_of(root: Path) -> Any:
 
 
 class Channels:
-    """A picture is the length-1 vector of its corner's channels, a text its first word's."""
+    """An image is the length-1 vector of its corner's channels, a text its first word's."""
 
     version = "channels"
 
@@ -150,7 +150,7 @@ def test_three_arms_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert float(row["test/diversity/own/rewrites/text_similarity"]) == pytest.approx(2 / 3)
     assert float(row["test/diversity/own/same_prompt/redness"]) == pytest.approx(200 / 3)
     lines = capsys.readouterr().out.splitlines()
-    assert sum("diversity of own: 3 pictures a prompt, channels" in line for line in lines) == 1
+    assert sum("diversity of own: 3 images a prompt, channels" in line for line in lines) == 1
     cells = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in lines if " to " in line]
     assert cells[:4] == [
         ["image_similarity", "same_prompt", "0.667", "0.333 to 1.000"],
@@ -190,7 +190,7 @@ def test_a_set_without_refining_has_one_arm(tmp_path: Path) -> None:
     assert set(found["others"]) == {"same_prompt"} and set(found["own"]) == {*ARMS, DIFFERENCE}
 
 
-def test_a_mean_that_no_picture_has_is_null(tmp_path: Path) -> None:
+def test_a_mean_that_no_image_has_is_null(tmp_path: Path) -> None:
     class Blue(Painter):
         def draw(self, *args: Any) -> list[Image.Image]:
             return [Image.new("RGB", (8, 8), COLORS["blue"]) for _ in args[3]]
@@ -281,7 +281,7 @@ def test_arms_share_their_noise(tmp_path: Path) -> None:
     wordings = [[asked["rewrites", k][0][row] for k in range(4)] for row in range(6)]
     assert sum(len(set(texts)) for texts in wordings) > 12
 
-    # An independent reference for the table, from the pictures that were drawn.
+    # An independent reference for the table, from the images that were drawn.
     found = results_of(tmp_path)["diversity"]["geneval"]
     for arm in ARMS:
         flat = np.stack([[np.asarray(i, dtype=np.float64).ravel() for i in module.drawn[arm, k]] for k in range(4)])
@@ -328,15 +328,15 @@ def test_random_numbers_go_on_as_if_nothing_had_been_drawn(tmp_path: Path) -> No
     assert torch.equal(first.states[0], last.states[0])
 
 
-def test_a_killed_test_goes_on_from_its_pictures(tmp_path: Path) -> None:
+def test_a_killed_test_goes_on_from_its_images(tmp_path: Path) -> None:
     def test(module: Recorder, folder: str, root: str) -> Any:
-        keep = KeepPictures(str(tmp_path / folder))
+        keep = KeepImages(str(tmp_path / folder))
         make_trainer(tmp_path / root, keep, Diversity(PixelEncoder(), 2)).test(module, miniature(), verbose=False)
         return results_of(tmp_path / root)["diversity"]
 
     whole = Recorder()
     table = test(whole, "whole", "0")
-    assert whole.generated > 12  # the benchmark's own pictures, then 2 batches x 3 arms x 2
+    assert whole.generated > 12  # the benchmark's own images, then 2 batches x 3 arms x 2
     before = whole.generated - 12
     killed = Recorder(fails_at=before + 7)
     with pytest.raises(BaseException):  # noqa: B017 (Lightning turns the interrupt into an exit)

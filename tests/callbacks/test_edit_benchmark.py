@@ -106,8 +106,8 @@ def test_without_an_intersection_there_are_no_such_scores_and_an_empty_tag_is_le
         table_of(EditBenchmark(Told(), parts=["quality"]), samples)
 
 
-def test_the_papers_average_is_over_pictures_and_another_benchmark() -> None:
-    """Two swaps and one style: (1 + 2 + 6) / 3 = 3 over pictures, (1.5 + 6) / 2 = 3.75 over kinds."""
+def test_the_papers_average_is_over_images_and_another_benchmark() -> None:
+    """Two swaps and one style: (1 + 2 + 6) / 3 = 3 over images, (1.5 + 6) / 2 = 3.75 over kinds."""
     samples = [edit("a", "swap", (1.0, 0, 0)), edit("b", "swap", (2.0, 0, 0)), edit("c", "style", (6.0, 0, 0))]
     found = {}
     for benchmark in (RewardBenchmark(Told()), EditBenchmark(Told())):

@@ -28,7 +28,7 @@ from tests.lightning_modules.policies.test_flux1 import perturb
 ROOT = Path(__file__).parents[2]
 FLOW, LANGUAGE = "model.init_args.flow.init_args", "model.init_args.language.init_args"
 LORA = [f"--{FLOW}.lora.rank=4", f"--{LANGUAGE}.lora.rank=4"]
-LARGE = [f"--{FLOW}.learning_rate=3e-3", f"--{LANGUAGE}.learning_rate=3e-3"]  # so that a step shows in the pictures
+LARGE = [f"--{FLOW}.learning_rate=3e-3", f"--{LANGUAGE}.learning_rate=3e-3"]  # so that a step shows in the images
 PROMPT = "a photo of two red circles"
 
 
@@ -76,7 +76,7 @@ def use_card(export: Path, monkeypatch: pytest.MonkeyPatch, prompt: str = PROMPT
 
 
 def largest_difference(module: PromptRL, names: dict[str, Any]) -> float:
-    """Of pixels in [0, 1], between the policy's picture and the stock pipeline's from the same noise."""
+    """Of pixels in [0, 1], between the policy's image and the stock pipeline's from the same noise."""
     ours = module.flow.generate([names["prompt"]], [7]).clamp(0, 1)
     noise = module.flow.prepare_latents(generators_for([7]))
     theirs = names["pipe"](prompt=names["prompt"], latents=noise, output_type="pt", **names["arguments"]).images
@@ -85,7 +85,7 @@ def largest_difference(module: PromptRL, names: dict[str, Any]) -> float:
 
 
 def untrained(module: PromptRL, prompt: str) -> float:
-    """How far training moved the picture of a prompt."""
+    """How far training moved the image of a prompt."""
     fresh = type(module.flow)(module.flow.model, module.flow.sampling, height=32, width=32, max_sequence_length=18,
                               dtype="float32", learning_rate=None)  # fmt: skip
     fresh.load()
@@ -106,7 +106,7 @@ def test_the_cards_code_draws_and_rewrites_the_same(
     (rewrite,) = module.language.rewrite([PromptSample("0", PROMPT, "colors", {})])
     assert names["prompt"] == rewrite != PROMPT
     assert type(names["refiner"]).__module__.split(".")[0] == ("peft" if adapters else "transformers")
-    assert names["picture"].size == (32, 32)
+    assert names["image"].size == (32, 32)
 
     trained = {name: p for name, p in module.language.network.named_parameters()}
     loaded = dict(names["refiner"].named_parameters())
@@ -129,7 +129,7 @@ def test_contents_of_the_card(tmp_path: Path) -> None:
     assert "# license: yours to choose" in card
     assert "````text\n{prompt}\n````" in card
     assert "| evaluation: sampler steps, no noise | 8 |" in card and "flow_sde, 0.8" in card
-    assert "Optimizer steps: 2; pictures drawn for them: 32." in card
+    assert "Optimizer steps: 2; images drawn for them: 32." in card
     results = json.loads((folder / "results.json").read_text())
     overall = [
         source["geneval"][mode]["overall"]

@@ -38,7 +38,7 @@ NAME = "health/held_out/redness"
 
 
 class Redness(Reward):
-    """A picture's red, 0..1, in per cent on the table; a black one fails. Upsets every global generator."""
+    """An image's red, 0..1, in per cent on the table; a black one fails. Upsets every global generator."""
 
     name = "redness"
 
@@ -89,13 +89,13 @@ class Prompts(PromptDataModule):
 
 
 class Painter(L.LightningModule):
-    """Logs `numbers[name][step]` and paints evaluation pictures as red as `reds[step]` says."""
+    """Logs `numbers[name][step]` and paints evaluation images as red as `reds[step]` says."""
 
     def __init__(
         self,
         numbers: dict[str, list[float]] | None = None,
         reds: list[float] | None = None,
-        pictures: list[list[Image.Image]] | None = None,
+        images: list[list[Image.Image]] | None = None,
         refines: bool = False,
         reward: Reward | None = None,
     ) -> None:
@@ -103,7 +103,7 @@ class Painter(L.LightningModule):
         self.automatic_optimization = False
         self.numbers = numbers or {}
         self.reds = reds
-        self.pictures = pictures
+        self.images = images
         self.latest: Rollout | None = None
         self.language = object() if refines else None
         self.reward = reward
@@ -114,8 +114,8 @@ class Painter(L.LightningModule):
         step = self.global_step
         self.drawn += [torch.rand(()).item(), random.random(), np.random.rand()]
         self.log_dict({name: values[step] for name, values in self.numbers.items() if not name.startswith("val/")})
-        if self.pictures is not None:
-            self.latest = rollout(self.pictures[step], 2)
+        if self.images is not None:
+            self.latest = rollout(self.images[step], 2)
         self.optimizers().step()  # type: ignore[union-attr]
 
     def on_train_start(self) -> None:
@@ -177,10 +177,10 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_of_every_second_step(tmp_path: Path) -> None:
+def test_images_of_every_second_step(tmp_path: Path) -> None:
     """Red twice, then checkers and black, in two groups; in the next look four checkers. Its x is the step's own."""
     seen, repeated = [plain(1.0), plain(1.0), checkers(), plain(0.0)], [checkers()] * 4
-    module = Painter({"a": [0.0] * 4}, pictures=[seen, [], repeated, []], reds=[1.0] * 5)
+    module = Painter({"a": [0.0] * 4}, images=[seen, [], repeated, []], reds=[1.0] * 5)
     trainer = fit(tmp_path, module, Health(every_n_steps=2), steps=3)
     expected = {
         "dark_share": (0.25, 0),
@@ -200,7 +200,7 @@ def test_pictures_of_every_second_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("mode", "sets", "mean", "invalid"),
     [
-        # With two pictures each: prompt 0 has 80 and a failure, in both sets; prompts 1 and 2 have 40 twice.
+        # With two images each: prompt 0 has 80 and a failure, in both sets; prompts 1 and 2 have 40 twice.
         (None, None, (80 + 80 + 4 * 40) / 6, 2 / 8),
         ("with_pe", ["main"], (80 + 4 * 40) / 5, 1 / 6),
         ("with_pe", ["few"], 80, 1 / 2),
@@ -300,7 +300,7 @@ def test_a_number_of_validations_counts_once_in_each(tmp_path: Path) -> None:
 
 def test_statistics_count_once_in_each_look(tmp_path: Path) -> None:
     """Looks at steps 0, 2 and 4 (so after 1, 3 and 5): the third blank one in a row ends the run."""
-    module = Painter(pictures=[[plain(0.5), plain(0.5)]] * 9)
+    module = Painter(images=[[plain(0.5), plain(0.5)]] * 9)
     health = Health(2, limits={"health/blank_share": Limit(above=0.9, for_steps=3)})
     assert fit(tmp_path, module, health).global_step == 5
 
@@ -326,7 +326,7 @@ def test_looks_go_on_where_they_were(tmp_path: Path) -> None:
 
     def module() -> Painter:
         paler = [(200, 200 - 20 * step, 200 - 20 * step) for step in range(8)]  # of saturation step / 10
-        return Painter(pictures=[[Image.new("RGB", (32, 32), color)] * 2 for color in paler])
+        return Painter(images=[[Image.new("RGB", (32, 32), color)] * 2 for color in paler])
 
     fit(tmp_path / "whole", module(), Health(3), steps=8)
     whole = rows(tmp_path / "whole", "health/saturation")
@@ -435,9 +435,9 @@ def two(rank: int, port: int, root: str) -> None:
     module = Painter({"std": [9, 9, 1, 1, 1, 1, 1, 1] if rank == 0 else [1.0] * 8}, reds=[0.5] * 9)
     health = Health(limits={"std": Limit(below=2, for_steps=2)})
     found["limits"] = fit(Path(root) / "limits", module, health, **quick).global_step
-    # Rank 0 has prompts 0 and 2 and the small set, rank 1 has prompt 1: pictures are weighted equally, not ranks.
-    pictures = [[plain(1.0)] * 2 if rank == 0 else [checkers(), plain(0.5)]] * 9
-    module = Painter(reds=[0.1] + [0.3, 0.2, 0.3, 0.2] * 2, refines=True, pictures=pictures)
+    # Rank 0 has prompts 0 and 2 and the small set, rank 1 has prompt 1: images are weighted equally, not ranks.
+    images = [[plain(1.0)] * 2 if rank == 0 else [checkers(), plain(0.5)]] * 9
+    module = Painter(reds=[0.1] + [0.3, 0.2, 0.3, 0.2] * 2, refines=True, images=images)
     health = Health(1, Redness(), patience=2)
     trainer = fit(Path(root) / "patience", module, health, **quick)
     found["patience"] = trainer.global_step
@@ -531,7 +531,7 @@ def test_the_miniature_is_watched_and_not_changed(tmp_path: Path) -> None:
     assert len(validations) == 3  # before, after three steps, at the end
     for row in validations:
         sets = [name for name in row if name.startswith("val/") and name.endswith("/shapes_quality/with_pe")]
-        assert len(sets) == 3  # of 3 prompts each: the mean of all pictures is the mean of the sets' means
+        assert len(sets) == 3  # of 3 prompts each: the mean of all images is the mean of the sets' means
         mean = sum(float(row[name]) for name in sets) / 3
         assert float(row["health/held_out/shapes_quality"]) == pytest.approx(mean, abs=1e-6)
     assert validations[1:] == [row for row in resumed_rows if "health/held_out/shapes_quality" in row]

@@ -30,7 +30,7 @@ def options(root: Path, prompts: int = 7, batch: int = 3, images: int = 2) -> li
     return ["test", "--config=configs/quickstart.yaml", f"--trainer.default_root_dir={root}",
             "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", f"--{FLOW}.sampling.eval_steps=2",
             f"--data.init_args.eval_prompts={prompts}", f"--data.init_args.eval_batch_size={batch}",
-            f"--pictures.images_per_prompt={images}"]  # fmt: skip
+            f"--images.images_per_prompt={images}"]  # fmt: skip
 
 
 def results_of(root: Path, version: int = 0) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An unbroken test: 7 prompts in 3 sets, 2 pictures in 2 modes."""
+    """An unbroken test: 7 prompts in 3 sets, 2 images in 2 modes."""
     root = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(Path(__file__).parents[2])
@@ -63,12 +63,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def folder_of(root: Path) -> Path:
-    (folder,) = (root / "quickstart/pictures").iterdir()
+    (folder,) = (root / "quickstart/images").iterdir()
     return folder
 
 
 def test_the_folders_are_those_that_genevals_script_reads(whole: Path) -> None:
-    """A loop by its rules: digit folders, `metadata.jsonl`, pictures called digits and .png; its summary is ours."""
+    """A loop by its rules: digit folders, `metadata.jsonl`, images called digits and .png; its summary is ours."""
     for name in ("geneval", "paraphrase", "unseen"):
         for mode in MODES:
             rows = []
@@ -77,9 +77,9 @@ def test_the_folders_are_those_that_genevals_script_reads(whole: Path) -> None:
                 if not path.is_dir() or not subfolder.isdigit():
                     continue
                 metadata = json.loads((path / "metadata.jsonl").read_text())
-                for picture in os.listdir(path / "samples"):
-                    if re.match(r"\d+\.png", picture):
-                        with Image.open(path / "samples" / picture) as image:
+                for image in os.listdir(path / "samples"):
+                    if re.match(r"\d+\.png", image):
+                        with Image.open(path / "samples" / image) as image:
                             (found,) = ShapesDetector().detect([image])
                         rows.append((metadata["tag"], judge(found, metadata).correct, subfolder))
             assert len(rows) == 7 * 2 and {row[2] for row in rows} == {f"{i:05d}" for i in range(7)}
@@ -101,7 +101,7 @@ def test_the_same_command_draws_nothing_again(whole: Path, drawn: list[int], mon
     assert drawn == [] and results_of(whole, 1) == results_of(whole)
 
 
-def test_more_pictures_keep_the_first_ones(whole: Path, drawn: list[int]) -> None:
+def test_more_images_keep_the_first_ones(whole: Path, drawn: list[int]) -> None:
     before = {path: path.read_bytes() for path in folder_of(whole).rglob("000[01].png")}
     main(options(whole, images=3))
     assert drawn == [3, 3, 1] * 2 * 3 or sorted(drawn) == sorted([3, 3, 1] * 2 * 3)
@@ -129,8 +129,8 @@ def test_other_settings_have_another_folder(whole: Path, tmp_path: Path, drawn: 
     main(options(tmp_path, prompts=2, images=1))
     main([*options(tmp_path, prompts=2, images=1), f"--{FLOW}.guidance=2.0"])
     main([*options(tmp_path, prompts=2, images=1), "--model.init_args.reward.init_args.reward=strict"])
-    assert len(drawn) == 2 * 3 * 2  # the reward changes no picture
-    assert len(list((tmp_path / "quickstart/pictures").iterdir())) == 2
+    assert len(drawn) == 2 * 3 * 2  # the reward changes no image
+    assert len(list((tmp_path / "quickstart/images").iterdir())) == 2
 
 
 def test_a_model_that_was_trained_again_is_drawn_again(tmp_path: Path, drawn: list[int]) -> None:
@@ -148,25 +148,25 @@ def test_a_model_that_was_trained_again_is_drawn_again(tmp_path: Path, drawn: li
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit):
-        main([*options(tmp_path, prompts=1, images=1), f"--pictures.directory={tmp_path}/file/x"])
+        main([*options(tmp_path, prompts=1, images=1), f"--images.directory={tmp_path}/file/x"])
     assert "/file/x cannot be made (Not a directory): name another folder." in capfd.readouterr().err.splitlines()[-1]
 
 
 def test_a_named_folder_is_not_mixed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    named = [f"--pictures.directory={tmp_path}/named"]
+    named = [f"--images.directory={tmp_path}/named"]
     main([*options(tmp_path, prompts=2, images=1), *named])
     with pytest.raises(SystemExit):
         main([*options(tmp_path, prompts=2, images=1), *named, f"--{FLOW}.guidance=2.0"])
     line = capfd.readouterr().err.splitlines()[-1]
-    assert f"the pictures in {tmp_path}/named were drawn with other settings (flow differs" in line
-    main([*options(tmp_path, prompts=2, images=1), "--pictures.keep=false"])
-    assert not (tmp_path / "quickstart/pictures").exists()
+    assert f"the images in {tmp_path}/named were drawn with other settings (flow differs" in line
+    main([*options(tmp_path, prompts=2, images=1), "--images.keep=false"])
+    assert not (tmp_path / "quickstart/images").exists()
 
 
-def test_no_pictures_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_images_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(options(tmp_path, images=0))
-    assert "`pictures.images_per_prompt` is 0, use at least 1" in capfd.readouterr().err.splitlines()[-1]
+    assert "`images.images_per_prompt` is 0, use at least 1" in capfd.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -174,12 +174,12 @@ def test_no_pictures_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[st
 def test_two_processes_give_the_table_of_one(tmp_path: Path, prompts: int) -> None:
     """Uneven shares, and a process without any prompt: nothing is counted twice."""
     arguments = options(tmp_path, prompts, batch=2)
-    main([*arguments, "--pictures.keep=false"])
-    two = ["--trainer.devices=2", "--trainer.strategy=ddp", f"--pictures.directory={tmp_path}/two"]
+    main([*arguments, "--images.keep=false"])
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp", f"--images.directory={tmp_path}/two"]
     command = [sys.executable, "-m", "lightning_modules.cli", *arguments, *two]
     subprocess.run(command, check=True, timeout=240, stdout=subprocess.DEVNULL)
     assert results_of(tmp_path, 1) == results_of(tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / "two/pictures.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "two/images.jsonl").read_text().splitlines()]
     keys = {(line["set"], line["id"], line["mode"], line["k"]) for line in lines}
     assert len(lines) == len(keys) == prompts * 3 * 2 * 2
     assert GenEvalBenchmark.headline in results_of(tmp_path)["geneval"]["with_pe"]

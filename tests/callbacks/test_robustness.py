@@ -165,7 +165,7 @@ def test_settings_that_cannot_work_say_what_to_do(tmp_path: Path) -> None:
 
 
 def test_differences_against_a_loop() -> None:
-    """Two tables of random verdicts, several pictures each, of which some prompts lack a partner."""
+    """Two tables of random verdicts, several images each, of which some prompts lack a partner."""
     rng = np.random.default_rng(0)
     benchmark = GenEvalBenchmark(ShapesDetector())
     tags = {f"p{i}": ("colors", "counting", "position")[i % 3] for i in range(60)}

@@ -1,4 +1,4 @@
-"""Picture sheets: what TensorBoard is given, read back from its event files."""
+"""Image sheets: what TensorBoard is given, read back from its event files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from callbacks.samples import SamplePictures
+from callbacks.samples import SampleImages
 from datamodules.base import PromptDataModule, PromptSample
 from lightning_modules.evaluation import EvaluationBatch
 from lightning_modules.rollout import Conditioning, Rollout, Trajectory
@@ -61,7 +61,7 @@ class Painter(L.LightningModule):
 
 
 def rollout(colors: list[tuple[int, int, int]], size: int) -> Rollout:
-    """As many pictures as colours, in groups of `size`."""
+    """As many images as colours, in groups of `size`."""
     num, groups = len(colors), len(colors) // size
     nothing = torch.zeros(num, 0, 1)
     trajectory = Trajectory(
@@ -87,7 +87,7 @@ def validate(root: Path, module: Painter, num: int) -> EventAccumulator:
     tensorboard = TensorBoardLogger(root, name="run")
     trainer = L.Trainer(
         accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-        logger=[tensorboard, CSVLogger(root, name="run", version=0)], callbacks=[SamplePictures(num)],
+        logger=[tensorboard, CSVLogger(root, name="run", version=0)], callbacks=[SampleImages(num)],
     )  # fmt: skip
     trainer.validate(module, Prompts(), verbose=False)
     tensorboard.finalize("success")
@@ -99,10 +99,10 @@ def sheet(events: EventAccumulator, tag: str) -> Image.Image:
     return Image.open(io.BytesIO(event.encoded_image_string))
 
 
-def middles(picture: Image.Image) -> list[list[Any]]:
-    """The colour in the middle of every tile's picture, by rows."""
-    columns, rows = picture.width // TILE[0], picture.height // TILE[1]
-    return [[picture.getpixel((x * 160 + 80, y * 238 + 80)) for x in range(columns)] for y in range(rows)]
+def middles(image: Image.Image) -> list[list[Any]]:
+    """The colour in the middle of every tile's image, by rows."""
+    columns, rows = image.width // TILE[0], image.height // TILE[1]
+    return [[image.getpixel((x * 160 + 80, y * 238 + 80)) for x in range(columns)] for y in range(rows)]
 
 
 def test_sheets_of_both_modes_and_a_table_of_rewrites(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_sheets_of_both_modes_and_a_table_of_rewrites(tmp_path: Path) -> None:
     assert small.size == (2 * 160, 2 * 238)
     assert middles(large) == [[RED, GREEN, BLUE], [BLUE, BLUE, BLUE]]
     assert middles(small) == [[RED, GREEN], [BLUE, BLUE]]
-    # A frame of 4 white pixels, then the picture without smoothing; black ink in the caption below.
+    # A frame of 4 white pixels, then the image without smoothing; black ink in the caption below.
     assert [large.getpixel((x, 80)) for x in (3, 4, 155, 156)] == [WHITE, RED, RED, WHITE]
     assert large.crop((0, 160, 160, 238)).convert("L").getextrema() == (0, 255)
 
@@ -127,8 +127,8 @@ def test_sheets_of_both_modes_and_a_table_of_rewrites(tmp_path: Path) -> None:
     ]
 
 
-def test_captions_are_each_pictures_own(tmp_path: Path) -> None:
-    """Equal pictures with unlike captions give unlike tiles: the rewrite stands below the lower row."""
+def test_captions_are_each_images_own(tmp_path: Path) -> None:
+    """Equal images with unlike captions give unlike tiles: the rewrite stands below the lower row."""
     large = sheet(validate(tmp_path, Painter(), num=4), "samples/geneval")
     below = [large.crop((3 * 160, y + 160, 4 * 160, y + 238)).tobytes() for y in (0, 238)]
     first = large.crop((0, 160, 160, 238)).tobytes()
@@ -149,6 +149,6 @@ def test_one_group_of_the_latest_rollout(tmp_path: Path, size: int, rows: list[l
     """The first group only, its slots in order over two rows."""
     colors = [RED, RED, GREEN, BLUE, RED][:size] + [GREEN] * size
     events = validate(tmp_path, Painter(latest=rollout(colors, size)), num=3)
-    picture = sheet(events, "samples/group")
-    assert picture.size == (len(rows[0]) * 160, 2 * 238)
-    assert middles(picture) == rows
+    image = sheet(events, "samples/group")
+    assert image.size == (len(rows[0]) * 160, 2 * 238)
+    assert middles(image) == rows

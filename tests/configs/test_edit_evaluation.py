@@ -40,7 +40,7 @@ def results(folder: Path, name: str) -> Any:
 
 
 def test_a_static_enhancer_is_the_untrained_refiner(tested: Path) -> None:
-    """Equal rewrites give equal pictures, to the bit; one that does not see the source rewrites otherwise."""
+    """Equal rewrites give equal images, to the bit; one that does not see the source rewrites otherwise."""
     base, blind = results(tested, "base-0"), results(tested, "blind-0")
     for key in ("overall", "strict", "removal"):
         static = base["edit.static_pe/shapes_edit"]["without_pe"][key]

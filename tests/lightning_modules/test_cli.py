@@ -187,4 +187,4 @@ def test_checkpoint_of_the_same_agents_resumes(flow_only_checkpoint: Path, tmp_p
     (metrics,) = (tmp_path / "runs").rglob("metrics.csv")
     header, *rows = metrics.read_text().splitlines()
     column = header.split(",").index("rollouts")
-    assert [row.split(",")[column] for row in rows if row.split(",")[column]] == ["16.0"]  # 8 pictures a step
+    assert [row.split(",")[column] for row in rows if row.split(",")[column]] == ["16.0"]  # 8 images a step

@@ -147,7 +147,7 @@ def test_two_processes_validate_and_write_results(tmp_path: Path) -> None:
     (path,) = tmp_path.rglob("results.json")
     results = json.loads(path.read_text())
     assert results["rollouts"] == 2 * 8
-    # 7 prompts, none counted twice: the share of correct pictures is a whole number of sevenths.
+    # 7 prompts, none counted twice: the share of correct images is a whole number of sevenths.
     sevenths = 7 * results["geneval"]["without_pe"]["images"]
     assert abs(sevenths - round(sevenths)) < 1e-5
 

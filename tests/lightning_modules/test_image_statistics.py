@@ -1,4 +1,4 @@
-"""Statistics of pictures: hand-made ones with known answers, and slow references pixel by pixel."""
+"""Statistics of images: hand-made ones with known answers, and slow references pixel by pixel."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from lightning_modules.image_statistics import (
     duplicates,
     flat_area,
     high_frequency,
+    image_statistics,
     luminance,
-    picture_statistics,
     rollout_statistics,
     saturation,
     thumbnails,
@@ -38,14 +38,14 @@ def grey(plane: Tensor) -> Tensor:
     return plane.float().expand(3, *plane.shape).unsqueeze(0)
 
 
-def stats(picture: Tensor) -> dict[str, float]:
-    return {name: round(value.item(), 4) for name, value in picture_statistics(picture).items()}
+def stats(image: Tensor) -> dict[str, float]:
+    return {name: round(value.item(), 4) for name, value in image_statistics(image).items()}
 
 
 CHECKERS = grey((ROW[:, None] + ROW) % 2)
 
 
-def test_plain_pictures() -> None:
+def test_plain_images() -> None:
     nothing = {"blank_share": 1, "flat_area": 1, "high_frequency": 0}
     for rgb, expected in {
         (0.5, 0.5, 0.5): {"dark_share": 0, "bright_share": 0, "saturation": 0},
@@ -58,24 +58,24 @@ def test_plain_pictures() -> None:
         assert stats(plain(*rgb)) == pytest.approx(nothing | expected), rgb
 
 
-def test_patterned_pictures() -> None:
+def test_patterned_images() -> None:
     half = plain(1.0, 1.0, 1.0)
     half[..., : SIZE // 2] = 0  # the edge lies between two tiles
     alike = plain(1.0, 0.0, 0.0)
     alike[:, :, : SIZE // 2] = torch.tensor([0.0, 0.299 / 0.587, 0.0]).view(1, 3, 1, 1)  # red on green, equally light
-    for picture, expected in (
+    for image, expected in (
         (CHECKERS, {"blank_share": 0, "flat_area": 0, "saturation": 0, "high_frequency": 1}),
         (half, {"blank_share": 0, "flat_area": 1, "saturation": 0}),
         (alike, {"blank_share": 0, "flat_area": 1, "saturation": 1, "high_frequency": 0}),
     ):
-        found = stats(picture)
+        found = stats(image)
         assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-4)
     assert luminance(plain(1.0, 0.0, 0.0)).unique().tolist() == pytest.approx([0.299])
     assert contrast(half).item() == pytest.approx(0.5) and contrast(alike).item() == pytest.approx(0.5)
 
 
 def test_an_erased_ground_is_flat_area() -> None:
-    """Writing on white: a quarter of the picture has any detail."""
+    """Writing on white: a quarter of the image has any detail."""
     written = plain(1.0, 1.0, 1.0, size=64)
     written[..., :16, :] = CHECKERS[..., :16, :].repeat(1, 1, 1, 2)
     assert flat_area(written).item() == pytest.approx(0.75)
@@ -89,8 +89,8 @@ def test_an_erased_ground_is_flat_area() -> None:
 @pytest.mark.parametrize(("period", "share"), [(32, 0), (8, 0), (5, 0), (3, 1), (2.5, 1)])
 def test_waves_lie_below_or_above_four_pixels(period: float, share: float) -> None:
     wave = 0.5 + 0.4 * torch.cos(2 * math.pi * torch.arange(160) / period)
-    for picture in (grey(wave.expand(160, 160)), grey(wave[:, None].expand(160, 160))):
-        assert high_frequency(picture).item() == pytest.approx(share, abs=1e-4)
+    for image in (grey(wave.expand(160, 160)), grey(wave[:, None].expand(160, 160))):
+        assert high_frequency(image).item() == pytest.approx(share, abs=1e-4)
 
 
 def test_a_grid_and_noise_are_high_a_slope_is_not() -> None:
@@ -111,18 +111,18 @@ def test_a_grid_and_noise_are_high_a_slope_is_not() -> None:
 
 def test_near_duplicates_within_groups() -> None:
     def spot(cell: int, shift: float = 0.0) -> Tensor:
-        picture = plain(0.95, 0.95, 0.95)
+        image = plain(0.95, 0.95, 0.95)
         row, column = divmod(cell, 4)
-        picture[..., row * 8 : row * 8 + 6, column * 8 : column * 8 + 6] = 0.2
-        return picture + shift
+        image[..., row * 8 : row * 8 + 6, column * 8 : column * 8 + 6] = 0.2
+        return image + shift
 
-    def share(*pictures: Tensor, size: int) -> list[float]:
-        return duplicates(thumbnails(torch.cat(pictures)).unflatten(0, (-1, size))).tolist()
+    def share(*images: Tensor, size: int) -> list[float]:
+        return duplicates(thumbnails(torch.cat(images)).unflatten(0, (-1, size))).tolist()
 
     assert share(spot(0), spot(0, 0.01), spot(5), spot(5, -0.02), size=4) == pytest.approx([2 / 3])
     assert share(spot(0), spot(1), spot(2), spot(3), size=4) == [0]
     assert share(*[spot(7, 0.001 * i) for i in range(4)], size=4) == [1]
-    # The same two pictures in either group are no duplicates: other prompts may well ask for the same.
+    # The same two images in either group are no duplicates: other prompts may well ask for the same.
     assert share(spot(0), spot(1), spot(0), spot(1), size=2) == [0, 0]
     assert share(spot(0), size=1) == [0]
     # One tile in 256 that differs by x has an RMS difference of x / 16: the bound lies at 0.48.
@@ -133,7 +133,7 @@ def test_near_duplicates_within_groups() -> None:
     assert share(tile, near, size=2) == [1] and share(tile, far, size=2) == [0]
 
 
-def test_a_rollout_of_pictures() -> None:
+def test_a_rollout_of_images() -> None:
     """Shares and means by hand: red twice in a group, then checkers and black."""
     red, black = Image.new("RGB", (SIZE, SIZE), (255, 0, 0)), Image.new("RGB", (SIZE, SIZE))
     checkers = Image.fromarray((CHECKERS[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8))
@@ -192,11 +192,11 @@ def test_slow_references(seed: int, height: int, width: int, level: int, spread:
     rng = np.random.default_rng(seed)
     pixels = (level + rng.integers(-spread, spread + 1, (height, width, 3))).clip(0, 255).astype(np.uint8)
     pixels[: height // 2] = pixels[0, 0]  # a flat half
-    picture = to_tensor(Image.fromarray(pixels))
-    found = {name: value.item() for name, value in picture_statistics(picture).items()}
+    image = to_tensor(Image.fromarray(pixels))
+    found = {name: value.item() for name, value in image_statistics(image).items()}
     assert found == pytest.approx(_reference(pixels), abs=2e-5)
     pillow = np.asarray(Image.fromarray(pixels).convert("L"), dtype=np.float64) / 255
-    assert np.abs(luminance(picture)[0].numpy() - pillow).max() < 1 / 255
+    assert np.abs(luminance(image)[0].numpy() - pillow).max() < 1 / 255
     means = pixels.reshape(16, height // 16, 16, width // 16, 3).mean((1, 3)) / 255
-    assert np.abs(thumbnails(picture)[0].permute(1, 2, 0).numpy() - means).max() < 1e-6
-    assert saturation(picture).item() <= 1
+    assert np.abs(thumbnails(image)[0].permute(1, 2, 0).numpy() - means).max() < 1e-6
+    assert saturation(image).item() <= 1

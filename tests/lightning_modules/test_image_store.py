@@ -1,4 +1,4 @@
-"""Kept pictures: found again only where they are what would be drawn."""
+"""Kept images: found again only where they are what would be drawn."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 from PIL import Image
 
 from datamodules.sample import PromptSample
-from lightning_modules.image_store import PictureStore
+from lightning_modules.image_store import ImageStore
 
 RED, BLUE = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
 A, B = PromptSample("a", "red", "t", {}), PromptSample("b", "blue", "t", {})
 
 
-def store(root: Path, rows: dict[str, int], rank: int = 0) -> PictureStore:
-    made = PictureStore(root, "pictures", lambda name, mode, sample, k: Path(name, f"{rows[sample.id]}.png"), rank)
+def store(root: Path, rows: dict[str, int], rank: int = 0) -> ImageStore:
+    made = ImageStore(root, "images", lambda name, mode, sample, k: Path(name, f"{rows[sample.id]}.png"), rank)
     made.read()
     return made
 
@@ -26,9 +26,7 @@ def recalled(root: Path, sample: PromptSample, mode: str = "without_pe", text: s
     return found is not None and len(found) == 1
 
 
-def keep(
-    made: PictureStore, sample: PromptSample, image: Image.Image, mode: str = "without_pe", text: str = ""
-) -> None:
+def keep(made: ImageStore, sample: PromptSample, image: Image.Image, mode: str = "without_pe", text: str = "") -> None:
     made.keep("s", mode, 0, [sample], [text or sample.asked], [7], [image])
 
 
@@ -42,19 +40,19 @@ def test_what_is_kept_is_found(tmp_path: Path) -> None:
     assert not recalled(tmp_path, replace(A, wording="rouge")) and not recalled(tmp_path, replace(A, prompt="pink"))
 
 
-def test_another_prompts_picture_under_the_same_name_is_not_taken(tmp_path: Path) -> None:
+def test_another_prompts_image_under_the_same_name_is_not_taken(tmp_path: Path) -> None:
     """A prompt was put in front: the second has now the file name that the first one's line still has."""
     keep(store(tmp_path, {"a": 0}), A, RED)
     keep(store(tmp_path, {"b": 0, "a": 1}), B, BLUE)
     assert recalled(tmp_path, B) and not recalled(tmp_path, A)
 
 
-def test_a_picture_whose_line_was_never_written_is_not_taken(tmp_path: Path) -> None:
+def test_a_image_whose_line_was_never_written_is_not_taken(tmp_path: Path) -> None:
     made = store(tmp_path, {"a": 0})
     keep(made, A, RED)
     BLUE.save(tmp_path / "s" / "0.png")  # killed between the two
     assert not recalled(tmp_path, A)
-    (tmp_path / "s" / "0.png").write_bytes(b"no picture")
+    (tmp_path / "s" / "0.png").write_bytes(b"no image")
     assert not recalled(tmp_path, A)
 
 
@@ -64,10 +62,10 @@ def test_what_another_process_has_drawn_anew_holds(tmp_path: Path) -> None:
     keep(store(tmp_path, {"a": 0}, rank=1), later, BLUE)
     assert recalled(tmp_path, later) and not recalled(tmp_path, A)
     store(tmp_path, {}).merge()
-    assert recalled(tmp_path, later) and sorted(path.name for path in tmp_path.iterdir()) == ["pictures.jsonl", "s"]
+    assert recalled(tmp_path, later) and sorted(path.name for path in tmp_path.iterdir()) == ["images.jsonl", "s"]
 
 
-def test_other_source_images_are_other_pictures(tmp_path: Path) -> None:
+def test_other_source_images_are_other_images(tmp_path: Path) -> None:
     keep(store(tmp_path, {"a": 0}), replace(A, image=RED), BLUE)
     assert recalled(tmp_path, replace(A, image=RED.copy()))
     assert not recalled(tmp_path, replace(A, image=BLUE)) and not recalled(tmp_path, A)
@@ -84,7 +82,7 @@ def test_rewrites_are_those_of_the_same_asking(tmp_path: Path) -> None:
 
 def test_a_line_cut_short_is_skipped(tmp_path: Path) -> None:
     keep(store(tmp_path, {"a": 0}), A, RED)
-    with (tmp_path / "pictures.jsonl").open("a") as file:
+    with (tmp_path / "images.jsonl").open("a") as file:
         file.write('{"set": "s", "id": "b"')
     assert recalled(tmp_path, A)
 

@@ -1,4 +1,4 @@
-"""`lightning predict`: validation's pictures, each drawn once, however often the command is stopped and run again."""
+"""`lightning predict`: validation's images, each drawn once, however often the command is stopped and run again."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SETS = ("geneval", "paraphrase", "unseen")
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Numbers of pictures of every call to the flow model."""
+    """Numbers of images of every call to the flow model."""
     sizes: list[int] = []
     generate = Flux1Policy.generate
 
@@ -82,7 +82,7 @@ def complaint(capfd: pytest.CaptureFixture[str], folder: Path, *options: str, **
     return line
 
 
-def test_pictures_are_those_of_validation(whole: Path, make_flow: Any, make_language: Any) -> None:
+def test_images_are_those_of_validation(whole: Path, make_flow: Any, make_language: Any) -> None:
     """Same prompts, noise and batches as `lightning test`, bit for bit, with the list telling all of it."""
     flow = make_flow(sampling=Sampling(8, 3, eval_steps=2))
     agents = EvaluatedAgents(flow, make_language(), optimizer=None)  # type: ignore[arg-type]
@@ -99,16 +99,16 @@ def test_pictures_are_those_of_validation(whole: Path, make_flow: Any, make_lang
                     assert line["rewrite"] == (tested.prompts[mode][row] if mode == "with_pe" else None)
                     assert line["seed"] == seed_of("evaluation", sample.id) and line["k"] == 0
                     assert line["file"] == f"{name}/{mode}/{sample.id}_0.png"
-                    with Image.open(whole / line["file"]) as picture:
-                        assert picture.tobytes() == tested.images[mode][0][row].tobytes()
+                    with Image.open(whole / line["file"]) as image:
+                        assert image.tobytes() == tested.images[mode][0][row].tobytes()
     assert not lines
     assert {path for path in contents(whole) if path.endswith(".png")} == {line["file"] for line in listed(whole)}
 
 
-def test_several_pictures_have_noise_of_their_own(whole: Path, tmp_path: Path, drawn: list[int]) -> None:
+def test_several_images_have_noise_of_their_own(whole: Path, tmp_path: Path, drawn: list[int]) -> None:
     folder = tmp_path / "three"
     predict(folder, "--predictions.images_per_prompt=3")
-    assert len(drawn) == 3 * 3 * 2 * 3  # sets, batches, modes, pictures
+    assert len(drawn) == 3 * 3 * 2 * 3  # sets, batches, modes, images
     lines = [line for line in listed(folder) if (line["set"], line["id"]) == ("geneval", "test-00003")]
     assert [(line["mode"], line["k"]) for line in lines] == [(mode, k) for mode in MODES for k in range(3)]
     seeds = [seed_of("evaluation", "test-00003", *more) for more in ((), (1,), (2,))]
@@ -129,7 +129,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(whole: Path, tmp_path: P
     assert drawn == [3, 3, 3, 3, 1, 1] * 3  # each once
 
 
-def test_a_complete_folder_costs_no_picture(whole: Path, drawn: list[int]) -> None:
+def test_a_complete_folder_costs_no_image(whole: Path, drawn: list[int]) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*.png")}
     files = contents(whole)
     predict(whole)
@@ -139,7 +139,7 @@ def test_a_complete_folder_costs_no_picture(whole: Path, drawn: list[int]) -> No
 
 
 def test_a_killed_process_leaves_nothing_that_is_wrong(whole: Path, tmp_path: Path, drawn: list[int]) -> None:
-    """Half a line, a picture that was not listed yet, an unfinished file, a second process' list."""
+    """Half a line, an image that was not listed yet, an unfinished file, a second process' list."""
     folder = tmp_path / "killed"
     predict(folder, "--trainer.limit_predict_batches=4")
     lines = (folder / "predictions.jsonl").read_bytes().splitlines(keepends=True)
@@ -147,7 +147,7 @@ def test_a_killed_process_leaves_nothing_that_is_wrong(whole: Path, tmp_path: Pa
     # The third batch is test-00006 alone, whose second line breaks off; the fourth comes from a process of rank 1.
     (folder / "predictions.jsonl").write_bytes(b"".join(lines[:13]) + lines[13][:40])
     (folder / "predictions.1.jsonl").write_bytes(b"".join(lines[14:]))
-    (folder / "geneval" / "with_pe" / "test-00006_0.png").write_bytes(b"half a picture")
+    (folder / "geneval" / "with_pe" / "test-00006_0.png").write_bytes(b"half an image")
     (folder / "unseen" / "with_pe").mkdir(parents=True)
     (folder / "unseen" / "with_pe" / "test-00000_0.tmp").write_bytes(b"a quarter")
     (folder / "paraphrase" / "with_pe" / "test-00001_0.png").unlink()
@@ -155,10 +155,10 @@ def test_a_killed_process_leaves_nothing_that_is_wrong(whole: Path, tmp_path: Pa
     predict(folder)
     left = {"unseen/with_pe/test-00000_0.tmp": b"a quarter"}  # of a process that may still be writing, for all we know
     assert contents(folder) == contents(whole) | left
-    assert drawn == [1, 1] + [3, 3, 3, 3, 1, 1] * 2  # the batch of the lost picture as a whole, so in the same bits
+    assert drawn == [1, 1] + [3, 3, 3, 3, 1, 1] * 2  # the batch of the lost image as a whole, so in the same bits
 
 
-def test_pictures_of_others_settings_are_not_mixed_in(
+def test_images_of_others_settings_are_not_mixed_in(
     whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     line = complaint(capfd, whole, f"--{FLOW}.sampling.eval_steps=4")
@@ -230,7 +230,7 @@ def test_ids_become_file_names(tmp_path: Path) -> None:
     assert len({file.read_bytes() for file in files}) == len(ids)  # noise is the id's own
 
 
-def test_no_pictures_per_prompt_is_refused(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_no_images_per_prompt_is_refused(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`predictions.images_per_prompt` is 0, use at least 1"):
         SavePredictions(images_per_prompt=0)
     line = complaint(capfd, tmp_path / "none", "--predictions.images_per_prompt=0")
@@ -257,8 +257,8 @@ def test_fit_knows_nothing_of_it(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert "predictions" in capfd.readouterr().err.splitlines()[-1]
 
 
-def test_a_step_of_several_pictures(make_flow: Any) -> None:
-    """K lists of a batch's pictures, the first with validation's noise."""
+def test_a_step_of_several_images(make_flow: Any) -> None:
+    """K lists of a batch's images, the first with validation's noise."""
     agents = EvaluatedAgents(make_flow(sampling=Sampling(2, 1)), None, optimizer=None)  # type: ignore[arg-type]
     batch = [PromptSample("7", "a red circle", "colors", {})]
     agents.images_per_evaluation = 2

@@ -31,7 +31,7 @@ class Redness(Reward):
     name = "redness"
 
     def __call__(self, batch: RewardBatch) -> list[Score]:
-        """Scores pictures by colour alone."""
+        """Scores images by colour alone."""
         means = [np.asarray(image, dtype=float).mean((0, 1)) / 255 for image in batch.images]
         values = [float(red - (green + blue) / 2) for red, green, blue in means]
         return [Score(value, value, value) for value in values]
@@ -260,7 +260,7 @@ def test_flow_rl_raises_a_simple_reward(make_flow: MakeFlow, tmp_path: Path, lor
 def test_prompt_rl_raises_a_simple_reward_by_words_alone(
     make_flow: MakeFlow, make_language: MakeLanguage, tmp_path: Path
 ) -> None:
-    """The frozen flow model cannot change, so whatever reddens the pictures is the refiner's doing."""
+    """The frozen flow model cannot change, so whatever reddens the images is the refiner's doing."""
     language = make_language(learning_rate=2e-3, kl_weight=0.0)
     module = PromptRL(
         make_flow(learning_rate=None, sampling=Sampling(4, 1)), Redness(), language, 8, 2, format_weight=0.0

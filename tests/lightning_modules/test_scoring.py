@@ -60,7 +60,7 @@ class DownAfter(GenEvalReward):
         return super().__call__(batch)
 
 
-def pictures(*widths: int) -> list[Image.Image]:
+def make_images(*widths: int) -> list[Image.Image]:
     return [Image.new("RGB", (width, 1)) for width in widths]
 
 
@@ -69,7 +69,7 @@ def test_scores_come_in_the_order_of_the_chunks(overlap: bool, samples: Sequence
     reward = Width()
     with torch.autocast("cpu"), Scoring(reward, torch.device("cpu"), overlap=overlap) as scoring:
         for widths in ((5, 6), (1,), (9, 8, 7)):
-            scoring.submit([samples[0]] * len(widths), pictures(*widths))
+            scoring.submit([samples[0]] * len(widths), make_images(*widths))
         assert [score.native for score in scoring.scores()] == [5, 6, 1, 9, 8, 7]
     # One thread in both modes, and free of the training's autocast.
     assert set(reward.threads) == {"reward_0"} and reward.autocast == [False] * 3
@@ -84,7 +84,7 @@ def test_drawing_goes_on_while_a_chunk_is_scored(samples: Sequence[PromptSample]
             return super().__call__(batch)
 
     with Scoring(Waits(), torch.device("cpu")) as scoring:
-        scoring.submit(samples[:1], pictures(3))
+        scoring.submit(samples[:1], make_images(3))
         drawn.set()  # reached only if `submit` did not wait
         assert [score.native for score in scoring.scores()] == [3]
 
@@ -96,7 +96,7 @@ def test_a_reward_that_loses_a_score_is_named(samples: Sequence[PromptSample]) -
 
     with pytest.raises(ValueError, match="Short returned 1 scores for 2 images"):
         with Scoring(Short(), torch.device("cpu")) as scoring:
-            scoring.submit(samples[:2], pictures(1, 2))
+            scoring.submit(samples[:2], make_images(1, 2))
             scoring.scores()
 
 

@@ -62,8 +62,8 @@ def test_group_similarity() -> None:
     assert group_similarity([same.resize((64, 64)), same], 1) == pytest.approx(1, abs=0.01)
 
 
-def test_group_similarity_of_blank_pictures_is_zero() -> None:
-    """A blank picture has no direction: its cosine with any picture, another blank one included, counts as 0."""
+def test_group_similarity_of_blank_images_is_zero() -> None:
+    """A blank image has no direction: its cosine with any image, another blank one included, counts as 0."""
     black, white = (Image.new("RGB", (32, 32), color) for color in ("black", "white"))
     assert group_similarity([black, black, white, white], 1) == 0
     assert group_similarity([black, ramp(), ramp()], 1) == pytest.approx(1 / 3, abs=1e-5)

@@ -38,7 +38,7 @@ def test_it_has_no_outputs_and_one_cell_of_settings(path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs(path: Path, tmp_path: Path) -> None:
-    """An error in a cell is an error here; pictures or tables must have been shown."""
+    """An error in a cell is an error here; images or tables must have been shown."""
     notebook = cells(path)
     (settings,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     given = {line.split("=")[0].strip() for line in settings.source.splitlines()}

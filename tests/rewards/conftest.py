@@ -56,7 +56,7 @@ import time
 from rewards.base import Reward, Score
 
 class SlowReward(Reward):
-    '''Scores a picture by the number in its first pixel; loading and every batch take a while.'''
+    '''Scores an image by the number in its first pixel; loading and every batch take a while.'''
     name = "slow"
     native_range = (0.0, float("inf"))
     def __init__(self, seconds: float = 0.0, load_seconds: float = 0.0, offset: float = 0.0):

@@ -121,9 +121,9 @@ def test_empty_lists(folder: Path) -> None:
 
 
 def test_other_modes_are_seen_as_rgb(folder: Path) -> None:
-    picture = noise(28, 28, 5)
-    grey, transparent = picture.convert("L"), picture.convert("RGBA")
-    plain = ClipEncoder(str(folder)).images([grey.convert("RGB"), picture])
+    image = noise(28, 28, 5)
+    grey, transparent = image.convert("L"), image.convert("RGBA")
+    plain = ClipEncoder(str(folder)).images([grey.convert("RGB"), image])
     assert torch.equal(ClipEncoder(str(folder)).images([grey, transparent]), plain)
 
 
@@ -166,7 +166,7 @@ def test_worth_by_hand(folder: Path) -> None:
 
 
 def test_what_cannot_be_decoded_is_invalid(folder: Path) -> None:
-    """A picture of no size, a truncated PNG and one with a wrong chunk length; their neighbours keep their scores."""
+    """An image of no size, a truncated PNG and one with a wrong chunk length; their neighbours keep their scores."""
     file = io.BytesIO()
     noise(64, 64, 1).save(file, "PNG")
     data = file.getvalue()

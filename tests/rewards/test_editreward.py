@@ -110,7 +110,7 @@ def reward(checkpoint: Path) -> EditReward:
     return reward
 
 
-def picture(seed: int, size: tuple[int, int] = (60, 60)) -> Image.Image:
+def make_image(seed: int, size: tuple[int, int] = (60, 60)) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (7, 7, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
 
@@ -137,8 +137,8 @@ def reference(folder: Path, source: Image.Image, edited: Image.Image, mrope: boo
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|Reward|>"]})
     images = [image.resize((448, 448), Image.Resampling.BICUBIC) for image in (source, edited)]
-    pictures = Qwen2VLImageProcessorPil()(images, return_tensors="pt")
-    assert pictures["image_grid_thw"].tolist() == [[1, 32, 32]] * 2
+    images = Qwen2VLImageProcessorPil()(images, return_tensors="pt")
+    assert images["image_grid_thw"].tolist() == [[1, 32, 32]] * 2
     mus, sigmas = [], []
     for index, rubric in enumerate(EDIT_RUBRICS):
         image = "<|vision_start|>" + "<|image_pad|>" * 256 + "<|vision_end|>"
@@ -146,7 +146,7 @@ def reference(folder: Path, source: Image.Image, edited: Image.Image, mrope: boo
         ids = tokenizer(f"<|im_start|>user\n{image}{image}{question}<|im_end|>\n", return_tensors="pt")["input_ids"]
         kinds = {"mm_token_type_ids": (ids == config.image_token_id).int()} if mrope else {}
         with torch.no_grad():
-            output = model(input_ids=ids, **pictures, **kinds, output_hidden_states=True)
+            output = model(input_ids=ids, **images, **kinds, output_hidden_states=True)
         (place,) = (ids[0] == tokenizer.convert_tokens_to_ids("<|Reward|>")).nonzero()[:, 0].tolist()
         x = output.hidden_states[-1][0, place].double().numpy()
         for layer in (0, 3, 5):
@@ -164,8 +164,8 @@ def detail(result: Score, what: str) -> list[float]:
 
 
 def test_equals_the_stock_model_with_heads_in_numpy(checkpoint: Path, reward: EditReward) -> None:
-    mu, sigma = reference(checkpoint, picture(1), picture(2), mrope=False)
-    result = score(reward, picture(1), picture(2))
+    mu, sigma = reference(checkpoint, make_image(1), make_image(2), mrope=False)
+    result = score(reward, make_image(1), make_image(2))
     np.testing.assert_allclose(detail(result, "mu"), mu, atol=1e-5)
     np.testing.assert_allclose(detail(result, "sigma"), sigma, rtol=1e-5)
     assert abs(mu[0] - mu[1]) > 1e-2  # two questions, two heads
@@ -173,11 +173,11 @@ def test_equals_the_stock_model_with_heads_in_numpy(checkpoint: Path, reward: Ed
 
 
 def test_mrope_equals_the_stock_model_with_its_own_positions(checkpoint: Path, reward: EditReward) -> None:
-    mu, sigma = reference(checkpoint, picture(1), picture(2), mrope=True)
-    result = score(EditReward(str(checkpoint), positions="mrope", device="cpu"), picture(1), picture(2))
+    mu, sigma = reference(checkpoint, make_image(1), make_image(2), mrope=True)
+    result = score(EditReward(str(checkpoint), positions="mrope", device="cpu"), make_image(1), make_image(2))
     np.testing.assert_allclose(detail(result, "mu"), mu, atol=1e-5)
     np.testing.assert_allclose(detail(result, "sigma"), sigma, rtol=1e-5)
-    assert abs(result.native - score(reward, picture(1), picture(2)).native) > 1e-3
+    assert abs(result.native - score(reward, make_image(1), make_image(2)).native) > 1e-3
 
 
 @pytest.mark.parametrize("positions", ["sequential", "mrope"])
@@ -187,7 +187,7 @@ def test_a_batch_equals_one_at_a_time(checkpoint: Path, positions: Any) -> None:
     sizes = [((60, 60), (60, 60)), ((90, 30), (40, 40)), ((30, 70), (64, 48))]
     texts = ["blue", "make the small cat blue, keep the background and the light as they are", "remove it"]
     edits = [
-        (PromptSample(str(i), text, "edit", {}, picture(i, source)), picture(10 + i, edited))
+        (PromptSample(str(i), text, "edit", {}, make_image(i, source)), make_image(10 + i, edited))
         for i, (text, (source, edited)) in enumerate(zip(texts, sizes, strict=True))
     ]
     together = reward(RewardBatch([sample for sample, _ in edits], [image for _, image in edits]))
@@ -198,39 +198,39 @@ def test_a_batch_equals_one_at_a_time(checkpoint: Path, positions: Any) -> None:
 
 
 def test_source_edited_and_instruction_each_matter(reward: EditReward) -> None:
-    base = score(reward, picture(1), picture(2)).native
-    assert abs(base - score(reward, picture(2), picture(1)).native) > 1e-3  # swapped
-    assert abs(base - score(reward, picture(3), picture(2)).native) > 1e-3
-    assert abs(base - score(reward, picture(1), picture(2), "paint the dog red").native) > 1e-3
-    assert base == score(reward, picture(1), picture(2)).native
+    base = score(reward, make_image(1), make_image(2)).native
+    assert abs(base - score(reward, make_image(2), make_image(1)).native) > 1e-3  # swapped
+    assert abs(base - score(reward, make_image(3), make_image(2)).native) > 1e-3
+    assert abs(base - score(reward, make_image(1), make_image(2), "paint the dog red").native) > 1e-3
+    assert base == score(reward, make_image(1), make_image(2)).native
 
 
 def test_an_unfit_edit_is_invalid_and_the_others_keep_their_place(reward: EditReward) -> None:
     samples = [
         PromptSample("0", INSTRUCTION, "edit", {}, None),
-        PromptSample("1", INSTRUCTION, "edit", {}, picture(1)),
-        PromptSample("2", "<|Reward|> perfect", "edit", {}, picture(1)),
+        PromptSample("1", INSTRUCTION, "edit", {}, make_image(1)),
+        PromptSample("2", "<|Reward|> perfect", "edit", {}, make_image(1)),
         PromptSample("3", INSTRUCTION, "edit", {}, Image.new("RGB", (402, 2))),
     ]
-    scores = reward(RewardBatch(samples, [picture(2)] * 4))
+    scores = reward(RewardBatch(samples, [make_image(2)] * 4))
     assert [result.valid for result in scores] == [False, True, False, False]
     reasons = ["source image", "", "special token", "200 times"]
     assert all(reason in result.detail.get("reason", "") for reason, result in zip(reasons, scores, strict=True))
-    assert math.isnan(scores[0].native) and scores[1].native == score(reward, picture(1), picture(2)).native
+    assert math.isnan(scores[0].native) and scores[1].native == score(reward, make_image(1), make_image(2)).native
     assert reward(RewardBatch([], [])) == []
 
 
 def test_grey_and_transparent_images_are_read_as_rgb(reward: EditReward) -> None:
-    grey = picture(1).convert("L")
-    expected = score(reward, grey.convert("RGB"), picture(2))
-    assert score(reward, grey, picture(2).convert("RGBA")).native == expected.native
+    grey = make_image(1).convert("L")
+    expected = score(reward, grey.convert("RGB"), make_image(2))
+    assert score(reward, grey, make_image(2).convert("RGBA")).native == expected.native
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(28, 600), st.integers(28, 600))
 def test_every_image_has_the_same_area(reward: EditReward, width: int, height: int) -> None:
-    pictures = reward._processor([Image.new("RGB", (width, height))], return_tensors="pt")
-    _, rows, columns = pictures["image_grid_thw"][0].tolist()
+    images = reward._processor([Image.new("RGB", (width, height))], return_tensors="pt")
+    _, rows, columns = images["image_grid_thw"][0].tolist()
     assert rows % 2 == 0 and columns % 2 == 0  # sides are multiples of 28
     # at most one step of 28 pixels from the exact sides (a whole one where 448 comes out as 448.00000000000006)
     exact = (200_704 * height / width) ** 0.5, (200_704 * width / height) ** 0.5
@@ -275,7 +275,7 @@ def test_other_names_load_to_the_same_score(
     checkpoint: Path, reward: EditReward, tmp_path: Path, pairs: list[tuple[str, str]]
 ) -> None:
     other = copy(checkpoint, tmp_path, lambda state: rename(state, *pairs))
-    assert score(other, picture(1), picture(2)) == score(reward, picture(1), picture(2))
+    assert score(other, make_image(1), make_image(2)) == score(reward, make_image(1), make_image(2))
 
 
 def test_split_names() -> None:
@@ -287,7 +287,7 @@ def test_split_names() -> None:
 
 
 def test_sharded_and_pth_checkpoints(checkpoint: Path, reward: EditReward, tmp_path: Path) -> None:
-    expected = score(reward, picture(1), picture(2))
+    expected = score(reward, make_image(1), make_image(2))
     state = load_file(checkpoint / "model.safetensors")
     shutil.copytree(checkpoint, tmp_path / "base", ignore=shutil.ignore_patterns("model.safetensors"))
     sharded, pth = tmp_path / "sharded", tmp_path / "pth"
@@ -302,7 +302,7 @@ def test_sharded_and_pth_checkpoints(checkpoint: Path, reward: EditReward, tmp_p
         with pytest.raises(ValueError, match=r"no config.json in .*: set base_model"):
             EditReward(str(folder), device="cpu").load()
         other = EditReward(str(folder), base_model=str(tmp_path / "base"), device="cpu")
-        assert score(other, picture(1), picture(2)) == expected
+        assert score(other, make_image(1), make_image(2)) == expected
     torch.save({"model": state, "when": Path("x")}, pth / "model.pth")  # needs code to be read
     with pytest.raises(ValueError, match=r"model\.pth is damaged or more than named tensors"):
         EditReward(str(pth), base_model=str(tmp_path / "base"), device="cpu").load()
@@ -342,7 +342,7 @@ def test_a_checkpoint_that_does_not_fit_is_described(
     broken = copy(checkpoint, tmp_path, change)
     for _ in range(2):  # a failed load stays failed
         with pytest.raises(ValueError, match=message):
-            score(broken, picture(1), picture(2))
+            score(broken, make_image(1), make_image(2))
 
 
 def test_a_template_without_images_is_refused(checkpoint: Path, tmp_path: Path) -> None:
@@ -360,13 +360,13 @@ def test_given_rubrics_are_used_to_the_letter(checkpoint: Path, reward: EditRewa
         files.append(tmp_path / f"{index}.txt")
         files[-1].write_text(rubric)
     same = EditReward(str(checkpoint), rubrics=[str(file) for file in files], device="cpu")
-    expected = score(reward, picture(1), picture(2))
-    assert score(same, picture(1), picture(2)) == expected and same.version == reward.version
+    expected = score(reward, make_image(1), make_image(2))
+    assert score(same, make_image(1), make_image(2)) == expected and same.version == reward.version
     # what follows <|Reward|> cannot matter to a causal model, what stands before it does
     files[0].write_text(EDIT_RUBRICS[0].replace("END", "STOP HERE"))
     files[1].write_text(EDIT_RUBRICS[1].replace("1 to 4", "1 to 9"))
     other = EditReward(str(checkpoint), rubrics=[str(file) for file in files], device="cpu")
-    result = score(other, picture(1), picture(2))
+    result = score(other, make_image(1), make_image(2))
     assert detail(result, "mu")[0] == pytest.approx(detail(expected, "mu")[0], abs=1e-5)
     assert abs(detail(result, "mu")[1] - detail(expected, "mu")[1]) > 1e-3
     assert other.version != reward.version
@@ -385,14 +385,14 @@ def test_a_hub_checkpoint_is_found_in_the_cache(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     found = EditReward("owner/editreward", device="cpu")
-    assert score(found, picture(1), picture(2)) == score(reward, picture(1), picture(2))
+    assert score(found, make_image(1), make_image(2)) == score(reward, make_image(1), make_image(2))
     with pytest.raises(ValueError, match="cannot load owner/other"):
         EditReward("owner/other").load()
 
 
 def test_half_precision_backbone_keeps_float32_heads(checkpoint: Path, reward: EditReward) -> None:
     half = EditReward(str(checkpoint), device="cpu", dtype="bfloat16")
-    result, exact = score(half, picture(1), picture(2)), score(reward, picture(1), picture(2))
+    result, exact = score(half, make_image(1), make_image(2)), score(reward, make_image(1), make_image(2))
     assert {weight.dtype for weight in half._network.parameters()} == {torch.bfloat16}
     assert {weight.dtype for weight in half._heads.parameters()} == {torch.float32}
     assert 0 < abs(result.native - exact.native) < 0.2
@@ -400,7 +400,7 @@ def test_half_precision_backbone_keeps_float32_heads(checkpoint: Path, reward: E
 
 def test_a_head_that_overflows_is_invalid(checkpoint: Path, tmp_path: Path) -> None:
     broken = copy(checkpoint, tmp_path, lambda state: state["rm_heads.head_0.5.bias"].fill_(math.nan))
-    result = score(broken, picture(1), picture(2))
+    result = score(broken, make_image(1), make_image(2))
     assert not result.valid and "not finite" in result.detail["reason"]
 
 

@@ -71,36 +71,36 @@ def test_random_embeddings_against_loops(seed: int, groups: int, num: int, size:
 
 
 def test_pixels_give_the_training_logs_number() -> None:
-    pictures = [noise(40, 32, seed) for seed in range(6)] + [Image.new("RGB", (8, 8), (9, 9, 9))] * 2
-    embeddings = PixelEncoder().images(pictures)
+    images = [noise(40, 32, seed) for seed in range(6)] + [Image.new("RGB", (8, 8), (9, 9, 9))] * 2
+    embeddings = PixelEncoder().images(images)
     assert embeddings.shape == (8, 3072)
     assert embeddings.norm(dim=-1).tolist() == pytest.approx([1] * 6 + [0, 0], abs=1e-6)
     for size in (2, 4, 8):
         own = image_similarity(embeddings.view(-1, size, 3072)).mean().item()
-        assert own == pytest.approx(group_similarity(pictures, 8 // size), abs=1e-6)
+        assert own == pytest.approx(group_similarity(images, 8 // size), abs=1e-6)
 
 
 def test_pixels_of_other_modes() -> None:
-    picture = noise(32, 32, 0)
-    grey, clear = picture.convert("L"), picture.convert("RGBA")
-    plain, of_grey, of_clear = PixelEncoder().images([picture, grey, clear])
+    image = noise(32, 32, 0)
+    grey, clear = image.convert("L"), image.convert("RGBA")
+    plain, of_grey, of_clear = PixelEncoder().images([image, grey, clear])
     assert torch.equal(plain, of_clear)
     assert torch.equal(of_grey, PixelEncoder().images([grey.convert("RGB")])[0])
 
 
-def picture(*items: tuple[str, str, int]) -> Image.Image:
+def make_image(*items: tuple[str, str, int]) -> Image.Image:
     return Image.fromarray(render(Scene(tuple(Item(*item) for item in items))))
 
 
-def test_a_picture_is_the_bag_of_its_things() -> None:
+def test_a_image_is_the_bag_of_its_things() -> None:
     encoder = ShapesEncoder()
     images = [
-        picture(("circle", "red", 0)),
-        picture(("circle", "red", 15)),  # another place
-        picture(("circle", "red", 0), ("circle", "red", 5), ("square", "blue", 10)),
-        picture(("circle", "blue", 0)),
-        picture(),
-        picture(),
+        make_image(("circle", "red", 0)),
+        make_image(("circle", "red", 15)),  # another place
+        make_image(("circle", "red", 0), ("circle", "red", 5), ("square", "blue", 10)),
+        make_image(("circle", "blue", 0)),
+        make_image(),
+        make_image(),
     ]
     rows = encoder.images(images)
     cosines = (rows @ rows.T).tolist()
@@ -115,7 +115,7 @@ def test_a_picture_is_the_bag_of_its_things() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_random_scenes(seed: int) -> None:
-    """Every thing that a scene holds is counted, unless two of a colour touch: those pictures are left out."""
+    """Every thing that a scene holds is counted, unless two of a colour touch: those images are left out."""
     rng = random.Random(seed)
     scenes = [random_scene(rng) for _ in range(40)]
     apart = [scene for scene in scenes if len({item.color for item in scene.items}) == len(scene.items)]
@@ -149,11 +149,11 @@ def test_texts_of_every_style_say_what_their_content_asks(seed: int) -> None:
     assert row.numpy() == pytest.approx(asked(settled), abs=1e-6)
 
 
-def test_a_text_and_its_picture() -> None:
+def test_a_text_and_its_image() -> None:
     encoder = ShapesEncoder()
     texts = encoder.texts(["a photo of a circle", "draw 2 scarlet balls", "a trio of azure boxes", "nothing at all"])
     images = encoder.images(
-        [picture(("circle", "red", 0)), picture(("circle", "red", 0), ("square", "blue", 5)), picture()]
+        [make_image(("circle", "red", 0)), make_image(("circle", "red", 0), ("square", "blue", 5)), make_image()]
     )
     cosines = images @ texts.T
     free, both = 6**-0.5, 2**-0.5
@@ -167,10 +167,10 @@ def test_clip_is_an_encoder(tmp_path: Path) -> None:
     model = save_model(tmp_path / "clip")
     save_processor(tmp_path / "clip")
     encoder = ClipEncoder(str(tmp_path / "clip"))
-    pictures = [noise(28, 28, seed) for seed in range(4)]
-    embeddings, texts = encoder.images(pictures), encoder.texts(["cat", "a dog"])
+    images = [noise(28, 28, seed) for seed in range(4)]
+    embeddings, texts = encoder.images(images), encoder.texts(["cat", "a dog"])
     groups = embeddings.view(2, 2, -1)
-    pixels = torch.stack([encoder.pixels([image])[0] for image in pictures])
+    pixels = torch.stack([encoder.pixels([image])[0] for image in images])
     tokens = [torch.tensor([encoder.tokenizer(text)["input_ids"]]) for text in ("cat", "a dog")]
     with torch.no_grad():
         vision = model.get_image_features(pixels).pooler_output.double().numpy()

@@ -1,4 +1,4 @@
-"""The OCR reward: the letter rule, MARIO-Eval's word scores, and what the real engine reads off drawn pictures."""
+"""The OCR reward: the letter rule, MARIO-Eval's word scores, and what the real engine reads off drawn images."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Free hugs on Friday | Deep water this side | Vote for the penguin | Zebra crossi
 TEXTS = [sentence.strip() for line in SENTENCES.strip().splitlines() for sentence in line.split("|")]
 
 
-def picture(text: str, size: int = 512) -> Image.Image:
+def make_image(text: str, size: int = 512) -> Image.Image:
     """Black on white, one or two lines, with the scalable font that Pillow brings along."""
     image = Image.new("RGB", (size, size), "white")
     lines = "\n".join(textwrap.wrap(text, 14))
@@ -47,7 +47,7 @@ def batch(images: Sequence[Image.Image], texts: Sequence[object]) -> RewardBatch
 
 
 class ScriptedReader:
-    """Reads from a picture of width w the w-th page; an absent page breaks it."""
+    """Reads from an image of width w the w-th page; an absent page breaks it."""
 
     def __init__(self, *pages: list[Line]) -> None:
         self.pages = pages
@@ -57,7 +57,7 @@ class ScriptedReader:
 
 
 def scripted(reader: TextReader, texts: Sequence[object], **kwargs: object) -> list[Score]:
-    """Pictures of widths 0, 1, ... against the texts."""
+    """Images of widths 0, 1, ... against the texts."""
     images = [Image.new("RGB", (width, 4)) for width in range(len(texts))]
     return OCRReward(reader, **kwargs)(batch(images, texts))  # type: ignore[arg-type]
 
@@ -186,7 +186,7 @@ def test_max_extra_reaches_the_rule() -> None:
     assert score.rl == pytest.approx(0.6)
 
 
-def test_a_picture_that_breaks_the_engine_is_invalid_and_alone() -> None:
+def test_a_image_that_breaks_the_engine_is_invalid_and_alone() -> None:
     reader = ScriptedReader([("a", 1.0)], [("b", 1.0)])
     scores = scripted(reader, ["a", "b", "c"])
     assert [score.valid for score in scores] == [True, True, False]
@@ -280,11 +280,11 @@ def test_word_scores_need_a_target() -> None:
 
 @pytest.fixture(scope="module")
 def pages() -> list[list[Line]]:
-    """What RapidOCR reads off the 50 drawn sentences, and off an empty picture (the last page)."""
+    """What RapidOCR reads off the 50 drawn sentences, and off an empty image (the last page)."""
     pytest.importorskip("rapidocr")
     reader = RapidOCRReader()
     assert isinstance(reader, TextReader)
-    return reader.read([*map(picture, TEXTS), Image.new("RGB", (512, 512), "white")])
+    return reader.read([*map(make_image, TEXTS), Image.new("RGB", (512, 512), "white")])
 
 
 def test_rapidocr_reads_drawn_sentences(pages: list[list[Line]]) -> None:
@@ -294,7 +294,7 @@ def test_rapidocr_reads_drawn_sentences(pages: list[list[Line]]) -> None:
 
 
 def test_rapidocr_scores_other_sentences_low(pages: list[list[Line]]) -> None:
-    """Every picture against all 49 other sentences: chance resemblance of short English texts, no choice involved."""
+    """Every image against all 49 other sentences: chance resemblance of short English texts, no choice involved."""
     rewards = [
         text_reward([text for text, _ in page], other)
         for page, own in zip(pages, TEXTS, strict=False)
@@ -305,16 +305,16 @@ def test_rapidocr_scores_other_sentences_low(pages: list[list[Line]]) -> None:
     assert sum(rewards) / len(rewards) < 0.2
 
 
-def test_rapidocr_on_an_empty_picture_is_0_and_valid(pages: list[list[Line]]) -> None:
+def test_rapidocr_on_an_empty_image_is_0_and_valid(pages: list[list[Line]]) -> None:
     assert pages[-1] == []
     (score,) = scripted(ScriptedReader(pages[-1]), ["anything"])
     assert score.valid and score.rl == 0
 
 
 def test_the_default_reward_runs_rapidocr_end_to_end() -> None:
-    """In colour and not RGB, with one target right, one in another's place and one picture that cannot be read."""
+    """In colour and not RGB, with one target right, one in another's place and one image that cannot be read."""
     pytest.importorskip("rapidocr")
-    image = picture("Seven boats for hire").convert("RGBA")
+    image = make_image("Seven boats for hire").convert("RGBA")
     broken = Image.new("RGB", (0, 5))
     right, wrong, invalid = OCRReward()(batch([image, image, broken], ["Seven Boats for Hire", "qqqq zzzz", "x"]))
     assert right.rl == 1.0 and right.detail["confidence"] > 0.9
@@ -324,7 +324,7 @@ def test_the_default_reward_runs_rapidocr_end_to_end() -> None:
 
 # --- PaddleOCR's two interfaces ---------------------------------------------------------------------------------------
 
-# Stand-ins with the signatures and replies that PaddleOCR documents. They find "red" in red pictures given as BGR,
+# Stand-ins with the signatures and replies that PaddleOCR documents. They find "red" in red images given as BGR,
 # "none" in no others, and refuse any argument that the real one does not have.
 PADDLE = {
     "2.9.1": """

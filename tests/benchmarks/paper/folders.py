@@ -38,7 +38,7 @@ def fitted(folder: Path, stem: str, seed: int, curve: list[float], enhancer: flo
 
 def score_test(run: Path, marks: dict[tuple[str, str], str]) -> None:
     """A finished test of a fit; `marks` has a digit for every tenth of 40 prompts: 1 is right."""
-    about = {"ckpt_path": str(run / "checkpoints" / "last.ckpt"), "pictures": {}}
+    about = {"ckpt_path": str(run / "checkpoints" / "last.ckpt"), "images": {}}
     write_scores(run.parents[1] / "test" / "x" / "version_0", about, marks)
 
 

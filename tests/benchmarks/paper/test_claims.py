@@ -167,7 +167,7 @@ def test_tags_are_to_bring_most_of_what_one_reward_brings(tmp_path: Path) -> Non
             score_test(job_folder / "x" / "version_0", {("geneval", "with_pe"): digits})
     for study, job in (("base_words", "multi_reward_promptrl"), ("base_words_geneval", "promptrl")):
         folder = tmp_path / study / job / "x" / "version_0"
-        write_scores(folder, {"pictures": {}}, {("geneval", "without_pe"): "1110000000"})
+        write_scores(folder, {"images": {}}, {("geneval", "without_pe"): "1110000000"})
     names = ("multi_reward", "words_geneval", "base_words", "base_words_geneval")
     claim = next(one for name, one in claims(studies_in(tmp_path, *names)).items() if name.startswith("C6"))
     gain, kept, *others = claim.parts

@@ -52,7 +52,7 @@ def test_the_second_flow_model_in_other_wordings(tmp_path: Path) -> None:
     marks = {"geneval": "1111100000", "geneval.static_pe": "1111000000", "geneval.detailed": "1111111000"}
     drawn = {(name, "without_pe"): digits for name, digits in marks.items()}
     drawn |= dict.fromkeys([("geneval", "with_pe"), ("geneval.detailed", "with_pe")], marks["geneval.static_pe"])
-    write_scores(tmp_path / "base_crossed_words" / "promptrl" / "x" / "version_0", {"pictures": {}}, drawn)
+    write_scores(tmp_path / "base_crossed_words" / "promptrl" / "x" / "version_0", {"images": {}}, drawn)
     table = wording_table(studies_in(tmp_path, "base_crossed_words"))
     plain, refined = (row for row in table.rows if not row.source)
     assert (plain.label, refined.label) == ("second flow model", "second flow model with the untrained PE")
@@ -128,7 +128,7 @@ def test_gains_beside_each_other(studies: Studies, tmp_path: Path) -> None:
         for stem, alike in (("flow_only", 0.9), ("promptrl", 0.1 * (seed - 41))):
             log_similarity(tmp_path / "geneval" / f"{stem}-s{seed}" / "x" / "version_0", alike)
     marks = {("geneval", "without_pe"): "1110000000", ("geneval", "with_pe"): "1100000000"}
-    write_scores(tmp_path / "base" / "promptrl" / "x" / "version_0", {"pictures": {}}, marks)
+    write_scores(tmp_path / "base" / "promptrl" / "x" / "version_0", {"images": {}}, marks)
     (row,) = properties_table(studies_in(tmp_path, "geneval", "base")).rows
     assert row.label == "GenEval (3)" and row.scores == pytest.approx(
         {"flow": 0.2, "prompt": 0.1, "joint": 0.5, "enhancer": -0.1, "over_best": 0.3, "over_sum": 0.2, "base": 0.3}
@@ -149,7 +149,7 @@ def test_gains_of_other_flow_models_and_refiners(studies: Studies, tmp_path: Pat
     fits = [("words_geneval", "flow_only", "without_pe", 4)]
     for name, (_, untrained, base, refiner, _, prompt, joint) in others.items():
         marks = {("geneval", mode): tenths(right) for mode, right in (("without_pe", base), ("with_pe", refiner))}
-        write_scores(tmp_path / untrained / "promptrl" / "x" / "version_0", {"pictures": {}}, marks)
+        write_scores(tmp_path / untrained / "promptrl" / "x" / "version_0", {"images": {}}, marks)
         fits += [(name, "prompt_only", "with_pe", prompt), (name, "promptrl", "with_pe", joint)]
     for name, stem, mode, right in fits:
         for seed in (42, 43, 44):
@@ -171,9 +171,9 @@ def test_refiners_in_front_of_a_second_model(tmp_path: Path) -> None:
     for job in read(["--config", "configs/sweeps/paper/transfer.yaml"]).jobs():
         (digits,) = (digits for key, digits in marks.items() if key in job.name)
         folder = tmp_path / "transfer" / job.name / "x" / "version_0"
-        write_scores(folder, {"pictures": {}}, {("geneval", "with_pe"): digits})
+        write_scores(folder, {"images": {}}, {("geneval", "with_pe"): digits})
     untrained = {("geneval", "with_pe"): "1100000000", ("geneval", "without_pe"): "1000000000"}
-    write_scores(tmp_path / "base_crossed_words" / "promptrl" / "x" / "version_0", {"pictures": {}}, untrained)
+    write_scores(tmp_path / "base_crossed_words" / "promptrl" / "x" / "version_0", {"images": {}}, untrained)
     for study, digits in (("crossed_words", "1110000000"), ("words_geneval", "1111111111")):
         for seed in (42, 43, 44):
             score_test(fitted(tmp_path / study, "prompt_only", seed, [0.4, 0.5]), {("geneval", "with_pe"): digits})

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from callbacks.edit import EditBenchmark
-from callbacks.runs.contrasts import mean_of_pictures, mean_of_tags, prompt_contrast, prompt_gap, prompt_table
+from callbacks.runs.contrasts import mean_of_images, mean_of_tags, prompt_contrast, prompt_gap, prompt_table
 from callbacks.runs.loading import Run
 from miniature.edits.reward import ShapesEditReward
 
 
 def scored(folder: Path, *values: tuple[str, str, float | None, int], benchmark: str = "B", **more: Any) -> Run:
-    """A test whose prompts (id, tag, mean, pictures) were scored."""
+    """A test whose prompts (id, tag, mean, images) were scored."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text("{}")
     with (folder / "scores.jsonl").open("a", encoding="utf-8") as file:
@@ -27,13 +27,13 @@ def scored(folder: Path, *values: tuple[str, str, float | None, int], benchmark:
 
 
 def test_a_table_is_what_was_scored(tmp_path: Path) -> None:
-    """Prompt c could not be scored. By pictures (0 + 2 + 1) / 5, by tag (2/4 + 1/1) / 2."""
+    """Prompt c could not be scored. By images (0 + 2 + 1) / 5, by tag (2/4 + 1/1) / 2."""
     run = scored(tmp_path, ("a", "red", 0.0, 2), ("b", "red", 1.0, 2), ("c", "red", None, 2), ("d", "blue", 1.0, 1))
     table = prompt_table(run, "geneval", "without_pe")
     assert table.ids == ["a", "b", "c", "d"] and table.images.tolist() == [2, 2, 2, 1]
     assert table.sums["correct"].tolist() == [0, 2, 0, 1] and table.counts["correct"].tolist() == [2, 2, 0, 1]
     assert run.stage == "test" and run.mode == "", "no config.yaml tells"
-    assert prompt_gap([table], summarize=mean_of_pictures("correct")).value == pytest.approx(3 / 5)
+    assert prompt_gap([table], summarize=mean_of_images("correct")).value == pytest.approx(3 / 5)
     gap = prompt_gap([table], summarize=mean_of_tags("correct"))
     assert gap.value == pytest.approx(0.75) and gap.num == 4
     assert math.isnan(gap.low), "one prompt in a tag would seem certain"
@@ -123,7 +123,7 @@ def test_refusals(tmp_path: Path) -> None:
     elsewhere = scored(tmp_path / "2", ("b", "red", 0.0, 2))
     tables = [prompt_table(one, "geneval", "without_pe") for one in (run, elsewhere)]
     with pytest.raises(ValueError, match=r"no prompt in common"):
-        prompt_gap(tables[:1], tables[1:], summarize=mean_of_pictures("correct"))
+        prompt_gap(tables[:1], tables[1:], summarize=mean_of_images("correct"))
     (tmp_path / "3").mkdir()
     (tmp_path / "3" / "results.json").write_text("{}")
     with pytest.raises(ValueError, match=r"has no scores\.jsonl: score its checkpoint by `lightning test`"):

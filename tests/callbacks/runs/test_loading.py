@@ -132,7 +132,7 @@ def test_a_test_that_was_cut_off_is_no_continuation(tmp_path: Path, monkeypatch:
     (fit / "checkpoints").mkdir()
     (fit / "checkpoints" / "last.ckpt").touch()
     said = yaml.safe_load((test / "config.yaml").read_text())
-    (test / "config.yaml").write_text(yaml.safe_dump(said | {"pictures": {"images_per_prompt": 1}}))
+    (test / "config.yaml").write_text(yaml.safe_dump(said | {"images": {"images_per_prompt": 1}}))
     monkeypatch.chdir("/")
     (run,) = load(tmp_path / "runs")
     assert run.folder == tmp_path / fit and run.finished

@@ -17,16 +17,16 @@ from miniature.scenes.detector import ShapesDetector
 GENEVAL = GenEvalBenchmark(ShapesDetector())
 
 
-def geneval_table(*pictures: tuple[str, str, bool]) -> PromptTable:
+def geneval_table(*images: tuple[str, str, bool]) -> PromptTable:
     """A table of (id, tag, correct)."""
-    tags = {name: tag for name, tag, _ in pictures}
+    tags = {name: tag for name, tag, _ in images}
     metric = PromptScores(list(tags), list(tags.values()), ["correct"])
-    metric.update([name for name, _, _ in pictures], [{"correct": float(correct)} for _, _, correct in pictures])
+    metric.update([name for name, _, _ in images], [{"correct": float(correct)} for _, _, correct in images])
     return metric.table()
 
 
 def test_geneval_is_a_mean_of_tag_means() -> None:
-    """colors: 2 of 3 pictures, position 0 of 2, counting 1 of 1; a prompt counts if any of its pictures is right."""
+    """colors: 2 of 3 images, position 0 of 2, counting 1 of 1; a prompt counts if any of its images is right."""
     table = geneval_table(
         ("a", "colors", True), ("a", "colors", False), ("b", "colors", True),
         ("c", "position", False), ("c", "position", False), ("d", "counting", True),
@@ -71,18 +71,18 @@ def test_an_unknown_prompt_is_an_error() -> None:
 
 
 def test_weighted_mean_is_that_of_repeated_prompts() -> None:
-    """A weight of 3 is the prompt written three times: against a plain loop over pictures."""
+    """A weight of 3 is the prompt written three times: against a plain loop over images."""
     rng = random.Random(0)
-    pictures = [(f"p{i % 7}", "t", {"x": rng.gauss(0, 1)} if rng.random() < 0.8 else {}) for i in range(30)]
+    images = [(f"p{i % 7}", "t", {"x": rng.gauss(0, 1)} if rng.random() < 0.8 else {}) for i in range(30)]
     metric = PromptScores([f"p{i}" for i in range(7)], ["t"] * 7, ["x"])
-    metric.update([name for name, _, _ in pictures], [values for _, _, values in pictures])
+    metric.update([name for name, _, _ in images], [values for _, _, values in images])
     table = metric.table()
     weights = torch.tensor([[rng.randrange(4) for _ in range(7)] for _ in range(5)], dtype=torch.float64)
     rows = torch.tensor([True, True, False, True, True, False, True])
     for row, found in zip(weights, weighted_mean(table, "x", weights, rows), strict=True):
         repeated = [
             values["x"]
-            for name, _, values in pictures
+            for name, _, values in images
             for _ in range(int(row[int(name[1:])]))
             if values and rows[int(name[1:])]
         ]

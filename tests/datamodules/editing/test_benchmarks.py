@@ -34,7 +34,7 @@ def row(number: int, **changes: Any) -> dict[str, Any]:
 
 
 def write(folder: Path, layout: str, rows: list[dict[str, Any]], image: str = "input_image_raw") -> Path:
-    """The rows, each with its picture, in one of the layouts."""
+    """The rows, each with its image, in one of the layouts."""
     if layout == "jsonl":
         for number, color in enumerate(COLORS[: len(rows)]):
             (folder / f"{number}.png").write_bytes(png(color))
@@ -115,12 +115,10 @@ def test_a_folder_languages_and_a_limit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_images_column_may_be_named(tmp_path: Path, layout: str) -> None:
-    path = str(write(tmp_path, layout, [row(0)], image="picture"))
-    with pytest.raises(
-        ValueError, match=r"no input_image_raw or .* among .*picture.*: name the image's column in data"
-    ):
+    path = str(write(tmp_path, layout, [row(0)], image="image"))
+    with pytest.raises(ValueError, match=r"no input_image_raw or .* among .*image.*: name the image's column in data"):
         GEditPrompts(path).setup("test")
-    data = GEditPrompts(path, image_column="picture")
+    data = GEditPrompts(path, image_column="image")
     data.setup("test")
     assert color(data.test_samples()["gedit_en"][0]) == "red"
 
@@ -164,7 +162,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         GEditPrompts(str(tmp_path / "nowhere")).setup("test")
 
 
-def test_pictures_that_cannot_be_read_are_named_when_asked_for(tmp_path: Path) -> None:
+def test_images_that_cannot_be_read_are_named_when_asked_for(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 

@@ -1,4 +1,4 @@
-"""Each kind of picture becomes the RGB that it should, pixel by pixel, or says what is wrong with it."""
+"""Each kind of image becomes the RGB that it should, pixel by pixel, or says what is wrong with it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read(data: bytes) -> list[Any]:
 
 
 def problem(source: Source | bytes, rules: ImageRules = RULES, header: bool = True) -> str:
-    """What is wrong, according to the whole picture and, if told, its header alone."""
+    """What is wrong, according to the whole image and, if told, its header alone."""
     place: Source = (lambda: source) if isinstance(source, bytes) else source
     with pytest.raises(ValueError) as caught:
         read_image(place, rules)
@@ -124,7 +124,7 @@ def test_grays_of_unknown_range_are_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
-def test_pictures_are_turned_upright(kind: str) -> None:
+def test_images_are_turned_upright(kind: str) -> None:
     """Stored with the top at the right-hand side (6): what is left above must come to the right."""
     stored = Image.new("RGB", (32, 16), WHITE)
     stored.paste((0, 0, 0), (0, 0, 16, 8))
@@ -141,10 +141,10 @@ def test_pictures_are_turned_upright(kind: str) -> None:
 def test_animations_and_pages_are_refused(kind: str) -> None:
     frames = [Image.new("RGB", (4, 4), color) for color in (RED, GREEN, BLUE)]
     data = saved(frames[0], kind, save_all=True, append_images=frames[1:])
-    assert problem(data) == "holds 3 pictures"
+    assert problem(data) == "holds 3 images"
 
 
-def test_a_phones_second_picture_does_not_count() -> None:
+def test_a_phones_second_image_does_not_count() -> None:
     frames = [Image.new("RGB", (16, 16), color) for color in (WHITE, (0, 0, 0))]
     data = saved(frames[0], "MPO", save_all=True, append_images=frames[1:])
     assert set(read(data)) == {WHITE}

@@ -17,15 +17,15 @@ def write(folder: Path, *rows: dict[str, object]) -> str:
     return str(path)
 
 
-def picture(folder: Path, name: str, mode: str = "RGB", **save: object) -> None:
+def make_image(folder: Path, name: str, mode: str = "RGB", **save: object) -> None:
     Image.new(mode, (12, 8), 255 if mode in ("L", "I;16") else None).save(folder / name, **save)
 
 
 def test_images_come_upright_in_rgb_with_their_rows(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its side
-    picture(tmp_path, "a.jpg", exif=exif)
-    picture(tmp_path, "b.png", "RGBA")
+    make_image(tmp_path, "a.jpg", exif=exif)
+    make_image(tmp_path, "b.png", "RGBA")
     path = write(
         tmp_path,
         {"prompt": "make it red", "image": "a.jpg", "category": "style", "id": "x"},
@@ -44,7 +44,7 @@ def test_images_come_upright_in_rgb_with_their_rows(tmp_path: Path) -> None:
 
 
 def test_rows_without_a_readable_image_are_named(tmp_path: Path) -> None:
-    picture(tmp_path, "a.png")
+    make_image(tmp_path, "a.png")
     good = {"prompt": "p", "image": "a.png"}
     for bad, message in (
         ({"prompt": "q"}, "`image` is None"),

@@ -68,7 +68,7 @@ LAYOUTS = [
 
 
 def layout_rows(folder: Path, layout: str, rows: list[dict[str, Any]], image: str = "image") -> str:
-    """The rows, each with its picture as the layout has it."""
+    """The rows, each with its image as the layout has it."""
     kind, _, how = layout.partition("-")
     cells = []
     for number, row in enumerate(rows):
@@ -134,12 +134,12 @@ def test_columns_may_be_named(tmp_path: Path, layout: str) -> None:
         ("n1", "edit 1", "env", "lime"),
     ]
     assert samples[0].metadata == {"prompt": "not this", "kind": "env", "id": "same"}
-    # one column of pictures, whatever its name
+    # one column of images, whatever its name
     assert color(load(path, columns={"id": "name"})[1]) == "lime"
     with pytest.raises(ValueError, match=r"edits\.\w+: data\.columns\.prompt is 'wishes', and the columns are .*wish"):
         load(path, columns={"prompt": "wishes"})
-    with pytest.raises(ValueError, match="data.columns names 'picture': its keys are image, prompt, category, id"):
-        load(path, columns={"picture": "seen"})
+    with pytest.raises(ValueError, match="data.columns names 'image': its keys are image, prompt, category, id"):
+        load(path, columns={"image": "seen"})
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_columns_may_be_named(tmp_path: Path, layout: str) -> None:
 )
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_columns_that_are_found(tmp_path: Path, cells: Mapping[str, str], image: str, prompt: str, kind: str) -> None:
-    """`p` stands for the source's picture, `q` for another, `t` for the instruction."""
+    """`p` stands for the source's image, `q` for another, `t` for the instruction."""
     for name, shade in (("p.png", "red"), ("q.png", "blue")):
         (tmp_path / name).write_bytes(png(shade))
     inside = {"p": png("red"), "q": png("blue")} if kind == "parquet" else {"p": "p.png", "q": "q.png"}
@@ -167,15 +167,15 @@ def test_columns_that_are_found(tmp_path: Path, cells: Mapping[str, str], image:
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_unclear_columns_are_listed(tmp_path: Path, kind: str) -> None:
-    picture = png("red") if kind == "parquet" else "a.png"
+    image = png("red") if kind == "parquet" else "a.png"
     for cells, message in (
         (
-            {"one": picture, "two": picture, "text": "t"},
+            {"one": image, "two": image, "text": "t"},
             "any of one, two may hold the source images, the columns are one, two, text: name it in data.columns.image",
         ),
-        ({"src_img": picture, "source_img": picture, "text": "t"}, "any of src_img, source_img may hold"),
+        ({"src_img": image, "source_img": image, "text": "t"}, "any of src_img, source_img may hold"),
         ({"number": 3, "text": "t"}, "no column may hold the source images, the columns are number, text"),
-        ({"image": picture, "words": "t"}, "no column is called prompt or .*, the columns are image, words: name the"),
+        ({"image": image, "words": "t"}, "no column is called prompt or .*, the columns are image, words: name the"),
     ):
         with pytest.raises(ValueError, match=rf"a\.{kind}: {message}"):
             load(write(tmp_path / f"a.{kind}", [cells]))
@@ -256,10 +256,10 @@ def bad_rows(folder: Path, layout: str) -> tuple[str, list[str]]:
     Image.fromarray(noise).save(whole, "PNG")
     frames = io.BytesIO()
     Image.new("L", (9, 8)).save(frames, "GIF", save_all=True, append_images=[Image.new("L", (9, 8), 255)])
-    pictures = [png("red"), b"no picture", png("lime"), png("red", (7, 9)), png("red", (90, 90))]
-    pictures += [frames.getvalue(), png("red"), None, whole.getvalue()[:4000], png("blue")]
+    images = [png("red"), b"no image", png("lime"), png("red", (7, 9)), png("red", (90, 90))]
+    images += [frames.getvalue(), png("red"), None, whole.getvalue()[:4000], png("blue")]
     rows: list[dict[str, Any]] = []
-    for number, data in enumerate(pictures):
+    for number, data in enumerate(images):
         name = f"{number}.png"
         if data is not None and layout == "jsonl":
             (folder / name).write_bytes(data)
@@ -270,7 +270,7 @@ def bad_rows(folder: Path, layout: str) -> tuple[str, list[str]]:
         1: r"the image .* cannot be read \(cannot identify",
         3: "the image .* is only 7 x 9 pixels, less than 8",
         4: "the image .* is 90 x 90 pixels, more than 8000 in all",
-        5: "the image .* holds 2 pictures: replace it or drop the row",
+        5: "the image .* holds 2 images: replace it or drop the row",
         6: "`prompt` is ' ': give the text of the prompt",
         7: missing,
         8: "the image .* cannot be read .*: replace it or drop the row",
@@ -376,7 +376,7 @@ def test_settings_are_checked(how: dict[str, Any], message: str) -> None:
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("a prompt without a picture")
+    (tmp_path / "a.txt").write_text("a prompt without an image")
     with pytest.raises(ValueError, match=r"a\.txt: the name ends in '\.txt': give \.parquet or"):
         load(str(tmp_path / "a.txt"))
     with pytest.raises(ValueError, match=r"data\.eval_file is '.*b\.jsonl', which is not a file"):

@@ -29,7 +29,7 @@ class Family:
         name: of the test cases.
         policy: the adapter.
         build: a tiny pipeline with random weights, every class a stock one (under a second, under 5 MB).
-        draw: stock pictures [B, 3, height, width] in [0, 1], clamped: (pipe, policy, prompts, latents, steps, images).
+        draw: stock images [B, 3, height, width] in [0, 1], clamped: (pipe, policy, prompts, latents, steps, images).
         sizes: two resolutions (height, width).
         options: arguments of the policy besides model, sampling and size.
         sources: takes source images.
@@ -74,7 +74,7 @@ class Family:
         height, width = self.sizes[0]
         generator = torch.Generator().manual_seed(5)
         pixels = torch.randint(0, 256, (num, height, width, 3), generator=generator, dtype=torch.uint8)
-        return [Image.fromarray(picture.numpy()) for picture in pixels]
+        return [Image.fromarray(image.numpy()) for image in pixels]
 
 
 def byte_tokenizer(

@@ -1,4 +1,4 @@
-"""Source images of FLUX.1-Kontext and FLUX.2-klein: sizes, sharing, and pictures without a source."""
+"""Source images of FLUX.1-Kontext and FLUX.2-klein: sizes, sharing, and images without a source."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_source_of_any_size_is_rounded_as_stock_does(family: Family, folders: 
 
 @every_editor
 def test_prompt_and_source_are_listened_to(family: Family, folders: dict[str, Path]) -> None:
-    """Else the parity of pictures would prove little."""
+    """Else the parity of images would prove little."""
     policy = family.load(folders[family.name], Sampling(4, 0))
     images = [noise_image(64, 64, seed) for seed in (1, 2)]
     base = policy.generate(PROMPTS[:1], [3], images=images[:1])

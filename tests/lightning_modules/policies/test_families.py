@@ -49,7 +49,7 @@ def stock(family: Family, folder: Path) -> DiffusionPipeline:
 @every_family
 @pytest.mark.parametrize("num", [1, 3])
 @pytest.mark.parametrize("size", [0, 1])
-def test_pictures_equal_the_stock_pipelines(family: Family, folders: dict[str, Path], size: int, num: int) -> None:
+def test_images_equal_the_stock_pipelines(family: Family, folders: dict[str, Path], size: int, num: int) -> None:
     """No SDE steps, the same noise: max difference in fp32 pixels under 1e-4, guidance included."""
     policy = family.load(folders[family.name], Sampling(4, 0), family.sizes[size])
     seeds, images = list(range(num)), family.images(num)
@@ -127,7 +127,7 @@ class Red(Reward):
 
 @every_family
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-def test_a_few_steps_make_pictures_redder(family: Family, folders: dict[str, Path], lora: LoRA | None) -> None:
+def test_a_few_steps_make_images_redder(family: Family, folders: dict[str, Path], lora: LoRA | None) -> None:
     rate = family.learning_rates[lora is not None]
     policy = family.load(folders[family.name], Sampling(4, 2, clip_range=1.0), lora=lora, learning_rate=rate)
     module = attach(PromptRL(policy, Red(), None, group_size=8, num_retained=8))
@@ -143,8 +143,8 @@ def test_a_few_steps_make_pictures_redder(family: Family, folders: dict[str, Pat
 def mean_red(module: PromptRL, samples: Sequence[PromptSample]) -> float:
     prompts = [sample.prompt for sample in samples for _ in range(8)]
     images = [sample.image for sample in samples for _ in range(8) if sample.image is not None]
-    pictures = module.flow.generate(prompts, list(range(100, 116)), images=images or None)
-    return float(pictures[:, 0].clamp(0, 1).mean())
+    images = module.flow.generate(prompts, list(range(100, 116)), images=images or None)
+    return float(images[:, 0].clamp(0, 1).mean())
 
 
 @every_family

@@ -31,7 +31,7 @@ def perturb(module: torch.nn.Module, scale: float = 0.05) -> None:
 
 @pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS[:3]])
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (48, 32)])
-def test_pictures_equal_the_stock_pipelines(
+def test_images_equal_the_stock_pipelines(
     random_flux: Path, make_flow: MakeFlow, prompts: list[str], height: int, width: int
 ) -> None:
     """No SDE steps: our sampler is `FluxPipeline.__call__` with the same latents and embeddings."""

@@ -104,25 +104,25 @@ def test_int8_keeps_its_scales_beside_its_weights(make_flow: MakeFlow) -> None:
 
 
 def test_parts_that_wait_on_the_cpu_are_lent_and_returned(make_flow: MakeFlow) -> None:
-    """Offloaded parts are no submodules, so nothing moves them for good; pictures are the same."""
+    """Offloaded parts are no submodules, so nothing moves them for good; images are the same."""
     policy, plain = make_flow(offload=True), make_flow()
     assert not any(name.startswith(("vae", "text_encoder")) for name, _ in policy.named_parameters())
-    pictures, others = policy.generate(PROMPTS[:2], [1, 2]), plain.generate(PROMPTS[:2], [1, 2])
-    assert torch.equal(pictures, others)
+    images, others = policy.generate(PROMPTS[:2], [1, 2]), plain.generate(PROMPTS[:2], [1, 2])
+    assert torch.equal(images, others)
     meta_free = [p.device.type for part in policy._frozen_parts().values() for p in part.parameters()]
     assert set(meta_free) == {"cpu"}
     assert not any(p.requires_grad for part in policy._frozen_parts().values() for p in part.parameters())
 
 
 def test_frozen_parts_in_another_type(make_flow: MakeFlow) -> None:
-    """fp32 weights to train beside bf16 encoders: the network gets fp32, and pictures stay close."""
+    """fp32 weights to train beside bf16 encoders: the network gets fp32, and images stay close."""
     policy, plain = make_flow(frozen_dtype="bfloat16"), make_flow()
     assert policy.pipe.vae.dtype == policy.pipe.text_encoder_2.dtype == torch.bfloat16
     assert policy.network.dtype == torch.float32
     conditioning = policy.encode(PROMPTS)
     assert {tensor.dtype for tensor in conditioning.tensors.values()} == {torch.float32}
-    pictures, others = policy.generate(PROMPTS[:2], [1, 2]), plain.generate(PROMPTS[:2], [1, 2])
-    assert 0 < (pictures - others).abs().mean() < 0.02
+    images, others = policy.generate(PROMPTS[:2], [1, 2]), plain.generate(PROMPTS[:2], [1, 2])
+    assert 0 < (images - others).abs().mean() < 0.02
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from PIL import Image
 from lightning_modules.policies.base import LoRA
 from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.pipeline import PipelinePolicy
-from lightning_modules.policies.qwen_image_edit import PictureProcessor, picture_processor
+from lightning_modules.policies.qwen_image_edit import ImageProcessor, image_processor
 from lightning_modules.seeding import generators_for
 from tests.lightning_modules.policies.family import PROMPTS, Family
 from tests.lightning_modules.policies.test_flux1 import perturb
@@ -97,13 +97,13 @@ def test_rows_and_columns_of_a_source_count(folders: dict[str, Path], monkeypatc
     pipe = stock(policy)
     sequential = QWEN_IMAGE_EDIT.draw(pipe, policy, PROMPTS[:2], latents, 4, images)
     told: dict[str, Any] = {}
-    process, forward = PictureProcessor.__call__, pipe.text_encoder.forward
+    process, forward = ImageProcessor.__call__, pipe.text_encoder.forward
 
     def record(self: Any, *args: Any, **kwargs: Any) -> Any:
         told.update(output := process(self, *args, **kwargs))
         return output
 
-    monkeypatch.setattr(PictureProcessor, "__call__", record)
+    monkeypatch.setattr(ImageProcessor, "__call__", record)
     types = "mm_token_type_ids"
     monkeypatch.setattr(pipe.text_encoder, "forward", lambda **kwargs: forward(**kwargs, **{types: told[types]}))
     fixed = QWEN_IMAGE_EDIT.draw(pipe, policy, PROMPTS[:2], latents, 4, images)
@@ -134,7 +134,7 @@ def test_sources_of_other_sizes_are_cropped_or_refused(folders: dict[str, Path])
 def test_an_export_names_the_stock_processor(folders: dict[str, Path], tmp_path: Path) -> None:
     QWEN_IMAGE_EDIT.load(folders["qwen_image_edit"], Sampling(4, 0)).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["processor"] == ["transformers", "Qwen2VLProcessor"]
-    found, original = (picture_processor(str(f))["processor"] for f in (tmp_path, folders["qwen_image_edit"]))
+    found, original = (image_processor(str(f))["processor"] for f in (tmp_path, folders["qwen_image_edit"]))
     assert found.image_processor.to_dict() == original.image_processor.to_dict()
     assert found.tokenizer.get_vocab() == original.tokenizer.get_vocab()
 

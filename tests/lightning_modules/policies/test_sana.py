@@ -39,7 +39,7 @@ def test_euler_steps_with_the_published_shift_by_hand(folder: Path) -> None:
 
 
 def test_euler_steps_lead_where_the_published_solver_does(folder: Path) -> None:
-    """Both solve one differential equation: with more steps our pictures come closer to the untouched pipeline's."""
+    """Both solve one differential equation: with more steps our images come closer to the untouched pipeline's."""
     pipe, policy = stock(folder), SANA.load(folder, Sampling(4, 0))
     assert isinstance(pipe.scheduler, DPMSolverMultistepScheduler)
     theirs = pipe(

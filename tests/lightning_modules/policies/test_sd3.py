@@ -81,7 +81,7 @@ def test_dynamic_shift_is_the_stock_pipelines(tmp_path: Path, size: tuple[int, i
     assert (policy.generate(PROMPTS[:1], [4]).clamp(0, 1) - theirs).abs().max() < 1e-4
 
 
-def test_pictures_larger_than_the_table_of_positions_are_refused(folder: Path) -> None:
+def test_images_larger_than_the_table_of_positions_are_refused(folder: Path) -> None:
     policy = SD3Policy(str(folder), Sampling(4, 0), height=64, width=72)
     with pytest.raises(ValueError, match=r"`height` and `width` are 64 x 72; .* draws at most 64 pixels a side"):
         policy.load()

@@ -37,15 +37,15 @@ full_and_lora = pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora
 seeing_or_not = pytest.mark.parametrize("cls", [VisionLanguagePolicy, LanguagePolicy], ids=["image", "text"])
 
 
-def picture(seed: int, width: int, height: int) -> Image.Image:
+def make_image(seed: int, width: int, height: int) -> Image.Image:
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
 
 
 SAMPLES = [
-    PromptSample("0", "make the circle red", "", {}, picture(0, 96, 128)),
-    PromptSample("1", "put two blue squares left of a very large green triangle", "", {}, picture(1, 128, 64)),
+    PromptSample("0", "make the circle red", "", {}, make_image(0, 96, 128)),
+    PromptSample("1", "put two blue squares left of a very large green triangle", "", {}, make_image(1, 128, 64)),
     PromptSample("2", "one cross", "", {}, None),
 ]
 """Two sizes of images, and one prompt without."""
@@ -215,7 +215,7 @@ def test_reference_and_saved_weights(folders: dict[str, Path], kind: str, lora: 
 
 
 def test_large_images_are_scaled_to_the_budget(folders: dict[str, Path]) -> None:
-    sample = PromptSample("0", "one cross", "", {}, picture(0, 700, 560))
+    sample = PromptSample("0", "one cross", "", {}, make_image(0, 700, 560))
     tokens = {}
     for budget in (200_704, 16 * 28 * 28):
         seen = load(folders["qwen2_5_vl"], max_pixels=budget)._encode([sample])[2]

@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         {"guidance_scale": 0.0},  # Turbo
         {"guidance_scale": 0.5},
-        {"guidance_scale": 5.0, "negative_prompt": "a blurred and badly drawn picture of nothing that was asked for"},
+        {"guidance_scale": 5.0, "negative_prompt": "a blurred and badly drawn image of nothing that was asked for"},
         {"guidance_scale": 5.0, "cfg_normalization": 1.0},
         {"guidance_scale": 5.0, "cfg_normalization": 0.7, "negative_prompt": "grey"},
     ],
@@ -40,7 +40,7 @@ def test_guidance_equals_the_stock_pipelines(folder: Path, options: dict[str, An
     assert (ours - plain).abs().max() > 1e-3  # the option does something
 
 
-def test_normalization_limits_each_picture_for_itself(folder: Path) -> None:
+def test_normalization_limits_each_image_for_itself(folder: Path) -> None:
     policy = Z_IMAGE.load(folder, Sampling(4, 0), guidance_scale=1.0, cfg_normalization=1.5)
     positive = torch.tensor([[3.0, 4.0], [3.0, 4.0]]).view(2, 1, 1, 2)  # length 5
     negative = torch.tensor([[0.0, 0.0], [3.0, 2.0]]).view(2, 1, 1, 2)

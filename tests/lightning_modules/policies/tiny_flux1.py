@@ -23,8 +23,8 @@ def build() -> Any:
 def draw(
     pipe: Any, policy: Any, prompts: list[str], latents: Tensor, steps: int, images: list[Image.Image] | None
 ) -> Tensor:
-    """Stock pictures."""
-    pictures: Tensor = pipe(
+    """Stock drawn."""
+    drawn: Tensor = pipe(
         prompts,
         latents=latents,
         num_inference_steps=steps,
@@ -34,7 +34,7 @@ def draw(
         max_sequence_length=policy.max_sequence_length,
         output_type="pt",
     ).images
-    return pictures
+    return drawn
 
 
 FLUX1 = Family("flux1", Flux1Policy, build, draw, options={"max_sequence_length": 18}, learning_rates=(1e-3, 3e-2))

@@ -21,8 +21,8 @@ def build() -> Any:
 def draw(
     pipe: Any, policy: Any, prompts: list[str], latents: Tensor, steps: int, images: list[Image.Image] | None
 ) -> Tensor:
-    """Stock pictures, of the height and width asked for."""
-    pictures: Tensor = pipe(
+    """Stock drawn, of the height and width asked for."""
+    drawn: Tensor = pipe(
         image=images,
         prompt=prompts,
         latents=latents,
@@ -35,7 +35,7 @@ def draw(
         output_type="pt",
         _auto_resize=policy.auto_resize,
     ).images
-    return pictures
+    return drawn
 
 
 FLUX1_KONTEXT = Family(

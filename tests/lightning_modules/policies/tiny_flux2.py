@@ -84,7 +84,7 @@ def build(is_distilled: bool = False, levels: int = 4) -> Any:
 def draw(
     pipe: Any, policy: Any, prompts: list[str], latents: Tensor, steps: int, images: list[Image.Image] | None
 ) -> Tensor:
-    """Stock pictures; one by one with sources, since all images of one call are references of all its pictures."""
+    """Stock drawn; one by one with sources, since all images of one call are references of all its drawn."""
     shared = {
         "num_inference_steps": steps,
         "guidance_scale": policy.guidance_scale,
@@ -95,8 +95,8 @@ def draw(
         "output_type": "pt",
     }
     if images is None:
-        pictures: Tensor = pipe(prompt=prompts, latents=latents, **shared).images
-        return pictures
+        drawn: Tensor = pipe(prompt=prompts, latents=latents, **shared).images
+        return drawn
     alone = zip(prompts, latents.split(1), images, strict=True)
     return torch.cat([pipe(image=image, prompt=prompt, latents=x, **shared).images for prompt, x, image in alone])
 

@@ -46,7 +46,7 @@ def parts(**transformer: Any) -> dict[str, Any]:
         latents_mean=[-0.3, 0.2, 0.1, -0.1],
         latents_std=[1.5, 0.7, 1.2, 0.9],
     )
-    vae.decoder.conv_out.weight.data *= 8  # a fresh one's pictures are nearly flat
+    vae.decoder.conv_out.weight.data *= 8  # a fresh one's drawn are nearly flat
     vae.decoder.conv_out.bias.data = torch.tensor([-1.0, 1.0, 0.5])  # and not clipped
     network = QwenImageTransformer2DModel(
         patch_size=2,
@@ -117,8 +117,8 @@ def build() -> Any:
 def draw(
     pipe: Any, policy: Any, prompts: list[str], latents: Tensor, steps: int, images: list[Image.Image] | None
 ) -> Tensor:
-    """Stock pictures."""
-    pictures: Tensor = pipe(
+    """Stock drawn."""
+    drawn: Tensor = pipe(
         prompts,
         negative_prompt=[policy.negative_prompt] * len(prompts),
         true_cfg_scale=policy.guidance_scale,
@@ -129,7 +129,7 @@ def draw(
         max_sequence_length=policy.max_sequence_length,
         output_type="pt",
     ).images
-    return pictures
+    return drawn
 
 
 QWEN_IMAGE = Family("qwen_image", QwenImagePolicy, build, draw, learning_rates=(1e-2, 2e-2))

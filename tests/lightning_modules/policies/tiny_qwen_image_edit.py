@@ -1,4 +1,4 @@
-"""Tiny Qwen-Image-Edit: Qwen-Image's tiny parts in the editing pipeline, with a processor for pictures."""
+"""Tiny Qwen-Image-Edit: Qwen-Image's tiny parts in the editing pipeline, with a processor for drawn."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import Qwen2VLImageProcessorPil
 
-from lightning_modules.policies.qwen_image_edit import PictureProcessor, QwenImageEditPolicy, picture_processor
+from lightning_modules.policies.qwen_image_edit import ImageProcessor, QwenImageEditPolicy, image_processor
 from tests.lightning_modules.policies import tiny_qwen_image
 from tests.lightning_modules.policies.family import Family
 
@@ -20,7 +20,7 @@ from tests.lightning_modules.policies.family import Family
 def build(zero_cond_t: bool = False) -> Any:
     """Qwen-Image-Edit's pipeline; 2511 sets `zero_cond_t`, 2509 does not."""
     parts = tiny_qwen_image.parts(zero_cond_t=zero_cond_t)
-    processor = PictureProcessor(Qwen2VLImageProcessorPil(), parts["tokenizer"])
+    processor = ImageProcessor(Qwen2VLImageProcessorPil(), parts["tokenizer"])
     pipe = QwenImageEditPlusPipeline(processor=processor, **parts)
     pipe.register_to_config(processor=("transformers", "Qwen2VLProcessor"))  # as in Qwen/Qwen-Image-Edit-2509
     return pipe
@@ -29,7 +29,7 @@ def build(zero_cond_t: bool = False) -> Any:
 def draw(
     pipe: Any, policy: Any, prompts: list[str], latents: Tensor, steps: int, images: list[Image.Image] | None
 ) -> Tensor:
-    """Stock pictures, one by one since the pipeline takes no more; its sizes of the source are constants."""
+    """Stock drawn, one by one since the pipeline takes no more; its sizes of the source are constants."""
     assert images is not None
     areas = {"CONDITION_IMAGE_SIZE": policy.condition_area, "VAE_IMAGE_SIZE": policy.source_area}
     with patch.multiple(pipeline_qwenimage_edit_plus, **areas):
@@ -59,5 +59,5 @@ QWEN_IMAGE_EDIT = Family(
     options={"condition_area": 32 * 32, "source_area": 32 * 32, "positions": "sequential"},
     sources=True,
     learning_rates=(1e-2, 2e-2),
-    parts=lambda folder: picture_processor(str(folder)),
+    parts=lambda folder: image_processor(str(folder)),
 )

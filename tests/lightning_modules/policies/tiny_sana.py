@@ -88,10 +88,10 @@ def build(scheduler: Any = None, **transformer: Any) -> SanaPipeline:
 def draw(
     pipe: Any, policy: Any, prompts: list[str], latents: Tensor, steps: int, images: list[Image.Image] | None
 ) -> Tensor:
-    """Stock pictures with Euler steps in place of the multistep method; the instruction is the pipeline's default."""
+    """Stock drawn with Euler steps in place of the multistep method; the instruction is the pipeline's default."""
     if isinstance(pipe.scheduler, DPMSolverMultistepScheduler):
         pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    pictures: Tensor = pipe(
+    drawn: Tensor = pipe(
         prompts,
         negative_prompt=policy.negative_prompt,
         latents=latents,
@@ -103,7 +103,7 @@ def draw(
         use_resolution_binning=False,
         output_type="pt",
     ).images
-    return pictures
+    return drawn
 
 
 # The stock pipeline takes multiples of 32 pixels whatever its autoencoder.

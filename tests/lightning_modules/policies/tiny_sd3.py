@@ -78,8 +78,8 @@ def build(t5: bool = True, **scheduler: Any) -> StableDiffusion3Pipeline:
 def draw(
     pipe: Any, policy: Any, prompts: list[str], latents: Tensor, steps: int, images: list[Image.Image] | None
 ) -> Tensor:
-    """Stock pictures; the pipeline batches the two passes of guidance."""
-    pictures: Tensor = pipe(
+    """Stock drawn; the pipeline batches the two passes of guidance."""
+    drawn: Tensor = pipe(
         prompts,
         negative_prompt=policy.negative_prompt,
         latents=latents,
@@ -90,7 +90,7 @@ def draw(
         max_sequence_length=policy.max_sequence_length,
         output_type="pt",
     ).images
-    return pictures
+    return drawn
 
 
 SD3 = Family("sd3", SD3Policy, build, draw, options={"max_sequence_length": 16}, learning_rates=(3e-3, 3e-2))

@@ -75,8 +75,8 @@ def build() -> Any:
 def draw(
     pipe: Any, policy: Any, prompts: list[str], latents: Tensor, steps: int, images: list[Image.Image] | None
 ) -> Tensor:
-    """Stock pictures; the pipeline batches the two passes of guidance, and writes into the lists of texts."""
-    pictures: Tensor = pipe(
+    """Stock drawn; the pipeline batches the two passes of guidance, and writes into the lists of texts."""
+    drawn: Tensor = pipe(
         list(prompts),
         negative_prompt=[policy.negative_prompt] * len(prompts),
         latents=latents,
@@ -88,7 +88,7 @@ def draw(
         max_sequence_length=policy.max_sequence_length,
         output_type="pt",
     ).images
-    return pictures
+    return drawn
 
 
 Z_IMAGE = Family("z_image", ZImagePolicy, build, draw, options={"max_sequence_length": 64})

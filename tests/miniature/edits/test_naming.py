@@ -54,6 +54,6 @@ def test_every_wording(category: str, style: EditStyle) -> None:
 
 
 def test_the_source_decides() -> None:
-    """The same words about another picture are wrong."""
+    """The same words about another image are wrong."""
     others = replace(SCENE, items=(replace(SCENE.items[0], color="green"), *SCENE.items[1:]))
     assert named_correctly("remove the red circle", EditExample(others, Edit("removal", 0, "left")).metadata) is False

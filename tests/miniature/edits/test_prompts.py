@@ -102,6 +102,6 @@ def test_a_batch_holds_sources_captions_and_targets() -> None:
     same = captioned_edits(random.Random("edits-3-0"), FAITHFUL_EDITS)
     sources, captions, targets = zip(*(next(same) for _ in range(4)), strict=True)
     assert first["captions"] == list(captions)
-    for key, scenes in (("sources", sources), ("pictures", targets)):
+    for key, scenes in (("sources", sources), ("images", targets)):
         torch.testing.assert_close(first[key], to_tensor(np.stack([render(scene) for scene in scenes])))
-    assert not torch.equal(next(stream)["pictures"], first["pictures"])
+    assert not torch.equal(next(stream)["images"], first["images"])

@@ -132,7 +132,7 @@ def test_training_saves_a_stock_folder_that_can_be_continued(tmp_path: Path) -> 
 # --- what the shipped one can -----------------------------------------------------------------------------------------
 
 
-def test_the_shipped_folder_is_small_and_draws_the_stock_pipelines_pictures(policy: KontextPolicy) -> None:
+def test_the_shipped_folder_is_small_and_draws_the_stock_pipelines_images(policy: KontextPolicy) -> None:
     assert sum(file.stat().st_size for file in Path(SHIPPED).rglob("*") if file.is_file()) < 4e6
     stock = FluxKontextPipeline.from_pretrained(SHIPPED)
     stock.set_progress_bar_config(disable=True)

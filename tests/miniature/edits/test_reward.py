@@ -1,4 +1,4 @@
-"""Marks of edits by hand: the right one, none, the wrong object, a right one at the others' cost, a blank picture."""
+"""Marks of edits by hand: the right one, none, the wrong object, a right one at the others' cost, a blank image."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_marks_by_hand(category: str, done: str, result: Scene, followed: float,
 
 
 @pytest.mark.parametrize("category", EDITS)
-def test_nothing_done_and_blank_pictures_score_nothing(category: str) -> None:
+def test_nothing_done_and_blank_images_score_nothing(category: str) -> None:
     blanks = [Image.new("RGB", (32, 32), color) for color in (*GROUNDS, *COLORS.values(), (0, 0, 0), (255, 255, 255))]
     marks = score(category, SOURCE, *blanks)
     assert [mark.native for mark in marks] == [0.0] * len(marks)

@@ -68,7 +68,7 @@ def test_captions_name_everything_from_one_side_on() -> None:
 
 
 def test_the_stream() -> None:
-    """Captions first; then pictures belong to what is said of them, and the given share is not shown."""
+    """Captions first; then images belong to what is said of them, and the given share is not shown."""
     stream = iter(ShapesEditRewrites(batch_size=50, captioned_batches=2, hidden=0.3).train_dataloader())
     detector, words = ShapesDetector(), {*edit_vocabulary()}
     for _ in range(2):

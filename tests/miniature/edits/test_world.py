@@ -136,19 +136,19 @@ def test_metadata_is_json_by_hand() -> None:
 def test_every_target_fulfils_the_edit_as_the_detector_reads_it(asked: EditExample) -> None:
     source = Image.fromarray(render(asked.source))
     sample = PromptSample(asked.id, asked.instruction, asked.category, asked.metadata, source)
-    pictures = [Image.fromarray(render(scene)) for scene in asked.targets]
+    images = [Image.fromarray(render(scene)) for scene in asked.targets]
     assert all(scene != asked.source for scene in asked.targets)
-    scores = ShapesEditReward()(RewardBatch([sample] * len(pictures), pictures))
-    assert [score.detail["strict"] for score in scores] == [1.0] * len(pictures)
+    scores = ShapesEditReward()(RewardBatch([sample] * len(images), images))
+    assert [score.detail["strict"] for score in scores] == [1.0] * len(images)
     (kept,) = ShapesEditReward()(RewardBatch([sample], [source]))
     assert kept.native == 0
-    for scene, found in zip(asked.targets, ShapesDetector().detect(pictures), strict=True):
+    for scene, found in zip(asked.targets, ShapesDetector().detect(images), strict=True):
         assert Counter((one.label, one.color) for one in found) == Counter((i.shape, i.color) for i in scene.items)
 
 
 @settings(deadline=None)
 @given(examples, st.sampled_from(EDIT_STYLES), st.integers(0, 10**6))
-def test_wordings_name_the_object_or_leave_it_to_the_picture(asked: EditExample, style: str, seed: int) -> None:
+def test_wordings_name_the_object_or_leave_it_to_the_image(asked: EditExample, style: str, seed: int) -> None:
     text = write_edit(asked.edit, asked.source, style, random.Random(seed), mix=0.5)  # type: ignore[arg-type]
     assert len(text.split()) + 2 <= TEXT_LENGTH + 1 and set(text.split()) <= set(edit_vocabulary())
     if style in AMBIGUOUS:
@@ -160,7 +160,7 @@ def test_wordings_name_the_object_or_leave_it_to_the_picture(asked: EditExample,
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_the_same_instruction_means_other_things_in_other_pictures(category: str) -> None:
+def test_the_same_instruction_means_other_things_in_other_images(category: str) -> None:
     rng = random.Random(1)
     meanings = defaultdict(set)
     for _ in range(300):

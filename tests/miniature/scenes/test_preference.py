@@ -17,17 +17,17 @@ CIRCLE = Content("single_object", (Ask("circle"),))
 SQUARE = Content("single_object", (Ask("square"),))
 
 
-def score(content: Content, *pictures: np.ndarray, prompt_weight: float = 0.5) -> list[Score]:
+def score(content: Content, *images: np.ndarray, prompt_weight: float = 0.5) -> list[Score]:
     sample = PromptSample("0", "a photo", "preference", content.metadata)
-    images = [Image.fromarray(picture.astype(np.uint8)) for picture in pictures]
+    images = [Image.fromarray(image.astype(np.uint8)) for image in images]
     return ShapesPreference(prompt_weight)(RewardBatch([sample] * len(images), images))
 
 
 def block(top: int, left: int, color: tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:
     """4 x 4 pixels of a colour on white."""
-    picture = np.full((32, 32, 3), 255.0)
-    picture[top : top + 4, left : left + 4] = color
-    return picture
+    image = np.full((32, 32, 3), 255.0)
+    image[top : top + 4, left : left + 4] = color
+    return image
 
 
 def test_a_block_in_the_middle() -> None:
@@ -64,17 +64,17 @@ def test_a_faint_block() -> None:
 
 def test_too_much_does_not_pay() -> None:
     """12 of 32 rows: a share of 0.375 is half way from a quarter to a half, 3 / 4 - 2 / 8 = 0.5; at a half nothing."""
-    picture = np.full((32, 32, 3), 255.0)
-    picture[10:22] = 0
-    assert beauty(picture)["amount"] == pytest.approx(0.5)
-    picture[8:24] = 0
-    assert beauty(picture)["beauty"] == 0
+    image = np.full((32, 32, 3), 255.0)
+    image[10:22] = 0
+    assert beauty(image)["amount"] == pytest.approx(0.5)
+    image[8:24] = 0
+    assert beauty(image)["beauty"] == 0
     checkers = np.indices((32, 32)).sum(0)[..., None] % 2 * np.full(3, 255.0)
     assert beauty(checkers)["beauty"] == 0
 
 
 @pytest.mark.parametrize("color", [*GROUNDS, *COLORS.values(), (0, 0, 0), (255, 255, 255)])
-def test_blank_and_full_pictures_have_nothing(color: tuple[int, int, int]) -> None:
+def test_blank_and_full_images_have_nothing(color: tuple[int, int, int]) -> None:
     (blank,) = score(CIRCLE, np.full((32, 32, 3), color))
     assert blank.valid and (blank.native, blank.table, blank.rl) == (0, 0, 0)
 
@@ -88,16 +88,16 @@ def test_the_middle_beats_the_edge_and_the_edge_the_corner() -> None:
     assert score(CIRCLE, render(around))[0].native > score(CIRCLE, render(apart))[0].native
 
 
-def test_a_wrong_picture_loses_the_prompts_share() -> None:
+def test_a_wrong_image_loses_the_prompts_share() -> None:
     """A circle where a square was asked for: nothing asked is there, so half is left; all of it at a weight of 0."""
-    picture = render(Scene((Item("circle", "black", 5),)))
+    image = render(Scene((Item("circle", "black", 5),)))
     (right,), (wrong,), (blind,) = (
-        score(CIRCLE, picture),
-        score(SQUARE, picture),
-        score(SQUARE, picture, prompt_weight=0),
+        score(CIRCLE, image),
+        score(SQUARE, image),
+        score(SQUARE, image, prompt_weight=0),
     )
     assert right.detail["asked"] == 1 and wrong.detail["asked"] == 0
-    assert right.native == blind.native == pytest.approx(beauty(picture.astype(float))["beauty"])
+    assert right.native == blind.native == pytest.approx(beauty(image.astype(float))["beauty"])
     assert wrong.native == wrong.table == wrong.rl == pytest.approx(right.native / 2)
 
 
@@ -115,11 +115,11 @@ def test_small_changes_change_little() -> None:
     """A scene fading into its ground in 200 steps falls without a jump; noise everywhere moves no score by 0.01."""
     rng, noise = random.Random(0), np.random.default_rng(0)
     for scene in (random_scene(rng) for _ in range(20)):
-        picture = render(scene).astype(float)
-        faded = [beauty(picture + t * (GROUNDS[scene.ground] - picture)) for t in np.linspace(0, 1, 201)]
+        image = render(scene).astype(float)
+        faded = [beauty(image + t * (GROUNDS[scene.ground] - image)) for t in np.linspace(0, 1, 201)]
         values = np.array([parts["beauty"] for parts in faded])
         assert values[-1] == 0 and np.abs(np.diff(values)).max() < 0.06
-        noisy = beauty(picture + noise.normal(0, 4, picture.shape))["beauty"]
+        noisy = beauty(image + noise.normal(0, 4, image.shape))["beauty"]
         assert abs(noisy - values[0]) < 0.01
 
 

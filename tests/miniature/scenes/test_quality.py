@@ -1,4 +1,4 @@
-"""Cleanness of the miniature's pictures: rendered ones, blank ones, specks and noise."""
+"""Cleanness of the miniature's images: rendered ones, blank ones, specks and noise."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from miniature.scenes.world import CELL, GROUNDS, SHAPES, Item, Scene, random_sc
 from rewards.base import RewardBatch, Score
 
 
-def score(*pictures: np.ndarray, min_area: int = 3) -> list[Score]:
+def score(*images: np.ndarray, min_area: int = 3) -> list[Score]:
     sample = PromptSample("0", "a photo of a circle", "single_object", {})
-    images = [Image.fromarray(picture.astype(np.uint8)) for picture in pictures]
+    images = [Image.fromarray(image.astype(np.uint8)) for image in images]
     return ShapesQuality(min_area)(RewardBatch([sample] * len(images), images))
 
 
@@ -32,7 +32,7 @@ def test_rendered_scenes_are_clean_and_noise_is_not() -> None:
 
 
 @pytest.mark.parametrize("color", [*GROUNDS, (0, 0, 0), (255, 255, 255), (200, 60, 60)])
-def test_a_blank_picture_has_nothing(color: tuple[int, int, int]) -> None:
+def test_a_blank_image_has_nothing(color: tuple[int, int, int]) -> None:
     (blank,) = score(np.full((32, 32, 3), color))
     assert blank.valid and (blank.native, blank.table, blank.rl) == (0, 0, 0)
     assert blank.detail == {"components": 0, "worst": 0.0}
@@ -40,10 +40,10 @@ def test_a_blank_picture_has_nothing(color: tuple[int, int, int]) -> None:
 
 def test_a_speck_counts_as_a_component() -> None:
     """A square, and three black pixels whose best fit is looked for over all shapes and places."""
-    picture = render(Scene((Item("square", "black", 0),), ground=0)).astype(float)
-    (alone,) = score(picture)
+    image = render(Scene((Item("square", "black", 0),), ground=0)).astype(float)
+    (alone,) = score(image)
     assert alone.native == alone.table == alone.rl > 0.95
-    speck = picture.copy()
+    speck = image.copy()
     speck[28, 20:23] = (30, 30, 34)
     fits = []
     for shape in SHAPES:

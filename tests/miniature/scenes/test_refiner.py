@@ -46,7 +46,7 @@ def examples() -> tuple[EditExample, ...]:
 
 
 def ask(refiner: VisionLanguagePolicy, shown: tuple[EditExample | None, ...]) -> list[str]:
-    """Greedy rewrites of the instructions, beside the pictures of `shown`."""
+    """Greedy rewrites of the instructions, beside the images of `shown`."""
     images = [None if one is None else Image.fromarray(render(one.source)) for one in shown]
     pairs = zip(examples(), images, strict=True)
     return refiner.rewrite([PromptSample(one.id, one.instruction, "", {}, image) for one, image in pairs])
@@ -121,8 +121,8 @@ def test_the_folder_is_stock(taught: tuple[VisionLanguagePretraining, list[float
     words = [*edit_vocabulary(), "<answer>", "</answer>"]
     ids = tokenizer(" ".join(words))["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids) == words and tokenizer.decode(ids) == " ".join(words)
-    picture = Image.fromarray(render(examples()[0].source))
-    grid = processor([picture], return_tensors="pt")["image_grid_thw"]
+    image = Image.fromarray(render(examples()[0].source))
+    grid = processor([image], return_tensors="pt")["image_grid_thw"]
     assert grid.tolist() == [[1, 8, 8]] and model.config.vision_config.spatial_merge_size == 2
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "remove it"}]}],
@@ -134,8 +134,8 @@ def test_the_folder_is_stock(taught: tuple[VisionLanguagePretraining, list[float
 
 
 @pytest.mark.skipif(not Path(SHIPPED).is_dir(), reason="the editing miniature's refiner is not there")
-def test_the_shipped_refiner_needs_the_picture() -> None:
-    """It names the object by the right picture, and guesses without it or beside another (chance: about 1 in 24)."""
+def test_the_shipped_refiner_needs_the_image() -> None:
+    """It names the object by the right image, and guesses without it or beside another (chance: about 1 in 24)."""
     refiner = load(SHIPPED)
     others = (*examples()[6:], *examples()[:6])
     assert share_named(ask(refiner, examples())) > 0.7

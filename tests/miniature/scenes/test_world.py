@@ -43,7 +43,7 @@ from rewards.geneval.rules import judge
 NO_MISTAKES = FAITHFUL.mistakes
 
 
-def picture(scene: Scene) -> Image.Image:
+def make_image(scene: Scene) -> Image.Image:
     return Image.fromarray(render(scene))
 
 
@@ -197,15 +197,15 @@ def test_vocabulary_and_length_hold_for_all_that_is_written() -> None:
 
 
 @pytest.mark.parametrize("tag", TAGS)
-def test_pictures_are_judged_as_the_world_meant_them(tag: str) -> None:
-    """Without mistakes every picture is correct by GenEval's rules; with a slip each one is wrong."""
+def test_images_are_judged_as_the_world_meant_them(tag: str) -> None:
+    """Without mistakes every image is correct by GenEval's rules; with a slip each one is wrong."""
     wordings = some_wordings(tag, 200, seed=1)
     detector = ShapesDetector()
     for habits, correct in ((FAITHFUL, True), (Habits(slips=1.0), False)):
         rng = random.Random(2)
         scenes = [imagine(worded, caption, rng, habits) for _, worded, caption in wordings]
         for found, (content, worded, caption) in zip(
-            detector.detect(list(map(picture, scenes))), wordings, strict=True
+            detector.detect(list(map(make_image, scenes))), wordings, strict=True
         ):
             assert judge(found, content.metadata).correct is correct, caption
             assert judge(found, worded.metadata).correct is correct, caption
@@ -237,7 +237,7 @@ def test_the_words_decide_the_scene() -> None:
 
 
 def test_chance_alone_spoils_as_often_as_asked() -> None:
-    """Slips at 0.25 over 2000 pictures: 500 expected, 5 standard deviations are 97."""
+    """Slips at 0.25 over 2000 images: 500 expected, 5 standard deviations are 97."""
     habits = Habits(mistakes=NO_MISTAKES, slips=0.25)
     content = Content("counting", (Ask("circle", count=2),))
     rng = random.Random(0)
@@ -288,7 +288,7 @@ def test_stencils_of_one_pixel() -> None:
 def test_detector_reads_clean_scenes_without_an_error() -> None:
     rng = random.Random(0)
     scenes = [random_scene(rng) for _ in range(500)]
-    for scene, found in zip(scenes, ShapesDetector().detect(list(map(picture, scenes))), strict=True):
+    for scene, found in zip(scenes, ShapesDetector().detect(list(map(make_image, scenes))), strict=True):
         located = []
         for detection in found:
             left, top, right, bottom = detection.box
@@ -301,7 +301,7 @@ def test_detector_reads_clean_scenes_without_an_error() -> None:
 
 
 def test_detector_stands_a_little_noise_and_gives_up_on_much() -> None:
-    """Gaussian noise of 12 of 255 harms nothing; at 120 the picture holds no sure object any more."""
+    """Gaussian noise of 12 of 255 harms nothing; at 120 the image holds no sure object any more."""
     rng, noise = random.Random(1), np.random.default_rng(0)
     scenes = [random_scene(rng) for _ in range(60)]
     asked = [sorted((item.shape, item.color) for item in scene.items) for scene in scenes]
@@ -325,8 +325,8 @@ def test_detector_tells_the_shapes_apart_when_half_is_gone() -> None:
     assert detection.score < 0.9
 
 
-def test_an_empty_picture_holds_nothing() -> None:
-    assert ShapesDetector().detect([picture(Scene((), ground)) for ground in range(4)]) == [[], [], [], []]
+def test_an_empty_image_holds_nothing() -> None:
+    assert ShapesDetector().detect([make_image(Scene((), ground)) for ground in range(4)]) == [[], [], [], []]
 
 
 def test_all_shapes_are_drawn_in_their_cell() -> None:

@@ -28,9 +28,9 @@ ROOT = Path(__file__).parents[3]
 FLOW, LANGUAGE = ROOT / "miniature/words_flow", ROOT / "miniature/words_language"
 
 
-def read_as(samples: list[PromptSample], pictures: list[Image.Image]) -> float:
+def read_as(samples: list[PromptSample], images: list[Image.Image]) -> float:
     """Mean OCR reward."""
-    scores = OCRReward(PixelFontReader(), max_extra=0)(RewardBatch(samples, pictures))
+    scores = OCRReward(PixelFontReader(), max_extra=0)(RewardBatch(samples, images))
     return sum(score.native for score in scores) / len(scores)
 
 
@@ -119,7 +119,7 @@ def test_the_folders_are_stock_and_small() -> None:
     assert size(FLOW) < 3_500_000 and size(LANGUAGE) < 1_500_000
     pipe: Any = FluxPipeline.from_pretrained(FLOW)
     assert type(pipe).__module__.startswith("diffusers")
-    picture = pipe(
+    image = pipe(
         'a sign that says " c u p "',
         height=32,
         width=32,
@@ -127,7 +127,7 @@ def test_the_folders_are_stock_and_small() -> None:
         max_sequence_length=18,
         generator=torch.Generator().manual_seed(0),
     ).images[0]
-    assert picture.size == (32, 32)
+    assert image.size == (32, 32)
     model = AutoModelForCausalLM.from_pretrained(LANGUAGE)
     tokenizer = AutoTokenizer.from_pretrained(LANGUAGE)
     assert type(model).__name__ == "Qwen3ForCausalLM"
@@ -136,15 +136,15 @@ def test_the_folders_are_stock_and_small() -> None:
 
 
 def test_the_reader_reads_what_it_draws() -> None:
-    """Held-out words are spelt far better than the words of other prompts would be by the same pictures."""
+    """Held-out words are spelt far better than the words of other prompts would be by the same images."""
     policy = Flux1Policy(
         str(FLOW), Sampling(8, 0), height=32, width=32, max_sequence_length=18, learning_rate=None, dtype="float32"
     )
     policy.load()
     samples = word_prompts("val", "val", "canonical", 48, 0)
     seeds = [seed_of("words", i) for i in range(48)]
-    pictures = to_pil(policy.generate([sample.prompt for sample in samples], seeds))
-    asked, others = read_as(samples, pictures), read_as(samples[3:] + samples[:3], pictures)
+    images = to_pil(policy.generate([sample.prompt for sample in samples], seeds))
+    asked, others = read_as(samples, images), read_as(samples[3:] + samples[:3], images)
     assert 0.5 < asked < 0.9 and asked > others + 0.3, "RL has something to teach"
 
 

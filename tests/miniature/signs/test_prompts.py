@@ -81,14 +81,14 @@ def test_three_kinds_by_tags() -> None:
     assert all(sample.prompt.startswith(PREFIXES["canonical"]) for sample in scenes)
 
 
-@pytest.mark.parametrize("what", ["pictures", "captions", "rewrites"])
+@pytest.mark.parametrize("what", ["images", "captions", "rewrites"])
 def test_streams_mix_scenes_and_signs(what: Any) -> None:
     """A quarter of 16 are scenes; the order depends on the seed alone."""
     batches = [next(iter(WordsPretraining(what, 16, 0.25, seed=seed).stream)) for seed in (1, 1, 2)]
     assert all(len(value) == 16 for value in batches[0].values())
-    if "pictures" in batches[0]:
-        assert batches[0]["pictures"].equal(batches[1]["pictures"])
-        assert not batches[0]["pictures"].equal(batches[2]["pictures"])
+    if "images" in batches[0]:
+        assert batches[0]["images"].equal(batches[1]["images"])
+        assert not batches[0]["images"].equal(batches[2]["images"])
     for key in {"captions", "prompts"} & batches[0].keys():
         assert [read_caption(text) is not None for text in batches[0][key]] == [False] * 4 + [True] * 12
         assert batches[0][key] == batches[1][key] != batches[2][key]

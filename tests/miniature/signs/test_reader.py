@@ -25,7 +25,7 @@ from rewards.ocr_engines import TextReader
 ROOT = Path(__file__).parents[3]
 
 
-def picture(*signs: Sign) -> Image.Image:
+def make_image(*signs: Sign) -> Image.Image:
     """The signs, one over the other, on the first one's ground."""
     array = render_sign(signs[0]).copy()
     for sign in signs[1:]:
@@ -41,12 +41,14 @@ def test_every_sign_is_read() -> None:
     signs = [Sign(word, i % 4, colors[i % 6], i // 6 % 4) for i, word in enumerate(drawn)]
     reader = PixelFontReader()
     assert isinstance(reader, TextReader)
-    for sign, lines in zip(signs, reader.read([picture(sign) for sign in signs]), strict=True):
+    for sign, lines in zip(signs, reader.read([make_image(sign) for sign in signs]), strict=True):
         assert lines == [(sign.letters, pytest.approx(1.0))]
 
 
 def test_rows_are_lines_from_top_to_bottom() -> None:
-    (lines,) = PixelFontReader().read([picture(Sign("stop", 2, "red"), Sign("ly", 0, "blue"), Sign("c", 3, "black"))])
+    (lines,) = PixelFontReader().read(
+        [make_image(Sign("stop", 2, "red"), Sign("ly", 0, "blue"), Sign("c", 3, "black"))]
+    )
     assert [text for text, _ in lines] == ["ly", "stop", "c"]
 
 
@@ -95,12 +97,12 @@ def test_noise() -> None:
     assert read_at(200) < 10
 
 
-def test_scenes_and_blank_pictures_have_no_text() -> None:
+def test_scenes_and_blank_images_have_no_text() -> None:
     rng = random.Random(0)
-    pictures = [Image.fromarray(render(random_scene(rng))) for _ in range(300)]
-    pictures += [Image.fromarray(render(Scene((), ground))) for ground in range(4)]
-    pictures += [Image.fromarray(render(Scene((Item("square", "black", cell),)))) for cell in range(16)]
-    assert PixelFontReader().read(pictures) == [[]] * 320
+    images = [Image.fromarray(render(random_scene(rng))) for _ in range(300)]
+    images += [Image.fromarray(render(Scene((), ground))) for ground in range(4)]
+    images += [Image.fromarray(render(Scene((Item("square", "black", cell),)))) for cell in range(16)]
+    assert PixelFontReader().read(images) == [[]] * 320
 
 
 def test_the_shipped_autoencoder_keeps_letters() -> None:
@@ -122,7 +124,7 @@ def test_the_ocr_reward_reads_with_it(letters: str, published: float, exact: flo
     """Wanted: cup. One letter missing, wrong or doubled is one edit of three; two swapped are two."""
     pytest.importorskip("rapidfuzz")
     sample = PromptSample("0", 'a sign that says " c u p "', "ocr", {"text": ["cup"]})
-    batch = RewardBatch([sample], [picture(Sign(letters, 1, "green"))])
+    batch = RewardBatch([sample], [make_image(Sign(letters, 1, "green"))])
     (score,) = OCRReward(PixelFontReader())(batch)
     assert score.native == pytest.approx(published) and score.detail["recognized"] == [letters]
     (score,) = OCRReward(PixelFontReader(), max_extra=0)(batch)
@@ -133,5 +135,5 @@ def test_settings() -> None:
     assert PixelFontReader(0.6).version != PixelFontReader(0.7).version
     with pytest.raises(ValueError, match=r"min_confidence=1\.5, use 0 to 1"):
         PixelFontReader(1.5)
-    with pytest.raises(ValueError, match=r"picture of \(64, 32\) pixels, it reads 32 x 32 alone"):
+    with pytest.raises(ValueError, match=r"image of \(64, 32\) pixels, it reads 32 x 32 alone"):
         PixelFontReader().read([Image.new("RGB", (64, 32))])

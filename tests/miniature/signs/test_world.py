@@ -208,12 +208,12 @@ def test_glyphs_differ() -> None:
 
 def test_a_sign_is_drawn_letter_by_letter() -> None:
     """'up' in row 2: two cells in the middle, rows 16-23, columns 8-15 and 16-23; the rest is ground."""
-    picture = render_sign(Sign("up", 2, "blue", 1))
-    assert picture.shape == (32, 32, 3)
-    inked = (picture == COLORS["blue"]).all(-1)
+    image = render_sign(Sign("up", 2, "blue", 1))
+    assert image.shape == (32, 32, 3)
+    inked = (image == COLORS["blue"]).all(-1)
     assert (inked[16:24, 8:16] == glyph("u")).all() and (inked[16:24, 16:24] == glyph("p")).all()
     assert inked.sum() == glyph("u").sum() + glyph("p").sum()
-    assert (picture[~inked] == GROUNDS[1]).all()
+    assert (image[~inked] == GROUNDS[1]).all()
     assert [Sign(letters, 0, "red").column for letters in ("c", "cu", "cup", "cups")] == [1, 1, 0, 0]
 
 

@@ -1,4 +1,4 @@
-"""The colour classifier on a tiny random CLIP, loaded through the real path; pictures checked pixel by pixel."""
+"""The colour classifier on a tiny random CLIP, loaded through the real path; images checked pixel by pixel."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
         projection_dim=12,
     )
     model = CLIPModel(config).eval()
-    for parameter in model.parameters():  # the default initialisation tells pictures apart by next to nothing
+    for parameter in model.parameters():  # the default initialisation tells images apart by next to nothing
         if parameter.ndim > 1:
             parameter.data.normal_(std=0.3)
     model.save_pretrained(folder)
     return folder
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def make_image(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
@@ -100,7 +100,7 @@ def test_cut_out_takes_any_mode() -> None:
 @pytest.mark.parametrize("size", [(224, 224), (300, 224), (100, 53), (59, 400), (10, 10), (640, 480)])
 def test_transform_against_transformers(size: tuple[int, int]) -> None:
     """The library's CLIP image processor, where the surplus over the crop is even (see the test below)."""
-    image = picture(*size)
+    image = make_image(*size)
     expected = CLIPImageProcessorPil()(image, return_tensors="pt").pixel_values[0]
     torch.testing.assert_close(clip_pixels(image, 224), expected, atol=1e-5, rtol=0)
 
@@ -110,7 +110,7 @@ def test_transform_against_transformers(size: tuple[int, int]) -> None:
 )
 def test_crop_rounds_half_to_even(size: tuple[int, int], left: int, top: int) -> None:
     """Surpluses of 3, 1, 7 and 5 pixels: 1.5 -> 2, 0.5 -> 0, 3.5 -> 4, 2.5 -> 2, as Python (and torchvision) rounds."""
-    image = picture(*size)
+    image = make_image(*size)
     array = np.asarray(image)[top : top + SIZE, left : left + SIZE] / 255
     expected = ((array - MEAN) / STD).transpose(2, 0, 1)
     np.testing.assert_allclose(clip_pixels(image, SIZE).numpy(), expected, atol=1e-5)
@@ -118,14 +118,14 @@ def test_crop_rounds_half_to_even(size: tuple[int, int], left: int, top: int) ->
 
 def test_longer_edge_is_cut_not_rounded() -> None:
     """47 x 64 to the short edge 32: 64 * 32 / 47 = 43.57, so 43 rows, of which rows round(5.5) = 6 .. 37 stay."""
-    image = picture(47, 64)
+    image = make_image(47, 64)
     resized = np.asarray(image.resize((32, 43), Image.Resampling.BICUBIC))[6:38] / 255
     np.testing.assert_allclose(clip_pixels(image, 32).numpy(), ((resized - MEAN) / STD).transpose(2, 0, 1), atol=1e-5)
 
 
 def test_what_the_network_sees(classifier: ClipColors) -> None:
     """Two objects of 32 x 32 and 16 x 16 pixels: the first reaches the network unscaled, masked and normalised."""
-    image = picture(80, 60)
+    image = make_image(80, 60)
     circle = np.hypot(*np.mgrid[-15.5:16, -15.5:16]) < 14
     masks = [np.zeros((60, 80), dtype=bool), np.zeros((60, 80), dtype=bool)]
     masks[0][20:52, 40:72] = circle
@@ -147,7 +147,7 @@ def test_what_the_network_sees(classifier: ClipColors) -> None:
 
 def test_nearest_text_wins_in_every_batch_size(classifier: ClipColors, tiny_clip: Path) -> None:
     """Argmax of the cosine, from the model's parts; batches of 16 and of 2 agree; the names are not all the same."""
-    image = picture(60, 40, seed=1)
+    image = make_image(60, 40, seed=1)
     rng = np.random.default_rng(2)
     masks = [np.zeros((40, 60), dtype=bool) for _ in range(7)]
     boxes = []
@@ -171,7 +171,7 @@ def test_nearest_text_wins_in_every_batch_size(classifier: ClipColors, tiny_clip
 
 
 def test_no_objects(classifier: ClipColors) -> None:
-    assert classifier.classify(picture(8, 8), [], [], "dog") == []
+    assert classifier.classify(make_image(8, 8), [], [], "dog") == []
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def make_image(width: int, height: int, seed: int = 0) -> Image.Image:
     """Smooth random blobs, so that different images give different masks."""
     small = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
@@ -147,7 +147,7 @@ def reference_instances(
 @pytest.mark.parametrize(("width", "height"), [(97, 41), (40, 61)])
 def test_post_processing_against_numpy(mask2former: Path, width: int, height: int) -> None:
     """Real outputs of the network for odd aspect ratios, all 100 pairs: scores within 1e-4, boxes and masks exactly."""
-    image = picture(width, height)
+    image = make_image(width, height)
     resized = resized_size((height, width), 64, 107)
     padded = (-(-resized[0] // 32) * 32, -(-resized[1] // 32) * 32)
     assert resized != padded  # there is padding to cut off
@@ -277,7 +277,7 @@ def test_resized_size(original: tuple[int, int], expected: tuple[int, int]) -> N
 
 def test_pixels_against_transformers() -> None:
     """The library's own processor without its stretching to multiples of 32; ours then adds zeros."""
-    image = picture(600, 400)
+    image = make_image(600, 400)
     processor = Mask2FormerImageProcessorPil(size={"shortest_edge": 80, "longest_edge": 133}, size_divisor=0)
     expected = processor(image, return_tensors="pt").pixel_values[0]
     height, width = resized_size((400, 600), 80, 133)
@@ -294,7 +294,7 @@ def test_network_sees_own_sizes_whatever_the_folder_says(mask2former: Path) -> N
     hook = detector._network.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True
     )
-    image = picture(50, 40)
+    image = make_image(50, 40)
     detector.detect([image])
     hook.remove()
     (pixels,) = seen
@@ -312,7 +312,7 @@ def same(ours: Sequence[Detection], theirs: Sequence[Detection]) -> None:
 def test_batch_equals_single_images(mask2former: Path) -> None:
     """Sizes of which two share a padded size and one does not, so that order must be restored."""
     detector = Mask2FormerDetector(str(mask2former), colors=False, batch_size=3, **EDGES)
-    images = [picture(50, 40, 1), picture(40, 60, 2), picture(52, 40, 3)]
+    images = [make_image(50, 40, 1), make_image(40, 60, 2), make_image(52, 40, 3)]
     together = detector.detect(images)
     for found, image in zip(together, images, strict=True):
         same(found, detector.detect([image])[0])
@@ -325,7 +325,7 @@ def test_batch_equals_single_images(mask2former: Path) -> None:
 
 def test_exif_orientation_and_modes(mask2former: Path, tmp_path: Path) -> None:
     """A file that says "turn me" is seen as a viewer shows it; RGBA and grey images are seen as RGB."""
-    image = picture(50, 40)
+    image = make_image(50, 40)
     turned = image.transpose(Image.Transpose.ROTATE_90)  # stored so; orientation 6 turns it back
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -404,7 +404,7 @@ RED_DOG_CAT = record("color_attr", {"class": "dog", "count": 1, "color": "red"},
 def test_only_asked_classes_are_classified(mask2former: Path, clip: Path) -> None:
     colors = CountingColors(str(clip), device="cpu")
     detector = Mask2FormerDetector(str(mask2former), colors, min_score=0.0, **EDGES)
-    images = [picture(50, 40, 1), picture(40, 50, 2), picture(60, 40, 3)]
+    images = [make_image(50, 40, 1), make_image(40, 50, 2), make_image(60, 40, 3)]
     found = detect_for(detector, images, [RED_DOG, DOG_CAT, RED_DOG_CAT])
     num_dogs = [sum(one.label == "dog" and one.score > 0.3 for one in image) for image in found]
     assert all(num_dogs) and all(any(one.label == "cat" and one.score > 0.3 for one in image) for image in found)
@@ -422,7 +422,7 @@ def test_verdict_depends_on_the_named_color(mask2former: Path, clip: Path) -> No
     """The colour that the classifier names is the one that the rules then find, and no other."""
     colors = CountingColors(str(clip), device="cpu")
     reward = GenEvalReward(Mask2FormerDetector(str(mask2former), colors, **EDGES), reward="correct")
-    image = picture(50, 40, 1)
+    image = make_image(50, 40, 1)
     dogs = [one for one in reward.detector.detect([image])[0] if one.label == "dog"]
     best = max(dogs, key=lambda one: one.score)
     records = [record("colors", {"class": "dog", "count": 1, "color": color}) for color in COLORS]
@@ -436,7 +436,7 @@ def test_reward_end_to_end(mask2former: Path, clip: Path) -> None:
     detector = Mask2FormerDetector(str(mask2former), ClipColors(str(clip), device="cpu"), **EDGES)
     reward = GenEvalReward(detector)
     reward.load()
-    images = [picture(50, 40, 1), picture(40, 50, 2), picture(60, 40, 3)]
+    images = [make_image(50, 40, 1), make_image(40, 50, 2), make_image(60, 40, 3)]
     records = [
         RED_DOG,
         DOG_CAT,
@@ -457,7 +457,7 @@ def test_benchmark_uses_the_records_tag(mask2former: Path, clip: Path) -> None:
     benchmark = GenEvalBenchmark(Mask2FormerDetector(str(mask2former), colors, **EDGES))
     samples = [PromptSample("0", "a dog and a cat", "geneval", DOG_CAT)]
     assert benchmark.tag(samples[0]) == "two_object"
-    assert benchmark.score(samples, [picture(50, 40, 1)]) == [{"correct": 1.0}]
+    assert benchmark.score(samples, [make_image(50, 40, 1)]) == [{"correct": 1.0}]
     assert not hasattr(colors, "asked")
 
 
@@ -481,4 +481,4 @@ def test_benchmark_uses_the_records_tag(mask2former: Path, clip: Path) -> None:
 def test_what_can_never_be_found_is_an_error(colors: bool, data: dict[str, Any], message: str) -> None:
     """Checked before anything loads: a class that no image can show would be every image's failure."""
     with pytest.raises(ValueError, match=message):
-        detect_for(Mask2FormerDetector(colors=colors), [picture(8, 8)], [data])
+        detect_for(Mask2FormerDetector(colors=colors), [make_image(8, 8)], [data])

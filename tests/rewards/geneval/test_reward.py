@@ -21,7 +21,7 @@ METADATA = {
 
 
 class WidthDetector:
-    """Finds as many dogs as the picture is wide."""
+    """Finds as many dogs as the image is wide."""
 
     def detect(self, images: Sequence[Image.Image]) -> list[list[Detection]]:
         return [[Detection("dog", (0, 0, 1, 1))] * image.width for image in images]

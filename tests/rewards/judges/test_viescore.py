@@ -30,7 +30,7 @@ def make(judge: Judge, **kwargs: Any) -> VIEScore:
     return VIEScore(judge.url, "judge-72b", **{"backoff": 0.01, "timeout": 10.0, **kwargs})
 
 
-def picture(color: str, size: tuple[int, int] = (40, 20)) -> Image.Image:
+def make_image(color: str, size: tuple[int, int] = (40, 20)) -> Image.Image:
     return Image.new("RGB", size, color)
 
 
@@ -43,9 +43,9 @@ def is_semantic(prompt: str) -> bool:
 
 
 def batch(*colors: str, source: str | None = "gray") -> RewardBatch:
-    image = None if source is None else picture(source)
+    image = None if source is None else make_image(source)
     samples = [PromptSample(str(i), f"paint it {color}", "color_alter", {}, image) for i, color in enumerate(colors)]
-    return RewardBatch(samples, [picture(color) for color in colors])
+    return RewardBatch(samples, [make_image(color) for color in colors])
 
 
 # Reading replies
@@ -162,8 +162,8 @@ def test_images_keep_their_shape(judge: Judge, size: tuple[int, int], shown: tup
     """512^2 pixels with width / height as it was, sides cut to whole numbers: sqrt(2) * 512 = 724.08."""
     judge.answer = lambda prompt, turn: Reply(marks(5, 5))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-    make(judge)(RewardBatch([PromptSample("0", "p", "t", {}, picture("gray", (30, 30)))], [image]))
-    seen = [[picture.size for picture in images_of(request)] for request in judge.requests]
+    make(judge)(RewardBatch([PromptSample("0", "p", "t", {}, make_image("gray", (30, 30)))], [image]))
+    seen = [[image.size for image in images_of(request)] for request in judge.requests]
     assert sorted(seen, key=len) == [[shown], [(512, 512), shown]]
     first = next(images_of(request)[-1] for request in judge.requests)
     np.testing.assert_array_equal(np.asarray(first), np.asarray(image.resize(shown, Image.Resampling.BICUBIC)))

@@ -38,14 +38,14 @@ def make(judge: Judge, **kwargs: Any) -> VLMJudge:
     return VLMJudge(judge.url, "judge-7b", **{"backoff": 0.01, "timeout": 10.0, **kwargs})
 
 
-def picture(seed: int = 0, size: tuple[int, int] = (512, 512)) -> Image.Image:
+def make_image(seed: int = 0, size: tuple[int, int] = (512, 512)) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
 
 
 def batch(*prompts: str, source: Image.Image | None = None, size: tuple[int, int] = (32, 32)) -> RewardBatch:
     samples = [PromptSample(str(i), prompt, "judge", {}, source) for i, prompt in enumerate(prompts)]
-    return RewardBatch(samples, [picture(i, size) for i in range(len(prompts))])
+    return RewardBatch(samples, [make_image(i, size) for i in range(len(prompts))])
 
 
 def one(reward: VLMJudge, prompt: str = "a red cat") -> Score:
@@ -122,7 +122,7 @@ def test_a_plain_number_is_read_exactly_if_it_lies_in_range(number: Any, span: t
 def test_three_numbers_and_the_request(judge: Judge) -> None:
     judge.answer = lambda prompt, turn: Reply("Good. Final Score: 3.44")
     reward = make(judge)
-    image = picture(3, (200, 100))
+    image = make_image(3, (200, 100))
     (score,) = reward(RewardBatch([PromptSample("0", "two {braces} cats", "x", {})], [image]))
     assert (score.native, score.table, score.rl) == (3.44, 3.44, pytest.approx(0.688, abs=1e-12))
     assert score.valid and score.detail == {"reply": "Good. Final Score: 3.44"}
@@ -150,13 +150,13 @@ def test_images_may_go_as_they_are(judge: Judge) -> None:
 def test_editing_shows_source_then_result(judge: Judge) -> None:
     reward = make(judge, template="edit_v1", image_size=64)
     assert reward.name == "edit_judge" and reward.needs == ("image",)
-    source = picture(7, (64, 64))
+    source = make_image(7, (64, 64))
     sample = PromptSample("0", "make it blue", "x", {}, source)
     bare = PromptSample("1", "make it blue", "x", {}, None)
-    scores = reward(RewardBatch([sample, bare], [picture(8, (64, 64)), picture(9, (64, 64))]))
+    scores = reward(RewardBatch([sample, bare], [make_image(8, (64, 64)), make_image(9, (64, 64))]))
     first, second = images_of(judge.requests[0])
     np.testing.assert_array_equal(np.asarray(first), np.asarray(source))
-    np.testing.assert_array_equal(np.asarray(second), np.asarray(picture(8, (64, 64))))
+    np.testing.assert_array_equal(np.asarray(second), np.asarray(make_image(8, (64, 64))))
     assert "[make it blue]" in judge.text(judge.requests[0])
     assert [score.valid for score in scores] == [True, False] and len(judge.requests) == 1
     assert "source image" in scores[1].detail["reason"] and math.isnan(scores[1].rl)
@@ -206,12 +206,12 @@ def test_equal_questions_are_asked_once(judge: Judge, tmp_path: Path) -> None:
     for kwargs in ({}, {"cache_dir": str(tmp_path / "marks")}):
         judge.requests.clear()
         reward = make(judge, **kwargs)
-        sample, image = PromptSample("0", "a cat", "x", {}), picture()
+        sample, image = PromptSample("0", "a cat", "x", {}), make_image()
         twice = reward(RewardBatch([sample, sample], [image, image.copy()]))
         again = reward(RewardBatch([sample], [image]))
         assert [score.native for score in [*twice, *again]] == [4.0] * 3 and len(judge.requests) == 1
         assert again[0].detail == {"cached": True}
-        reward(RewardBatch([sample], [picture(1)]))  # another image
+        reward(RewardBatch([sample], [make_image(1)]))  # another image
         reward(RewardBatch([PromptSample("0", "a dog", "x", {})], [image]))  # another prompt
         assert len(judge.requests) == 3
 

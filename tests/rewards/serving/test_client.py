@@ -35,13 +35,13 @@ from rewards.tagged import TaggedReward, WeightedSum
 
 
 def batch_of(*numbers: int, prompt: str = "") -> RewardBatch:
-    """Pictures that say which one they are."""
+    """Images that say which one they are."""
     images = [Image.new("RGB", (4, 4), (n >> 16, n >> 8 & 255, n & 255)) for n in numbers]
     return RewardBatch([PromptSample(str(n), prompt, "", {}) for n in numbers], images)
 
 
 class NumberReward(Reward):
-    """native = the number in the picture; rl cannot be written in few digits."""
+    """native = the number in the image; rl cannot be written in few digits."""
 
     name = "number"
     native_range = (-math.inf, 5.0)
@@ -127,7 +127,7 @@ def test_shapes_equal_in_process(serve: Callable[..., str]) -> None:
         )
 
 
-def test_samples_and_pictures_arrive_whole(serve: Callable[..., str]) -> None:
+def test_samples_and_images_arrive_whole(serve: Callable[..., str]) -> None:
     """All fields, pixels of every mode; a source that items share is one object less to send."""
     keep = KeepReward()
     noise = np.random.default_rng(0).integers(0, 256, (40, 30, 4), np.uint8)
@@ -526,7 +526,7 @@ def test_token(serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def noise(*sizes: int) -> RewardBatch:
-    """Square pictures that do not compress: 3 x size ** 2 bytes and a little more."""
+    """Square images that do not compress: 3 x size ** 2 bytes and a little more."""
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)) for size in sizes]
     return RewardBatch([PromptSample(str(n), "", "", {}) for n in range(len(sizes))], images)
@@ -552,7 +552,7 @@ def test_requests_are_cut_by_bytes(serve: Callable[..., str]) -> None:
 def test_a_shared_source_is_counted_once_a_request(serve: Callable[..., str]) -> None:
     scorer = NumberReward()
     client = remote(serve({"number": scorer}, Limits(max_request_bytes=150_000, batch_wait_ms=0)), concurrency=1)
-    (source,) = noise(200).images  # 120 kB, and the pictures 7.5 kB
+    (source,) = noise(200).images  # 120 kB, and the images 7.5 kB
     batch = noise(*[50] * 5)
     batch = RewardBatch([PromptSample(s.id, "", "", {}, source) for s in batch.samples], batch.images)
     assert [score.native for score in client(batch)] == first_pixels(batch)

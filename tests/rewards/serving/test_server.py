@@ -58,7 +58,7 @@ SMALL = Limits(
 
 
 def number_image(number: int, size: int = 4) -> Image.Image:
-    """A picture that says which one it is."""
+    """An image that says which one it is."""
     return Image.new("RGB", (size, size), (number >> 16, number >> 8 & 255, number & 255))
 
 
@@ -68,7 +68,7 @@ def number_of(image: Image.Image) -> int:
 
 
 class NumberReward(Reward):
-    """native = the number in the picture; misbehaves where the prompt says so."""
+    """native = the number in the image; misbehaves where the prompt says so."""
 
     name = "number"
     native_range = (0.0, math.inf)
@@ -104,7 +104,7 @@ class NumberReward(Reward):
         if sample.prompt == "none":
             return None  # type: ignore[return-value]
         if sample.prompt == "invalid":
-            return Score.invalid("no text in the picture")
+            return Score.invalid("no text in the image")
         number = float(number_of(image))
         return Score(number, number / 3, -number, detail={"prompt": sample.prompt})
 
@@ -135,7 +135,7 @@ def ask(
     timeout: float = 20.0,
     **changes: Any,
 ) -> httpx.Response:
-    """Sends pictures that are numbered from 0, or `images`."""
+    """Sends images that are numbered from 0, or `images`."""
     images = images or [encode_image(number_image(n)) for n in range(len(prompts))]
     items = [{"prompt": prompt, "images": [f"img{n}"]} for n, prompt in enumerate(prompts)]
     body = {"schema": 1, "id": str(uuid4()), "reward": reward, "items": items} | changes
@@ -198,7 +198,7 @@ def test_a_reply_in_full(url: str) -> None:
             {
                 "valid": False,
                 "error": "unscorable",
-                "reason": "no text in the picture",
+                "reason": "no text in the image",
                 "detail": {},
                 "parts": {},
             },
@@ -299,7 +299,7 @@ def test_wrong_length(url: str) -> None:
 
 
 def png_with_size(width: int, height: int) -> bytes:
-    """A PNG whose header promises a large picture; its data are those of a small one."""
+    """A PNG whose header promises a large image; its data are those of a small one."""
     data = bytearray(encode_image(Image.new("RGB", (4, 4))))
     data[16:24] = struct.pack(">II", width, height)
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
@@ -307,7 +307,7 @@ def png_with_size(width: int, height: int) -> bytes:
 
 
 @pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")  # as in `main`
-def test_bad_pictures_spoil_themselves_alone(url: str) -> None:
+def test_bad_images_spoil_themselves_alone(url: str) -> None:
     good = encode_image(number_image(9))
     gif = BytesIO()
     number_image(9).save(gif, "GIF")
@@ -322,7 +322,7 @@ def test_bad_pictures_spoil_themselves_alone(url: str) -> None:
     bomb, large = "too_many_pixels", "too_many_pixels"
     response = ask(url, [""] * 6, images)
     assert codes(response) == ["ok", bomb, "bad_image", "bad_image", "bad_image", large]
-    assert response.json()["results"][5]["reason"] == "the picture is 65 x 64, over 4096 pixels"
+    assert response.json()["results"][5]["reason"] == "the image is 65 x 64, over 4096 pixels"
     for extreme in ((12_000, 12_000), (2**31 - 1, 2**31 - 1), (0, 0), (64, 64)):  # the last: too little data
         assert codes(ask(url, [""], [png_with_size(*extreme)]))[0] in {"bad_image", "too_many_pixels"}
 
@@ -345,13 +345,13 @@ def test_every_cut_and_every_flipped_bit_of_a_png_is_seen() -> None:
     st.binary(max_size=200),
     st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\x00\x00\x00\x00WEBPVP8 "]),
 )
-def test_any_bytes_are_a_picture_or_bad(data: bytes, magic: bytes) -> None:
+def test_any_bytes_are_a_image_or_bad(data: bytes, magic: bytes) -> None:
     with pytest.raises(BadImage):
         decode_image(magic + data, 100)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16"])
-def test_pictures_cross_exactly(mode: str) -> None:
+def test_images_cross_exactly(mode: str) -> None:
     noise = np.random.default_rng(1).integers(0, 256, (9, 7, 4), np.uint8)
     image = (
         Image.fromarray(noise).convert("L").convert(mode) if mode == "I;16" else Image.fromarray(noise).convert(mode)
@@ -426,14 +426,14 @@ def test_wrong_parts(url: str) -> None:
     good = encode_image(number_image(1))
     name = ("request", (None, json.dumps({"schema": 1, "id": str(uuid4()), "reward": "number", "items": [
         {"prompt": "", "images": ["img0"]}]}), "application/json"))  # fmt: skip
-    picture = ("img0", ("0.png", good, "image/png"))
-    assert codes(ask(url, files=[name, picture])) == ["ok"]
+    image = ("img0", ("0.png", good, "image/png"))
+    assert codes(ask(url, files=[name, image])) == ["ok"]
     assert codes(ask(url, files=[("request", ("r.json", name[1][1])), ("img0", (None, good))])) == ["ok"]
     for files, status, words in [
-        ([name, picture, picture], 400, "two parts 'img0'"),
-        ([name, name, picture], 400, "two parts 'request'"),
-        ([picture], 422, "no part `request`"),
-        ([name, picture, ("img1", ("1.png", good, "image/png"))], 422, "no item names the part 'img1'"),
+        ([name, image, image], 400, "two parts 'img0'"),
+        ([name, name, image], 400, "two parts 'request'"),
+        ([image], 422, "no part `request`"),
+        ([name, image, ("img1", ("1.png", good, "image/png"))], 422, "no item names the part 'img1'"),
         ([name, *((f"x{n}", ("x.png", b"", "image/png")) for n in range(17))], 400, "more than 17 parts"),
     ]:
         response = ask(url, files=files)
@@ -544,8 +544,8 @@ def test_waiting_bytes_are_bounded(serve: Callable[..., str], scorer: NumberRewa
     """Of 120 kB, 90 wait for their answer or are on their way: 60 more are welcome later."""
     limits = Limits(max_request_bytes=100_000, max_json_bytes=600, max_waiting_bytes=120_000, batch_wait_ms=0)
     url = serve({"number": scorer}, limits)
-    picture = encode_image(number_image(7))
-    large, more = picture + b"\0" * 90_000, picture + b"\0" * 60_000
+    image = encode_image(number_image(7))
+    large, more = image + b"\0" * 90_000, image + b"\0" * 60_000
     scorer.open.clear()
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(ask, url, images=[large])

@@ -24,7 +24,7 @@ from rewards.serving.protocol import ScoreReply, encode_image
 quick = settings(
     phases=[Phase.generate], deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
-pictures = [encode_image(Image.fromarray(render(random_scene(random.Random(seed))))) for seed in range(4)]
+images = [encode_image(Image.fromarray(render(random_scene(random.Random(seed))))) for seed in range(4)]
 
 
 @pytest.fixture
@@ -53,14 +53,14 @@ def test_no_made_up_request_breaks_it(url: str, mode: GenerationMode) -> None:
     assert mode is not GenerationMode.NEGATIVE or 200 not in statuses
 
 
-def test_made_up_requests_with_pictures_are_answered(url: str) -> None:
+def test_made_up_requests_with_images_are_answered(url: str) -> None:
     """Whatever the prompts and metadata: one result per item, in 200."""
     seen = set()
 
     @settings(quick, max_examples=40)
     @given(
         described(url)["/v1/score"]["POST"].as_strategy(generation_mode=GenerationMode.POSITIVE),
-        st.lists(st.one_of(st.sampled_from(pictures), st.binary()), min_size=1, max_size=4),
+        st.lists(st.one_of(st.sampled_from(images), st.binary()), min_size=1, max_size=4),
         st.sampled_from(
             [{}, {"tag": "counting", "include": [{"class": "circle", "count": 1}]}, {"tag": 1, "include": 2}]
         ),
