@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, PreTrainedConfig
 
+from datamodules.chunks import chunks
 from rewards.base import Reward, RewardBatch, Score
-from rewards.pretrained import in_batches, load_pretrained, load_processor
+from rewards.pretrained import load_pretrained, load_processor
 
 DType = Literal["float32", "bfloat16", "float16"]
 T = TypeVar("T")
@@ -122,7 +123,7 @@ class ClipEncoder:
             return torch.empty(0, self.network.config.projection_dim, device=self.network.device)
         # A caller's autocast would change the scores with the training's precision.
         with torch.no_grad(), torch.autocast(self.network.device.type, enabled=False):
-            parts = [features(part).pooler_output.float() for part in in_batches(items, self.batch_size)]
+            parts = [features(items[rows]).pooler_output.float() for rows in chunks(len(items), self.batch_size)]
         return normalize(torch.cat(parts), dim=-1)
 
     def _on_network(self, pixels: Tensor) -> Tensor:

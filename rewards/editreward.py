@@ -15,10 +15,11 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AddedToken, AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLModel, Qwen2VLImageProcessorPil
 
+from datamodules.chunks import chunks
 from rewards.base import Reward, RewardBatch, Score
 from rewards.editreward_weights import build_heads, check_names, locate, read_weights, split_state_dict
 from rewards.judges.templates import EDIT_RUBRICS, REWARD_TOKEN, read_wording
-from rewards.pretrained import in_batches, load_processor, pick_device
+from rewards.pretrained import load_processor, pick_device
 
 DType = Literal["bfloat16", "float16", "float32"]
 Positions = Literal["sequential", "mrope"]
@@ -185,7 +186,7 @@ class EditReward(Reward):
             scores.append(Score.invalid(reason) if reason else None)
             if sample.image is not None and not reason:
                 edits.append((sample.image.convert("RGB"), image.convert("RGB"), sample.prompt))
-        marked = iter([score for part in in_batches(edits, self.batch_size) for score in self._score(part)])
+        marked = iter([score for rows in chunks(len(edits), self.batch_size) for score in self._score(edits[rows])])
         return [next(marked) if score is None else score for score in scores]
 
     def _score(self, edits: Sequence[tuple[Image.Image, Image.Image, str]]) -> list[Score]:

@@ -15,6 +15,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from datamodules.chunks import chunks
 from datamodules.sample import PromptSample
 from rewards.base import Reward, RewardBatch, score_each
 
@@ -110,7 +111,7 @@ def group_scores(
     """
     num = len(images)
     flat = [drawn[row] for row in range(len(samples)) for drawn in images]
-    starts = range(0, len(flat), num)
+    groups = list(chunks(len(flat), num))
     embeddings = encoder.images(flat).cpu()
     if embeddings.shape[:-1] != (len(flat),):
         raise ValueError(
@@ -124,10 +125,10 @@ def group_scores(
         values["text_similarity"] = text_similarity(embeddings, texts).tolist()
     if isinstance(encoder, ContentEncoder):
         shown = encoder.contents(flat)
-        values["distinct_contents"] = [float(len(set(shown[i : i + num]))) for i in starts]
+        values["distinct_contents"] = [float(len(set(shown[rows]))) for rows in groups]
     if reward is not None:
         scores = score_each(reward, RewardBatch([sample for sample in samples for _ in range(num)], flat))
-        tables = [[score.table for score in scores[i : i + num] if score.valid] for i in starts]
+        tables = [[score.table for score in scores[rows] if score.valid] for rows in groups]
         values[reward.name] = [fmean(table) if table else math.nan for table in tables]
     return [{name: v[row] for name, v in values.items() if math.isfinite(v[row])} for row in range(len(samples))]
 

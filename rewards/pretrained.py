@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-
-T = TypeVar("T")
 
 
 def load_pretrained(cls: Any, model: str, *, device: str | None = None, **kwargs: Any) -> Any:
@@ -69,9 +67,3 @@ def check_hub_id(model: str) -> None:
     beside = Path(model).parent  # "miniature/flwo" looks like a hub id, but miniature/ is a folder here
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) or beside.is_dir():
         raise ValueError(f"there is no folder {model}: give an existing folder or a hub id such as owner/name.")
-
-
-def in_batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Consecutive slices of at most `size` items."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

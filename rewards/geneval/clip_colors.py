@@ -13,9 +13,10 @@ from PIL import Image, ImageColor
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
+from datamodules.chunks import chunks
 from datamodules.geneval_names import COLORS
 from rewards.geneval.rules import Box
-from rewards.pretrained import in_batches, load_pretrained, load_processor
+from rewards.pretrained import load_pretrained, load_processor
 
 TEMPLATES = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
 
@@ -91,8 +92,9 @@ class ClipColors:
         self.load()
         texts, size = self.text_embeddings(label), self._network.config.vision_config.image_size
         names: list[str] = []
-        for batch in in_batches(list(zip(masks, boxes, strict=True)), self.batch_size):
-            crops = [cut_out(image, mask, box, self.background) for mask, box in batch]
+        objects = list(zip(masks, boxes, strict=True))
+        for rows in chunks(len(objects), self.batch_size):
+            crops = [cut_out(image, mask, box, self.background) for mask, box in objects[rows]]
             pixels = torch.stack([clip_pixels(crop, size) for crop in crops]).to(texts.device)
             features = F.normalize(self._network.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
             names += [COLORS[index] for index in (features @ texts.T).argmax(-1).tolist()]

@@ -13,10 +13,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import Mask2FormerForUniversalSegmentation
 
+from datamodules.chunks import chunks
 from datamodules.geneval_names import CLASSES, COLORS
 from rewards.geneval.clip_colors import ClipColors, Mask
 from rewards.geneval.rules import MIN_SCORE, Box, Detection
-from rewards.pretrained import in_batches, load_pretrained
+from rewards.pretrained import load_pretrained
 
 MAX_CANDIDATES = 100
 STRIDE = 32  # the network wants multiples of this
@@ -166,7 +167,8 @@ class Mask2FormerDetector:
             groups.setdefault((-height % STRIDE + height, -width % STRIDE + width), []).append(index)
         found: list[list[Detection]] = [[] for _ in images]
         for padded, group in groups.items():
-            for batch in in_batches(group, self.batch_size):
+            for rows in chunks(len(group), self.batch_size):
+                batch = group[rows]
                 pixels = torch.stack([to_pixels(images[index], sizes[index], padded) for index in batch])
                 for index, instances in zip(batch, self._segment(pixels, batch, images, sizes), strict=True):
                     found[index] = self._name_colors(images[index], instances, colored[index])

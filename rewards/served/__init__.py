@@ -10,8 +10,8 @@ from importlib import metadata
 
 from PIL.Image import Image
 
+from datamodules.chunks import chunks
 from rewards.base import Reward, RewardBatch, Score
-from rewards.pretrained import in_batches
 
 
 class ServedReward(Reward):
@@ -47,7 +47,8 @@ class ServedReward(Reward):
         faults = [self.fault(prompt, image) for prompt, image in zip(prompts, batch.images, strict=True)]
         sound = [index for index, fault in enumerate(faults) if fault is None]
         scores = [Score.invalid(fault or "") for fault in faults]
-        for part in in_batches(sound, self.batch_size):
+        for rows in chunks(len(sound), self.batch_size):
+            part = sound[rows]
             natives = self.native([prompts[i] for i in part], [batch.images[i].convert("RGB") for i in part])
             for index, native in zip(part, natives, strict=True):
                 scores[index] = to_score(native, rl_divisor=self.rl_divisor)

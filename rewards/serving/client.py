@@ -14,9 +14,9 @@ from uuid import uuid4
 from PIL.Image import Image
 from pydantic import ValidationError
 
+from datamodules.chunks import chunks
 from datamodules.sample import PromptSample
 from rewards.base import Reward, RewardBatch, RewardUnavailable, Score
-from rewards.pretrained import in_batches
 from rewards.serving.protocol import Item, RewardInfo, RewardList, ScoreReply, ScoreRequest, encode_image, to_score
 from rewards.serving.server_pool import MAX_REPLY_BYTES, NoAnswer, Servers
 
@@ -174,7 +174,8 @@ class RemoteReward(Reward):
             ValueError: if a sample holds what cannot be sent.
         """
         self.load()
-        requests = list(in_batches(list(zip(batch.samples, batch.images, strict=True)), self.max_items))
+        pairs = list(zip(batch.samples, batch.images, strict=True))
+        requests = [pairs[rows] for rows in chunks(len(pairs), self.max_items)]
         if len(requests) <= 1:
             return [score for request in requests for score in self._score(request, threading.Event())]
         given_up = threading.Event()
