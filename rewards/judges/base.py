@@ -8,12 +8,9 @@ import io
 import json
 import os
 import re
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
@@ -23,6 +20,7 @@ from PIL import Image
 
 from rewards.base import Reward, RewardUnavailable
 from rewards.judges.templates import JudgeTemplate
+from rewards.retries import TransientError, parse_retry_after, retrying
 
 OnFailure = Literal["skip", "fail"]
 
@@ -232,11 +230,12 @@ class Judge(Reward):
         reason = reply = ""
         for _ in range(2):  # once more if the reply cannot be read: servers are not deterministic at temperature 0
             try:
-                reply, finish = self._ask(body)
-            except ConnectionError as error:
+                reply, finish = retrying(self.max_retries, self.backoff, _MAX_WAIT)(self._ask, body)
+            except TransientError as error:
+                reason = f"{self._endpoint} failed {self.max_retries + 1} times, last with {error}"
                 if self.on_failure == "fail":
-                    raise RewardUnavailable(f"{error}: start or unburden it, or set on_failure to skip.") from error
-                return Answer(reason=str(error))
+                    raise RewardUnavailable(f"{reason}: start or unburden it, or set on_failure to skip.") from error
+                return Answer(reason=reason)
             except _ImageRefused as error:
                 return Answer(reason=str(error))
             try:
@@ -250,39 +249,35 @@ class Judge(Reward):
         return Answer(reason=reason)
 
     def _ask(self, body: dict[str, Any]) -> tuple[str, str]:
-        """The reply's text and why it ended.
+        """Sends one request; returns the reply's text and its finish reason.
 
         Raises:
-            ConnectionError: once the retries are used up.
+            TransientError: if there is no answer, or one that says to come again.
             _ImageRefused: if the server does not take this request.
             RewardUnavailable: if it takes none.
         """
         assert self._client is not None
-        url = f"{self.base_url}/chat/completions"
-        problem = ""
-        for attempt in range(self.max_retries + 1):
-            wait = min(self.backoff * 2**attempt, _MAX_WAIT)
-            try:
-                response = self._client.post(url, json=body)
-            except httpx.RequestError as error:  # timeouts among them
-                problem = f"{type(error).__name__} {error}".strip()
-            else:
-                # servers quote the key back in "incorrect key" messages
-                text = response.text.replace(self._key, "***") if self._key else response.text
-                if response.status_code == 200:
-                    reply = _read_reply(text)
-                    if reply is not None:
-                        return reply
-                    problem = f"200 with no chat completion: {_short(text)}"
-                elif response.status_code in _TRANSIENT:
-                    problem = f"{response.status_code} {_short(text)}"
-                    wait = max(wait, _retry_after(response.headers.get("retry-after")))
-                else:
-                    kind = _ImageRefused if response.status_code in _THIS_IMAGE else RewardUnavailable
-                    raise kind(f"{url} refused with {response.status_code} ({_short(text)}): {self._advice(response)}")
-            if attempt < self.max_retries:
-                time.sleep(wait)
-        raise ConnectionError(f"{url} failed {self.max_retries + 1} times, last with {problem}")
+        try:
+            response = self._client.post(self._endpoint, json=body)
+        except httpx.RequestError as error:  # timeouts among them
+            raise TransientError(f"{type(error).__name__} {error}".strip()) from error
+        status = response.status_code
+        # servers quote the key back in "incorrect key" messages
+        text = response.text.replace(self._key, "***") if self._key else response.text
+        if status in _TRANSIENT:
+            pause = parse_retry_after(response.headers.get("retry-after"), _MAX_WAIT)
+            raise TransientError(f"{status} {_short(text)}", pause)
+        if status != 200:
+            kind = _ImageRefused if status in _THIS_IMAGE else RewardUnavailable
+            raise kind(f"{self._endpoint} refused with {status} ({_short(text)}): {self._advice(response)}")
+        reply = _read_reply(text)
+        if reply is None:
+            raise TransientError(f"200 with no chat completion: {_short(text)}")
+        return reply
+
+    @property
+    def _endpoint(self) -> str:
+        return f"{self.base_url}/chat/completions"
 
     def _advice(self, response: httpx.Response) -> str:
         if response.status_code in (401, 403):
@@ -326,22 +321,6 @@ def _read_reply(text: str) -> tuple[str, str] | None:
         return None
     # a refusal comes as null: nothing to read, but the server works
     return (content if isinstance(content, str) else ""), str(choice.get("finish_reason"))
-
-
-def _retry_after(value: str | None) -> float:
-    """Seconds asked for by a Retry-After header, which holds seconds or a date."""
-    if not value:
-        return 0.0
-    try:
-        seconds = float(value) if value.strip().isdigit() else _seconds_until(value)
-    except ValueError:
-        return 0.0
-    return min(max(seconds, 0.0), _MAX_WAIT)
-
-
-def _seconds_until(date: str) -> float:
-    when = parsedate_to_datetime(date)
-    return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp() - datetime.now(UTC).timestamp()
 
 
 def _short(text: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 
 from rewards.base import RewardUnavailable
+from rewards.retries import TransientError, parse_retry_after, retrying
 
 MAX_PAUSE_S = 30.0
 MAX_REPLY_BYTES = 16 * 2**20
@@ -27,11 +28,11 @@ class NoAnswer(RuntimeError):
 
 @dataclass(frozen=True)
 class Answer:
-    """A server's whole answer; `pause` is how long it asks to be left alone, in seconds."""
+    """A server's whole answer; `retry_after` is how long it asks the client to wait, in seconds."""
 
     status: int
     body: bytes
-    pause: float
+    retry_after: float
 
 
 class Servers:
@@ -93,7 +94,7 @@ class Servers:
                 answer = self._send("GET", url, path)
             except (httpx.RequestError, httpx.InvalidURL) as error:
                 self._rest(url)
-                problems.append(_what(url, error))
+                problems.append(_describe(url, error))
                 continue
             except NoAnswer as error:
                 problems.append(str(error))
@@ -126,29 +127,47 @@ class Servers:
             NoAnswer: if none did.
             RewardUnavailable: if one refused the request as wrong, which no retry mends.
         """
-        problem, pause = "", 0.0
-        for attempt in range(self.retries + 1):
-            if attempt and given_up.wait(max(pause, self._pause(attempt))):
-                break
-            for url in self._in_turn():
-                try:
-                    answer = self._send("POST", url, path, files, max_bytes)
-                except httpx.RequestError as error:
-                    problem, pause = _what(url, error), 0.0
-                    if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
-                        break  # it lives, but is slow
-                    self._rest(url)
-                    continue  # another one may be there: no need to wait
-                if refusal := self._refusal(url, answer):
-                    raise RewardUnavailable(refusal)
-                if answer.status == 200:
-                    self._resting.pop(url, None)
-                    return url, answer.body
-                problem, pause = f"{url} answered {answer.status}{_detail(answer)}", answer.pause
-                if answer.status not in COME_AGAIN:
-                    raise NoAnswer(problem)
-                break
-        raise NoAnswer(f"{problem}, tried {attempt + 1} times")
+
+        def sleep(seconds: float) -> None:
+            if given_up.wait(seconds):
+                raise NoAnswer("the call was given up")
+
+        retry = retrying(
+            self.retries,
+            self.backoff,
+            MAX_PAUSE_S,
+            # keeps many clients from coming again all at once
+            jitter=lambda: self._random.uniform(0.5, 1.5),
+            sleep=sleep,
+        )
+        try:
+            return retry(self._post_once, path, files, max_bytes)
+        except TransientError as error:
+            raise NoAnswer(f"{error}, tried {self.retries + 1} times") from error
+
+    def _post_once(self, path: str, files: Any, max_bytes: int) -> tuple[str, bytes]:
+        """Sends a request to the server whose turn it is, or to the next ones while none can be reached."""
+        failure: TransientError | None = None
+        for url in self._in_turn():
+            try:
+                answer = self._send("POST", url, path, files, max_bytes)
+            except httpx.RequestError as error:
+                failure = TransientError(_describe(url, error))
+                if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
+                    break  # it lives, but is slow
+                self._rest(url)
+                continue  # another one may be there: no need to wait
+            if refusal := self._refusal(url, answer):
+                raise RewardUnavailable(refusal)
+            if answer.status == 200:
+                self._resting.pop(url, None)
+                return url, answer.body
+            problem = f"{url} answered {answer.status}{_detail(answer)}"
+            if answer.status not in COME_AGAIN:
+                raise NoAnswer(problem)
+            raise TransientError(problem, answer.retry_after)
+        assert failure is not None  # there is at least one server
+        raise failure
 
     def _in_turn(self) -> list[str]:
         """The servers, the one whose turn it is first, without those that rest unless all do."""
@@ -161,10 +180,6 @@ class Servers:
 
     def _rest(self, url: str) -> None:
         self._resting[url] = time.monotonic() + self.cooldown
-
-    def _pause(self, attempt: int) -> float:
-        """Seconds before a retry; the chance in it keeps many clients from coming again all at once."""
-        return float(min(MAX_PAUSE_S, self.backoff * 2 ** (attempt - 1))) * self._random.uniform(0.5, 1.5)
 
     def _refusal(self, url: str, answer: Answer) -> str:
         """What to say about an answer that no retry mends; empty for all others."""
@@ -198,7 +213,9 @@ class Servers:
             deadline.cancel()
         if deadline.over.is_set():  # a body without a length seems whole when it is cut
             raise late
-        return Answer(response.status_code, bytes(body), _retry_after(response.headers.get("Retry-After", "")))
+        return Answer(
+            response.status_code, bytes(body), parse_retry_after(response.headers.get("Retry-After"), MAX_PAUSE_S)
+        )
 
 
 class _Deadline:
@@ -233,7 +250,7 @@ class _Deadline:
                 self._socket.shutdown(socket.SHUT_RDWR)
 
 
-def _what(url: str, error: Exception) -> str:
+def _describe(url: str, error: Exception) -> str:
     return f"{url} failed with {type(error).__name__}{f' ({error})' if str(error) else ''}"
 
 
@@ -244,8 +261,3 @@ def _detail(answer: Answer) -> str:
     except (ValueError, KeyError, TypeError):  # an answer of something else, such as a proxy
         return ""
     return f": {' '.join(detail.split())[:300]}"
-
-
-def _retry_after(text: str) -> float:
-    """The pause that the server asks for, in seconds."""
-    return min(float(text), MAX_PAUSE_S) if text.isdecimal() else 0.0
