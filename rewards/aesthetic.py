@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rewards.base import Reward, RewardBatch, Score
 from rewards.clip import ClipEncoder, DType, score_decodable
+from rewards.pretrained import read_tensors
 
 FILE = "sac+logos+ava1-l14-linearMSE.pth"
 REPOSITORY = "christophschuhmann/improved-aesthetic-predictor"
@@ -82,7 +80,11 @@ class AestheticReward(Reward):
         """Loads the head, then CLIP: a forgotten file shows before the long part."""
         if self._head is not None:
             return
-        tensors = read_head(self.weights)
+        if not Path(self.weights).is_file():
+            raise ValueError(
+                f"there is no file {self.weights}: download {FILE} from the repository {REPOSITORY} and give its path."
+            )
+        tensors = read_tensors(self.weights, f"download {FILE} from {REPOSITORY} again")
         self.encoder.load()
         network = self.encoder.network
         head = AestheticHead(network.config.projection_dim)
@@ -106,24 +108,3 @@ class AestheticReward(Reward):
         with torch.autocast(embeddings.device.type, enabled=False):
             marks = self._head(embeddings).tolist()
         return [Score(m, m, m) if math.isfinite(m) else Score.invalid("the mark is not finite") for m in marks]
-
-
-def read_head(path: str) -> dict[str, Tensor]:
-    """The tensors of a .pth or .safetensors file; nothing in it is executed.
-
-    Raises:
-        ValueError: if there is no such file, or it holds more than tensors.
-    """
-    if not Path(path).is_file():
-        raise ValueError(
-            f"there is no file {path}: download {FILE} from the repository {REPOSITORY} and give its path."
-        )
-    try:
-        if path.endswith(".safetensors"):
-            return load_file(path)
-        tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path} is damaged or holds more than weights: download {FILE} from {REPOSITORY} again."
-        ) from error
-    return tensors

@@ -5,14 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rewards.pretrained import check_hub_id, one_line_errors
+from rewards.pretrained import check_hub_id, one_line_errors, read_tensors
 
 _HEAD = re.compile(r"rm_heads?\.(?:head_)?(\d+)\.(\d+\.(?:weight|bias))")
 
@@ -68,18 +66,17 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of `*.safetensors`; if there are none, those of `model.pth`, read without running code."""
     state: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        state.update(load_file(file))
+        state.update(read_tensors(file, "download EditReward's weights again"))
     if state:
         return state
     path = folder / "model.pth"
     if not path.is_file():
         raise ValueError(f"{folder} holds neither *.safetensors nor model.pth: copy EditReward's weights there.")
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-        state.update(loaded.get("model", loaded))  # the authors' trainer may wrap it
-    except (UnpicklingError, RuntimeError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or more than named tensors: convert it to model.safetensors.") from error
-    return state
+    loaded = read_tensors(path, "convert it to model.safetensors")
+    named = loaded.get("model", loaded) if isinstance(loaded, dict) else loaded  # the authors' trainer may wrap it
+    if not isinstance(named, dict):
+        raise ValueError(f"{path} holds no named tensors: convert it to model.safetensors.")
+    return named
 
 
 def check_names(checkpoint: str, expected: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> None:

@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -17,7 +16,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from rewards.base import Score
 from rewards.clip import ClipEncoder, ClipReward, DType
-from rewards.pretrained import one_line_errors, pick_device
+from rewards.pretrained import one_line_errors, pick_device, read_tensors
 
 HEADS = 16
 """Attention heads of both towers of ViT-H-14, which weights do not tell: 80 wide in vision, 64 in text."""
@@ -148,20 +147,8 @@ def read_state_dict(weights: str, *, allow_pickle: bool = False) -> dict[str, Te
             raise ValueError(f"there is no file {weights}: give an existing file or owner/name/file on the hub.")
         with one_line_errors(weights):
             path = hf_hub_download(match[1], match[2])
-    try:
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except UnpicklingError:
-            if not allow_pickle:
-                raise
-            checkpoint = torch.load(path, map_location="cpu", weights_only=False)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{weights} is damaged: download it again."
-            if allow_pickle
-            else f"{weights} is damaged or holds more than weights, which could run code when read: download it again, "
-            "or set `allow_pickle: true` if you trust where it comes from."
-        ) from error
+    trust = "" if allow_pickle else ", or set `allow_pickle: true` if you trust where it comes from (it may run code)"
+    checkpoint = read_tensors(path, f"download it again{trust}", allow_pickle=allow_pickle)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{weights} has no entry `state_dict`: give HPSv2's own file, HPS_v2.1_compressed.pt.")
     state_dict: dict[str, Tensor] = checkpoint["state_dict"]

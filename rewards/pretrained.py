@@ -7,9 +7,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 
 def load_pretrained(cls: Any, model: str, *, device: str | None = None, **kwargs: Any) -> Any:
@@ -67,3 +70,31 @@ def check_hub_id(model: str) -> None:
     beside = Path(model).parent  # "miniature/flwo" looks like a hub id, but miniature/ is a folder here
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) or beside.is_dir():
         raise ValueError(f"there is no folder {model}: give an existing folder or a hub id such as owner/name.")
+
+
+def read_tensors(path: str | Path, advice: str, *, allow_pickle: bool = False) -> Any:
+    """Reads a .safetensors file, or one of `torch.save`, to the CPU without running code that it may hold.
+
+    Args:
+        path: an existing file.
+        advice: end of the error's sentence: what the user should do.
+        allow_pickle: if the file holds more than weights, load it all the same, which runs code from it.
+
+    Returns:
+        Name -> tensor of a .safetensors file, else the saved object.
+
+    Raises:
+        ValueError: if the file is damaged or holds more than weights.
+    """
+    try:
+        if str(path).endswith(".safetensors"):
+            return load_file(path)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except UnpicklingError:
+            if not allow_pickle:
+                raise
+            return torch.load(path, map_location="cpu", weights_only=False)
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+        fault = "is damaged" if allow_pickle else "is damaged or holds more than weights"
+        raise ValueError(f"{path} {fault}: {advice}.") from error

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from rewards.pretrained import check_hub_id, one_line_errors, pick_device
+from rewards.pretrained import check_hub_id, one_line_errors, pick_device, read_tensors
 from rewards.served import ServedReward, installed
 
 UNUSED = ("blip.vision_proj.", "blip.text_proj.")
@@ -53,7 +53,8 @@ class ImageRewardReward(ServedReward):
         device = pick_device(self.device)
         with one_line_errors(self.model):
             network = ImageReward(med_config=self._file("med_config.json"), device=device)
-            weights = torch.load(self._file("ImageReward.pt"), map_location="cpu", weights_only=True)
+            path = self._file("ImageReward.pt")
+        weights = read_tensors(path, "download it again")
         found = network.load_state_dict(weights, strict=False)  # old files also hold tables that are computed today
         missing = [key for key in found.missing_keys if not key.startswith(UNUSED)]
         if missing:

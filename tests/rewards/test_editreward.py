@@ -304,7 +304,10 @@ def test_sharded_and_pth_checkpoints(checkpoint: Path, reward: EditReward, tmp_p
         other = EditReward(str(folder), base_model=str(tmp_path / "base"), device="cpu")
         assert score(other, make_image(1), make_image(2)) == expected
     torch.save({"model": state, "when": Path("x")}, pth / "model.pth")  # needs code to be read
-    with pytest.raises(ValueError, match=r"model\.pth is damaged or more than named tensors"):
+    with pytest.raises(ValueError, match=r"model\.pth is damaged or holds more than weights: convert it"):
+        EditReward(str(pth), base_model=str(tmp_path / "base"), device="cpu").load()
+    torch.save([1.0], pth / "model.pth")
+    with pytest.raises(ValueError, match=r"model\.pth holds no named tensors"):
         EditReward(str(pth), base_model=str(tmp_path / "base"), device="cpu").load()
     with pytest.raises(ValueError, match=r"neither \*\.safetensors nor model\.pth"):
         EditReward(str(tmp_path / "base"), device="cpu").load()
