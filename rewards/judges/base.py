@@ -1,4 +1,4 @@
-"""Questions to a vision-language model behind any OpenAI-compatible endpoint (sglang, vLLM, a hosted one)."""
+"""`Judge`: base of the rewards that ask a vision-language model behind an OpenAI-compatible endpoint for ratings."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _MAX_WAIT = 60.0  # seconds; a server that asks for more is as good as down
 
 @dataclass(frozen=True)
 class Question:
-    """One request: a template's text about a prompt, and the images it is about."""
+    """One request to the judge: a template, the prompt that fills it, and the images to look at."""
 
     template: JudgeTemplate
     prompt: str
@@ -40,45 +40,45 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a judge made of a question.
+    """A judge's answer to a question.
 
     Args:
-        marks: as many as the template asks for; none if no marks could be had.
-        reply: the judge's words; None if the marks were remembered.
-        reason: why there are no marks.
+        ratings: as many as the template asks for; empty if there are none.
+        reply: the judge's words; None if the ratings come from the cache.
+        reason: why there are no ratings.
     """
 
-    marks: tuple[float, ...] = ()
+    ratings: tuple[float, ...] = ()
     reply: str | None = None
     reason: str = ""
 
     @property
     def detail(self) -> dict[str, Any]:
-        """For the score: the reply, or `cached: true` for remembered marks."""
+        """Entries for `Score.detail`: the reply, or `cached: true` for ratings from the cache."""
         return {"cached": True} if self.reply is None else {"reply": self.reply}
 
 
 class Judge(Reward):
-    """Base of the rewards that ask a vision-language model for marks; a subclass says what it asks.
+    """Base of the rewards that ask a vision-language model for ratings; a subclass says what it asks.
 
     A reply that the template cannot read is asked for once more, then its image is invalid. So is one whose own request
     is refused (400, 413, 422: a content policy, a prompt too long). Other refusals (401, 403, 404, further 4xx) raise
     at once whatever `on_failure` says: a wrong key or a wrong model name fails for every image.
 
     Args:
-        base_url: of the API, up to and with its version: `http://127.0.0.1:8000/v1`.
+        base_url: address of the API, up to and with its version: `http://127.0.0.1:8000/v1`.
         model: the name that the endpoint knows the judge by.
         api_key_env: name of the environment variable that holds the key (never the key itself); null sends none.
         name: key of this reward in logs; null is the default one.
         image_size: images are resized to this many pixels square, as UnifiedReward's 512; null sends them as they are.
-        max_tokens: longest reply.
+        max_tokens: longest reply, in tokens.
         concurrency: most requests at any time.
         timeout: seconds without a byte from the server after which a request has failed.
         max_retries: further attempts after timeouts, lost connections, broken replies and 408, 429, 500, 502, 503, 504.
         backoff: seconds before the first retry, doubled at each further one; the server's Retry-After goes first.
         on_failure: once the retries are used up, `skip` makes the image's score invalid, `fail` raises
             RewardUnavailable.
-        cache_dir: folder of remembered marks, which several processes may share; null remembers in memory.
+        cache_dir: folder of the cache of ratings, which several processes may share; null keeps it in memory.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Judge(Reward):
         self.cache_dir = Path(cache_dir) if cache_dir else None
         self._client: httpx.Client | None = None
         self._key = ""
-        self._marks: dict[str, tuple[float, ...]] = {}
+        self._cache: dict[str, tuple[float, ...]] = {}
 
     def load(self) -> None:
         """Reads the key and opens the client; sends nothing."""
@@ -155,20 +155,20 @@ class Judge(Reward):
         self._client = httpx.Client(headers=headers, timeout=self.timeout, limits=limits)
 
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
-        """Answers to Q questions, in their order; equal questions are asked once."""
+        """Asks Q questions, `concurrency` at a time and equal ones once; returns Q answers in their order."""
         self.load()
         answers: dict[str, Answer] = {}
         unknown: dict[str, Question] = {}
         keys: list[str] = []
         for question in questions:
-            shown = Question(question.template, question.prompt, [self._prepare(image) for image in question.images])
-            key = self._digest(shown)
+            prepared = Question(question.template, question.prompt, [self._prepare(image) for image in question.images])
+            key = self._digest(prepared)
             keys.append(key)
-            marks = self._recall(key)
-            if marks is not None:
-                answers[key] = Answer(marks)
+            ratings = self._read_cache(key)
+            if ratings is not None:
+                answers[key] = Answer(ratings)
             else:
-                unknown[key] = shown
+                unknown[key] = prepared
         pool = ThreadPoolExecutor(self.concurrency)
         try:
             answers.update(pool.map(lambda item: (item[0], self._judge(*item)), unknown.items()))
@@ -178,11 +178,11 @@ class Judge(Reward):
 
     def _prepare(self, image: Image.Image) -> Image.Image:
         image = image.convert("RGB")
-        size = self._size(image.size)
+        size = self._resized(image.size)
         return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
-    def _size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Width and height that an image is shown in."""
+    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Width and height, in pixels, in which an image of `size` is sent."""
         return (self.image_size, self.image_size) if self.image_size else size
 
     def _digest(self, question: Question) -> str:
@@ -192,22 +192,22 @@ class Judge(Reward):
             digest.update(image.tobytes())
         return digest.hexdigest()
 
-    def _recall(self, key: str) -> tuple[float, ...] | None:
+    def _read_cache(self, key: str) -> tuple[float, ...] | None:
         if self.cache_dir is None:
-            return self._marks.get(key)
+            return self._cache.get(key)
         path = self.cache_dir / f"{key}.json"
         if not path.is_file():
             return None
         native = json.loads(path.read_text())["native"]
         return tuple(map(float, native)) if isinstance(native, list) else (float(native),)
 
-    def _remember(self, key: str, template: str, answer: Answer) -> None:
+    def _write_cache(self, key: str, template: str, answer: Answer) -> None:
         if self.cache_dir is None:
-            self._marks[key] = answer.marks
+            self._cache[key] = answer.ratings
             return
-        native = answer.marks[0] if len(answer.marks) == 1 else answer.marks
+        native = answer.ratings[0] if len(answer.ratings) == 1 else answer.ratings
         entry = {"native": native, "model": self.model, "template": template, "reply": answer.reply}
-        partial = self.cache_dir / f"{key}.{os.getpid()}.partial"  # another process may write the same marks
+        partial = self.cache_dir / f"{key}.{os.getpid()}.partial"  # another process may write the same ratings
         partial.write_text(json.dumps(entry))
         partial.replace(self.cache_dir / f"{key}.json")
 
@@ -244,7 +244,7 @@ class Judge(Reward):
                 cut = f", cut off at max_tokens={self.max_tokens}" if finish == "length" else ""
                 reason = f"{error}{cut}; the reply ends: {reply[-200:]}"
                 continue
-            self._remember(key, template.id, answer)
+            self._write_cache(key, template.id, answer)
             return answer
         return Answer(reason=reason)
 
@@ -288,7 +288,7 @@ class Judge(Reward):
 
 
 class _ImageRefused(Exception):
-    """The server does not take this image or its prompt; it may take others."""
+    """The server refuses this image or its prompt; it may accept others."""
 
 
 def _checked_url(url: str, owner: str) -> str:
@@ -313,7 +313,7 @@ def _data_url(image: Image.Image) -> str:
 
 
 def _read_reply(text: str) -> tuple[str, str] | None:
-    """Text and finish reason of the first choice; None if this is no chat completion."""
+    """Returns text and finish reason of a chat completion's first choice; None if this is no chat completion."""
     try:
         choice = json.loads(text)["choices"][0]
         content = choice["message"]["content"]
