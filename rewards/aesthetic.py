@@ -17,10 +17,10 @@ REPOSITORY = "christophschuhmann/improved-aesthetic-predictor"
 
 
 class AestheticHead(nn.Module):
-    """Linear layers without activations, under the names of the published file.
+    """The predictor's linear layers, without activations, under the names of the published file.
 
     Args:
-        width: of CLIP's projected embedding, 768 in ViT-L/14.
+        width: size of CLIP's projected embedding, 768 in ViT-L/14.
     """
 
     def __init__(self, width: int = 768) -> None:
@@ -38,13 +38,13 @@ class AestheticHead(nn.Module):
         )
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Marks, about 1 to 10: [B] from [B, width] embeddings of length 1."""
-        marks: Tensor = self.layers(embeddings)
-        return marks.squeeze(-1)
+        """Returns [B] ratings, about 1 to 10, of [B, width] embeddings of length 1."""
+        ratings: Tensor = self.layers(embeddings)
+        return ratings.squeeze(-1)
 
 
 class AestheticReward(Reward):
-    """The aesthetic mark of an image, whatever its prompt: native = table = rl, about 1 to 10, unbounded.
+    """Aesthetic rating of an image, whatever its prompt: native = table = rl, about 1 to 10, unbounded.
 
     Args:
         weights: path of the head's weights, published as `sac+logos+ava1-l14-linearMSE.pth` in the repository
@@ -52,7 +52,7 @@ class AestheticReward(Reward):
         model: folder or hub id of the CLIP model that the head was trained on.
         processor: folder or hub id of the image processor and the tokenizer; null is the model's own.
         device: null is this process's GPU if there is one, else the CPU.
-        dtype: of the CLIP weights; the head is fp32.
+        dtype: precision of the CLIP weights; the head is fp32.
         batch_size: images per forward pass.
     """
 
@@ -73,11 +73,11 @@ class AestheticReward(Reward):
 
     @property
     def version(self) -> str:
-        """The scorer, the name of its weights and its CLIP model."""
+        """Version of the scores: the scorer, the name of its weights and its CLIP model."""
         return f"{self.name} {Path(self.weights).name} by {self.encoder.version}"
 
     def load(self) -> None:
-        """Loads the head, then CLIP: a forgotten file shows before the long part."""
+        """Loads the head, then CLIP, so that a missing file is noticed before the long part."""
         if self._head is not None:
             return
         if not Path(self.weights).is_file():
@@ -98,7 +98,7 @@ class AestheticReward(Reward):
         self._head = head.to(network.device).eval().requires_grad_(False)
 
     def __call__(self, batch: RewardBatch) -> list[Score]:
-        """Score B images; their prompts play no part."""
+        """Scores B images; their prompts play no part."""
         self.load()
         return score_decodable(batch, self._score)
 
@@ -106,5 +106,5 @@ class AestheticReward(Reward):
         assert self._head is not None
         embeddings = self.encoder.images(batch.images)
         with torch.autocast(embeddings.device.type, enabled=False):
-            marks = self._head(embeddings).tolist()
-        return [Score(m, m, m) if math.isfinite(m) else Score.invalid("the mark is not finite") for m in marks]
+            ratings = self._head(embeddings).tolist()
+        return [Score(r, r, r) if math.isfinite(r) else Score.invalid("the rating is not finite") for r in ratings]

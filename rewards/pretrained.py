@@ -1,4 +1,4 @@
-"""What every scorer with a network shares: where it runs, how it loads, and errors that say what to do."""
+"""Loading of scorers' networks: device, transformers models, weight files, and errors that say what to do."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 
 
 def load_pretrained(cls: Any, model: str, *, device: str | None = None, **kwargs: Any) -> Any:
-    """A frozen transformers model in evaluation mode, fp32 unless `dtype` says otherwise.
+    """Loads a frozen transformers model in evaluation mode, fp32 unless `dtype` says otherwise.
 
     Args:
         cls: a class with `from_pretrained`.
         model: folder or hub id.
         device: null is this process's GPU if there is one, else the CPU.
-        **kwargs: for `from_pretrained`.
+        **kwargs: further arguments of `from_pretrained`.
     """
     if not Path(model).is_dir():
         check_hub_id(model)
@@ -32,7 +32,7 @@ def load_pretrained(cls: Any, model: str, *, device: str | None = None, **kwargs
 
 
 def load_processor(cls: Any, model: str, **kwargs: Any) -> Any:
-    """A tokenizer or an image processor (a folder or hub id) with one-line errors."""
+    """Loads a tokenizer, image processor or configuration (folder or hub id) with one-line errors."""
     if not Path(model).is_dir():
         check_hub_id(model)
     with one_line_errors(model):
@@ -40,7 +40,7 @@ def load_processor(cls: Any, model: str, **kwargs: Any) -> Any:
 
 
 def pick_device(device: str | None) -> torch.device:
-    """The device asked for; null is this process's GPU if there is one, else the CPU.
+    """Returns the device asked for; null is this process's GPU if there is one, else the CPU.
 
     Call it from the main thread: a new thread's current GPU is always the first. Of several processes on a machine each
     takes the GPU of its `LOCAL_RANK`, since scorers load before the trainer has made that one the current.
@@ -55,7 +55,7 @@ def pick_device(device: str | None) -> torch.device:
 
 @contextmanager
 def one_line_errors(model: str) -> Iterator[None]:
-    """Turns a loader's error (missing files, gated or unknown hub id, no network) into one sentence."""
+    """Context manager: turns a loader's error (missing files, gated or unknown hub id, no network) into one line."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -66,7 +66,7 @@ def one_line_errors(model: str) -> Iterator[None]:
 
 
 def check_hub_id(model: str) -> None:
-    """Raises a ValueError if a name that is no folder cannot be a hub id either."""
+    """Raises a ValueError if a model's name is neither a folder nor a possible hub id."""
     beside = Path(model).parent  # "miniature/flwo" looks like a hub id, but miniature/ is a folder here
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) or beside.is_dir():
         raise ValueError(f"there is no folder {model}: give an existing folder or a hub id such as owner/name.")

@@ -1,4 +1,4 @@
-"""Several rewards in one run: by tag (each prompt has one judge), or as a weighted sum (each prompt has them all)."""
+"""Several rewards in one run: one scorer per tag (`TaggedReward`), or the sum of all (`WeightedSum`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rewards.base import Reward, RewardBatch, Score, score_each
 
 
 class TaggedReward(Reward):
-    """Routes every sample to the one scorer of its tag (reward tagging; METHOD.md, REWARDS.md 5.1).
+    """Routes every sample to the one scorer of its tag (reward tagging; PromptRL, arXiv 2602.01382).
 
     Advantages are normalised within a group, a group has one prompt and a prompt one tag, so that scorers of very
     different scales train together without weights.
@@ -30,16 +30,16 @@ class TaggedReward(Reward):
 
     @property
     def version(self) -> str:
-        """The scorers' versions by tag."""
+        """Version of the scores: the scorers' versions by tag."""
         return "tagged " + "; ".join(f"{tag}: {reward.version}" for tag, reward in sorted(self.rewards.items()))
 
     def load(self) -> None:
-        """Loads every scorer."""
+        """Loads the models of every scorer."""
         for reward in self.rewards.values():
             reward.load()
 
     def __call__(self, batch: RewardBatch) -> list[Score]:
-        """Score B images, each by its tag's scorer; `parts` names the scorer."""
+        """Scores B images, each by its tag's scorer; `parts` names the scorer."""
         rows_of: dict[str, list[int]] = {}
         for row, sample in enumerate(batch.samples):
             rows_of.setdefault(sample.tag, []).append(row)
@@ -63,7 +63,7 @@ class WeightedSum(Reward):
     """Adds up several scorers' rl values, each times its weight; native and table are that sum too.
 
     An image that any of them could not score is invalid: a sum without one part would compare unlike things. Mind the
-    scales: weights act on `rl` values, whose ranges differ from scorer to scorer (REWARDS.md 0).
+    scales: weights act on `rl` values, whose ranges differ from scorer to scorer.
 
     Args:
         rewards: name -> scorer; the name is the scorer's key in the logs.
@@ -84,16 +84,16 @@ class WeightedSum(Reward):
 
     @property
     def version(self) -> str:
-        """The weights and the scorers' versions."""
+        """Version of the scores: the weights and the scorers' versions."""
         return "sum " + "; ".join(f"{self.weights[n]} x {n}: {r.version}" for n, r in sorted(self.rewards.items()))
 
     def load(self) -> None:
-        """Loads every scorer."""
+        """Loads the models of every scorer."""
         for reward in self.rewards.values():
             reward.load()
 
     def __call__(self, batch: RewardBatch) -> list[Score]:
-        """Score B images; `parts` holds every scorer's own score."""
+        """Scores B images; `parts` holds every scorer's own score."""
         by_name = {name: score_each(reward, batch) for name, reward in self.rewards.items()}
         return [self._sum({name: scores[row] for name, scores in by_name.items()}) for row in range(len(batch))]
 

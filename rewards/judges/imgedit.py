@@ -131,12 +131,12 @@ class ImgEditJudge(Judge):
 
     @property
     def version(self) -> str:
-        """The judge, the wording and the image size."""
+        """Version of the scores: the judge, the wording and the image size."""
         size = f"{self.image_size} px" if self.image_size else "full size"
         return f"{self._wording} judged by {self.model} at {size}"
 
     def __call__(self, batch: RewardBatch) -> list[Score]:
-        """Score B images; `detail` has the three `ratings` and the judge's words."""
+        """Scores B images; `detail` has the three `ratings` and the judge's words."""
         scores = [Score.invalid(f"{self.name} compares with a source image, and the sample has none")] * len(batch)
         questions: dict[int, Question] = {}
         for row, (sample, image) in enumerate(zip(batch.samples, batch.images, strict=True)):

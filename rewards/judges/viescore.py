@@ -150,12 +150,12 @@ class VIEScore(Judge):
 
     @property
     def version(self) -> str:
-        """The judge, both wordings and the image size."""
+        """Version of the scores: the judge, both wordings and the image size."""
         size = f"{self.image_size}x{self.image_size} px in area" if self.image_size else "full size"
         return f"{self.semantic.id} and {self.quality.id} judged by {self.model} at {size}"
 
     def __call__(self, batch: RewardBatch) -> list[Score]:
-        """Score B images; `detail` has `sc`, `pq`, the ratings that they come from and the judge's words."""
+        """Scores B images; `detail` has `sc`, `pq`, the ratings that they come from and the judge's words."""
         rows = [row for row, sample in enumerate(batch.samples) if sample.image is not None]
         questions: list[Question] = []
         for row in rows:

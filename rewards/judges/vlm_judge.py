@@ -46,12 +46,12 @@ class VLMJudge(Judge):
 
     @property
     def version(self) -> str:
-        """The judge, the wording and the image size."""
+        """Version of the scores: the judge, the wording and the image size."""
         size = f"{self.image_size} px" if self.image_size else "full size"
         return f"{self.template.id} judged by {self.model} at {size}"
 
     def __call__(self, batch: RewardBatch) -> list[Score]:
-        """Score B images; `detail` holds the judge's reply, or `cached: true` for a rating from the cache."""
+        """Scores B images; `detail` holds the judge's reply, or `cached: true` for a rating from the cache."""
         scores = [Score.invalid(f"{self.name} compares with a source image, and the sample has none")] * len(batch)
         questions: dict[int, Question] = {}
         for row, (sample, image) in enumerate(zip(batch.samples, batch.images, strict=True)):

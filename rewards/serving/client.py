@@ -116,7 +116,7 @@ class RemoteReward(Reward):
 
     @property
     def version(self) -> str:
-        """The served reward's version; asks the server if that was not done yet."""
+        """Version of the scores: the served reward's version; asks the server if that was not done yet."""
         self.load()
         return self._version
 

@@ -157,10 +157,10 @@ def test_clipscore_is_the_logit_over_the_conventions_divisor(
 
 
 def test_worth_by_hand(folder: Path) -> None:
-    score = CLIPScoreReward(str(folder)).worth(0.25)
+    score = CLIPScoreReward(str(folder)).score_of(0.25)
     assert (score.native, score.table) == (0.25, 25.0)
     assert score.rl == pytest.approx(0.5)  # 60 * 0.25 / 30
-    score = CLIPScoreReward(str(folder), convention="diffusion_nft").worth(-0.25)
+    score = CLIPScoreReward(str(folder), convention="diffusion_nft").score_of(-0.25)
     assert (score.native, score.table) == (-0.25, -25.0)  # not clipped: torchmetrics clips the mean only
     assert score.rl == pytest.approx(-0.15)
 

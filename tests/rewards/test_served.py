@@ -76,7 +76,7 @@ def test_what_is_not_finite_is_invalid(native: float) -> None:
 
 
 def test_scales() -> None:
-    """REWARDS: only DeQA's trained value differs from what tables print, and only DeQA is bounded."""
+    """Only DeQA's trained value differs from what tables print, and only DeQA is bounded."""
     unbounded = (-math.inf, math.inf)
     assert {name: (cls.rl_divisor, cls.native_range) for name, cls in CLASSES.items()} == {
         "image_reward": (1.0, unbounded),

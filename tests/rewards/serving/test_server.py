@@ -916,7 +916,7 @@ def test_non_loopback_without_token_is_refused_as_a_process() -> None:
     command = [
         sys.executable,
         "-m",
-        "rewards.serving.server",
+        "rewards.serving",
         "--config",
         "configs/rewards/shapes.yaml",
         "--host",
@@ -932,7 +932,7 @@ def test_imports_nothing_heavy() -> None:
     script = """
 import sys
 from PIL import Image
-from rewards import server
+from rewards.serving import server
 parser = server.build_parser()
 config = parser.parse_args(["--config", "configs/rewards/shapes.yaml"])
 rewards = parser.instantiate(config).rewards
