@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, PreTrainedConfig
 
 from datamodules.chunks import chunks
+from rewards.arguments import check_minimum
 from rewards.base import Reward, RewardBatch, Score
 from rewards.pretrained import load_pretrained, load_processor
 
@@ -45,8 +46,7 @@ class ClipEncoder:
     ) -> None:
         if dtype not in get_args(DType):
             raise ValueError(f"the CLIP model {model} has dtype={dtype!r}, use one of {', '.join(get_args(DType))}.")
-        if batch_size < 1:
-            raise ValueError(f"the CLIP model {model} has batch_size={batch_size}, use 1 or more.")
+        check_minimum(f"the CLIP model {model}", 1, batch_size=batch_size)
         self.model = model
         self.processor = processor or model
         self.device = device

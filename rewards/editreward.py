@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AddedToken, AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLModel, Qwen2VLImageProcessorPil
 
 from datamodules.chunks import chunks
+from rewards.arguments import check_minimum
 from rewards.base import Reward, RewardBatch, Score
 from rewards.editreward_weights import build_heads, check_names, locate, read_weights, split_state_dict
 from rewards.judges.templates import EDIT_RUBRICS, REWARD_TOKEN, read_wording
@@ -75,8 +76,7 @@ class EditReward(Reward):
             raise ValueError(f"EditReward has positions={positions!r}, use sequential or mrope.")
         if dtype is not None and dtype not in get_args(DType):
             raise ValueError(f"EditReward has dtype={dtype!r}, use null or one of {', '.join(get_args(DType))}.")
-        if batch_size < 1:
-            raise ValueError(f"EditReward has batch_size={batch_size}, use 1 or more.")
+        check_minimum("EditReward", 1, batch_size=batch_size)
         if rubrics is not None and len(rubrics) != len(DIMENSIONS):
             raise ValueError(f"EditReward has {len(rubrics)} rubrics, give 2 text files: {' and '.join(DIMENSIONS)}.")
         self.checkpoint = checkpoint

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image, ImageDraw
 
+from rewards.arguments import check_minimum
 from rewards.packages import installed
 
 Line = tuple[str, float]
@@ -44,8 +45,7 @@ class RapidOCRReader:
     def __init__(self, limit_side_len: int = 512, min_confidence: float = 0.5, threads: int = 1) -> None:
         if limit_side_len < 32:
             raise ValueError(f"RapidOCRReader has limit_side_len={limit_side_len}, use at least 32 pixels.")
-        if threads < 1:
-            raise ValueError(f"RapidOCRReader has threads={threads}, use at least 1.")
+        check_minimum("RapidOCRReader", 1, threads=threads)
         _check_confidence(self, min_confidence)
         self.limit_side_len = limit_side_len
         self.min_confidence = min_confidence

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, CLIPModel
 
 from datamodules.chunks import chunks
 from datamodules.geneval_names import COLORS
+from rewards.arguments import check_minimum
 from rewards.geneval.rules import Box
 from rewards.pretrained import load_pretrained, load_processor
 
@@ -55,8 +56,7 @@ class ClipColors:
             raise ValueError(
                 f"ClipColors has background={background!r}, use a colour such as '#999999' (the benchmark's)."
             ) from None
-        if batch_size < 1:
-            raise ValueError(f"ClipColors has batch_size={batch_size}, use at least 1.")
+        check_minimum("ClipColors", 1, batch_size=batch_size)
         self.model = model
         self.background = background
         self.batch_size = batch_size

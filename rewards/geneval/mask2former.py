@@ -15,6 +15,7 @@ from transformers import Mask2FormerForUniversalSegmentation
 
 from datamodules.chunks import chunks
 from datamodules.geneval_names import CLASSES, COLORS
+from rewards.arguments import check_minimum
 from rewards.geneval.clip_colors import ClipColors, Mask
 from rewards.geneval.rules import MIN_SCORE, Box, Detection
 from rewards.pretrained import load_pretrained
@@ -91,8 +92,7 @@ class Mask2FormerDetector:
                 f"Mask2FormerDetector has min_score={min_score}, use 0 to {MIN_SCORE}: GenEval's rules need every "
                 f"object above {MIN_SCORE}."
             )
-        if batch_size < 1:
-            raise ValueError(f"Mask2FormerDetector has batch_size={batch_size}, use at least 1.")
+        check_minimum("Mask2FormerDetector", 1, batch_size=batch_size)
         self.model = model
         self.colors: ClipColors | None = ClipColors(device=device) if colors is True else colors or None
         self.shortest_edge = shortest_edge

@@ -8,21 +8,20 @@ import io
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 from PIL import Image
 
-from rewards.base import Reward, RewardUnavailable
+from rewards.arguments import OnFailure, check_minimum, check_on_failure
+from rewards.base import Reward, RewardUnavailable, Score
 from rewards.judges.templates import JudgeTemplate
 from rewards.retries import TransientError, parse_retry_after, retrying
-
-OnFailure = Literal["skip", "fail"]
 
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _THIS_IMAGE = (400, 413, 422)  # refusals that say nothing about other images
@@ -103,17 +102,9 @@ class Judge(Reward):
                 f"{own}'s api_key_env must be the name, in capitals, of an environment variable that holds the key, "
                 "such as OPENAI_API_KEY: never write the key itself into a configuration."
             )
-        if on_failure not in get_args(OnFailure):
-            raise ValueError(f"{own} has on_failure={on_failure!r}, use skip or fail.")
-        for key, value, least in (
-            ("max_tokens", max_tokens, 1),
-            ("concurrency", concurrency, 1),
-            ("image_size", 1 if image_size is None else image_size, 1),
-            ("max_retries", max_retries, 0),
-            ("backoff", backoff, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{own} has {key}={value}, use {least} or more.")
+        check_on_failure(own, on_failure)
+        check_minimum(own, 1, max_tokens=max_tokens, concurrency=concurrency, image_size=image_size)
+        check_minimum(own, 0, max_retries=max_retries, backoff=backoff)
         if timeout <= 0:
             raise ValueError(f"{own} has timeout={timeout}, use a number of seconds above 0.")
         self.base_url = _checked_url(base_url, own)
@@ -175,6 +166,27 @@ class Judge(Reward):
         finally:  # after an error the questions still waiting are not asked
             pool.shutdown(cancel_futures=True)
         return [answers[key] for key in keys]
+
+    def _score_each(
+        self, num_images: int, questions: Mapping[int, Question], to_score: Callable[[Answer], Score]
+    ) -> list[Score]:
+        """Asks at most one question per image and converts the ratings.
+
+        Args:
+            num_images: number of images, B.
+            questions: row of the image -> its question; images without one lack their source and are invalid.
+            to_score: converts an answer that has ratings.
+
+        Returns:
+            B scores.
+        """
+        scores = [self._no_source()] * num_images
+        for row, answer in zip(questions, self.ask(list(questions.values())), strict=True):
+            scores[row] = to_score(answer) if answer.ratings else Score.invalid(answer.reason)
+        return scores
+
+    def _no_source(self) -> Score:
+        return Score.invalid(f"{self.name} compares with a source image, and the sample has none")
 
     def _prepare(self, image: Image.Image) -> Image.Image:
         image = image.convert("RGB")

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from rewards.base import RewardBatch, Score
-from rewards.judges.base import Judge, Question
+from rewards.judges.base import Answer, Judge, Question
 from rewards.judges.templates import JudgeTemplate, reworded
 
 _PLACEHOLDER = "<edit_prompt>"
@@ -137,7 +137,6 @@ class ImgEditJudge(Judge):
 
     def __call__(self, batch: RewardBatch) -> list[Score]:
         """Scores B images; `detail` has the three `ratings` and the judge's words."""
-        scores = [Score.invalid(f"{self.name} compares with a source image, and the sample has none")] * len(batch)
         questions: dict[int, Question] = {}
         for row, (sample, image) in enumerate(zip(batch.samples, batch.images, strict=True)):
             kind = sample.metadata.get("edit_type")
@@ -148,14 +147,12 @@ class ImgEditJudge(Judge):
                 )
             if sample.image is not None:
                 questions[row] = Question(self.templates[kind], sample.prompt, [sample.image, image])
-        for row, answer in zip(questions, self.ask(list(questions.values())), strict=True):
-            if not answer.ratings:
-                scores[row] = Score.invalid(answer.reason)
-                continue
-            mean = sum(answer.ratings) / len(answer.ratings)
-            detail = {"ratings": list(answer.ratings), **answer.detail}
-            scores[row] = Score(native=mean, table=mean, rl=mean / self.native_range[1], detail=detail)
-        return scores
+        return self._score_each(len(batch), questions, self._to_score)
+
+    def _to_score(self, answer: Answer) -> Score:
+        mean = sum(answer.ratings) / len(answer.ratings)
+        detail = {"ratings": list(answer.ratings), **answer.detail}
+        return Score(native=mean, table=mean, rl=mean / self.native_range[1], detail=detail)
 
 
 def _join(templates: Mapping[str, JudgeTemplate]) -> tuple[JudgeTemplate, str]:

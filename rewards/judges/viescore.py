@@ -164,7 +164,7 @@ class VIEScore(Judge):
             questions.append(Question(self.semantic, sample.prompt, [sample.image, image]))
             questions.append(Question(self.quality, "", [image]))
         answers = self.ask(questions)
-        scores = [Score.invalid(f"{self.name} compares with a source image, and the sample has none")] * len(batch)
+        scores = [self._no_source()] * len(batch)
         for number, row in enumerate(rows):
             scores[row] = combine(answers[2 * number], answers[2 * number + 1])
         return scores

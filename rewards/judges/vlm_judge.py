@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rewards.base import RewardBatch, Score
-from rewards.judges.base import Judge, Question
+from rewards.judges.base import Answer, Judge, Question
 from rewards.judges.templates import TEMPLATES, JudgeTemplate, read_wording, reworded
 
 
@@ -52,17 +52,14 @@ class VLMJudge(Judge):
 
     def __call__(self, batch: RewardBatch) -> list[Score]:
         """Scores B images; `detail` holds the judge's reply, or `cached: true` for a rating from the cache."""
-        scores = [Score.invalid(f"{self.name} compares with a source image, and the sample has none")] * len(batch)
         questions: dict[int, Question] = {}
         for row, (sample, image) in enumerate(zip(batch.samples, batch.images, strict=True)):
             if not self.template.source:
                 questions[row] = Question(self.template, sample.prompt, [image])
             elif sample.image is not None:
                 questions[row] = Question(self.template, sample.prompt, [sample.image, image])
-        for row, answer in zip(questions, self.ask(list(questions.values())), strict=True):
-            if not answer.ratings:
-                scores[row] = Score.invalid(answer.reason)
-                continue
-            (rating,) = answer.ratings
-            scores[row] = Score(native=rating, table=rating, rl=rating / self.template.high, detail=answer.detail)
-        return scores
+        return self._score_each(len(batch), questions, self._to_score)
+
+    def _to_score(self, answer: Answer) -> Score:
+        (rating,) = answer.ratings
+        return Score(native=rating, table=rating, rl=rating / self.template.high, detail=answer.detail)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
+from rewards.arguments import check_minimum
 from rewards.pretrained import check_hub_id, one_line_errors, pick_device
 from rewards.served import ServedReward
 
@@ -45,8 +46,7 @@ class DeQAReward(ServedReward):
         batch_size: int = 8,
         device: str | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"DeQAReward has batch_size={batch_size}, use at least 1.")
+        check_minimum("DeQAReward", 1, batch_size=batch_size)
         self.model = model
         self.trust_remote_code = trust_remote_code
         self.revision = revision

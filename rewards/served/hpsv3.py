@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
+from rewards.arguments import check_minimum
 from rewards.packages import installed
 from rewards.pretrained import one_line_errors, pick_device
 from rewards.served import ServedReward
@@ -48,8 +49,7 @@ class HPSv3Reward(ServedReward):
             raise ValueError(
                 f"HPSv3Reward has checkpoint_path={checkpoint_path}, use a .safetensors file: others are unpickled."
             )
-        if batch_size < 1:
-            raise ValueError(f"HPSv3Reward has batch_size={batch_size}, use at least 1.")
+        check_minimum("HPSv3Reward", 1, batch_size=batch_size)
         self.checkpoint_path = checkpoint_path
         self.config_path = config_path
         self.batch_size = batch_size

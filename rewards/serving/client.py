@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 from uuid import uuid4
 
 from PIL.Image import Image
@@ -16,11 +16,11 @@ from pydantic import ValidationError
 
 from datamodules.chunks import chunks
 from datamodules.sample import PromptSample
+from rewards.arguments import OnFailure, check_minimum, check_on_failure
 from rewards.base import Reward, RewardBatch, RewardUnavailable, Score
 from rewards.serving.protocol import Item, RewardInfo, RewardList, ScoreReply, ScoreRequest, encode_image, to_score
 from rewards.serving.server_pool import MAX_REPLY_BYTES, NoAnswer, ServerPool
 
-OnFailure = Literal["skip", "fail"]
 Pair = tuple[PromptSample, Image]
 
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
@@ -77,19 +77,11 @@ class RemoteReward(Reward):
         self.urls = [url.rstrip("/") for url in ([urls] if isinstance(urls, str) else urls)]
         if not self.urls or not all(url.startswith(("http://", "https://")) for url in self.urls):
             raise ValueError(f"RemoteReward has urls={urls!r}, give at least one, such as http://127.0.0.1:18080.")
-        if on_failure not in get_args(OnFailure):
-            raise ValueError(f"RemoteReward has on_failure={on_failure!r}, use skip or fail.")
+        check_on_failure("RemoteReward", on_failure)
         if not timeout > 0:
             raise ValueError(f"RemoteReward has timeout={timeout}, use more than 0 seconds.")
-        for key, value, least in (
-            ("max_items", max_items, 1),
-            ("concurrency", concurrency, 1),
-            ("retries", retries, 0),
-            ("backoff", backoff, 0),
-            ("cooldown", cooldown, 0),
-        ):
-            if not value >= least:
-                raise ValueError(f"RemoteReward has {key}={value}, use {least} or more.")
+        check_minimum("RemoteReward", 1, max_items=max_items, concurrency=concurrency)
+        check_minimum("RemoteReward", 0, retries=retries, backoff=backoff, cooldown=cooldown)
         self.reward = reward
         self.timeout = timeout
         self.retries = retries

@@ -209,7 +209,7 @@ def test_versions_tell_settings_apart(folder: Path) -> None:
     [
         ({"convention": "x"}, "convention='x', use flow_grpo or diffusion_nft"),
         ({"dtype": "float64"}, "dtype='float64', use one of float32, bfloat16, float16"),
-        ({"batch_size": 0}, "batch_size=0, use 1 or more"),
+        ({"batch_size": 0}, "batch_size=0, use at least 1"),
     ],
 )
 def test_wrong_arguments_fail_at_construction(kwargs: dict[str, Any], sentence: str) -> None:

@@ -414,7 +414,7 @@ def test_description_and_arguments(reward: EditReward) -> None:
     for kwargs, message in [
         ({"positions": "2d"}, "use sequential or mrope"),
         ({"dtype": "int8"}, "use null or one of bfloat16, float16, float32"),
-        ({"batch_size": 0}, "use 1 or more"),
+        ({"batch_size": 0}, "use at least 1"),
         ({"rubrics": ["a.txt"]}, "give 2 text files"),
         ({"rubrics": ["a.txt", "b.txt"]}, "names a.txt, which cannot be read"),
     ]:

@@ -19,7 +19,8 @@ from PIL import Image
 
 from datamodules.sample import PromptSample
 from rewards.base import Reward, RewardBatch
-from rewards.served import ServedReward, installed, to_score
+from rewards.packages import installed
+from rewards.served import ServedReward, to_score
 from rewards.served.deqa import DeQAReward
 from rewards.served.hpsv3 import HPSv3Reward
 from rewards.served.image_reward import ImageRewardReward

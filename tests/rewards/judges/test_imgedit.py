@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,9 @@ from PIL import Image
 from datamodules.sample import PromptSample
 from rewards.base import RewardBatch
 from rewards.judges.imgedit import TEMPLATES, ImgEditJudge, parse_lines
-from tests.rewards.judges.judge_server import Judge, Reply, images_of, serving
+from tests.rewards.judges.judge_server import Judge, Reply, images_of
 
 KINDS = ["add", "remove", "replace", "alter", "background", "style", "action", "extract", "compose"]
-
-
-@pytest.fixture
-def judge() -> Iterator[Judge]:
-    with serving() as running:
-        yield running
 
 
 def make(judge: Judge, **kwargs: Any) -> ImgEditJudge:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,7 @@ from PIL import Image
 from datamodules.sample import PromptSample
 from rewards.base import RewardBatch, Score
 from rewards.judges.viescore import QUALITY, SEMANTIC, VIEScore, parse_scores
-from tests.rewards.judges.judge_server import Judge, Reply, images_of, serving
-
-
-@pytest.fixture
-def judge() -> Iterator[Judge]:
-    with serving() as running:
-        yield running
+from tests.rewards.judges.judge_server import Judge, Reply, images_of
 
 
 def make(judge: Judge, **kwargs: Any) -> VIEScore:
@@ -249,5 +242,5 @@ def test_own_wordings_are_another_version(judge: Judge, tmp_path: Path) -> None:
     semantic.write_text("source?")
     with pytest.raises(ValueError, match=r"VIEScore's semantic_wording: .* holds \{prompt\} 0 times"):
         make(judge, semantic_wording=str(semantic))
-    with pytest.raises(ValueError, match="VIEScore has concurrency=0, use 1 or more"):
+    with pytest.raises(ValueError, match="VIEScore has concurrency=0, use at least 1"):
         make(judge, concurrency=0)

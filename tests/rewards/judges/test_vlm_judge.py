@@ -7,7 +7,6 @@ import math
 import random
 import re
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -23,15 +22,9 @@ from datamodules.sample import PromptSample
 from rewards.base import RewardBatch, RewardUnavailable, Score
 from rewards.judges.templates import TEMPLATES, parse_rating
 from rewards.judges.vlm_judge import VLMJudge
-from tests.rewards.judges.judge_server import Judge, Reply, images_of, serving
+from tests.rewards.judges.judge_server import Judge, Reply, images_of
 
 KEY = "sk-test-0123456789"
-
-
-@pytest.fixture
-def judge() -> Iterator[Judge]:
-    with serving() as running:
-        yield running
 
 
 def make(judge: Judge, **kwargs: Any) -> VLMJudge:
@@ -367,9 +360,9 @@ def test_a_missing_or_broken_key_is_said_before_anything_is_sent(judge: Judge, m
         ({"base_url": f"https://host/v1?key={KEY}"}, "give the key by api_key_env"),
         ({"base_url": "host:8000"}, "use one such as http://127.0.0.1:8000/v1"),
         ({"on_failure": "zero"}, "use skip or fail"),
-        ({"concurrency": 0}, "concurrency=0, use 1 or more"),
-        ({"image_size": 0}, "image_size=0, use 1 or more"),
-        ({"max_retries": -1}, "max_retries=-1, use 0 or more"),
+        ({"concurrency": 0}, "concurrency=0, use at least 1"),
+        ({"image_size": 0}, "image_size=0, use at least 1"),
+        ({"max_retries": -1}, "max_retries=-1, use at least 0"),
         ({"timeout": 0.0}, "seconds above 0"),
         ({"wording": "missing.txt"}, "wording names missing.txt, which cannot be read"),
     ],
