@@ -928,10 +928,11 @@ def test_non_loopback_without_token_is_refused_as_a_process() -> None:
 
 
 def test_imports_nothing_heavy() -> None:
-    """The server with the shapes reward, built and asked, in a process of its own."""
+    """The server with the shapes reward, built in a process of its own, beside the client and a judge."""
     script = """
 import sys
 from PIL import Image
+import rewards.judges.vlm_judge, rewards.serving.client
 from rewards.serving import server
 parser = server.build_parser()
 config = parser.parse_args(["--config", "configs/rewards/shapes.yaml"])
