@@ -73,7 +73,7 @@ def check_hub_id(model: str) -> None:
 
 
 def read_tensors(path: str | Path, advice: str, *, allow_pickle: bool = False) -> Any:
-    """Reads a .safetensors file, or one of `torch.save`, to the CPU without running code that it may hold.
+    """Reads a .safetensors or `torch.save` file to the CPU; runs no code from it unless `allow_pickle`.
 
     Args:
         path: an existing file.
