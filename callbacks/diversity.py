@@ -19,6 +19,7 @@ from callbacks.benchmark import add_results
 from callbacks.scores.bootstrap import interval, resample
 from callbacks.scores.prompt_scores import PromptScores, PromptTable, weighted_mean
 from datamodules.base import PromptDataModule, PromptSample, bare
+from datamodules.chunks import chunks
 from lightning_modules.evaluation import EvaluatedAgents
 from lightning_modules.seeding import seed_of
 from rewards.base import Reward
@@ -244,7 +245,7 @@ class Diversity(L.Callback):
         # Rewrites are drawn K at a time, so other images belong to another K or seed.
         kept_as = f"{name}.diversity-{self.images_per_prompt}-{self.seed}"
         share = chosen[trainer.global_rank :: trainer.world_size]
-        batches = [share[i : i + data.eval_batch_size] for i in range(0, len(share), data.eval_batch_size)]
+        batches = [share[rows] for rows in chunks(len(share), data.eval_batch_size)]
         bar: Any = trainer.progress_bar_callback
         quiet = not trainer.is_global_zero or bar is None or bar.is_disabled
         with Progress(disable=quiet, transient=True) as progress:

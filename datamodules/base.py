@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from datamodules.chunks import chunks
 from datamodules.lazy import Chosen as Chosen
 from datamodules.lazy import LazySamples as LazySamples
 from datamodules.lazy import Reworded as Reworded
@@ -244,8 +245,8 @@ class PromptDataModule(L.LightningDataModule):
         batches = []
         for name, samples in self.predict_samples().items():
             share = samples[rank::world]
-            for start in range(0, len(share), self.eval_batch_size):
-                batch = PredictBatch(name, share[start : start + self.eval_batch_size])
+            for rows in chunks(len(share), self.eval_batch_size):
+                batch = PredictBatch(name, share[rows])
                 if not all((name, sample.id) in self.predicted for sample in batch.samples):
                     batches.append(batch)
         dataset = cast("Dataset[PredictBatch]", batches)

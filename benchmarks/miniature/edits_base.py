@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
+from datamodules.chunks import chunks
 from datamodules.sample import PromptSample
 from lightning_modules.policies.flow import Sampling, to_pil
 from lightning_modules.policies.flux1_kontext import KontextPolicy
@@ -59,7 +60,7 @@ def main() -> None:
         [one for one in asked[:48] for _ in range(8)],
         [text for text in texts["canonical"][:48] for _ in range(8)],
     )
-    rights = [sum(score.detail["strict"] for score in groups[i : i + 8]) for i in range(0, len(groups), 8)]
+    rights = [sum(score.detail["strict"] for score in groups[rows]) for rows in chunks(len(groups), 8)]
     print(f"groups of 8 seeds (canonical) with right and wrong ones: {sum(0 < r < 8 for r in rights) / 48:.2f}")
 
 
@@ -72,8 +73,7 @@ def measure(policy: KontextPolicy, asked: Sequence[EditExample], texts: Sequence
     ]
     seeds = [seed_of("miniature edit base", i) for i in range(len(asked))]
     images = []
-    for i in range(0, len(asked), 96):
-        part = slice(i, i + 96)
+    for part in chunks(len(asked), 96):
         images += to_pil(policy.generate(texts[part], seeds[part], images=sources[part]).cpu())
     return ShapesEditReward()(RewardBatch(samples, images))
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from datamodules.base import PromptSample
+from datamodules.chunks import chunks
 from lightning_modules.policies.vision_language import VisionLanguagePolicy
 from miniature.edits.naming import named_correctly
 from miniature.edits.world import CATEGORIES, EDIT_LEXICONS, TINTS, EditExample, EditStyle, example, write_edit
@@ -45,9 +46,7 @@ def main() -> None:
     for style in styles:
         for name, images in shown.items():
             samples = worded(asked, style, images)
-            rewrites = [
-                text for start in range(0, len(samples), 96) for text in refiner.rewrite(samples[start : start + 96])
-            ]
+            rewrites = [text for rows in chunks(len(samples), 96) for text in refiner.rewrite(samples[rows])]
             right = [named_correctly(text, one.metadata) is True for text, one in zip(rewrites, asked, strict=True)]
             kept = [value_kept(text, one) for text, one in zip(rewrites, asked, strict=True)]
             by_category = [share(right[start :: len(CATEGORIES)]) for start in range(len(CATEGORIES))]
@@ -72,7 +71,7 @@ def drawn(refiner: VisionLanguagePolicy, asked: Sequence[EditExample], samples: 
     texts = completions.rewrites
     right = [named_correctly(text, asked[i // 8].metadata) is True for i, text in enumerate(texts)]
     kept = [value_kept(text, asked[i // 8]) for i, text in enumerate(texts)]
-    distinct = [len({*texts[start : start + 8]}) for start in range(0, len(texts), 8)]
+    distinct = [len({*texts[rows]}) for rows in chunks(len(texts), 8)]
     print(f"\n| {len(samples)} x 8 drawn | names the object | value kept | formatted | distinct of 8 |")
     print("|---" * 5 + "|")
     formatted = float(completions.formatted.mean())

@@ -11,6 +11,7 @@ from collections import Counter
 
 import torch
 
+from datamodules.chunks import chunks
 from lightning_modules.policies.flow import Sampling, to_pil
 from lightning_modules.policies.flux1 import Flux1Policy
 from lightning_modules.seeding import seed_of
@@ -66,7 +67,7 @@ def _right(policy: Flux1Policy, asked: list[Content], prompts: list[str]) -> lis
 def diversity(images: torch.Tensor, asked: list[Content]) -> dict[str, float]:
     """Of groups of 8: distinct contents, cosine of mean-free images, groups with both right and wrong ones."""
     detections = DETECTOR.detect(to_pil(images))
-    groups = [detections[i : i + 8] for i in range(0, len(detections), 8)]
+    groups = [detections[rows] for rows in chunks(len(detections), 8)]
     distinct = [len({_contents(found) for found in group}) for group in groups]
     right = [[judge(f, content.metadata).correct for f in g] for g, content in zip(groups, asked, strict=True)]
     flat = images.reshape(len(groups), 8, -1)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
+from datamodules.chunks import chunks
 from datamodules.sample import PromptSample
 from lightning_modules.policies.flow import Sampling, to_pil
 from lightning_modules.policies.flux1 import Flux1Policy
@@ -56,7 +57,7 @@ def main() -> None:
     many = [write_word(word, KNOWN[i % 2], rng, mix=0.3) for i, word in enumerate(few)]
     for name, prompts in (("eight seeds of one wording", one), ("eight wordings", many)):
         marks = measure(policy, few, prompts)
-        groups = [marks[i : i + 8] for i in range(0, len(marks), 8)]
+        groups = [marks[rows] for rows in chunks(len(marks), 8)]
         mixed = sum(len(set(group)) > 1 for group in groups) / len(groups)
         right = sum(0 < sum(mark == 1 for mark in group) < 8 for group in groups) / len(groups)
         print(f"{name}: groups with different rewards {mixed:.2f}, with right and wrong ones {right:.2f}")

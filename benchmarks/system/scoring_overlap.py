@@ -55,7 +55,7 @@ def serve(name: str, port: int) -> subprocess.Popen[bytes]:
     command = [
         sys.executable,
         "-m",
-        "rewards.serving.server",
+        "rewards.serving",
         "--config",
         f"configs/rewards/{name}.yaml",
         "--port",
