@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from PIL import Image
@@ -15,8 +15,9 @@ from torch import Tensor
 from datamodules.chunks import chunks
 from lightning_modules.policies.base import DType, LoRA, Policy
 from lightning_modules.policies.memory import Quantization
+from lightning_modules.rl.sampling import Velocity, sample, sde_transition
 from lightning_modules.rl.schedule import Window, sde_step_indices
-from lightning_modules.rl.sde import SDEType, Transition, euler, sde_by_name
+from lightning_modules.rl.sde import SDEType, Transition, sde_by_name
 from lightning_modules.rollout import Conditioning, Trajectory
 from lightning_modules.seeding import generators_for
 
@@ -198,20 +199,23 @@ class FlowPolicy(Policy):
 
     def replay(self, trajectory: Trajectory, step: int) -> Transition:
         """The distribution that the policy, as it is now, gives to the SDE step number `step` of a trajectory."""
-        return self._transition(
+        return self.transition(
             trajectory.latents[:, step], trajectory.sigmas, trajectory.sde_steps[step], trajectory.conditioning
         )
 
-    def _transition(self, latents: Tensor, sigmas: Tensor, step: int, conditioning: Conditioning) -> Transition:
-        sde = sde_by_name(self.sampling.sde_type)
-        return sde(
+    def transition(self, latents: Tensor, sigmas: Tensor, step: int, conditioning: Conditioning) -> Transition:
+        """The distribution of the latents that follow `latents` [B, ...] by an SDE step at `sigmas[step]`."""
+        return sde_transition(
+            self._velocity_of(conditioning),
             latents,
-            self.velocity(latents, sigmas[step], conditioning),
-            sigmas[step],
-            sigmas[step + 1],
+            sigmas,
+            step,
+            sde=sde_by_name(self.sampling.sde_type),
             noise_level=self.sampling.noise_level,
-            sigma_max=sigmas[1],
         )
+
+    def _velocity_of(self, conditioning: Conditioning) -> Velocity:
+        return lambda latents, sigma: self.velocity(latents, sigma, conditioning)
 
     def _sample(
         self,
@@ -222,37 +226,31 @@ class FlowPolicy(Policy):
         on_drawn: Callable[[slice, Tensor], None] | None = None,
     ) -> Trajectory:
         sigmas = sigmas.to(self.device)
-        parts = []
+        paths = []
         for rows in chunks(len(seeds), self.micro_batch_size):
-            generators = generators_for(seeds[rows])
-            parts.append(self._sample_chunk(conditioning.rows(rows), generators, sigmas, sde_steps))
+            draw_noise = partial(self.prepare_latents, generators_for(seeds[rows]))
+            path = sample(
+                self._velocity_of(conditioning.rows(rows)),
+                draw_noise(),
+                sigmas,
+                sde_steps=sde_steps,
+                sde=sde_by_name(self.sampling.sde_type),
+                noise_level=self.sampling.noise_level,
+                draw_noise=draw_noise,
+            )
+            paths.append(path)
             if on_drawn is not None:
                 with self.decoding():
-                    on_drawn(rows, self.decode(parts[-1][-1]))
-        latents, next_latents, log_probs, final = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        return Trajectory(latents, next_latents, log_probs, final, sigmas, sde_steps, conditioning)
-
-    def _sample_chunk(
-        self,
-        conditioning: Conditioning,
-        generators: Sequence[torch.Generator],
-        sigmas: Tensor,
-        sde_steps: tuple[int, ...],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        current = self.prepare_latents(generators)
-        empty = current.new_empty(len(current), 0, *current.shape[1:])
-        latents, next_latents, log_probs = [empty], [empty], [current.new_empty(len(current), 0)]
-        for step, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
-            if step in sde_steps:
-                transition = self._transition(current, sigmas, step, conditioning)
-                following = transition.sample(self.prepare_latents(generators))
-                latents.append(current[:, None])
-                next_latents.append(following[:, None])
-                log_probs.append(transition.log_prob(following)[:, None])
-            else:
-                following = euler(current, self.velocity(current, sigma, conditioning), sigma, sigma_next)
-            current = following
-        return torch.cat(latents, 1), torch.cat(next_latents, 1), torch.cat(log_probs, 1), current
+                    on_drawn(rows, self.decode(path.final))
+        return Trajectory(
+            latents=torch.cat([path.latents for path in paths]),
+            next_latents=torch.cat([path.next_latents for path in paths]),
+            log_probs=torch.cat([path.log_probs for path in paths]),
+            final=torch.cat([path.final for path in paths]),
+            sigmas=sigmas,
+            sde_steps=sde_steps,
+            conditioning=conditioning,
+        )
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:

@@ -188,7 +188,7 @@ def _flow(module: PromptRL, policy: PipelinePolicy, setting: Setting, lasting_on
 
     @torch.no_grad()
     def draw() -> None:
-        skeleton._transition(trajectory.final, trajectory.sigmas, 0, trajectory.conditioning)
+        skeleton.transition(trajectory.final, trajectory.sigmas, 0, trajectory.conditioning)
 
     @torch.no_grad()
     def decode() -> None:
