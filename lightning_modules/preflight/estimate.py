@@ -195,7 +195,7 @@ def _flow(module: PromptRL, policy: PipelinePolicy, setting: Setting, lasting_on
         skeleton.decode(trajectory.final)
 
     def update() -> None:
-        flow_objective(skeleton, trajectory, 0, torch.empty(rows, device="meta"))[0].mean().backward()
+        flow_objective(skeleton, trajectory, 0, torch.empty(rows, device="meta")).loss.mean().backward()
 
     peak = _Peaks(skeleton, setting)
     waiting = sum(part.bytes for part in found.parts if part.waits)
@@ -224,7 +224,7 @@ def _language(module: PromptRL, policy: LanguagePolicy, setting: Setting, lastin
     completions = blank_completions(rows, prompt, policy.max_new_tokens)
 
     def update() -> None:
-        language_objective(skeleton, completions, torch.empty(rows, device="meta"))[0].mean().backward()
+        language_objective(skeleton, completions, torch.empty(rows, device="meta")).loss.mean().backward()
 
     logits = total * config.get_text_config().vocab_size * (itemsize + 4 * LOGITS_COPIES)
     found.passing["refining"] = logits + cache_bytes(config, total, prompt + policy.max_new_tokens, itemsize)
