@@ -42,7 +42,7 @@ from rewards.base import Reward, RewardUnavailable
 
 
 class PromptRL(EvaluatedAgents):
-    """Owns both agents. `language: null` is flow-only RL; an agent whose learning rate is null is frozen.
+    """Trains both agents. `language: null` is flow-only RL; an agent whose learning rate is null is frozen.
 
     Args:
         flow: the image model.
@@ -55,12 +55,12 @@ class PromptRL(EvaluatedAgents):
         task_weight: weight of the task reward.
         advantage_scale: divide by the std of the "group", of the "tag" within the batch, or not ("none").
         updates_per_rollout: optimizer steps on one rollout; 1 is strictly on-policy.
-        ratio_normalization: GRPO-Guard's, for several updates per rollout.
+        ratio_normalization: normalises the flow policy's ratio as in GRPO-Guard; for several updates per rollout.
         optimizer: gets one parameter group per agent; weight decay and betas are the agents' own.
-        check_ratio_every: steps between two checks that replayed log-probs equal sampled ones.
+        check_ratio_every: number of steps between two checks that replayed log-probs equal sampled ones.
         max_invalid_steps: stop after this many steps in a row in which no image could be scored.
-        overlap_scoring: score a micro-batch of images while the flow model draws the next one; same results.
-        seed: of all rollout noise.
+        overlap_scoring: scores a micro-batch of images while the flow model draws the next one; same results.
+        seed: seed of all rollout noise.
     """
 
     def __init__(
@@ -98,14 +98,14 @@ class PromptRL(EvaluatedAgents):
         self.overlap_scoring = overlap_scoring
         self.seed = seed
         self.latest: Rollout | None = None
-        """The last rollout, for callbacks to show."""
+        """Last rollout, for callbacks to show."""
         self._checked = False
         self._invalid_steps = 0
         self._seconds: dict[str, float] = {}
         self._logged: set[str] = set()
 
     def setup(self, stage: str) -> None:
-        """Loads the scorers, which predictions do without."""
+        """Loads the scorers, except for predictions, which need none."""
         if stage != "predict":
             self.reward.load()
 
@@ -128,7 +128,7 @@ class PromptRL(EvaluatedAgents):
         self._log_step(rollout, stats)
 
     def collect(self, samples: Sequence[PromptSample]) -> Rollout:
-        """Rewrites, draws, scores and compares: the experience of G prompts (METHOD: "one group of n")."""
+        """Rewrites, draws, scores and compares within groups: makes the experience of G prompts."""
         refined = self.group_size - self.num_retained
         completions = None
         with self._timed("refine"):
@@ -251,7 +251,12 @@ class PromptRL(EvaluatedAgents):
 
     @torch.no_grad()
     def check_ratio(self, rollout: Rollout) -> dict[str, float]:
-        """Replays the first micro-batch before any update: its log-probs must be those of the rollout (TRAPS.md).
+        """Replays the first micro-batch before any update: its log-probs must be those of the rollout.
+
+        If they differ, what is updated is not the policy that drew the samples, which no curve shows.
+
+        Returns:
+            Agent -> max |log ratio| over the micro-batch.
 
         Raises:
             ValueError: if max |log ratio| of the flow policy, or the mean over the refiner's tokens, is above 10 % of

@@ -1,4 +1,4 @@
-"""What every flow model does (`FlowPolicy`): sampling, replay, images; `Policy` and its settings from beside."""
+"""`FlowPolicy`: base class of all flow-matching models (sampling, log-prob replay, decoding)."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from lightning_modules.seeding import generators_for
 
 @dataclass(frozen=True)
 class Sampling:
-    """How rollouts are drawn; a clip range means nothing without its SDE type, so they travel together.
+    """Settings of the sampler; the clip range is among them since it goes with the type of SDE.
 
     Args:
         num_steps: sampler steps.
         sde_steps: K for the first K steps, a list of steps, or a window; the others are Euler steps.
-        sde_type: which SDE.
-        noise_level: of the SDE.
-        clip_range: of the flow policy's ratio.
+        sde_type: name of a step function in `lightning_modules/rl/sde.py`.
+        noise_level: noise of the SDE steps.
+        clip_range: the flow policy's ratio is clipped to 1 - clip_range, 1 + clip_range.
         eval_steps: sampler steps in evaluation (no noise is added there); null is `num_steps`.
-        val_steps: likewise in validations within a fit, which may be lighter than tests; null is `eval_steps`.
+        val_steps: sampler steps in validations within a fit, which may be lighter than tests; null is `eval_steps`.
     """
 
     num_steps: int = 20
@@ -59,15 +59,15 @@ class Sampling:
 
 
 class FlowPolicy(Policy):
-    """A rectified-flow image model as a policy. A family's subclass says only what differs from the next one.
+    """A rectified-flow image model as a policy.
 
     Subclasses implement `load`, `sigmas`, `encode`, `latent_shape`, `velocity` and `decode`.
 
     Args:
         model: pipeline folder or hub id.
         sampling: how rollouts are drawn.
-        height: of the images in pixels.
-        width: of the images in pixels.
+        height: images' height in pixels.
+        width: images' width in pixels.
         learning_rate: null freezes the flow model (prompt-only RL).
         weight_decay: AdamW's.
         betas: AdamW's.
@@ -76,7 +76,7 @@ class FlowPolicy(Policy):
         lora: adapters; null trains all of the transformer.
         dtype: of the loaded weights.
         micro_batch_size: images per forward pass, in rollout and update alike; null is all at once.
-        gradient_checkpointing: computes activations again in the backward pass in place of keeping them.
+        gradient_checkpointing: computes activations again in the backward pass instead of keeping them.
         quantization: keeps the frozen weights in 4 or 8 bits (bitsandbytes); a flow model that learns needs `lora`.
     """
 
@@ -119,11 +119,11 @@ class FlowPolicy(Policy):
 
     @abstractmethod
     def sigmas(self, num_steps: int) -> Tensor:
-        """[num_steps + 1] fp32 noise shares from 1 to 0, as the family's stock pipeline has them."""
+        """Returns the family's sigma table: [num_steps + 1] fp32 noise shares, falling from 1 to 0."""
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], images: Sequence[Image.Image] | None = None) -> Conditioning:
-        """Encodes B prompts, every distinct text once."""
+        """Encodes B prompts (and B source images), every distinct one once."""
 
     @property
     @abstractmethod
@@ -132,7 +132,7 @@ class FlowPolicy(Policy):
 
     @abstractmethod
     def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """[B, ...] fp32 velocity at fp32 latents; the one way to the network, shared by rollout and replay.
+        """Returns the velocity (noise minus image), [B, ...] fp32; rollout and replay both come through here.
 
         Args:
             latents: [B, ...] fp32.
@@ -142,10 +142,10 @@ class FlowPolicy(Policy):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, 3, height, width] float images in [0, 1]."""
+        """Decodes latents [B, ...] into images [B, 3, height, width] in [0, 1]."""
 
     def prepare_latents(self, generators: Sequence[torch.Generator]) -> Tensor:
-        """[B, ...] fp32 standard normal noise, one generator a sample."""
+        """Draws standard normal noise [B, ...] fp32, each sample's from its own generator."""
         noise = torch.stack([torch.randn(self.latent_shape, generator=generator) for generator in generators])
         return noise.to(self.device)
 
@@ -159,7 +159,7 @@ class FlowPolicy(Policy):
         on_drawn: Callable[[slice, Tensor], None] | None = None,
         images: Sequence[Image.Image] | None = None,
     ) -> Trajectory:
-        """Draws one trajectory per prompt by the mixed SDE-ODE sampler.
+        """Samples one trajectory per prompt with the mixed SDE-ODE sampler.
 
         Args:
             prompts: B prompts.
@@ -182,29 +182,29 @@ class FlowPolicy(Policy):
         num_steps: int | None = None,
         images: Sequence[Image.Image] | None = None,
     ) -> Tensor:
-        """[B, 3, height, width] images in [0, 1], drawn without added noise (as stock pipelines do)."""
+        """Draws images [B, 3, height, width] in [0, 1] without added noise, as stock pipelines do."""
         num_steps = num_steps or self.sampling.eval_steps or self.sampling.num_steps
         return self.final_images(self._sample(self.encode(prompts, images), seeds, self.sigmas(num_steps), ()))
 
     @torch.no_grad()
     def final_images(self, trajectory: Trajectory) -> Tensor:
-        """[B, 3, height, width] the images that trajectories ended in, values in [0, 1]."""
+        """Decodes the ends of B trajectories into images [B, 3, height, width] in [0, 1]."""
         with self.decoding():
             parts = [self.decode(trajectory.final[rows]) for rows in chunks(len(trajectory), self.micro_batch_size)]
         return torch.cat(parts)
 
     def decoding(self) -> AbstractContextManager[None]:
-        """Inside, the parts that `decode` needs are where it runs."""
+        """Context manager: the networks that `decode` needs are on the policy's device."""
         return nullcontext()
 
     def replay(self, trajectory: Trajectory, step: int) -> Transition:
-        """The distribution that the policy, as it is now, gives to the SDE step number `step` of a trajectory."""
+        """Returns the current policy's distribution of SDE step number `step` (0..K-1) of a trajectory."""
         return self.transition(
             trajectory.latents[:, step], trajectory.sigmas, trajectory.sde_steps[step], trajectory.conditioning
         )
 
     def transition(self, latents: Tensor, sigmas: Tensor, step: int, conditioning: Conditioning) -> Transition:
-        """The distribution of the latents that follow `latents` [B, ...] by an SDE step at `sigmas[step]`."""
+        """Returns the distribution of an SDE step from `latents` [B, ...] at `sigmas[step]`."""
         return sde_transition(
             self._velocity_of(conditioning),
             latents,
@@ -254,6 +254,6 @@ class FlowPolicy(Policy):
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """8-bit RGB images of [B, 3, H, W] in [0, 1], rounded as diffusers rounds them."""
+    """Converts [B, 3, H, W] in [0, 1] to 8-bit RGB images, rounded as diffusers rounds them."""
     array = (images.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(image) for image in array]

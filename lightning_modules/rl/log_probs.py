@@ -1,4 +1,4 @@
-"""Log-probs of drawn tokens, without ever holding the logits of a whole batch."""
+"""Log-probs of sampled tokens, without ever holding the logits of a whole batch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def completion_mask(tokens: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions that count real tokens only, so that padding on the left shifts nothing.
+    """Numbers real tokens only, so that padding on the left shifts no position.
 
     Args:
         attention_mask: [B, T] 1 for tokens, 0 for padding.
@@ -45,7 +45,7 @@ def token_log_probs(
     temperature: float = 1.0,
     chunk_size: int = 1024,
 ) -> Tensor:
-    """Log-probs of given tokens, `log softmax(head(hidden) / temperature)[target]`.
+    """Computes log-probs of given tokens, `log softmax(head(hidden) / temperature)[target]`.
 
     Works through the B * T positions chunk by chunk and recomputes each chunk's logits in the backward pass, so the
     peak is `chunk_size * V` instead of `B * T * V` logits (for Qwen's 151,936 tokens a row of 512 is 311 MB in fp32).
@@ -54,7 +54,7 @@ def token_log_probs(
         hidden: [B, T, D] last hidden states, each at the position that predicts its target.
         head: maps [N, D] hidden states to [N, V] logits.
         targets: [B, T] token ids.
-        temperature: the one that the tokens were drawn with.
+        temperature: softmax temperature that the tokens were sampled with.
         chunk_size: positions per chunk.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Policy losses per element: the caller masks, averages, weighs, and logs."""
+"""Policy losses per element, which the caller masks, averages, weighs and logs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def clipped_surrogate(
     Args:
         log_probs: [B, ...] log-probs of the current policy.
         advantages: [B], expanded over the trailing dims, or broadcastable to `log_probs`.
-        clip_range: c; goes with the way the log-probs are averaged and with the type of SDE.
+        clip_range: c; its useful size depends on how the log-probs are averaged and on the type of SDE.
         old_log_probs: [B, ...] log-probs of the policy that drew the samples.
         log_ratio: [B, ...] log of the ratio r, with gradient.
 

@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class Window:
-    """A run of consecutive SDE steps at a random place (Flow-GRPO-Fast, MixGRPO arXiv 2507.21802).
+    """Consecutive SDE steps at a random place in the schedule (Flow-GRPO-Fast, MixGRPO arXiv 2507.21802).
 
     Args:
         size: number of consecutive steps.
@@ -30,7 +30,7 @@ def dynamic_mu(
     base_shift: float = 0.5,
     max_shift: float = 1.15,
 ) -> float:
-    """FLUX.1's shift for an image size: the line through two points, `base_shift` and `max_shift`.
+    """Computes FLUX.1's shift for an image size, on the line through `base_shift` and `max_shift`.
 
     Args:
         seq_len: number of image tokens (1024 at 512 x 512, 4096 at 1024 x 1024).
