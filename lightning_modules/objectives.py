@@ -46,8 +46,8 @@ def flow_objective(
     """Clipped surrogate plus KL for one SDE step (paper Sec. 3; Flow-GRPO, arXiv 2505.05470, Eq. 5).
 
     Args:
-        policy: as it is now.
-        trajectory: of B samples.
+        policy: the current policy.
+        trajectory: B samples of a rollout.
         step: number of the SDE step, 0..K-1.
         advantages: [B].
         old: the result of the policy that drew the samples; None is strictly on-policy.
@@ -78,8 +78,8 @@ def language_objective(
     """Policy gradient on the rewrites' tokens plus k3 KL (paper Sec. 3; GRPO, arXiv 2402.03300).
 
     Args:
-        policy: as it is now.
-        completions: B of them; a completion's loss is the mean over its tokens.
+        policy: the current policy.
+        completions: B completions of a rollout; a completion's loss is the mean over its tokens.
         advantages: [B].
         old: the result of the policy that wrote them; None is strictly on-policy.
     """

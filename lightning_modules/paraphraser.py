@@ -39,16 +39,16 @@ class WrittenParaphrases(Paraphraser):
         writer: the refiner, frozen (`learning_rate: null`); wordings have up to its `eval_max_new_tokens`. An answer
             outside `<answer> </answer>` is no wording, except with `checked: false`, where all of it is, as it would
             be in a run.
-        kind: its name in sets' names.
+        kind: name of this kind of wordings in the names of evaluation sets.
         cache: the JSONL file; null is `paraphrases/<set>.<kind>.jsonl` where the run was started.
-        num: wordings of each prompt, at the writer's temperature; above 1 they are the kinds `<kind>_1` and so on, and
-            need a seed.
+        num: number of wordings of each prompt, at the writer's temperature; above 1 they are the kinds `<kind>_1` and so
+            on, and need a seed.
         seed: draws the wordings, every one with random numbers of its own and so one at a time; null writes greedily.
         batch_size: prompts that are written at once when greedy.
-        refined: whether the run's own refiner is put in front of these wordings too.
-        checked: whether wordings that lose something are left out; false for a prompt enhancer (static PE), whose
+        refined: true puts the run's own refiner in front of these wordings too.
+        checked: true leaves out wordings that lose something; false for a prompt enhancer (static PE), whose
             mistakes count.
-        device: where the writer runs; null is this process's GPU if there is one, else the CPU.
+        device: device of the writer; null is this process's GPU if there is one, else the CPU.
     """
 
     def __init__(

@@ -41,7 +41,7 @@ def renamed(message: str) -> str | None:
     """Returns the sentence that tells a class's new name.
 
     Args:
-        message: of the error, in which the class path stands in quotes.
+        message: message of an error, in which a class path stands in quotes.
 
     Returns:
         None if the message names no old path.

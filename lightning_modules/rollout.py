@@ -128,7 +128,7 @@ class Trajectory:
         final: [B, ...] fp32 latents at sigma 0.
         sigmas: [N + 1] fp32, the schedule.
         sde_steps: K indices into the schedule.
-        conditioning: of the B samples.
+        conditioning: conditioning of the B samples.
     """
 
     latents: Tensor
@@ -162,7 +162,7 @@ class Rollout:
         samples: G original prompts.
         prompts: G * N prompts as drawn.
         completions: the rewrites, or None without a refiner.
-        trajectory: of the G * N images.
+        trajectory: the G * N paths of the sampler.
         images: G * N images.
         scores: G * N task scores, given against the original prompts.
         rewards: [G, N] total reward.

@@ -38,7 +38,7 @@ class RunFolder:
     """The folder `<root>/<experiment>/version_N` of one run.
 
     Args:
-        folder: where the run is.
+        folder: path of the folder.
         config: its `config.yaml`; empty if there is none.
         results: its `results.json`; empty before the first validation.
     """

@@ -21,7 +21,7 @@ class Scoring:
 
     Args:
         reward: called by one thread at a time, once per chunk.
-        device: of the training; becomes the thread's current GPU.
+        device: device of the training; becomes the thread's current GPU.
         overlap: `submit` returns at once; otherwise it waits for the chunk's scores.
     """
 

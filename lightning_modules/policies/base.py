@@ -49,7 +49,7 @@ class Policy(nn.Module, ABC):
         kl_weight: weight of the KL to the model as it was before training; 0 keeps no reference.
         clip_range: the ratio in the surrogate is clipped to 1 - clip_range, 1 + clip_range.
         lora: adapters; null trains all weights.
-        dtype: of the loaded weights.
+        dtype: dtype of the loaded weights.
         micro_batch_size: samples per forward pass, in rollout and update alike; null is all at once.
         gradient_checkpointing: computes activations again in the backward pass instead of keeping them.
         quantization: keeps the frozen weights in 4 or 8 bits (bitsandbytes); an agent that learns needs `lora` then.

@@ -65,7 +65,7 @@ class FlowPolicy(Policy):
 
     Args:
         model: pipeline folder or hub id.
-        sampling: how rollouts are drawn.
+        sampling: settings of the sampler.
         height: images' height in pixels.
         width: images' width in pixels.
         learning_rate: null freezes the flow model (prompt-only RL).
@@ -74,7 +74,7 @@ class FlowPolicy(Policy):
         max_grad_norm: the flow model's gradient is clipped to this norm.
         kl_weight: weight of the Gaussian KL per step to the model before training; 0 keeps no reference.
         lora: adapters; null trains all of the transformer.
-        dtype: of the loaded weights.
+        dtype: dtype of the loaded weights.
         micro_batch_size: images per forward pass, in rollout and update alike; null is all at once.
         gradient_checkpointing: computes activations again in the backward pass instead of keeping them.
         quantization: keeps the frozen weights in 4 or 8 bits (bitsandbytes); a flow model that learns needs `lora`.
@@ -137,7 +137,7 @@ class FlowPolicy(Policy):
         Args:
             latents: [B, ...] fp32.
             sigma: scalar, share of noise.
-            conditioning: of the B samples.
+            conditioning: conditioning of the B samples.
         """
 
     @abstractmethod

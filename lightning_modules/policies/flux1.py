@@ -21,7 +21,7 @@ class Flux1Policy(PipelinePolicy):
 
     Args:
         model: pipeline folder or hub id.
-        sampling: how rollouts are drawn.
+        sampling: settings of the sampler.
         guidance: embedded guidance (3.5 for FLUX.1-dev); ignored by models without it.
         max_sequence_length: T5 tokens per prompt.
         **kwargs: as for `FlowPolicy`.

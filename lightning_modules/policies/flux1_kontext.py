@@ -23,7 +23,7 @@ class KontextPolicy(Flux1Policy):
 
     Args:
         model: pipeline folder or hub id.
-        sampling: how rollouts are drawn.
+        sampling: settings of the sampler.
         guidance: embedded guidance (2.5 in FLUX.1-Kontext-dev's model card).
         auto_resize: a source is resized to whichever of the 17 sizes that Kontext was trained on (about a million
             pixels each) has the nearest aspect ratio; false keeps its own size, rounded down to whole tokens.

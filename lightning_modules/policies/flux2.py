@@ -24,7 +24,7 @@ class Flux2KleinPolicy(PipelinePolicy):
 
     Args:
         model: pipeline folder or hub id.
-        sampling: how rollouts are drawn.
+        sampling: settings of the sampler.
         guidance_scale: classifier-free guidance, off at 1; null is 4.0 for a base model (the pipeline's default) and
             1.0 for a distilled one, which takes no other (`is_distilled` in model_index.json).
         max_sequence_length: tokens per prompt, chat template included; shorter prompts are padded to it.

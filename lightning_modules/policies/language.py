@@ -55,7 +55,7 @@ class LanguagePolicy(Policy):
         kl_weight: weight of the k3 KL per token to the model before training; 0 keeps no reference.
         clip_range: the ratio is clipped to 1 - clip_range, 1 + clip_range (with several updates per rollout only).
         lora: adapters; null trains all weights.
-        dtype: of the loaded weights.
+        dtype: dtype of the loaded weights.
         micro_batch_size: completions per forward pass of the update; null is all at once.
         gradient_checkpointing: computes activations again in the backward pass instead of keeping them.
         quantization: keeps the frozen weights in 4 or 8 bits (bitsandbytes); a refiner that learns needs `lora`.

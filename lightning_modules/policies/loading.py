@@ -103,7 +103,7 @@ def lora_config(network: nn.Module, lora: LoRA, default_targets: list[str] | str
     """Makes the configuration for peft, once every target is known to match a module.
 
     Args:
-        network: where the adapters go.
+        network: network that gets the adapters.
         lora: the user's settings.
         default_targets: used when `lora.targets` is None.
         where: the argument that an error names.

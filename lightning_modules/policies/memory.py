@@ -25,7 +25,7 @@ def quantize_linears(network: nn.Module, kind: Quantization, compute_dtype: torc
         network: a frozen network with its weights loaded.
         kind: `nf4` is 4-bit NormalFloat (arXiv 2305.14314), `int8` is LLM.int8() (arXiv 2208.07339) without its
             outlier columns, which would make a product depend on the rest of the batch.
-        compute_dtype: what products are computed in.
+        compute_dtype: dtype of the products.
     """
     import bitsandbytes as bnb  # slow to import, and seldom needed
 

@@ -37,7 +37,7 @@ class PipelinePolicy(FlowPolicy):
 
     Args:
         model: pipeline folder or hub id.
-        sampling: how rollouts are drawn.
+        sampling: settings of the sampler.
         batch_guidance: runs the two passes of classifier-free guidance as one batch; faster on a GPU that is not full.
         offload: keeps text encoders and VAE on the CPU between uses.
         frozen_dtype: dtype of text encoders and VAE; null is `dtype`.

@@ -22,10 +22,10 @@ class QwenImagePolicy(PipelinePolicy):
 
     Args:
         model: pipeline folder or hub id.
-        sampling: how rollouts are drawn.
+        sampling: settings of the sampler.
         guidance_scale: classifier-free guidance, off at 1 (4.0 is the pipeline's default `true_cfg_scale` and the model
             card's; a few-step distilled model, which no configuration file tells apart, wants 1).
-        negative_prompt: what guidance leads away from (a space in the model card).
+        negative_prompt: prompt that guidance leads away from (a space in the model card).
         max_sequence_length: tokens per prompt, at most 1024 (the pipeline's default).
         **kwargs: as for `PipelinePolicy`.
     """

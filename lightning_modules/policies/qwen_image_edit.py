@@ -26,12 +26,12 @@ class QwenImageEditPolicy(QwenImagePolicy):
 
     Args:
         model: pipeline folder or hub id.
-        sampling: how rollouts are drawn.
+        sampling: settings of the sampler.
         condition_area: pixels of the source that the text encoder sees, at its own aspect ratio (the pipeline's value).
         source_area: pixels of the source that the network sees, at its own aspect ratio (the pipeline's value).
         source_size: height and width that source images are first cropped to, around the centre; null crops nothing.
             All sources of one batch must come out in one size.
-        positions: how the text encoder counts an image's tokens. `mrope` has rows and columns, as the published
+        positions: position ids of an image's tokens in the text encoder. `mrope` has rows and columns, as the published
             models were trained; `sequential` counts them like words, as diffusers 0.42 does by mistake with
             transformers 5 (huggingface/diffusers#14194), for drawing what that pair draws.
         **kwargs: as for `QwenImagePolicy`, but this pipeline does not cut prompts: `max_sequence_length` is not used.

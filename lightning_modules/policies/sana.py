@@ -31,9 +31,9 @@ class SanaPolicy(PipelinePolicy):
 
     Args:
         model: pipeline folder or hub id.
-        sampling: how rollouts are drawn.
+        sampling: settings of the sampler.
         guidance_scale: classifier-free guidance, off at 1 (the pipeline's default).
-        negative_prompt: what guidance leads away from.
+        negative_prompt: prompt that guidance leads away from.
         complex_human_instruction: lines put before each prompt, though not before the negative one; true is the
             pipeline's own, false none.
         max_sequence_length: Gemma tokens per prompt (the pipeline's default).

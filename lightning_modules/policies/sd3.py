@@ -21,10 +21,10 @@ class SD3Policy(PipelinePolicy):
 
     Args:
         model: pipeline folder or hub id.
-        sampling: how rollouts are drawn.
+        sampling: settings of the sampler.
         guidance_scale: classifier-free guidance, off at 1 (4.5 on the card of SD3.5-medium, 3.5 on SD3.5-large's, 7.0
             on SD3-medium's; the distilled SD3.5-large-turbo, which no configuration file tells apart, wants 1).
-        negative_prompt: what guidance leads away from.
+        negative_prompt: prompt that guidance leads away from.
         max_sequence_length: T5 tokens per prompt (the pipeline's default); the CLIPs always take 77.
         **kwargs: as for `PipelinePolicy`.
     """

@@ -24,11 +24,11 @@ class ZImagePolicy(PipelinePolicy):
 
     Args:
         model: pipeline folder or hub id.
-        sampling: how rollouts are drawn.
+        sampling: settings of the sampler.
         guidance_scale: classifier-free guidance as this pipeline counts it: 0 is off, and s stands for s + 1 elsewhere
             (5.0 is the pipeline's default; the distilled Z-Image-Turbo, which no configuration file tells apart, wants
             0).
-        negative_prompt: what guidance leads away from.
+        negative_prompt: prompt that guidance leads away from.
         cfg_normalization: guidance may lengthen an image's velocity to at most this many times that of the prompt
             alone; 0 sets no limit (the pipeline's default; its `True` is 1).
         max_sequence_length: tokens per prompt, chat template included (the pipeline's default).

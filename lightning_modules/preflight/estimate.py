@@ -74,8 +74,8 @@ class NetworkSize:
     Attributes:
         name: `flow.transformer`, `flow.vae`, `language`, ...
         parameters: number of its parameters, adapters included.
-        trained: how many of them are trained.
-        bytes: of its weights and buffers.
+        trained: number of its trained parameters.
+        bytes: bytes of its weights and buffers.
         offloaded: True if it is on the CPU between uses (`offload`).
     """
 
@@ -136,7 +136,7 @@ def estimate(module: PromptRL, setting: Setting | None = None, memory: int | Non
     """Estimates the memory of a run from its configuration alone.
 
     Args:
-        module: with agents as they were constructed; if they are loaded, their weights are not looked at.
+        module: its agents need not be loaded; if they are, their weights are not looked at.
         setting: settings that are not the agents' own.
         memory: bytes of the device.
 

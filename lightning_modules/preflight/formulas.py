@@ -49,8 +49,8 @@ class OptimizerState:
     """Memory of an optimizer's state for one agent.
 
     Attributes:
-        name: of its class; "unknown" for one that cannot take a step on the CPU, which counts as two numbers a weight.
-        bytes: of its state.
+        name: name of its class; "unknown" if it cannot take a step on the CPU, which counts as two numbers a weight.
+        bytes: bytes of the state.
         foreach: True if its steps make a list as large as the gradients on a GPU.
         paged: True if its state may move to the CPU.
     """

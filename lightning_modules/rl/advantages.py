@@ -29,7 +29,7 @@ def group_advantages(
         valid: [groups, n] bool, False where scoring failed; null: all are valid.
         eps: added to the std, in units of the reward.
         clamp: largest absolute advantage, whatever the scale.
-        scale: what to divide by. `group`: the group's std (GRPO, arXiv 2402.03300, Sec. 4.1; PromptRL, arXiv
+        scale: divisor of the deviations. `group`: the group's std (GRPO, arXiv 2402.03300, Sec. 4.1; PromptRL, arXiv
             2602.01382). `tag`: one std for all groups of a tag, pooled from the deviations from their own groups'
             means; groups with fewer than two valid samples are left out of it. `none`: nothing, A_i
             = R_i - mean (Dr. GRPO, arXiv 2503.20783).

@@ -46,8 +46,8 @@ def sample(
         x_{i+1} ~ N(mean, std^2) = sde(x_i, v(x_i, sigma_i), sigma_i, sigma_{i+1})     if i in sde_steps
         x_{i+1} = x_i + v(x_i, sigma_i) (sigma_{i+1} - sigma_i)                        otherwise
 
-    All steps stochastic is Flow-GRPO (arXiv 2505.05470, Sec. 4.2), a few of them MixGRPO (arXiv 2507.21802), none the
-    ODE that stock pipelines solve.
+    With all steps in `sde_steps` this is Flow-GRPO's sampler (arXiv 2505.05470), with a few of them MixGRPO's (arXiv
+    2507.21802), with none the ODE that stock pipelines solve.
 
     Args:
         velocity: the model, called once a step.
@@ -55,7 +55,7 @@ def sample(
         sigmas: [N + 1] noise shares, falling.
         sde_steps: K step numbers, 0..N-1.
         sde: step function, such as `flow_sde`.
-        noise_level: of the SDE steps; 0 gives the Euler step, which has no log-prob.
+        noise_level: noise of the SDE steps, as `sde` takes it; 0 gives the Euler step, which has no log-prob.
         draw_noise: gives standard normal noise [B, ...], called once per SDE step, in their order.
     """
     before, after, log_probs = [], [], []
@@ -87,7 +87,7 @@ def sde_transition(
         sigmas: [N + 1] noise shares, falling; the second one stands in for sigma 1 where an SDE has no value there.
         step: number of the step, 0..N-1.
         sde: step function, such as `flow_sde`.
-        noise_level: of the step.
+        noise_level: noise of the step, as `sde` takes it.
     """
     sigma, sigma_next = sigmas[step], sigmas[step + 1]
     drift = velocity(latents, sigma)

@@ -49,6 +49,7 @@ from miniature.scenes.detector import ShapesDetector
 from rewards.geneval.reward import GenEvalReward
 from tests.lightning_modules.policies.family import Family
 from tests.lightning_modules.policies.test_families import FAMILIES
+from tests.lightning_modules.policies.test_memory import saved_bytes
 from tests.lightning_modules.policies.tiny_vision_language import KINDS
 from tests.lightning_modules.policies.tiny_vision_language import build as build_vision_language
 from tests.lightning_modules.test_cli import FLOW, LANGUAGE, complaint, fit
@@ -313,21 +314,6 @@ def measured_peak(run: Callable[[], object]) -> int:
     return peak
 
 
-def measured_saved(compute: Callable[[], torch.Tensor], policy: Policy) -> int:
-    """Bytes that autograd keeps for the backward pass beside the weights, each storage once."""
-    weights = {tensor.untyped_storage().data_ptr() for tensor in (*policy.parameters(), *policy.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = compute()
-    del result
-    return sum(size for address, size in kept.items() if address not in weights)
-
-
 def with_gradients(policy: Policy) -> list[torch.Tensor]:
     """Weights and their gradients, as before a micro-batch that is not the first."""
     for parameter in policy.parameters():
@@ -357,7 +343,7 @@ def compare(
             return real()
 
     with_gradients(policy)
-    saved, peak = measured_saved(step, policy), measured_peak(lambda: step().backward())
+    saved, peak = saved_bytes(step, [*policy.parameters(), *policy.buffers()]), measured_peak(lambda: step().backward())
     with count_memory(with_gradients(meta), autocast) as counter:
         loss = on_meta()
         kept = counter.now
@@ -644,7 +630,7 @@ def test_the_stop_can_be_overruled(
 
 
 def test_models_are_refused_in_the_words_of_loading(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """With and without the estimate."""
+    """The error is the same with and without the estimate."""
     for option in (f"--{LANGUAGE}.model=miniature/lang", f"--{FLOW}.height=30"):
         assert complaint(capfd, tmp_path, option) == complaint(capfd, tmp_path, option, "--preflight=off")
 

@@ -224,7 +224,7 @@ def _spread_path(sde: SDE, num_steps: int, noise_level: float, spread: float) ->
 @pytest.mark.parametrize("noise_level", [0.3, 0.7])
 @pytest.mark.parametrize("name", DIFFUSIONS)
 def test_sde_keeps_the_marginals_of_the_ode(name: SDEType, noise_level: float) -> None:
-    """On the whole way, not only at its end. With the sign of the score turned, the ends have stds from 0.84 to 7.4."""
+    """Marginals agree all the way, not only at the end; with the score's sign turned, end stds are 0.84 to 7.4."""
     grid, means, stds = _spread_path(sde_by_name(name), 800, noise_level, spread=0.7)
     torch.testing.assert_close(means, (1 - grid) * MEAN, rtol=0, atol=1e-9)
     exact = (((1 - grid) * 0.7).square() + grid.square()).sqrt()
@@ -244,7 +244,7 @@ def test_cps_keeps_the_coefficients_exactly(num_steps: int, noise_level: float) 
 
 @pytest.mark.parametrize("noise_level", [0.3, 0.5, 0.8])
 def test_cps_narrows_the_data_by_a_known_factor(noise_level: float) -> None:
-    """As its docstring says: a property of the method, not of the number of steps."""
+    """The factor of the docstring is a property of the method, not of the number of steps."""
     _, means, stds = _spread_path(cps, 3200, noise_level, spread=0.7)
     assert means[-1].item() == pytest.approx(MEAN, abs=1e-9)
     assert stds[-1].item() == pytest.approx(0.7 * math.cos(noise_level * math.pi / 4), rel=0.006)
@@ -252,7 +252,7 @@ def test_cps_narrows_the_data_by_a_known_factor(noise_level: float) -> None:
 
 @pytest.mark.parametrize("name", SDE_TYPES)
 def test_particles_end_at_the_data(name: SDEType) -> None:
-    """The same with drawn noise, in fp32 and few steps. Standard error of the std of 50,000 particles: 0.3 %."""
+    """Drawn particles have the data's mean and std, in fp32 and few steps; the std's standard error is 0.3 %."""
     generator = torch.Generator().manual_seed(0)
     grid, x = _sigmas(100), torch.randn(50_000, 1, generator=generator)
     for sigma, sigma_next in itertools.pairwise(grid):
