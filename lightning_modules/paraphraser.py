@@ -41,8 +41,8 @@ class WrittenParaphrases(Paraphraser):
             be in a run.
         kind: name of this kind of wordings in the names of evaluation sets.
         cache: the JSONL file; null is `paraphrases/<set>.<kind>.jsonl` where the run was started.
-        num: number of wordings of each prompt, at the writer's temperature; above 1 they are the kinds `<kind>_1` and so
-            on, and need a seed.
+        num: number of wordings of each prompt, at the writer's temperature; above 1 they are the kinds `<kind>_1` and
+            so on, and need a seed.
         seed: draws the wordings, every one with random numbers of its own and so one at a time; null writes greedily.
         batch_size: prompts that are written at once when greedy.
         refined: true puts the run's own refiner in front of these wordings too.

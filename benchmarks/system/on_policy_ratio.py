@@ -84,7 +84,7 @@ def language_ratio(dtype: str, lora: LoRA | None, device: str) -> tuple[float, f
         str(ROOT / "miniature/language"),
         template="{prompt}",
         max_new_tokens=32,
-        dtype=dtype,  # type: ignore[arg-type]
+        dtype=dtype,
         lora=lora,
     )
     policy.load()

@@ -43,20 +43,20 @@ class Policy(nn.Module, ABC):
     Args:
         model: folder or hub id.
         learning_rate: null freezes this agent.
-        weight_decay: AdamW's.
-        betas: AdamW's.
-        max_grad_norm: the gradient of this agent alone is clipped to this norm.
-        kl_weight: weight of the KL to the model as it was before training; 0 keeps no reference.
+        weight_decay: AdamW's weight decay.
+        kl_weight: weight of the KL to the model before training; 0 keeps no reference.
         clip_range: the ratio in the surrogate is clipped to 1 - clip_range, 1 + clip_range.
+        betas: AdamW's betas.
+        max_grad_norm: the gradient of this agent alone is clipped to this norm.
         lora: adapters; null trains all weights.
         dtype: dtype of the loaded weights.
-        micro_batch_size: samples per forward pass, in rollout and update alike; null is all at once.
+        micro_batch_size: samples per forward pass of the update, and of a flow model's rollout; null is all at once.
         gradient_checkpointing: computes activations again in the backward pass instead of keeping them.
         quantization: keeps the frozen weights in 4 or 8 bits (bitsandbytes); an agent that learns needs `lora` then.
     """
 
     agent: ClassVar[str] = "language"
-    """Its name in the configuration, the optimizer's groups and the log."""
+    """Name of this kind of agent in the configuration, the optimizer's groups and the log."""
     default_lora_targets: list[str] | str
 
     def __init__(
@@ -64,13 +64,13 @@ class Policy(nn.Module, ABC):
         model: str,
         learning_rate: float | None,
         weight_decay: float,
-        betas: tuple[float, float],
-        max_grad_norm: float,
         kl_weight: float,
         clip_range: float,
-        lora: LoRA | None,
-        dtype: DType,
-        micro_batch_size: int | None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        max_grad_norm: float = 1.0,
+        lora: LoRA | None = None,
+        dtype: DType = "bfloat16",
+        micro_batch_size: int | None = None,
         gradient_checkpointing: bool = False,
         quantization: Quantization | None = None,
     ) -> None:
@@ -147,7 +147,7 @@ class Policy(nn.Module, ABC):
         return self
 
     def train(self, mode: bool = True) -> Policy:
-        """Stays in evaluation mode whatever is asked."""
+        """Stays in evaluation mode, whatever `mode` is."""
         del mode
         return super().train(False)
 
@@ -181,7 +181,7 @@ class Policy(nn.Module, ABC):
         return device
 
     def parameter_group(self) -> dict[str, Any]:
-        """This agent's group for the optimizer."""
+        """Makes this agent's parameter group for the optimizer."""
         return {
             "name": self.agent,
             "params": [p for p in self.parameters() if p.requires_grad],

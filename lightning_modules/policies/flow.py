@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from datamodules.chunks import chunks
-from lightning_modules.policies.base import DType, LoRA, Policy
-from lightning_modules.policies.memory import Quantization
+from lightning_modules.policies.base import Policy
 from lightning_modules.rl.sampling import Velocity, sample, sde_transition
 from lightning_modules.rl.schedule import Window, sde_step_indices
 from lightning_modules.rl.sde import SDEType, Transition, sde_by_name
@@ -69,15 +69,9 @@ class FlowPolicy(Policy):
         height: images' height in pixels.
         width: images' width in pixels.
         learning_rate: null freezes the flow model (prompt-only RL).
-        weight_decay: AdamW's.
-        betas: AdamW's.
-        max_grad_norm: the flow model's gradient is clipped to this norm.
+        weight_decay: AdamW's weight decay.
         kl_weight: weight of the Gaussian KL per step to the model before training; 0 keeps no reference.
-        lora: adapters; null trains all of the transformer.
-        dtype: dtype of the loaded weights.
-        micro_batch_size: images per forward pass, in rollout and update alike; null is all at once.
-        gradient_checkpointing: computes activations again in the backward pass instead of keeping them.
-        quantization: keeps the frozen weights in 4 or 8 bits (bitsandbytes); a flow model that learns needs `lora`.
+        **kwargs: as for `Policy`.
     """
 
     agent = "flow"
@@ -90,29 +84,10 @@ class FlowPolicy(Policy):
         width: int = 512,
         learning_rate: float | None = 3e-7,
         weight_decay: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.999),
-        max_grad_norm: float = 1.0,
         kl_weight: float = 0.0,
-        lora: LoRA | None = None,
-        dtype: DType = "bfloat16",
-        micro_batch_size: int | None = None,
-        gradient_checkpointing: bool = False,
-        quantization: Quantization | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            model=model,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            betas=betas,
-            max_grad_norm=max_grad_norm,
-            kl_weight=kl_weight,
-            clip_range=sampling.clip_range,
-            lora=lora,
-            dtype=dtype,
-            micro_batch_size=micro_batch_size,
-            gradient_checkpointing=gradient_checkpointing,
-            quantization=quantization,
-        )
+        super().__init__(model, learning_rate, weight_decay, kl_weight, sampling.clip_range, **kwargs)
         self.sampling = sampling
         self.height = height
         self.width = width

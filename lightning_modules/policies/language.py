@@ -23,9 +23,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from datamodules.base import PromptSample
-from lightning_modules.policies.base import DType, LoRA, Policy
+from lightning_modules.policies.base import LoRA, Policy
 from lightning_modules.policies.loading import check_language_model, lora_config
-from lightning_modules.policies.memory import Quantization, gradient_checkpointing_enabled
+from lightning_modules.policies.memory import gradient_checkpointing_enabled
 from lightning_modules.policies.templates import GENERAL, fill, parse_answer
 from lightning_modules.rl.log_probs import completion_mask, position_ids, token_log_probs
 from lightning_modules.rollout import Completions, SeenImages
@@ -49,16 +49,10 @@ class LanguagePolicy(Policy):
         eval_max_new_tokens: longest completion of the greedy rewrites at test time.
         chat_template_kwargs: handed to the chat template, e.g. `enable_thinking: false` for Qwen3.
         learning_rate: null freezes the refiner.
-        weight_decay: AdamW's.
-        betas: AdamW's.
-        max_grad_norm: the refiner's gradient is clipped to this norm.
+        weight_decay: AdamW's weight decay.
         kl_weight: weight of the k3 KL per token to the model before training; 0 keeps no reference.
         clip_range: the ratio is clipped to 1 - clip_range, 1 + clip_range (with several updates per rollout only).
-        lora: adapters; null trains all weights.
-        dtype: dtype of the loaded weights.
-        micro_batch_size: completions per forward pass of the update; null is all at once.
-        gradient_checkpointing: computes activations again in the backward pass instead of keeping them.
-        quantization: keeps the frozen weights in 4 or 8 bits (bitsandbytes); a refiner that learns needs `lora`.
+        **kwargs: as for `Policy`.
     """
 
     default_lora_targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -73,30 +67,11 @@ class LanguagePolicy(Policy):
         chat_template_kwargs: dict[str, Any] | None = None,
         learning_rate: float | None = 1e-6,
         weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        max_grad_norm: float = 1.0,
         kl_weight: float = 0.01,
         clip_range: float = 0.2,
-        lora: LoRA | None = None,
-        dtype: DType = "bfloat16",
-        micro_batch_size: int | None = None,
-        gradient_checkpointing: bool = False,
-        quantization: Quantization | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            model=model,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            betas=betas,
-            max_grad_norm=max_grad_norm,
-            kl_weight=kl_weight,
-            clip_range=clip_range,
-            lora=lora,
-            dtype=dtype,
-            micro_batch_size=micro_batch_size,
-            gradient_checkpointing=gradient_checkpointing,
-            quantization=quantization,
-        )
+        super().__init__(model, learning_rate, weight_decay, kl_weight, clip_range, **kwargs)
         if "{prompt}" not in template:
             raise ValueError("`language.template` has no {prompt}, so the refiner would never see the prompt; add it.")
         self.template = template

@@ -71,7 +71,7 @@ def check(module: L.LightningModule, datamodule: Any, trainer: L.Trainer, mode: 
 
 
 def suggestions(module: PromptRL, setting: Setting, found: Estimate) -> list[tuple[str, int]]:
-    """Lists settings that would save memory, best first to try, with the bytes that each would save by itself."""
+    """Lists settings that would save memory, in the order to try them, with the bytes that each would save alone."""
     agents: dict[str, Policy] = {"flow": module.flow} | ({"language": module.language} if module.language else {})
     learners = {name: policy for name, policy in agents.items() if policy.trained}
     full = [name for name, policy in learners.items() if policy.lora is None]
