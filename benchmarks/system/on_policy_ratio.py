@@ -84,7 +84,7 @@ def language_ratio(dtype: str, lora: LoRA | None, device: str) -> tuple[float, f
         str(ROOT / "miniature/language"),
         template="{prompt}",
         max_new_tokens=32,
-        dtype=dtype,  # type: ignore[arg-type]
+        dtype=dtype,
         lora=lora,
     )
     policy.load()
@@ -126,9 +126,9 @@ def full_size() -> None:
     drawn, worst = time.perf_counter(), 0.0
     for rows, step in itertools.product(chunks(4, 1), range(3)):
         part = trajectory.rows(rows)
-        loss, _, log_probs, _ = flow_objective(policy, part, step, torch.ones(1, device="cuda"))
-        loss.sum().backward()
-        worst = max(worst, (log_probs - part.log_probs[:, step]).abs().max().item())
+        result = flow_objective(policy, part, step, torch.ones(1, device="cuda"))
+        result.loss.sum().backward()
+        worst = max(worst, (result.log_probs - part.log_probs[:, step]).abs().max().item())
     torch.cuda.synchronize()
     print("\n| FLUX.1-dev shape, bf16, LoRA r64, 512 px, 4 images, 8 steps (3 SDE), micro-batch 1 | |\n|---|---|")
     print(f"| parameters | {sum(p.numel() for p in network.parameters()) / 1e9:.2f} B |")

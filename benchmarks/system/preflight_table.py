@@ -232,13 +232,13 @@ def write_language(folder: Path) -> Path:
 
 def row(name: str, preset: str, found: Estimate) -> str:
     """A line of the table."""
-    parameters = sum(part.parameters for part in found.parts)
-    trained = sum(part.trained for part in found.parts)
-    sizes = {phase: size or 0 for phase, size in found.passing.items()}
+    parameters = sum(part.parameters for part in found.networks)
+    trained = sum(part.trained for part in found.networks)
+    sizes = {phase: size or 0 for phase, size in found.transient.items()}
     phase = max(sizes, key=lambda phase: sizes[phase])
-    cells = [name, preset, f"{parameters / 1e9:.2f} B", f"{trained / 1e6:,.0f} M", size_text(found.sure)]
+    cells = [name, preset, f"{parameters / 1e9:.2f} B", f"{trained / 1e6:,.0f} M", size_text(found.persistent_total)]
     cells += [
-        size_text(sum(found.kept.values())),
+        size_text(sum(found.per_step.values())),
         f"{phase}: {size_text(sizes[phase])}",
         f"**{size_text(found.total)}**",
     ]
