@@ -21,6 +21,7 @@ from torch import Tensor
 from callbacks.scores.bootstrap import enough, interval, resample
 from callbacks.scores.prompt_scores import PromptScores, PromptTable, weighted_mean
 from datamodules.base import PromptDataModule, PromptSample, bare
+from lightning_modules.atomic_write import write_atomically
 from lightning_modules.evaluation import MODES as MODES
 from lightning_modules.evaluation import EvaluationBatch
 
@@ -286,10 +287,7 @@ def add_results(trainer: L.Trainer, more: dict[str, Any]) -> None:
 
 
 def _dump(results: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(_without_nan(results), indent=2) + "\n")
-    unfinished.replace(path)  # a kill leaves the file as it was
+    write_atomically(path, json.dumps(_without_nan(results), indent=2) + "\n")
 
 
 def _without_nan(value: Any) -> Any:

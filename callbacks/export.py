@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import yaml
 
 from callbacks.reporting.model_card import model_card
 from callbacks.run_config import resolved_config
+from lightning_modules.atomic_write import replaced_folder
 from lightning_modules.evaluation import EvaluatedAgents
 
 OURS = {"flow", "language", "README.md", "config.yaml"}
@@ -95,26 +95,19 @@ class Export(L.Callback):
         assert isinstance(pl_module, EvaluatedAgents)
         folder = self._logs / "export" if self.directory is None else Path(self.directory)
         _refuse_foreign(folder)
-        unfinished, old = (folder.with_name(f".{folder.name}.{state}") for state in ("unfinished", "old"))
-        for rest in (unfinished, old):  # of an export that was killed
-            shutil.rmtree(rest, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        for name, agent in (("flow", pl_module.flow), ("language", pl_module.language)):
-            if agent is not None and agent.trained:
-                agent.save_pretrained(unfinished / name)
-        (unfinished / "language" / "README.md").unlink(missing_ok=True)  # peft's empty form; ours says more
-        config = resolved_config(trainer)
-        if config:
-            text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-            (unfinished / "config.yaml").write_text(text, encoding="utf-8")
         path = self._logs / "results.json"
         results = json.loads(path.read_text()) if path.is_file() else None
-        card = model_card(pl_module, trainer.global_step, results=results, configured=bool(config))
-        (unfinished / "README.md").write_text(card, encoding="utf-8")
-        if folder.exists():
-            folder.rename(old)
-        unfinished.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        config = resolved_config(trainer)
+        with replaced_folder(folder) as new:
+            for name, agent in (("flow", pl_module.flow), ("language", pl_module.language)):
+                if agent is not None and agent.trained:
+                    agent.save_pretrained(new / name)
+            (new / "language" / "README.md").unlink(missing_ok=True)  # peft's empty form; ours says more
+            if config:
+                text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+                (new / "config.yaml").write_text(text, encoding="utf-8")
+            card = model_card(pl_module, trainer.global_step, results=results, configured=bool(config))
+            (new / "README.md").write_text(card, encoding="utf-8")
 
 
 def _refuse_foreign(folder: Path) -> None:

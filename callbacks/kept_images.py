@@ -12,8 +12,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from callbacks.run_config import checkpoint_note, folder_stamps, resolved_config
 from datamodules.base import PromptDataModule, PromptSample, bare
+from lightning_modules.atomic_write import write_atomically
 from lightning_modules.evaluation import EvaluatedAgents
-from lightning_modules.image_store import ImageStore, safe_name, write_whole
+from lightning_modules.image_store import ImageStore, safe_name
 
 
 class KeepImages(L.Callback):
@@ -66,7 +67,7 @@ class KeepImages(L.Callback):
                 ) from None
             _refuse_others(directory / "images.yaml", settings)
             text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-            write_whole(directory / "images.yaml", f"# What these images were drawn with.\n{text}")
+            write_atomically(directory / "images.yaml", f"# What these images were drawn with.\n{text}")
             store.merge()
         trainer.strategy.barrier("images merged")
         there = len(store.read())

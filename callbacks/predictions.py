@@ -13,8 +13,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from callbacks.run_config import checkpoint_note, folder_stamps, resolved_config
 from datamodules.base import PromptDataModule, PromptSample, bare
+from lightning_modules.atomic_write import write_atomically
 from lightning_modules.evaluation import MODES, EvaluatedAgents
-from lightning_modules.image_store import ImageStore, Key, safe_name, write_whole
+from lightning_modules.image_store import ImageStore, Key, safe_name
 
 _ABSENT = "nothing"
 
@@ -70,7 +71,8 @@ class SavePredictions(L.Callback):
         if trainer.is_global_zero:
             self.directory.mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump(self._settings, sort_keys=False, allow_unicode=True)
-            write_whole(self._note, f"# What these images were drawn with; `lightning predict` compares it.\n{text}")
+            head = "# What these images were drawn with; `lightning predict` compares it."
+            write_atomically(self._note, f"{head}\n{text}")
             self._store.path.touch()
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -16,6 +16,7 @@ from callbacks.reporting.tables import Row, Table, benchmark_table, diversity_ta
 from callbacks.robustness import table_of
 from callbacks.run_config import resolved_config
 from callbacks.samples import tensorboards
+from lightning_modules.atomic_write import write_atomically
 from lightning_modules.run_folder import MODE_LABELS, key_label
 
 
@@ -37,8 +38,8 @@ class Report(L.Callback):
         if not tables:
             return
         text, tex = report(tables)
-        path.with_suffix(".md").write_text(f"# {label}\n\n{text}", encoding="utf-8")
-        path.with_suffix(".tex").write_text(tex, encoding="utf-8")
+        write_atomically(path.with_suffix(".tex"), tex)
+        write_atomically(path.with_suffix(".md"), f"# {label}\n\n{text}")
         for logger in tensorboards(trainer):
             for table in tables:
                 logger.experiment.add_text(f"results/{table.title}", markdown(table), trainer.global_step)
