@@ -1,4 +1,4 @@
-"""The trained agents in the ecosystem's own formats, with a model card."""
+"""`Export`: the trained agents in the formats of diffusers, transformers and peft, with a model card."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Export(L.Callback):
     the numbers of `results.json` where there is a benchmark.
 
     Args:
-        directory: where; null is `export/` beside the run's logs. An earlier export there is replaced.
-        every_n_train_steps: also so often during training, each export in place of the last.
-        on_train_end: after training and its last validation.
-        on_test_end: after `lightning test`, which exports a checkpoint without training.
+        directory: folder to write; null is `export/` beside the run's logs. An earlier export there is replaced.
+        every_n_train_steps: optimizer steps between exports during training, each in place of the last; null is none.
+        on_train_end: export after training and its last validation.
+        on_test_end: export after `lightning test`, which exports a checkpoint without training.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Export(L.Callback):
     # --- hooks ------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuses what would fail after hours of training."""
+        """Raises ValueError now for what would fail after hours of training."""
         if not isinstance(pl_module, EvaluatedAgents):
             raise ValueError(f"callbacks.export.Export exports PromptRL, not {type(pl_module).__name__}: leave it out.")
         if self.directory is not None:
@@ -78,12 +78,12 @@ class Export(L.Callback):
         self._step = step
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Exports when the last validation is in `results.json`; it runs in the module's `on_train_end`."""
+        """Exports after training; the last validation, in the module's `on_train_end`, is in `results.json` by now."""
         if self._after_training:
             self._export(trainer, pl_module)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Exports what was tested."""
+        """Exports the agents that were tested."""
         if self._after_test:
             self._export(trainer, pl_module)
 
@@ -111,7 +111,7 @@ class Export(L.Callback):
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """Raises a ValueError if replacing a folder would delete what is no export."""
+    """Raises ValueError if replacing a folder would delete anything but an export."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"Export's `directory` is {folder}, a file: give a folder.")
     foreign = sorted({path.name for path in folder.iterdir()} - OURS) if folder.exists() else []

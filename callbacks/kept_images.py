@@ -1,4 +1,4 @@
-"""Images of `lightning test`: kept once, so that a killed test goes on and scoring is redone without drawing."""
+"""`KeepImages`: files of a test's images, so that a killed test resumes and scoring is redone without drawing."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class KeepImages(L.Callback):
     images of a prompt, need no second drawing of what is there. `images.jsonl` lists what each was drawn from.
 
     Args:
-        directory: null is `<root>/<experiment>/images/<digest>`, the digest being that of what images depend on:
-            flow model, refiner, data, checkpoint, local model folders (by time and size) and precision.
+        directory: folder of the images; null is `<root>/<experiment>/images/<digest>`, the digest being that of what
+            images depend on: flow model, refiner, data, checkpoint, local model folders (by time and size), precision.
         images_per_prompt: K images of each prompt in each mode; null is the data's (GenEval 4, others 1). The first
             has the noise of validation's.
-        keep: false draws all anew and writes nothing.
+        keep: false draws all images anew and writes nothing.
     """
 
     def __init__(self, directory: str | None = None, images_per_prompt: int | None = None, keep: bool = True) -> None:
@@ -41,7 +41,11 @@ class KeepImages(L.Callback):
         self._rows: dict[str, dict[str, int]] = {}
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Opens the folder, now that the prompts and the checkpoint are known."""
+        """Opens the folder, now that the prompts and the checkpoint are known.
+
+        Raises:
+            ValueError: if the folder cannot be made, or its images were drawn with other settings.
+        """
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(pl_module, EvaluatedAgents) or not isinstance(data, PromptDataModule):
             return
@@ -75,7 +79,7 @@ class KeepImages(L.Callback):
         pl_module.image_store = store
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Makes one list of all processes' lists."""
+        """Merges the processes' lists of images into one."""
         if isinstance(pl_module, EvaluatedAgents) and pl_module.image_store is not None:
             trainer.strategy.barrier("all drawn")
             if trainer.is_global_zero:
@@ -105,7 +109,7 @@ def _own_folder(config: dict[str, Any], settings: dict[str, Any]) -> Path:
 
 
 def _refuse_others(note: Path, settings: dict[str, Any]) -> None:
-    """Raises a ValueError if the folder's images were drawn with something else."""
+    """Raises ValueError if the folder's images were drawn with other settings."""
     if not note.is_file():
         return
     before = yaml.safe_load(note.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Images of `lightning predict` in a folder, where a run that was interrupted goes on."""
+"""`SavePredictions`: the images of `lightning predict` in a folder, where an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SavePredictions(L.Callback):
     depend on; a run with anything else stops rather than mix its images in.
 
     Args:
-        directory: where images and lists go.
+        directory: folder of images and lists.
         images_per_prompt: K images of each prompt in each mode; the first has the noise of validation's.
     """
 
@@ -44,7 +44,11 @@ class SavePredictions(L.Callback):
     # --- hooks ------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Compares the folder with this run and tells the data module what is there, before models are loaded."""
+        """Compares the folder with this run and tells the data module which prompts are drawn, before models load.
+
+        Raises:
+            ValueError: if the folder's images were drawn with other settings.
+        """
         if stage != "predict":
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -63,7 +67,7 @@ class SavePredictions(L.Callback):
             rank_zero_info(f"{len(data.predicted)} prompts are drawn already in {self.directory}")
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Notes what is being drawn, now that all is loaded."""
+        """Writes `predictions.yaml`, now that all is loaded."""
         # Once more, for a checkpoint that `Trainer.predict` was given in Python: it is not known in `setup`.
         self._settings = self._describe(trainer, trainer.datamodule)  # type: ignore[attr-defined]
         self._compare()
@@ -76,7 +80,7 @@ class SavePredictions(L.Callback):
             self._store.path.touch()
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Makes one list of all processes' lists."""
+        """Merges the processes' lists of images into one."""
         trainer.strategy.barrier("all drawn")
         if trainer.is_global_zero:
             assert isinstance(pl_module, EvaluatedAgents)
@@ -87,7 +91,7 @@ class SavePredictions(L.Callback):
         return self.directory / "predictions.yaml"
 
     def _whole(self, agents: EvaluatedAgents, data: PromptDataModule) -> dict[tuple[str, str], list[Key]]:
-        """Images of the prompts that have them all, by set and id, in the order of the data."""
+        """Returns (set, id) -> images, in the data's order, of the prompts of which all images are kept."""
         there = self._store.read()
         modes = MODES if agents.language is not None else MODES[:1]
         wanted = [(mode, k) for mode in modes for k in range(self.images_per_prompt)]
@@ -122,7 +126,7 @@ class SavePredictions(L.Callback):
         }
 
     def _compare(self) -> None:
-        """Raises a ValueError if the folder's images were drawn with something else."""
+        """Raises ValueError if the folder's images were drawn with other settings."""
         if not self._note.is_file():
             if self._store.path.exists():
                 raise ValueError(
@@ -146,7 +150,7 @@ def _place(name: str, mode: str, sample: PromptSample, k: int) -> Path:
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values; an empty dict is a value."""
+    """Yields dotted names and values of nested dicts; an empty dict is a value."""
     if isinstance(tree, dict) and tree:
         for key, value in tree.items():
             yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))

@@ -1,4 +1,4 @@
-"""The run's tables beside the paper's: `results.md`, `results.tex` and a text in TensorBoard."""
+"""`Report`: a run's results beside the paper's as `results.md`, `results.tex` and text in TensorBoard."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Report(L.Callback):
     """
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Reads what the callbacks before this one have written."""
+        """Writes the tables from `results.json`, which the callbacks before this one have completed."""
         folder = trainer.log_dir  # asked on every rank: Lightning broadcasts it
         path = None if folder is None else Path(folder) / "results.json"
         if not trainer.is_global_zero or path is None or not path.is_file():
@@ -48,18 +48,18 @@ class Report(L.Callback):
     on_test_end = on_fit_end
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Likewise for `lightning validate`; within a fit the end does."""
+        """Writes the tables of `lightning validate`; in a fit `on_fit_end` does."""
         if trainer.state.fn == "validate":
             self.on_fit_end(trainer, pl_module)
 
 
 def tables_of(results: Mapping[str, Any], label: str, *, published: bool = True) -> list[Table]:
-    """The tables of a `results.json`.
+    """Makes the tables of a run's `results.json`: benchmarks, robustness, diversity.
 
     Args:
-        results: its contents.
-        label: of our rows: the run's name.
-        published: whether its sets are those that papers report, so that their rows belong below.
+        results: contents of the file.
+        label: the run's name, which begins the labels of its rows.
+        published: True if the evaluation sets are published ones, so that the paper's rows belong below.
     """
     tables = []
     before = results.get("before", {})
@@ -89,5 +89,5 @@ def tables_of(results: Mapping[str, Any], label: str, *, published: bool = True)
 
 
 def _columns(scores: Mapping[str, float | None]) -> list[str]:
-    """What a table shows: no counts, and no units of the trainer's own."""
+    """Returns the scores that a table shows: without counts, and without rewards in the trainer's own unit."""
     return [name for name in scores if name not in ("rl", "images")] if "mean" in scores else list(scores)

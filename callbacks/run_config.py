@@ -1,4 +1,4 @@
-"""What a run was configured with, for callbacks that keep it beside what they write."""
+"""The configuration of a run, its checkpoint and its model folders, for callbacks that write them down."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _SECRET = re.compile(r"(^|_)(token|key|secret|password|authorization)$", re.IGNO
 
 
 def resolved_config(trainer: L.Trainer) -> dict[str, Any]:
-    """The command's configuration with all defaults, as in `config.yaml`; empty where no command built the trainer.
+    """Returns the command's configuration with all defaults, as in `config.yaml`; empty without a command.
 
-    Tokens and passwords are left out: what this is written into may be published.
+    Tokens and passwords are left out, as the files that it is written into may be published.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, SaveConfigCallback):
@@ -28,7 +28,7 @@ def resolved_config(trainer: L.Trainer) -> dict[str, Any]:
 
 
 def checkpoint_note(trainer: L.Trainer) -> dict[str, str | None]:
-    """Path and time of the checkpoint that a command evaluates, for what depends on it.
+    """Returns path and time of the checkpoint that a command evaluates, on which its images depend.
 
     Raises:
         ValueError: if the path names no file ("last", "best").
@@ -41,7 +41,7 @@ def checkpoint_note(trainer: L.Trainer) -> dict[str, str | None]:
 
 
 def folder_stamps(config: Any) -> dict[str, str]:
-    """Local model folders that a configuration names, with the time of their newest file and their size.
+    """Returns the local model folders in a configuration, with the time of their newest file and their size.
 
     A folder may be trained or exported again under its name.
     """
