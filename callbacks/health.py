@@ -70,7 +70,7 @@ class Health(L.Callback):
         self._streaks = Streaks(limits or {})
         self._sums = torch.zeros(3, dtype=torch.float64)  # of the held-out table values, valid scores, images
         self._ending = False
-        self._told_unseen = False
+        self._warned_unseen = False
 
     @property
     def state_key(self) -> str:
@@ -103,7 +103,7 @@ class Health(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Switches the rules on."""
-        self._ending = self._told_unseen = False
+        self._ending = self._warned_unseen = False
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -186,12 +186,12 @@ class Health(L.Callback):
                 )
         self._apply_limits(trainer, now)
         if trainer.global_step > 0:
-            self._tell_unseen(trainer)
+            self._warn_of_unseen(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Switches the rules off for the last validation, which comes after this hook."""
         self._ending = True
-        self._tell_unseen(trainer)
+        self._warn_of_unseen(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the rules' counts, so that a resumed run stops when the unbroken one would."""
@@ -222,13 +222,13 @@ class Health(L.Callback):
                 rank_zero_warn(f"Health at step {trainer.global_step}: {breach.message} (`limits`).")
         trainer.should_stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
 
-    def _tell_unseen(self, trainer: L.Trainer) -> None:
+    def _warn_of_unseen(self, trainer: L.Trainer) -> None:
         """Warns once of limits on names that were never logged: a misspelt rule would never apply."""
-        if self._streaks.unseen and not self._told_unseen:
+        if self._streaks.unseen and not self._warned_unseen:
             hints = {name: difflib.get_close_matches(name, trainer.logged_metrics, 1) for name in self._streaks.unseen}
-            told = [name + "".join(f" (did you mean {hint}?)" for hint in hints[name]) for name in sorted(hints)]
-            rank_zero_warn(f"Health.limits names what has not been logged so far: {', '.join(told)}.")
-        self._told_unseen = True
+            names = [name + "".join(f" (did you mean {hint}?)" for hint in hints[name]) for name in sorted(hints)]
+            rank_zero_warn(f"Health.limits names what has not been logged so far: {', '.join(names)}.")
+        self._warned_unseen = True
 
 
 def _logged_now(trainer: L.Trainer) -> Mapping[str, Any]:

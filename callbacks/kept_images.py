@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from callbacks.run_config import checkpoint_note, folder_stamps, resolved_config
+from callbacks.run_config import checkpoint_note, folder_stamps, require_settings, resolved_config, write_settings
 from datamodules.base import PromptDataModule, PromptSample, bare
-from lightning_modules.atomic_write import write_atomically
 from lightning_modules.evaluation import EvaluatedAgents
 from lightning_modules.image_store import ImageStore, safe_name
 
@@ -69,9 +67,8 @@ class KeepImages(L.Callback):
                 raise ValueError(
                     f"`images.directory` {directory} cannot be made ({error.strerror}): name another folder."
                 ) from None
-            _refuse_others(directory / "images.yaml", settings)
-            text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-            write_atomically(directory / "images.yaml", f"# What these images were drawn with.\n{text}")
+            require_settings(directory / "images.yaml", settings, "--images.directory")
+            write_settings(directory / "images.yaml", settings)
             store.merge()
         trainer.strategy.barrier("images merged")
         there = len(store.read())
@@ -106,17 +103,3 @@ class KeepImages(L.Callback):
 def _own_folder(config: dict[str, Any], settings: dict[str, Any]) -> Path:
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=6).hexdigest()
     return Path(config["trainer"]["default_root_dir"], config["experiment"], "images", digest)
-
-
-def _refuse_others(note: Path, settings: dict[str, Any]) -> None:
-    """Raises ValueError if the folder's images were drawn with other settings."""
-    if not note.is_file():
-        return
-    before = yaml.safe_load(note.read_text(encoding="utf-8"))
-    now = yaml.safe_load(yaml.safe_dump(settings))
-    for name, value in now.items():
-        if before.get(name) != value:
-            raise ValueError(
-                f"the images in {note.parent} were drawn with other settings ({name} differs, see {note.name}): set "
-                "`--images.directory` to another folder, or undo the change."
-            )

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from callbacks.run_config import checkpoint_note, folder_stamps, resolved_config
+from callbacks.run_config import checkpoint_note, folder_stamps, require_settings, resolved_config, write_settings
 from datamodules.base import PromptDataModule, PromptSample, bare
-from lightning_modules.atomic_write import write_atomically
 from lightning_modules.evaluation import MODES, EvaluatedAgents
 from lightning_modules.image_store import ImageStore, Key, safe_name
-
-_ABSENT = "nothing"
 
 
 class SavePredictions(L.Callback):
@@ -74,9 +69,7 @@ class SavePredictions(L.Callback):
         trainer.strategy.barrier("compared again")
         if trainer.is_global_zero:
             self.directory.mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump(self._settings, sort_keys=False, allow_unicode=True)
-            head = "# What these images were drawn with; `lightning predict` compares it."
-            write_atomically(self._note, f"{head}\n{text}")
+            write_settings(self._note, self._settings)
             self._store.path.touch()
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -126,33 +119,14 @@ class SavePredictions(L.Callback):
         }
 
     def _compare(self) -> None:
-        """Raises ValueError if the folder's images were drawn with other settings."""
-        if not self._note.is_file():
-            if self._store.path.exists():
-                raise ValueError(
-                    f"{self._store.path} exists, but not the {self._note.name} that says what its images were drawn "
-                    "with: set `--predictions.directory` to another folder."
-                )
-            return
-        before = dict(_leaves(yaml.safe_load(self._note.read_text(encoding="utf-8"))))
-        now = dict(_leaves(yaml.safe_load(yaml.safe_dump(self._settings, sort_keys=False))))
-        for name in {**now, **before}:
-            old, new = before.get(name, _ABSENT), now.get(name, _ABSENT)
-            if old != new:
-                raise ValueError(
-                    f"the images in {self.directory} were drawn with {name} {old}, which is {new} now: set "
-                    "`--predictions.directory` to another folder, or undo the change."
-                )
+        """Raises ValueError if the folder's images were drawn with other settings, or nobody knows with which."""
+        if self._store.path.exists() and not self._note.is_file():
+            raise ValueError(
+                f"{self._store.path} exists, but not the {self._note.name} that says what its images were drawn "
+                "with: set `--predictions.directory` to another folder."
+            )
+        require_settings(self._note, self._settings, "--predictions.directory")
 
 
 def _place(name: str, mode: str, sample: PromptSample, k: int) -> Path:
     return Path(safe_name(name), mode, f"{safe_name(sample.id)}_{k}.png")
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields dotted names and values of nested dicts; an empty dict is a value."""
-    if isinstance(tree, dict) and tree:
-        for key, value in tree.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, tree

@@ -93,10 +93,10 @@ class Claim:
 
     def __str__(self) -> str:
         counted = [*self.parts, *([self.rates] if self.own_rates else [])]
-        told = "; ".join(f"{one.what}: {one.number} ({one.verdict})" for one in counted if one is not None)
-        told += "; the rest is not measured yet" if None in counted else ""
+        text = "; ".join(f"{one.what}: {one.number} ({one.verdict})" for one in counted if one is not None)
+        text += "; the rest is not measured yet" if None in counted else ""
         beside = "; ".join(f"{one.what}: {one.number}" for one in self.beside if one is not None)
-        return f"{told}. Beside it: {beside}" if beside else told
+        return f"{text}. Beside it: {beside}" if beside else text
 
 
 def above(what: str, *terms: tuple[float, Score], least: int = LEAST_SEEDS, margin: float = 0.0) -> Condition | None:

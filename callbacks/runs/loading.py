@@ -79,8 +79,8 @@ class Run(RunFolder):
                 entry["step"]: {key: entry[key] for key in ("rollouts", "seconds")} | self._named(entry)
                 for entry in history
             }
-            told = pd.DataFrame.from_dict(entries, orient="index", dtype=float).rename_axis("step")
-            table = told.combine_first(table.reindex(told.index))
+            noted = pd.DataFrame.from_dict(entries, orient="index", dtype=float).rename_axis("step")
+            table = noted.combine_first(table.reindex(noted.index))
         else:  # killed before the first; images a step are constant, so a line through what was logged is exact
             steps, rollouts = np.append(0, self.training.index), np.append(0.0, self.training["rollouts"])
             table = table.assign(rollouts=np.interp(table.index.to_numpy(dtype=float), steps, rollouts))
@@ -111,10 +111,10 @@ class Run(RunFolder):
         Its count goes on from where it was when the checkpoint was saved, before or after a validation. Images a step
         are constant, so rollouts tell the truth.
         """
-        told = [(entry["step"], entry["rollouts"]) for entry in self.history]
+        known = [(entry["step"], entry["rollouts"]) for entry in self.history]
         if self._earlier is not None:
-            told += list(self._earlier.training["rollouts"].items())
-        a_step = next((rollouts / step for step, rollouts in told if step > 0), None)
+            known += list(self._earlier.training["rollouts"].items())
+        a_step = next((rollouts / step for step, rollouts in known if step > 0), None)
         if self.continues is None or not len(self._trained) or not a_step:
             return 1
         first = self._trained.iloc[0]

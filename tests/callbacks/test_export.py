@@ -110,7 +110,7 @@ def use_card(export: Path, monkeypatch: pytest.MonkeyPatch, prompt: str = PROMPT
 
 
 def largest_difference(module: PromptRL, names: dict[str, Any]) -> float:
-    """Of pixels in [0, 1], between the policy's image and the stock pipeline's from the same noise."""
+    """Largest difference of pixels in [0, 1] between the policy's image and the stock pipeline's, from equal noise."""
     ours = module.flow.generate([names["prompt"]], [7]).clamp(0, 1)
     noise = module.flow.prepare_latents(generators_for([7]))
     theirs = names["pipe"](prompt=names["prompt"], latents=noise, output_type="pt", **names["arguments"]).images
@@ -119,7 +119,7 @@ def largest_difference(module: PromptRL, names: dict[str, Any]) -> float:
 
 
 def untrained(module: PromptRL, prompt: str) -> float:
-    """How far training moved the image of a prompt."""
+    """Largest difference of pixels that training made to the image of a prompt."""
     fresh = type(module.flow)(module.flow.model, module.flow.sampling, height=32, width=32, max_sequence_length=18,
                               dtype="float32", learning_rate=None)  # fmt: skip
     fresh.load()
@@ -210,14 +210,14 @@ def test_a_checkpoint_is_exported_by_test_and_replaces_an_earlier_export(
 
 
 def fake_trainer(step: int = 0) -> Any:
-    """What Export asks of a trainer whose run has no configuration."""
+    """Stands for the trainer of a run without a configuration, as far as Export uses it."""
     return SimpleNamespace(
         global_step=step, is_global_zero=True, callbacks=[], strategy=SimpleNamespace(barrier=lambda name: None)
     )
 
 
 def test_steps_of_exports_during_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whenever another three steps are complete, also where a rollout has two, and from where a resumed run begins."""
+    """Exports come when another three steps are complete, also where a rollout has two, and after a resume."""
     steps: list[int] = []
     monkeypatch.setattr(Export, "_export", lambda self, trainer, module: steps.append(trainer.global_step))
     export, nothing = Export(every_n_train_steps=3), L.LightningModule()

@@ -163,7 +163,7 @@ def fit(root: Path, module: Painter, health: L.Callback | None, steps: int = 8, 
 
 
 def rows(root: Path, name: str) -> dict[int, float]:
-    """Step -> value."""
+    """Reads step -> value of a logged number."""
     with (root / "run" / "version_0" / "metrics.csv").open() as file:
         return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
 

@@ -158,7 +158,8 @@ def test_a_named_folder_is_not_mixed(tmp_path: Path, capfd: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         main([*options(tmp_path, prompts=2, images=1), *named, f"--{FLOW}.guidance=2.0"])
     line = capfd.readouterr().err.splitlines()[-1]
-    assert f"the images in {tmp_path}/named were drawn with other settings (flow differs" in line
+    assert f"the images in {tmp_path}/named were drawn with flow.init_args.guidance" in line
+    assert "which is 2.0 now: set `--images.directory` to another folder" in line
     main([*options(tmp_path, prompts=2, images=1), "--images.keep=false"])
     assert not (tmp_path / "quickstart/images").exists()
 

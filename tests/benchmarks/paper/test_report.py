@@ -1,4 +1,4 @@
-"""What finished runs say, and one real study from its plan to the report."""
+"""Scores of finished runs, and one real study from its plan to the report."""
 
 from __future__ import annotations
 

@@ -74,8 +74,8 @@ def test_a_difference_of_differences(tmp_path: Path) -> None:
     tables = []
     for i, side in enumerate(values):
         for j in (0, 1):
-            marks = [(name, "red", pair[j], 4) for name, pair in zip("abc", side, strict=True)]
-            tables.append([prompt_table(scored(tmp_path / f"{i}{j}", *marks), "geneval", "without_pe")])
+            ratings = [(name, "red", pair[j], 4) for name, pair in zip("abc", side, strict=True)]
+            tables.append([prompt_table(scored(tmp_path / f"{i}{j}", *ratings), "geneval", "without_pe")])
     terms = list(zip((1.0, -1.0, -1.0, 1.0), tables, strict=True))
     gap = prompt_contrast(terms, summarize=mean_of_tags("correct"))
     assert (gap.value, gap.low, gap.high) == pytest.approx((0.25, 0.25, 0.25)) and gap.num == 3
