@@ -22,8 +22,7 @@ from callbacks.scores.bootstrap import enough, interval, resample
 from callbacks.scores.prompt_scores import PromptScores, PromptTable, weighted_mean
 from datamodules.base import PromptDataModule, PromptSample, bare
 from lightning_modules.atomic_write import write_atomically
-from lightning_modules.evaluation import MODES as MODES
-from lightning_modules.evaluation import EvaluationBatch
+from lightning_modules.evaluation import MODES, EvaluationBatch
 
 Results = dict[str, dict[str, dict[str, float]]]
 """evaluation set -> "without_pe" | "with_pe" -> score name -> value."""

@@ -8,12 +8,13 @@ from typing import Any
 import lightning as L
 from torch.utils.tensorboard.summary import hparams
 
-from callbacks.benchmark import MODES, Benchmark
+from callbacks.benchmark import Benchmark
 from callbacks.diversity import ARMS, Diversity
 from callbacks.health import Health
 from callbacks.robustness import PromptRobustness, paired_difference
 from callbacks.samples import tensorboards
 from datamodules.base import PromptDataModule
+from lightning_modules.evaluation import MODES
 from lightning_modules.prompt_rl import PromptRL
 from lightning_modules.run_folder import mode_of
 

@@ -12,13 +12,14 @@ import lightning as L
 import torch
 from rich.console import Console
 
-from callbacks.benchmark import MODES, Benchmark, add_results
-from callbacks.reporting.tables import Table, rich_table, robustness_table
+from callbacks.benchmark import Benchmark, add_results
+from callbacks.reporting.results import modes_of, wordings_table
+from callbacks.reporting.tables import rich_table
 from callbacks.scores.bootstrap import enough, interval, resample
 from datamodules.base import Chosen, PromptDataModule, PromptSample, Reworded, Stage, bare, spread
 from datamodules.paraphrases.base import ContentCheck, Paraphraser
 from datamodules.paraphrases.content import PromptContent
-from lightning_modules.run_folder import MODE_LABELS
+from lightning_modules.evaluation import MODES
 
 
 @dataclass(frozen=True)
@@ -224,33 +225,7 @@ class PromptRobustness(L.Callback):
     def print_table(self) -> None:
         """Prints the scores of originals, of paraphrases and their difference."""
         for title, found in self.report.items():
-            Console().print(rich_table(table_of(title, found, by_tag=False)))  # a terminal is narrow
-
-
-def table_of(title: str, found: Mapping[str, Mapping[str, Any]], *, by_tag: bool = True) -> Table:
-    """Makes the table of one benchmark.
-
-    Args:
-        title: the benchmark's.
-        found: derived set -> its entry in `results.json`.
-        by_tag: also show the differences by tag.
-    """
-    rows = {}
-    for derived, said in found.items():
-        for mode in modes_of(said):
-            one = said[mode]
-            low, high = one["intervals"]["headline"]
-            rows[f"{derived}, {MODE_LABELS.get(mode, 'against the refiner')}"] = {
-                "prompts": one["prompts"],
-                "rejected": said["rejected"],
-                "original": one["original"],
-                "paraphrase": one["paraphrase"],
-                "difference": one["scores"]["headline"],
-                "low": low,
-                "high": high,
-                "by_tag": {tag: value for tag, value in one["scores"].items() if by_tag and tag in one["tags"]},
-            }
-    return robustness_table(f"{title}: other wordings of the same prompts", rows)
+            Console().print(rich_table(wordings_table(title, found, by_tag=False)))  # a terminal is narrow
 
 
 def paired_difference(
@@ -296,8 +271,3 @@ def paired_difference(
         scores={"headline": scores[headline]} | scores,
         intervals={"headline": ends[headline]} | ends,
     )
-
-
-def modes_of(said: Mapping[str, Any]) -> list[str]:
-    """Lists the comparisons in a derived set's entry: modes, and `against_pe`."""
-    return [mode for mode in (*MODES, "against_pe") if mode in said]

@@ -12,8 +12,7 @@ import diffusers
 import yaml
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from callbacks.benchmark import MODES
-from lightning_modules.evaluation import EvaluatedAgents
+from lightning_modules.evaluation import MODES, EvaluatedAgents
 from lightning_modules.policies.base import Policy
 from lightning_modules.policies.flow import FlowPolicy
 from lightning_modules.policies.language import LanguagePolicy
