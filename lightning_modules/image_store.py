@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from datamodules.sample import PromptSample
+from lightning_modules.atomic_write import write_atomically
 
 Line = dict[str, Any]
 """What one image was drawn from: `{"set", "id", "prompt", "wording", "source", "mode", "rewrite", "seed", "k", "file",
@@ -75,7 +75,7 @@ class ImageStore:
         """
         lines = self.read()
         kept = lines.values() if keys is None else (lines[key] for key in keys)
-        write_whole(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+        write_atomically(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
         for path in self.directory.glob(f"{self.list_name}.*.jsonl"):
             path.unlink()
 
@@ -132,10 +132,10 @@ class ImageStore:
         for sample, prompt, seed, image in zip(samples, prompts, seeds, images, strict=True):
             path = self.path_of(name, mode, sample, k)
             data = _png(image)
-            _write_whole(self.directory / path, data)
+            write_atomically(self.directory / path, data)
             if self.describe and k == 0:
                 record = {"prompt": sample.prompt, **sample.metadata}
-                write_whole(self.directory / path.parent.parent / "metadata.jsonl", json.dumps(record) + "\n")
+                write_atomically(self.directory / path.parent.parent / "metadata.jsonl", json.dumps(record) + "\n")
             line: Line = {
                 "set": name,
                 "id": sample.id,
@@ -166,18 +166,6 @@ def safe_name(name: str) -> str:
     if plain == name and plain.strip("."):
         return plain
     return f"{plain}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file atomically: after a crash it has its old text or the new one, never a part."""
-    _write_whole(path, text.encode("utf-8"))
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")  # two commands may write into one folder
-    unfinished.write_bytes(data)
-    os.replace(unfinished, path)
 
 
 def _png(image: Image.Image) -> bytes:

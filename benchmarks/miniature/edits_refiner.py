@@ -1,17 +1,17 @@
-"""Measures the editing miniature's refiner: whether it names the right object, and what it owes to the image.
+"""Measures the editing miniature's refiner: how often it names the right object, and how much the image helps it.
 
 python -m benchmarks.miniature.edits_refiner [--model miniature/edit_language] [--prompts 384]
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections.abc import Sequence
 
 import torch
 from PIL import Image
 
+from benchmarks.miniature.models import parse
 from datamodules.base import PromptSample
 from datamodules.chunks import chunks
 from lightning_modules.policies.vision_language import VisionLanguagePolicy
@@ -21,15 +21,13 @@ from miniature.scenes.world import COLORS, LEXICONS, QUADRANTS, SHAPES, render
 
 
 def main() -> None:
-    """Prints two tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="miniature/edit_language")
-    parser.add_argument("--prompts", type=int, default=384)
-    args = parser.parse_args()
+    """Prints a table of greedy rewrites by wording and image shown, and one of rewrites drawn as in training."""
+    args = parse(__doc__, "miniature/edit_language")
     refiner = VisionLanguagePolicy(
         args.model, "{prompt}", max_pixels=1024, max_new_tokens=24, eval_max_new_tokens=24, dtype="float32"
     )
     refiner.load()
+    refiner.to(args.device)
     rng = random.Random(7)
     asked = [example(rng, CATEGORIES[i % 6], "val") for i in range(args.prompts)]
     sources: list[Image.Image | None] = [Image.fromarray(render(one.source)) for one in asked]
@@ -55,7 +53,7 @@ def main() -> None:
 
 
 def worded(asked: Sequence[EditExample], style: EditStyle, images: Sequence[Image.Image | None]) -> list[PromptSample]:
-    """The instructions in a style, beside given images."""
+    """Returns samples of the instructions, worded in a style, with these images."""
     words = random.Random(style)
     return [
         PromptSample(str(i), write_edit(one.edit, one.source, style, words), one.category, one.metadata, image)
@@ -65,7 +63,7 @@ def worded(asked: Sequence[EditExample], style: EditStyle, images: Sequence[Imag
 
 @torch.no_grad()
 def drawn(refiner: VisionLanguagePolicy, asked: Sequence[EditExample], samples: Sequence[PromptSample]) -> None:
-    """Prints the same of rewrites drawn at temperature 1, eight to an instruction, as in training."""
+    """Prints a table of rewrites drawn at temperature 1, eight to an instruction, as in training."""
     torch.manual_seed(0)
     completions = refiner.refine(samples, 8)
     texts = completions.rewrites
@@ -79,7 +77,7 @@ def drawn(refiner: VisionLanguagePolicy, asked: Sequence[EditExample], samples: 
 
 
 def value_kept(rewrite: str, asked: EditExample) -> bool:
-    """Whether a rewrite says the new shape, colour, quadrant or ground in some vocabulary, where the style puts it."""
+    """Returns True if a rewrite states the edit's new shape, colour, quadrant or ground, in any vocabulary."""
     category, value = asked.category, asked.edit.value
     if category in ("addition", "removal") or value is None:
         return True
@@ -96,7 +94,7 @@ def value_kept(rewrite: str, asked: EditExample) -> bool:
 
 
 def share(values: Sequence[bool]) -> str:
-    """Of true ones."""
+    """Formats the share of true values."""
     return f"{sum(values) / len(values):.3f}"
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from lightning_modules.atomic_write import write_atomically
 from lightning_modules.run_folder import RunFolder, below
 
 
@@ -45,10 +46,8 @@ class Command:
         return self.folder / f"{self.stage}.json"
 
     def write_record(self, record: Mapping[str, Any]) -> None:
-        """Replaces the record atomically: a kill leaves the file as it was."""
-        unfinished = self.record_path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(record, indent=2) + "\n")
-        unfinished.replace(self.record_path)
+        """Replaces the record of this command."""
+        write_atomically(self.record_path, json.dumps(record, indent=2) + "\n")
 
     def runs(self) -> list[RunFolder]:
         """Run folders that the command has written so far, the newest last."""
