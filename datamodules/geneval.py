@@ -6,7 +6,8 @@ from pathlib import Path
 
 from datamodules.base import PromptSample
 from datamodules.geneval_names import validate_metadata
-from datamodules.jsonl import PromptFiles, read_records
+from datamodules.jsonl import read_records
+from datamodules.prompt_files import PromptFiles
 
 
 def read_prompts(path: str | Path) -> list[PromptSample]:

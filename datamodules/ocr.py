@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from datamodules.base import PromptSample
-from datamodules.jsonl import PromptFiles, Record, read_bare_prompts, read_records
+from datamodules.jsonl import Record, read_bare_prompts, read_records
+from datamodules.prompt_files import PromptFiles
 
 Quotes = Literal["auto", "double", "single"]
 _SUFFIXES = (".txt", ".jsonl")

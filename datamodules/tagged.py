@@ -6,8 +6,9 @@ from pathlib import Path
 
 from datamodules.base import PromptSample
 from datamodules.geneval_names import validate_metadata
-from datamodules.jsonl import PromptFiles, read_records
+from datamodules.jsonl import read_records
 from datamodules.ocr import target_text
+from datamodules.prompt_files import PromptFiles
 
 
 class TaggedPrompts(PromptFiles):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from datamodules.base import PromptSample
-from datamodules.jsonl import PromptFiles, read_bare_prompts, read_records
+from datamodules.jsonl import read_bare_prompts, read_records
+from datamodules.prompt_files import PromptFiles
 
 
 class TextPrompts(PromptFiles):

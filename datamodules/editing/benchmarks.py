@@ -13,7 +13,8 @@ from datamodules.base import PromptDataModule, PromptSample, spread
 from datamodules.editing.arrow import ArrowRows, Image
 from datamodules.editing.hub import DATA_SUFFIXES
 from datamodules.editing.prompts import EditSamples
-from datamodules.editing.rows import Row, files_by_kind, json_lines
+from datamodules.editing.rows import Row, files_by_kind
+from datamodules.jsonl import json_lines
 
 _GEDIT = ("key", "task_type", "instruction", "instruction_language", "Intersection_exist")
 _GEDIT_IMAGES = ("input_image_raw", "input_image", "image", "source_image")

@@ -14,7 +14,7 @@ from datamodules.base import LazySamples, PromptSample, spread
 from datamodules.editing.hub import RepoType, locate
 from datamodules.editing.images import ImageRules, check_image, read_image
 from datamodules.editing.rows import COLUMNS, BadRows, Row, read_rows
-from datamodules.jsonl import PromptFiles
+from datamodules.prompt_files import PromptFiles
 
 _LONG = 1000
 """Rows whose check is worth a progress bar."""

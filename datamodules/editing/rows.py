@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any, Literal
 from datamodules.editing.arrow import SUFFIXES, ArrowRows, Image
 from datamodules.editing.hub import DATA_SUFFIXES
 from datamodules.editing.images import Source
+from datamodules.jsonl import json_lines
 from datamodules.sample import PromptSample
 
 Row = tuple[str, PromptSample, Source]
@@ -197,8 +197,6 @@ def _tables(places: Sequence[Path]) -> Iterator[Table]:
             yield _arrow(place)
         elif place.suffix == ".jsonl":
             records = list(json_lines(place))
-            if not records:
-                raise ValueError(f"{place}: the file holds no prompts: write one JSON object per line.")
             columns = list(dict.fromkeys(key for _, record in records for key in record))
             yield Table(place, columns, records, _paths(columns, records))
         else:
@@ -211,21 +209,6 @@ def files_by_kind(folder: Path) -> dict[str, list[Path]]:
     """Files of rows in a folder, by name; kinds that are not there are left out."""
     found = {suffix: sorted(folder.glob(f"*{suffix}")) for suffix in DATA_SUFFIXES}
     return {suffix: files for suffix, files in found.items() if files}
-
-
-def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """`file:line` and the object; blank lines are skipped."""
-    with open(path, encoding="utf-8-sig") as file:  # -sig: a byte order mark is not part of the first record
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                where = f"{path}:{number}"
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{where}: not valid JSON ({error}): write one JSON object per line.") from None
-                if not isinstance(record, dict):
-                    raise ValueError(f"{where}: not a JSON object: write one per line.")
-                yield where, record
 
 
 def _arrow(path: Path) -> Table:

@@ -115,10 +115,10 @@ def test_a_folder_languages_and_a_limit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_images_column_may_be_named(tmp_path: Path, layout: str) -> None:
-    path = str(write(tmp_path, layout, [row(0)], image="image"))
-    with pytest.raises(ValueError, match=r"no input_image_raw or .* among .*image.*: name the image's column in data"):
+    path = str(write(tmp_path, layout, [row(0)], image="photo"))
+    with pytest.raises(ValueError, match=r"no input_image_raw or .* among .*photo.*: name the image's column in data"):
         GEditPrompts(path).setup("test")
-    data = GEditPrompts(path, image_column="image")
+    data = GEditPrompts(path, image_column="photo")
     data.setup("test")
     assert color(data.test_samples()["gedit_en"][0]) == "red"
 
