@@ -96,51 +96,16 @@ class OCRPrompts(PromptFiles):
     Flow-GRPO's training file has 19,653 prompts and its test file 1,018. `datamodules/samples/ocr.txt` has 24.
 
     Args:
-        train_file: training prompts.
-        eval_file: held-out prompts for validation.
-        test_file: prompts for `lightning test`; `eval_file` when not given.
-        limit: at most so many prompts of each file, spread evenly over it since files may be sorted.
+        *args: as for `PromptFiles`.
         quotes: what marks the wanted text; `auto` finds out for each file (see `read_prompts`).
-        batch_size: prompts per process and step.
-        eval_batch_size: prompts per process in a validation or test step.
-        seed: of the training order.
-        num_workers: loader processes.
-        predict_file: prompts for `lightning predict`; the test prompts when not given.
-        eval_name: of the evaluation set in logs and results (`tmdb`, `openlib`); null is `ocr`.
-        val_limit: at most so many prompts of `eval_file` in the validations within a fit; `lightning test` takes all.
+        **kwargs: as for `PromptFiles`.
     """
 
     eval_name = "ocr"
     suffixes = _SUFFIXES
 
-    def __init__(
-        self,
-        train_file: str,
-        eval_file: str,
-        test_file: str | None = None,
-        limit: int | None = None,
-        quotes: Quotes = "auto",
-        batch_size: int = 1,
-        eval_batch_size: int = 8,
-        seed: int = 42,
-        num_workers: int = 0,
-        predict_file: str | None = None,
-        eval_name: str | None = None,
-        val_limit: int | None = None,
-    ) -> None:
-        super().__init__(
-            train_file,
-            eval_file,
-            test_file,
-            limit,
-            batch_size,
-            eval_batch_size,
-            seed,
-            num_workers,
-            predict_file,
-            eval_name,
-            val_limit,
-        )
+    def __init__(self, *args: Any, quotes: Quotes = "auto", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         if quotes not in get_args(Quotes):
             raise ValueError(f"data.quotes is {quotes!r}, use one of {', '.join(get_args(Quotes))}.")
         self.quotes: Quotes = quotes

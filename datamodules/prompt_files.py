@@ -19,14 +19,11 @@ class PromptFiles(PromptDataModule):
         eval_file: held-out prompts for validation.
         test_file: prompts for `lightning test`; `eval_file` when not given.
         limit: at most so many prompts of each file, spread evenly over it since files may be sorted.
-        batch_size: prompts per process and step.
-        eval_batch_size: prompts per process in a validation or test step.
-        seed: of the training order.
-        num_workers: loader processes.
-        predict_file: prompts for `lightning predict`, where they are a set named as the file; `.txt` files, with one
-            prompt per line and nothing else, serve here whatever the other files hold. The test prompts when not given.
-        eval_name: of the evaluation set in logs and results; null is the class's own.
+        predict_file: prompts for `lightning predict`, where they are a set named as the file; the test prompts when not
+            given. `.txt` files with one prompt per line serve here too, unless prompts need an image.
+        eval_name: name of the evaluation set in logs and results (such as `tmdb`); null is the class's own.
         val_limit: at most so many prompts of `eval_file` in the validations within a fit; `lightning test` takes all.
+        **kwargs: as for `PromptDataModule`.
     """
 
     eval_name: str
@@ -40,15 +37,12 @@ class PromptFiles(PromptDataModule):
         eval_file: str,
         test_file: str | None = None,
         limit: int | None = None,
-        batch_size: int = 1,
-        eval_batch_size: int = 8,
-        seed: int = 42,
-        num_workers: int = 0,
         predict_file: str | None = None,
         eval_name: str | None = None,
         val_limit: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, seed, num_workers)
+        super().__init__(**kwargs)
         if eval_name is not None:
             if not re.fullmatch(r"[A-Za-z0-9_-]+", eval_name):
                 raise ValueError(f"data.eval_name is {eval_name!r}: use letters, digits, _ and -.")

@@ -25,12 +25,11 @@ class EditBenchmarkPrompts(PromptDataModule):
 
     Args:
         limit: at most so many prompts of each set, spread evenly over it since files may be sorted.
-        eval_batch_size: prompts per process in a validation or test step.
-        num_workers: loader processes.
+        **kwargs: as for `PromptDataModule`, but for `batch_size` and `seed`, which are of training.
     """
 
-    def __init__(self, limit: int | None = None, eval_batch_size: int = 8, num_workers: int = 0) -> None:
-        super().__init__(eval_batch_size=eval_batch_size, num_workers=num_workers)
+    def __init__(self, limit: int | None = None, **kwargs: Any) -> None:
+        super().__init__(batch_size=1, seed=0, **kwargs)
         if limit is not None and limit < 1:
             raise ValueError(f"data.limit is {limit}, use at least 1, or null for all prompts.")
         self.limit = limit
@@ -73,9 +72,7 @@ class GEditPrompts(EditBenchmarkPrompts):
         image_column: name of the image's column; null is the first there is of `input_image_raw` (what the published
             scores are about), `input_image`, `image` and `source_image`.
         languages: which to evaluate; null is all that are there.
-        limit: at most so many prompts of each set, spread evenly over it since files may be sorted.
-        eval_batch_size: prompts per process in a validation or test step.
-        num_workers: loader processes.
+        **kwargs: as for `EditBenchmarkPrompts`.
     """
 
     def __init__(
@@ -83,11 +80,9 @@ class GEditPrompts(EditBenchmarkPrompts):
         path: str,
         image_column: str | None = None,
         languages: list[str] | None = None,
-        limit: int | None = None,
-        eval_batch_size: int = 8,
-        num_workers: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(limit, eval_batch_size, num_workers)
+        super().__init__(**kwargs)
         self.path = path
         self.image_column = image_column
         self.languages = languages
@@ -121,15 +116,11 @@ class ImgEditPrompts(EditBenchmarkPrompts):
     Args:
         file: `basic_edit.json`: `{key: {"id": image, "prompt": instruction, "edit_type": kind}}`.
         images: folder that the images' paths are relative to.
-        limit: at most so many prompts, spread evenly over the file.
-        eval_batch_size: prompts per process in a validation or test step.
-        num_workers: loader processes.
+        **kwargs: as for `EditBenchmarkPrompts`.
     """
 
-    def __init__(
-        self, file: str, images: str, limit: int | None = None, eval_batch_size: int = 8, num_workers: int = 0
-    ) -> None:
-        super().__init__(limit, eval_batch_size, num_workers)
+    def __init__(self, file: str, images: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.file = file
         self.images = images
 

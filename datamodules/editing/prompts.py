@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.progress import Progress
@@ -100,18 +100,7 @@ class EditPrompts(PromptFiles):
     than `max_pixels`.
 
     Args:
-        train_file: training prompts.
-        eval_file: held-out prompts for validation.
-        test_file: prompts for `lightning test`; `eval_file` when not given.
-        limit: at most so many prompts of each file, spread evenly over it since files may be sorted.
-        batch_size: prompts per process and step.
-        eval_batch_size: prompts per process in a validation or test step.
-        seed: of the training order.
-        num_workers: loader processes.
-        predict_file: prompts for `lightning predict`, where they are a set named as the file. The test prompts when not
-            given.
-        eval_name: of the evaluation set in logs and results; null is `edit`.
-        val_limit: at most so many prompts of `eval_file` in the validations within a fit; `lightning test` takes all.
+        *args: as for `PromptFiles`.
         columns: names of the columns that hold `image`, `prompt`, `category` and `id`; those left out are looked for.
         prompt_index: which entry to take where the instruction is a list, counted from 0, or from the end if negative;
             the last is what the paper's released preparation takes.
@@ -121,6 +110,7 @@ class EditPrompts(PromptFiles):
             comes, and stops the run), unpack each (`full`), or look at no image before its turn (`none`).
         min_side: pixels that both sides of an image have to have.
         max_pixels: an image may have.
+        **kwargs: as for `PromptFiles`.
     """
 
     eval_name = "edit"
@@ -128,17 +118,7 @@ class EditPrompts(PromptFiles):
 
     def __init__(
         self,
-        train_file: str,
-        eval_file: str,
-        test_file: str | None = None,
-        limit: int | None = None,
-        batch_size: int = 1,
-        eval_batch_size: int = 8,
-        seed: int = 42,
-        num_workers: int = 0,
-        predict_file: str | None = None,
-        eval_name: str | None = None,
-        val_limit: int | None = None,
+        *args: Any,
         columns: dict[str, str] | None = None,
         prompt_index: int = -1,
         repo_type: RepoType | None = None,
@@ -146,20 +126,9 @@ class EditPrompts(PromptFiles):
         check_images: CheckImages = "header",
         min_side: int = 8,
         max_pixels: int = 2**26,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            train_file,
-            eval_file,
-            test_file,
-            limit,
-            batch_size,
-            eval_batch_size,
-            seed,
-            num_workers,
-            predict_file,
-            eval_name,
-            val_limit,
-        )
+        super().__init__(*args, **kwargs)
         for role in columns or {}:
             if role not in COLUMNS:
                 raise ValueError(f"data.columns names {role!r}: its keys are {', '.join(COLUMNS)}.")

@@ -41,14 +41,6 @@ class ShapesEdits(MiniaturePrompts):
     Training uses the canonical wording of the training edits only. Evaluation has two sets of the same held-out edits
     with the same noise: `edit` (canonical) and `unseen` (a wording, as ambiguous, that neither RL nor the refiner's
     training ever uses). `lightning test` takes other edits.
-
-    Args:
-        train_prompts: number of training instructions.
-        eval_prompts: number of instructions of each evaluation set.
-        batch_size: instructions per process and step (each becomes a group of images).
-        eval_batch_size: instructions per process in a validation or test step.
-        seed: of the training order and of the choice of training edits.
-        num_workers: loader processes.
     """
 
     rewordings: Mapping[str, str] = {"unseen": "edit"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from datamodules.base import PromptDataModule, PromptSample
 from miniature.scenes.world import TAGS, Style, contents, write
@@ -42,7 +42,7 @@ class MiniaturePrompts(PromptDataModule):
         batch_size: prompts per process and step (each becomes a group of images).
         eval_batch_size: prompts per process in a validation or test step.
         seed: of the training order and of the choice of training prompts.
-        num_workers: loader processes.
+        **kwargs: as for `PromptDataModule`.
     """
 
     published = False
@@ -56,9 +56,9 @@ class MiniaturePrompts(PromptDataModule):
         batch_size: int = 8,
         eval_batch_size: int = 96,
         seed: int = 42,
-        num_workers: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, num_workers=num_workers)
+        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, **kwargs)
         self.train_prompts = train_prompts
         self.eval_prompts = eval_prompts
         self.originals = dict(self.rewordings)
@@ -82,14 +82,6 @@ class ShapesPrompts(MiniaturePrompts):
     Training uses the canonical wording of the training scenes only. Evaluation has three sets on held-out scenes,
     with the same scenes and noise: `geneval` (canonical), `paraphrase` (two styles that the refiner knows) and
     `unseen` (a style that neither RL nor the refiner's training ever uses). `lightning test` takes other scenes.
-
-    Args:
-        train_prompts: number of training prompts.
-        eval_prompts: number of prompts of each evaluation set.
-        batch_size: prompts per process and step (each becomes a group of images).
-        eval_batch_size: prompts per process in a validation or test step.
-        seed: of the training order and of the choice of training prompts.
-        num_workers: loader processes.
     """
 
     rewordings: Mapping[str, str] = {"paraphrase": "geneval", "unseen": "geneval"}

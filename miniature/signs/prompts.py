@@ -43,14 +43,6 @@ class WordsPrompts(MiniaturePrompts):
     Training uses the canonical wording of the training words only. Evaluation has two sets of the same held-out words
     with the same noise: `ocr` (canonical) and `unseen` (templates that neither RL nor the refiner's training ever
     uses). `lightning test` takes other words.
-
-    Args:
-        train_prompts: number of training prompts.
-        eval_prompts: number of prompts of each evaluation set.
-        batch_size: prompts per process and step (each becomes a group of images).
-        eval_batch_size: prompts per process in a validation or test step.
-        seed: of the training order and of the choice of training prompts.
-        num_workers: loader processes.
     """
 
     rewordings: Mapping[str, str] = {"unseen": "ocr"}
@@ -71,14 +63,6 @@ class PreferencePrompts(MiniaturePrompts):
     Training uses the canonical wording of the training scenes only. Evaluation has two sets of the same held-out scenes
     with the same noise: `preference` (canonical) and `unseen` (a style that neither RL nor the refiner's training ever
     uses). `lightning test` takes other scenes.
-
-    Args:
-        train_prompts: number of training prompts.
-        eval_prompts: number of prompts of each evaluation set.
-        batch_size: prompts per process and step (each becomes a group of images).
-        eval_batch_size: prompts per process in a validation or test step.
-        seed: of the training order and of the choice of training prompts.
-        num_workers: loader processes.
     """
 
     rewordings: Mapping[str, str] = {"unseen": "preference"}
@@ -101,14 +85,6 @@ class MultiRewardPrompts(MiniaturePrompts):
 
     Training has as many of each, canonical wordings only. The evaluation sets are called as the tags; `lightning test`
     takes other scenes and words.
-
-    Args:
-        train_prompts: number of training prompts, a third of them of each kind.
-        eval_prompts: number of prompts of each evaluation set.
-        batch_size: prompts per process and step (each becomes a group of images).
-        eval_batch_size: prompts per process in a validation or test step.
-        seed: of the training order and of the choice of training prompts.
-        num_workers: loader processes.
     """
 
     def train_samples(self) -> list[PromptSample]:
