@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from datamodules.base import Chosen, LazySamples, PromptDataModule, PromptSample, spread
 from datamodules.jsonl import read_bare_prompts
