@@ -1,4 +1,4 @@
-"""Editing instructions with their source images, from files, folders or the hub."""
+"""Data module of editing instructions with their source images, from files, folders or the hub."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ CheckImages = Literal["header", "full", "none"]
 
 
 class EditSamples(LazySamples):
-    """Samples whose source images are files, or in files.
+    """Editing prompts whose source images are read, from their files, when they are asked for.
 
     Args:
-        rows: where a row stands (`file:line`), sample without its image, and the image's path or what reads its bytes.
-        rules: which images will do.
+        rows: place (`file:line`), sample without its image, and the image's path or a callable that reads its bytes.
+        rules: bounds on the images' size.
     """
 
     def __init__(self, rows: Sequence[Row], rules: ImageRules | None = None) -> None:
@@ -39,15 +39,15 @@ class EditSamples(LazySamples):
         return len(self.rows)
 
     def without_images(self) -> list[PromptSample]:
-        """The samples alone."""
+        """Returns the samples without their images."""
         return [sample for _, sample, _ in self.rows]
 
     def some(self, index: slice) -> EditSamples:
-        """Some of the samples."""
+        """Returns some of the samples; their images stay unread."""
         return EditSamples(self.rows[index], self.rules)
 
     def at(self, index: int) -> PromptSample:
-        """A sample with its image (RGB, upright)."""
+        """Reads the image of a sample (RGB, upright); raises ValueError with the row's place if that fails."""
         where, sample, source = self.rows[index]
         try:
             image = read_image(source, self.rules)
@@ -56,11 +56,11 @@ class EditSamples(LazySamples):
         return PromptSample(sample.id, sample.prompt, sample.tag, sample.metadata, image)
 
     def checked(self, bad: BadRows, *, full: bool) -> EditSamples:
-        """The samples whose images will do; `bad` is told of the others.
+        """Returns the samples whose images can be used.
 
         Args:
-            bad: stops at the first or keeps count.
-            full: unpack each image; else its header alone is read, which does not see what is cut off.
+            bad: gets the rows of the others.
+            full: unpack each image; otherwise its header alone is read, which does not see what is cut off.
         """
         good = []
         quiet = len(self) < _LONG or getattr(rank_zero_only, "rank", 0) != 0
@@ -80,7 +80,7 @@ class EditPrompts(PromptFiles):
 
     Each of the files may be one of these:
 
-    - `.parquet` or `.arrow`, images being binary, `datasets`' `{"bytes", "path"}`, or paths;
+    - `.parquet` or `.arrow`, whose images are binary, `datasets`' `{"bytes", "path"}`, or paths;
     - `.jsonl`, a line being `{"prompt": instruction, "image": path, "category"?: ..., "id"?: ...}`;
     - a folder with files of one of these kinds (so a `metadata.jsonl` beside its images), or with images and a `.txt`
       file of the same name beside each, where a subfolder is the category;
@@ -108,8 +108,8 @@ class EditPrompts(PromptFiles):
         on_bad_row: `stop` at the first row that cannot be used, or `skip` such rows with one warning that counts them.
         check_images: when files are read, look at each image's `header` (what is cut off is then found when its turn
             comes, and stops the run), unpack each (`full`), or look at no image before its turn (`none`).
-        min_side: pixels that both sides of an image have to have.
-        max_pixels: an image may have.
+        min_side: smallest width and height of an image, in pixels.
+        max_pixels: largest number of pixels of an image.
         **kwargs: as for `PromptFiles`.
     """
 
@@ -149,11 +149,14 @@ class EditPrompts(PromptFiles):
         self.rules = ImageRules(min_side, max_pixels)
 
     def read(self, path: Path) -> list[PromptSample]:
-        """All rows of a file or a folder; their images are looked at now and read later."""
+        """Reads all rows of a file or a folder and checks their images, which are read later."""
         return self._samples_of([path], str(path), None)
 
     def predict_samples(self) -> dict[str, list[PromptSample]]:
-        """Prompts of `predict_file`, or the test sets when there is none; a pattern's signs are no part of a name."""
+        """Returns the prompts of `predict_file`, or the test sets when there is none.
+
+        In the set's name, the signs of a pattern (`*`, `?`, `[`) become `_`.
+        """
         return {re.sub(r"[^\w.-]+", "_", name): samples for name, samples in super().predict_samples().items()}
 
     def _read(self, key: str) -> list[PromptSample]:
