@@ -1,4 +1,7 @@
-"""Prompts that ask for text in the image: Flow-GRPO's OCR files (double quotes) and MARIO-Eval's (single quotes)."""
+"""Data module of prompts that ask for text in the image, in the formats of Flow-GRPO and MARIO-Eval.
+
+Flow-GRPO's files have the wanted text in double quotes, MARIO-Eval's in single quotes.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ _SINGLE = re.compile(r"(?<!\w)'(?=\S)((?:[^']|(?<=\w)'(?=\w))+)(?<=\S)'(?!\w)")
 
 
 def target_text(prompt: str, quotes: Quotes = "auto") -> list[str]:
-    """The text that a prompt asks for, by its quotation marks.
+    """Returns the text that a prompt asks for, by its quotation marks.
 
     Args:
         prompt: the text as the user wrote it.
@@ -41,12 +44,12 @@ def target_text(prompt: str, quotes: Quotes = "auto") -> list[str]:
 
 
 def quote_style(prompts: Sequence[str]) -> Literal["double", "single"]:
-    """`double` if every prompt has two double quotes, else `single`."""
+    """Returns `double` if every prompt has two double quotes, else `single`."""
     return "double" if all(prompt.count('"') >= 2 for prompt in prompts) else "single"
 
 
 def read_prompts(path: str | Path, quotes: Quotes = "auto") -> list[PromptSample]:
-    """Read a file of prompts.
+    """Reads a file of prompts and the text that each asks for.
 
     Args:
         path: `.txt` with one prompt per line, or `.jsonl` with `prompt`, optional `id`, and optional `text` (a string
@@ -97,7 +100,7 @@ class OCRPrompts(PromptFiles):
 
     Args:
         *args: as for `PromptFiles`.
-        quotes: what marks the wanted text; `auto` finds out for each file (see `read_prompts`).
+        quotes: quotation marks around the wanted text; `auto` finds out for each file (see `read_prompts`).
         **kwargs: as for `PromptFiles`.
     """
 
@@ -111,5 +114,5 @@ class OCRPrompts(PromptFiles):
         self.quotes: Quotes = quotes
 
     def read(self, path: Path) -> list[PromptSample]:
-        """All prompts of a `.txt` or `.jsonl` file."""
+        """Reads all prompts of a `.txt` or `.jsonl` file."""
         return read_prompts(path, self.quotes)

@@ -1,4 +1,4 @@
-"""Base of the data modules that read prompts from files."""
+"""Base class of the data modules that read prompts from files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from datamodules.jsonl import read_bare_prompts
 
 
 class PromptFiles(PromptDataModule):
-    """Base of the data modules that read a training, an evaluation and a test file; a subclass reads one of them.
+    """Base class of the data modules that read a training, an evaluation and a test file; a subclass reads one file.
 
     Args:
         train_file: training prompts.
@@ -29,7 +29,7 @@ class PromptFiles(PromptDataModule):
     eval_name: str
     """Name of the evaluation set in logs and results, where `eval_name` is not given."""
     suffixes: tuple[str, ...] = (".jsonl",)
-    """Kinds of file that `read` knows, for the error message."""
+    """Suffixes of the files that `read` knows, for the error message."""
 
     def __init__(
         self,
@@ -60,10 +60,10 @@ class PromptFiles(PromptDataModule):
 
     @abstractmethod
     def read(self, path: Path) -> list[PromptSample]:
-        """All samples of one file, in its order."""
+        """Reads all samples of one file, in its order."""
 
     def setup(self, stage: str) -> None:
-        """Read the files that this stage needs."""
+        """Reads the files that this stage needs."""
         drawn = "test_file" if self.predict_file is None else "predict_file"
         needed = {
             "fit": ("train_file", "eval_file"),
@@ -77,19 +77,19 @@ class PromptFiles(PromptDataModule):
             self._samples["eval_file"] = _at_most(self._samples["eval_file"], self.val_limit)
 
     def train_samples(self) -> list[PromptSample]:
-        """Prompts of `train_file`."""
+        """Returns the prompts of `train_file`."""
         return self._samples["train_file"]
 
     def eval_samples(self) -> dict[str, list[PromptSample]]:
-        """Prompts of `eval_file`."""
+        """Returns the prompts of `eval_file`."""
         return {self.eval_name: self._samples["eval_file"]}
 
     def test_samples(self) -> dict[str, list[PromptSample]]:
-        """Prompts of `test_file`, or of `eval_file` when there is none."""
+        """Returns the prompts of `test_file`, or of `eval_file` when there is none."""
         return {self.eval_name: self._samples["test_file"]}
 
     def predict_samples(self) -> dict[str, list[PromptSample]]:
-        """Prompts of `predict_file`, or the test sets when there is none."""
+        """Returns the prompts of `predict_file`, or the test sets when there is none."""
         if self.predict_file is None:
             return self.test_samples()
         return {Path(self.predict_file).stem: self._samples["predict_file"]}

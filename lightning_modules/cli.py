@@ -33,7 +33,8 @@ from callbacks.kept_images import KeepImages
 from callbacks.predictions import SavePredictions
 from callbacks.progress import RunProgressBar
 from callbacks.report import Report
-from datamodules.base import PromptDataModule, ResumableLoader
+from datamodules.base import PromptDataModule
+from datamodules.resumable import ResumableLoader
 from lightning_modules.agents import check_precision
 from lightning_modules.evaluation import EvaluatedAgents
 from lightning_modules.preflight import check as preflight

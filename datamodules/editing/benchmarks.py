@@ -1,11 +1,11 @@
-"""GEdit-Bench and ImgEdit-Bench: editing prompts that are for evaluation only, read from local files."""
+"""Data modules of GEdit-Bench and ImgEdit-Bench, editing prompts that are for evaluation only."""
 
 from __future__ import annotations
 
 import json
 import re
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +20,7 @@ _GEDIT_IMAGES = ("input_image_raw", "input_image", "image", "source_image")
 
 
 class EditBenchmarkPrompts(PromptDataModule):
-    """Base of the data modules that have nothing to train on.
+    """Base class of editing benchmarks, which have no training prompts.
 
     Args:
         limit: at most so many prompts of each set, spread evenly over it since files may be sorted.
@@ -168,14 +168,14 @@ def _at(where: str) -> Iterator[None]:
         raise ValueError(f"{where}: {error}") from None
 
 
-def _text(where: str, record: dict[str, Any], column: str) -> str:
+def _text(where: str, record: Mapping[str, Any], column: str) -> str:
     value = record.get(column)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{where}: `{column}` is {value!r}: give a text.")
     return value
 
 
-def _gedit_sample(where: str, record: dict[str, Any]) -> PromptSample:
+def _gedit_sample(where: str, record: Mapping[str, Any]) -> PromptSample:
     """Makes a sample of a row; keys are unique within a task and a language."""
     key, task, instruction, language = (_text(where, record, column) for column in _GEDIT[:4])
     if not re.fullmatch(r"[A-Za-z_-]+", language):

@@ -37,7 +37,8 @@ def read_image(source: Source, rules: ImageRules) -> Image.Image:
     """Reads an image as upright RGB.
 
     It is turned as its EXIF orientation says; transparent parts become white, 16 bits are scaled to 8 (65535 is
-    white), and CMYK, gray and palettes follow Pillow's own conversion. Colour profiles are not applied, as diffusers and transformers do not.
+    white), and CMYK, gray and palettes follow Pillow's own conversion. Colour profiles are ignored, as diffusers and
+    transformers ignore them.
 
     Args:
         source: where its file is.

@@ -1,4 +1,4 @@
-"""Other wordings from a JSONL file: published paraphrases, or one's own."""
+"""Paraphrases from a JSONL file: published ones, or one's own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from datamodules.paraphrases.base import Paraphraser, Wordings, check_kinds
 
 @dataclass(frozen=True)
 class _Line:
-    """One wording, and the set, id and text of the prompt that it rewords, where the file says so."""
+    """A wording, and the set, id and text of the prompt that it rewords, as far as the file says so."""
 
     where: str
     kind: str
@@ -23,22 +23,22 @@ class _Line:
     original: str | None
 
     def rewords(self, name: str, sample: PromptSample) -> bool:
-        """Whether it belongs to a prompt of the set `name`."""
+        """Returns True if the wording belongs to this prompt of the set `name`."""
         pairs = ((self.name, name), (self.id, sample.id), (self.original, sample.prompt))
         return all(said is None or said == is_ for said, is_ in pairs)
 
 
 class FileParaphrases(Paraphraser):
-    """Wordings from a JSONL file.
+    """Source of paraphrases that are read from a JSONL file.
 
     A line is `{"id" or "original" or both, "paraphrase", "kind"?, "set"?}` and belongs to the prompt with this id, with
     this text, in this set (`"set": "geneval"`): whatever it names has to agree. Ids that a set does not have are for
     other sets. Files that `WrittenParaphrases` has left serve as they are.
 
     Args:
-        path: of the file.
-        kind: of lines that name none.
-        refined: whether the run's own refiner is put in front of these wordings too.
+        path: path of the file.
+        kind: kind of the lines that name none.
+        refined: true evaluates the run's own refiner on these wordings too.
     """
 
     def __init__(self, path: str, kind: str = "file", refined: bool = True) -> None:
@@ -50,11 +50,11 @@ class FileParaphrases(Paraphraser):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds that the file has, in its order."""
+        """Names of the kinds that the file has, in its order."""
         return tuple(dict.fromkeys(line.kind for line in self._read()))
 
     def write(self, name: str, samples: Sequence[PromptSample]) -> Wordings:
-        """For every kind, the file's wording for each prompt, or None where it has none.
+        """Returns, for every kind, the file's wording for each prompt, or None where it has none.
 
         Raises:
             ValueError: if no line is for this set, or two are for the same kind of the same prompt.
