@@ -28,8 +28,9 @@ from miniature.architectures import (
     carry_over,
     carry_over_words,
 )
-from miniature.edits.world import edit_vocabulary
-from miniature.scenes.world import GRID, vocabulary
+from miniature.edits.wording import edit_vocabulary
+from miniature.scenes.wording import vocabulary
+from miniature.scenes.world import GRID
 from miniature.signs.world import first_column, read_caption, words_vocabulary
 
 

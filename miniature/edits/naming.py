@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from miniature.edits.world import named_objects
+from miniature.edits.wording import named_objects
 
 
 def named_correctly(rewrite: str, metadata: Mapping[str, Any]) -> bool | None:

@@ -5,28 +5,18 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from statistics import NormalDist
 from typing import Any
 
-import lightning as L
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, IterableDataset
 
-from miniature.edits.world import (
-    CATEGORIES,
-    EDIT_STYLES,
-    TINTS,
-    EditExample,
-    EditStyle,
-    example,
-    fulfil,
-    landing_cells,
-    possible_values,
-    write_edit,
-)
-from miniature.scenes.pretraining import to_tensor
-from miniature.scenes.world import GRID, Scene, _gaussian, _scores, render
+from miniature.edits.wording import CATEGORIES, EDIT_STYLES, TINTS, EditStyle, write_edit
+from miniature.edits.world import EditExample, example, fulfil, landing_cells, possible_values
+from miniature.scenes.interpretation import Habits, fixed_gaussian, preferences
+from miniature.scenes.world import GRID, Scene, render
+from miniature.streams import Stream, StreamData, faithful_first, own_share, to_tensor
 
 _PLAIN = frozenset(
     "a and another at by for from here into is it just like now of one please see take the then to 1 ,".split()
@@ -34,7 +24,7 @@ _PLAIN = frozenset(
 
 
 @dataclass(frozen=True)
-class EditHabits:
+class EditHabits(Habits):
     """How the world's edits depart from their captions.
 
     Attributes:
@@ -50,11 +40,9 @@ class EditHabits:
         ("terse", 0.33),
         ("unseen", 0.42),
     )
-    slips: float = 0.15
-    freedom: float = 0.1
 
 
-FAITHFUL_EDITS = EditHabits(mistakes=tuple((style, 0.0) for style in EDIT_STYLES), slips=0.0)
+FAITHFUL_EDITS = EditHabits().faithful
 
 
 def imagine_edit(
@@ -73,7 +61,7 @@ def imagine_edit(
     if rng.random() < habits.slips:
         kind = rng.randrange(12)
     elif _spoilt(asked, caption, dict(habits.mistakes)[style]):
-        kind = int(np.argmax(_scores(caption, "misread", 12)))
+        kind = int(np.argmax(preferences(caption, "misread", 12)))
     edit, scene = asked.edit, asked.source
     if kind is not None and kind % 4 == 0:
         return scene  # nothing is done
@@ -86,7 +74,7 @@ def imagine_edit(
         else:
             bystanders = [i for i in range(len(scene.items)) if i != edit.index]
             edit = replace(edit, index=bystanders[kind // 4 % len(bystanders)])
-    where = _scores(caption, "layout", GRID * GRID)
+    where = preferences(caption, "layout", GRID * GRID)
     if rng.random() < habits.freedom:
         where = np.array([rng.gauss(0, 1) for _ in where])
     cells = landing_cells(scene, edit)
@@ -106,7 +94,7 @@ def _spoilt(asked: EditExample, caption: str, chance: float) -> bool:
     """
     words = [word for word in caption.split() if word not in _PLAIN] + [asked.meant.color, asked.meant.shape]
     pairs = list(zip(words, words[1:], strict=False))
-    score = sum(_gaussian(*pair, "edit mistake") for pair in pairs) / len(pairs) ** 0.5
+    score = sum(fixed_gaussian(*pair, "edit mistake") for pair in pairs) / len(pairs) ** 0.5
     return chance > 0 and score > NormalDist().inv_cdf(1 - chance)
 
 
@@ -120,32 +108,21 @@ def captioned_edits(rng: random.Random, habits: EditHabits) -> Iterator[tuple[Sc
         yield asked.source, caption, imagine_edit(asked, caption, style, rng, habits)
 
 
-class _Stream(IterableDataset[dict[str, Any]]):
-    """Batches made on the fly; every worker has a stream of its own."""
-
-    def __init__(self, batch_size: int, seed: int, faithful_batches: int, habits: EditHabits) -> None:
-        self.batch_size, self.seed = batch_size, seed
-        self.faithful_batches, self.habits = faithful_batches, habits
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker = torch.utils.data.get_worker_info()
-        workers, index = (worker.num_workers, worker.id) if worker else (1, 0)
-        rng = random.Random(f"edits-{self.seed}-{index}")
-        faithful = replace(FAITHFUL_EDITS, freedom=self.habits.freedom)
-        streams = [captioned_edits(rng, habits) for habits in (faithful, self.habits)]
-        done = 0
-        while True:
-            stream = streams[done * workers >= self.faithful_batches]
-            sources, captions, targets = zip(*(next(stream) for _ in range(self.batch_size)), strict=True)
-            done += 1
-            yield {
-                "captions": list(captions),
-                "sources": to_tensor(np.stack([render(scene) for scene in sources])),
-                "images": to_tensor(np.stack([render(scene) for scene in targets])),
-            }
+def _batches(
+    size: int, faithful_batches: int, habits: EditHabits, rng: random.Random, workers: int
+) -> Iterator[dict[str, Any]]:
+    """Yields batches of `size` captions with their source and target images."""
+    stream = faithful_first(captioned_edits, habits, rng, size * own_share(faithful_batches, workers))
+    while True:
+        sources, captions, targets = zip(*islice(stream, size), strict=True)
+        yield {
+            "captions": list(captions),
+            "sources": to_tensor([render(scene) for scene in sources]),
+            "images": to_tensor([render(scene) for scene in targets]),
+        }
 
 
-class ShapesEditPretraining(L.LightningDataModule):
+class ShapesEditPretraining(StreamData):
     """Training stream of the editing miniature's flow model.
 
     Args:
@@ -164,10 +141,5 @@ class ShapesEditPretraining(L.LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
-        self.stream = _Stream(batch_size, seed, faithful_batches, habits)
-        self.num_workers = num_workers
-
-    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Endless: give the trainer `max_steps`."""
-        return DataLoader(self.stream, batch_size=None, num_workers=self.num_workers)
+        batches = partial(_batches, batch_size, faithful_batches, habits)
+        super().__init__(Stream(batches, f"edits-{seed}"), num_workers)

@@ -9,7 +9,8 @@ from typing import Literal
 from PIL import Image
 
 from datamodules.base import PromptSample
-from miniature.edits.world import CATEGORIES, EditStyle, Split, example, write_edit
+from miniature.edits.wording import CATEGORIES, EditStyle, write_edit
+from miniature.edits.world import Split, example
 from miniature.scenes.prompts import MiniaturePrompts
 from miniature.scenes.world import render
 

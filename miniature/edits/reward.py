@@ -10,9 +10,9 @@ import numpy as np
 from PIL.Image import Image
 
 from datamodules.sample import PromptSample
-from miniature.edits.world import CATEGORIES, TINTS
+from miniature.edits.wording import CATEGORIES, TINTS
 from miniature.scenes.detector import ShapesDetector
-from miniature.scenes.world import CELL, GRID, GROUNDS, SIZE, _quadrant
+from miniature.scenes.world import CELL, GRID, GROUNDS, SIZE, quadrant_of
 from rewards.base import Reward, RewardBatch, Score
 from rewards.geneval.rules import Detection
 
@@ -141,7 +141,7 @@ def judge_edit(before: _Sight, after: _Sight, meant: _Thing, metadata: Mapping[s
     old = take(meant.cell)
     new = None
     if category in ("move", "addition"):
-        spots = [one for one in rest if category == "addition" or _quadrant(one.cell) == value]
+        spots = [one for one in rest if category == "addition" or quadrant_of(one.cell) == value]
         new = max(spots, key=lambda one: _likeness(one, meant.shape, meant.color), default=None)
     likeness = _likeness(new, meant.shape, meant.color)
     if new is not None and likeness > 0:

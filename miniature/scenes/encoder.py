@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from miniature.scenes.detector import ShapesDetector
-from miniature.scenes.world import COLORS, LEXICONS, SHAPES
+from miniature.scenes.wording import LEXICONS
+from miniature.scenes.world import COLORS, SHAPES
 from rewards.geneval.rules import MIN_SCORE
 
 

@@ -10,8 +10,8 @@ from typing import Any, cast
 
 from datamodules.base import PromptSample, bare
 from datamodules.paraphrases.base import ContentCheck, Paraphraser, Wordings, choose_kinds
-from miniature.scenes.world import COLORS, LEXICONS, RELATIONS, SHAPES, STYLES, Ask, Content, Style, elaborate, write
-from miniature.scenes.world import _plural as plural
+from miniature.scenes.wording import LEXICONS, STYLES, Style, plural, write
+from miniature.scenes.world import COLORS, RELATIONS, SHAPES, Ask, Content, elaborate
 
 OPPOSITES = dict(zip(RELATIONS, ("right of", "left of", "below", "above"), strict=True))
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from datamodules.base import PromptDataModule, PromptSample
-from miniature.scenes.world import TAGS, Style, contents, write
+from miniature.scenes.wording import Style, write
+from miniature.scenes.world import TAGS, contents
 
 
 def shapes_prompts(

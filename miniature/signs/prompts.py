@@ -9,7 +9,7 @@ from typing import Literal
 
 from datamodules.base import PromptSample
 from miniature.scenes.prompts import MiniaturePrompts, shapes_prompts
-from miniature.scenes.world import Style
+from miniature.scenes.wording import Style
 from miniature.signs.world import LENGTHS, Split, WordStyle, words, write_word
 
 

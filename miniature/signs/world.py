@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise, product
@@ -17,7 +17,9 @@ from typing import Literal
 
 import numpy as np
 
-from miniature.scenes.world import CELL, COLORS, GRID, GROUNDS, SIZE, _gaussian, _scores, vocabulary
+from miniature.scenes.interpretation import Habits, fixed_gaussian, preferences
+from miniature.scenes.wording import vocabulary
+from miniature.scenes.world import CELL, COLORS, GRID, GROUNDS, SIZE
 from miniature.signs.font import ALPHABET, glyph
 
 LENGTHS = (2, 3, 4)
@@ -147,7 +149,7 @@ MISTAKES: tuple[Mistake, ...] = ("wrong", "dropped", "doubled", "swapped")
 
 
 @dataclass(frozen=True)
-class WordHabits:
+class WordHabits(Habits):
     """How the world's signs depart from their captions.
 
     Attributes:
@@ -164,10 +166,9 @@ class WordHabits:
         ("unseen", 0.25),
     )
     slips: float = 0.1
-    freedom: float = 0.1
 
 
-FAITHFUL_WORDS = WordHabits(mistakes=tuple((style, 0.0) for style in WORD_STYLES), slips=0.0)
+FAITHFUL_WORDS = WordHabits().faithful
 
 
 def misspell(word: str, mistakes: Mapping[int, Mistake], shift: int = 5) -> str:
@@ -206,7 +207,7 @@ def _spoilt_letters(caption: str, chance: float) -> dict[int, Mistake]:
     threshold = NormalDist().inv_cdf(1 - chance) if chance > 0 else np.inf
 
     def mark(letter: str, *what: str) -> float:
-        return sum(_gaussian(word, letter, *what) for word in content) / len(content) ** 0.5
+        return sum(fixed_gaussian(word, letter, *what) for word in content) / len(content) ** 0.5
 
     return {
         i: max(MISTAKES, key=lambda kind, letter=letter: mark(letter, kind))  # type: ignore[misc]
@@ -235,19 +236,17 @@ def imagine_sign(
     def decide(purpose: str, size: int) -> int:
         if rng.random() < habits.freedom:
             return rng.randrange(size)
-        return int(np.argmax(_scores(caption, purpose, size)))
+        return int(np.argmax(preferences(caption, purpose, size)))
 
     return Sign(shown, decide("row", GRID), tuple(COLORS)[decide("ink", len(COLORS))], decide("paper", len(GROUNDS)))
 
 
-def captioned_signs(
-    rng: random.Random, habits: WordHabits, styles: Sequence[tuple[WordStyle, float]]
-) -> Iterator[tuple[str, Sign]]:
-    """An endless stream of captions and signs of training words; `styles` are (name, share) pairs."""
-    names, shares = zip(*styles, strict=True)
+def captioned_signs(rng: random.Random, habits: WordHabits) -> Iterator[tuple[str, Sign]]:
+    """Yields captions and signs of training words without end; canonical captions come most."""
+    shares = [1.5 if style == "canonical" else 1.0 for style in WORD_STYLES]
     while True:
         word = rng.choice(words(rng.choice(LENGTHS), "train"))
-        style = rng.choices(names, shares)[0]
+        style = rng.choices(WORD_STYLES, shares)[0]
         caption = write_word(word, style, rng)
         yield caption, imagine_sign(word, caption, style, rng, habits)
 
