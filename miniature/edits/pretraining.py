@@ -1,4 +1,4 @@
-"""Endless streams of sources, captions and targets that the editing miniature's flow model is made from."""
+"""Training stream of source images, captions and target images for the editing miniature's flow model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PLAIN = frozenset(
 
 @dataclass(frozen=True)
 class EditHabits(Habits):
-    """How the world's edits depart from their captions.
+    """Rates at which the world's edits depart from their captions.
 
     Attributes:
         mistakes: chance of a mistake that wording and object decide, by style.
@@ -48,14 +48,14 @@ FAITHFUL_EDITS = EditHabits().faithful
 def imagine_edit(
     asked: EditExample, caption: str, style: EditStyle, rng: random.Random, habits: EditHabits = EditHabits()
 ) -> Scene:
-    """The image that the world shows for a source and a caption of an edit.
+    """Returns the scene that the world shows for a source and a caption of an edit.
 
     Args:
         asked: source and edit.
-        caption: the edit's wording, which decides new places and, with the object meant, `habits.mistakes`.
-        style: of the caption.
-        rng: decides the rest.
-        habits: `FAITHFUL_EDITS` for captions that are always right.
+        caption: wording of the edit, which decides new places and, with the object meant, `habits.mistakes`.
+        style: style of the caption.
+        rng: random numbers, which decide the rest.
+        habits: rates of mistakes; `FAITHFUL_EDITS` has none.
     """
     kind = None
     if rng.random() < habits.slips:
@@ -87,10 +87,10 @@ def imagine_edit(
 
 
 def _spoilt(asked: EditExample, caption: str, chance: float) -> bool:
-    """Whether this wording goes wrong for this object.
+    """Returns True if the world misdraws this wording for this object.
 
-    A threshold on a sum over adjacent *pairs* of content words, the last of them paired with the object's colour and
-    shape: no word is lucky everywhere, so a refiner has to learn which wording suits which edit.
+    It is a threshold on a sum over adjacent *pairs* of content words, the last of them paired with the object's colour
+    and shape: no word is lucky everywhere, so a refiner has to learn which wording suits which edit.
     """
     words = [word for word in caption.split() if word not in _PLAIN] + [asked.meant.color, asked.meant.shape]
     pairs = list(zip(words, words[1:], strict=False))
@@ -99,7 +99,7 @@ def _spoilt(asked: EditExample, caption: str, chance: float) -> bool:
 
 
 def captioned_edits(rng: random.Random, habits: EditHabits) -> Iterator[tuple[Scene, str, Scene]]:
-    """An endless stream of sources, captions and targets over all categories alike; canonical captions come most."""
+    """Yields sources, captions and targets without end, over all categories alike; canonical captions come most."""
     shares = [1.5 if style == "canonical" else 1.0 for style in EDIT_STYLES]
     while True:
         asked = example(rng, rng.choice(CATEGORIES), "train")
@@ -128,9 +128,9 @@ class ShapesEditPretraining(StreamData):
     Args:
         batch_size: examples a step.
         faithful_batches: number of first batches whose targets always do what their captions say.
-        habits: how targets depart from their captions after that.
-        seed: of the stream.
-        num_workers: processes that make batches.
+        habits: rates at which targets depart from their captions after that.
+        seed: seed of the stream.
+        num_workers: number of processes that make batches.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""An endless stream of source images, instructions and rewrites that the editing miniature's refiner learns from."""
+"""Training stream of source images, instructions and rewrites for the editing miniature's refiner."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from miniature.scenes.world import COLORS, GRID, QUADRANTS, SHAPES, Scene, quadr
 from miniature.streams import Stream, StreamData, completion
 
 NAMING: tuple[EditStyle, ...] = ("explicit", "gallery", "terse")
-"""The styles of rewrites: they name the object by what the image shows."""
+"""Styles of rewrites, which name the object by shape and colour."""
 
 
 def edit_rewrite_pair(rng: random.Random) -> tuple[EditExample, str, str]:
-    """One example for the refiner: an edit, an instruction for it, and the completion that it should learn to give.
+    """Draws an edit, an instruction for it, and the completion that the refiner should learn to give.
 
     Instructions are half canonical, the others in random wordings or in known ones that name the object already.
     Rewrites name it, in one of three vocabularies, mixed now and then. A tenth name another object of the image and
@@ -40,9 +40,10 @@ def edit_rewrite_pair(rng: random.Random) -> tuple[EditExample, str, str]:
 
 
 def caption_pair(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """A prompt with one of the four sides, and the names of a scene's objects with their quadrants from that side on.
+    """Returns a prompt with one of the four sides, and the names of a scene's objects from that side on.
 
-    Objects as far from the side as each other come in reading order. Each of the two is in one vocabulary.
+    Names have quadrants, and objects as far from the side as each other come in reading order. Prompt and names have
+    one vocabulary each.
     """
     side = rng.randrange(len(SIDES))
     items = sorted(scene.items, key=lambda item: item.cell)
@@ -56,7 +57,7 @@ def caption_pair(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 
 def misnamed(edit: Edit, scene: Scene, rng: random.Random) -> Edit:
-    """The edit, with another of the scene's objects taken for the one that is meant."""
+    """Returns the edit with another of the scene's objects taken for the one that is meant."""
     return replace(edit, index=rng.choice([index for index in range(len(scene.items)) if index != edit.index]))
 
 
@@ -87,8 +88,8 @@ class ShapesEditRewrites(StreamData):
             on. A model this small does not find out what it sees from instructions alone.
         hidden: share of the examples whose image is not shown. There the refiner can but guess, which makes
             `see_source: false` a fair comparison: it then still writes as it was taught.
-        seed: of the stream.
-        num_workers: processes that make batches.
+        seed: seed of the stream.
+        num_workers: number of processes that make batches.
     """
 
     def __init__(

@@ -28,11 +28,11 @@ AMBIGUOUS: tuple[EditStyle, ...] = ("canonical", "unseen")
 
 @dataclass(frozen=True)
 class Edit:
-    """What is to be done to a scene.
+    """Change that is to be made to a scene.
 
     Attributes:
         category: one of `CATEGORIES`.
-        index: of the object that is meant, in the scene's items: the one to change, to copy, or to match.
+        index: index, in the scene's items, of the object that is meant: the one to change, to copy, or to match.
         side: the one of `SIDES` on which it is the only outermost object; ambiguous wordings name it by this.
         value: the new shape (swap), colour (attribute_modification), quadrant (move) or ground (env); else None.
     """
@@ -98,7 +98,7 @@ EDIT_LEXICONS: dict[str, EditLexicon] = {
     ),
 }
 UNSEEN_TEMPLATES = (("take", "and"), ("see", "now"), ("here is", "please"))
-"""What stands before the object and between it and what is to be done with it, in the "unseen" style."""
+"""Words of the "unseen" style before the object, and between the object and the change."""
 
 _FILLER = ("take", "see", "now", "and", "here", "is", "please", "then", "just", ",")
 
@@ -107,7 +107,7 @@ def write_edit(edit: Edit, scene: Scene, style: EditStyle, rng: random.Random, *
     """Words an edit of a scene in a style.
 
     Args:
-        edit: what to do.
+        edit: the edit.
         scene: the source, in which explicit wordings look up the object.
         style: "canonical" (ambiguous) is the training prompts' own; "explicit", "gallery" and "terse" name the object
             by colour and shape (the first two by its quadrant, too), each in its own vocabulary; "unseen" (ambiguous)
@@ -182,7 +182,7 @@ def _do(edit: Edit, it: str, lexicon: Callable[[], str], *, explicit: bool) -> s
 
 
 def named_objects(text: str) -> list[tuple[str, str]]:
-    """The (shape, colour) pairs that a text names: a colour's word right before a shape's, of any vocabulary."""
+    """Returns the (shape, colour) pairs that a text names: a colour's word before a shape's, of any vocabulary."""
     shapes, colors = _meanings()
     words = text.split()
     pairs = zip(words, words[1:], strict=False)
@@ -197,7 +197,7 @@ def _meanings() -> tuple[dict[str, str], dict[str, str]]:
 
 
 def edit_vocabulary() -> list[str]:
-    """Every word that the wordings above can use, sorted."""
+    """Returns every word that instructions for edits can use, sorted."""
     phrases: list[str] = ["the one at it", *_FILLER]
     for name, lexicon in EDIT_LEXICONS.items():
         phrases += [template.format(it="it", value="") for template in lexicon.templates]

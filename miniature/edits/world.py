@@ -16,7 +16,7 @@ from miniature.scenes.world import COLORS, GRID, QUADRANTS, SHAPES, Item, Scene,
 Split = Literal["train", "val", "test"]
 
 MATCHES = {"red": "peach", "yellow": "peach", "green": "mint", "blue": "sky", "purple": "sky", "black": "white"}
-"""The ground that matches a colour: its palest relative."""
+"""Colour -> the ground that matches it, its palest relative."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class EditExample:
 
     @property
     def category(self) -> str:
-        """One of `CATEGORIES`."""
+        """Category of the edit, one of `CATEGORIES`."""
         return self.edit.category
 
     @property
@@ -38,23 +38,23 @@ class EditExample:
 
     @property
     def id(self) -> str:
-        """Names source and edit; two wordings of one edit (by another side, too) share it."""
+        """Id of source and edit; two wordings of one edit (by another side, too) share it."""
         return f"{self.category}-{_digest(self):016x}"
 
     @property
     def split(self) -> Split:
-        """60 % train, 20 % val, 20 % test, a fixed function of source and edit."""
+        """Split of the example, a fixed function of source and edit: 60 % train, 20 % val, 20 % test."""
         share = _digest(self) / 2**64
         return "train" if share < 0.6 else "val" if share < 0.8 else "test"
 
     @property
     def instruction(self) -> str:
-        """The training prompts' own wording, ambiguous without the image."""
+        """Canonical instruction, the wording of training prompts, ambiguous without the image."""
         return write_edit(self.edit, self.source, "canonical", random.Random(0))
 
     @property
     def explicit(self) -> str:
-        """A faithful rewrite that names what is seen."""
+        """Instruction that names the object by what the image shows, as a faithful rewrite would."""
         return write_edit(self.edit, self.source, "explicit", random.Random(0))
 
     @property
@@ -77,7 +77,7 @@ class EditExample:
         return (fulfil(self.source, self.edit),)
 
     def target(self, rng: random.Random) -> Scene:
-        """One of `targets`."""
+        """Draws one of `targets`."""
         return rng.choice(self.targets)
 
 
@@ -90,18 +90,18 @@ def _digest(example: EditExample) -> int:
 
 
 def landing_cells(scene: Scene, edit: Edit) -> tuple[int, ...]:
-    """Free cells for the moved object (in its new quadrant) or for the added one (anywhere)."""
+    """Returns the free cells for a moved object (in its new quadrant) or for an added one (anywhere)."""
     taken = {item.cell for item in scene.items}
     free = (cell for cell in range(GRID * GRID) if cell not in taken)
     return tuple(cell for cell in free if edit.category == "addition" or quadrant_of(cell) == edit.value)
 
 
 def fulfil(scene: Scene, edit: Edit, cell: int | None = None) -> Scene:
-    """The scene after the edit.
+    """Returns the scene after the edit.
 
     Args:
         scene: the source.
-        edit: what to do.
+        edit: the edit.
         cell: where the object goes, for "move" and "addition" only: one of `landing_cells`.
     """
     items, meant = list(scene.items), scene.items[edit.index]
@@ -127,7 +127,7 @@ def _given(cell: int | None) -> int:
 
 
 def outermost(scene: Scene, side: str) -> int | None:
-    """Index of the object that lies further to a side than all others; None if two share the place."""
+    """Returns the index of the object that lies further to a side than all others; None if two share the place."""
     ranks = {
         "left": [item.cell % GRID for item in scene.items],
         "right": [-(item.cell % GRID) for item in scene.items],
@@ -141,7 +141,7 @@ def outermost(scene: Scene, side: str) -> int | None:
 
 
 def source_scene(rng: random.Random) -> Scene:
-    """2-4 objects in reading order, each of its own (shape, colour) pair, in distinct cells."""
+    """Draws a scene of 2-4 objects in reading order, with distinct (shape, colour) pairs and cells."""
     num = rng.randint(2, 4)
     kinds = rng.sample([(shape, color) for shape in SHAPES for color in COLORS], num)
     cells = sorted(rng.sample(range(GRID * GRID), num))
@@ -166,7 +166,10 @@ def example(rng: random.Random, category: str, split: Split) -> EditExample:
 
 
 def possible_values(scene: Scene, category: str, index: int) -> tuple[str | None, ...]:
-    """The values that an edit of this object can take: they change it and keep all (shape, colour) pairs distinct."""
+    """Returns the values that an edit of this object can take.
+
+    They change the object and keep all (shape, colour) pairs of the scene distinct.
+    """
     meant = scene.items[index]
     kinds = {(item.shape, item.color) for item in scene.items}
     if category == "swap":

@@ -37,7 +37,7 @@ from miniature.scenes.world import (
 
 @dataclass(frozen=True)
 class Habits:
-    """How the world's images depart from their captions.
+    """Rates at which the world's images depart from their captions.
 
     Attributes:
         mistakes: chance of a mistake that the wording decides, by tag (FLUX.1-dev's order of difficulty).
@@ -67,7 +67,7 @@ FAITHFUL = Habits().faithful
 
 @cache
 def fixed_gaussian(*key: str) -> float:
-    """A standard normal number that is a fixed function of the key."""
+    """Returns a standard normal number that is a fixed function of the key."""
     digest = hashlib.blake2b("\0".join(key).encode(), digest_size=8).digest()
     return NormalDist().inv_cdf((int.from_bytes(digest, "big") + 0.5) / 2**64)
 
@@ -78,15 +78,18 @@ def _word_preferences(word: str, purpose: str, size: int) -> np.ndarray:
 
 
 def preferences(caption: str, purpose: str, size: int) -> np.ndarray:
-    """[size]: the caption's preference among `size` choices, a sum over its words (a small net can learn that)."""
+    """Returns the caption's preference for each of `size` choices.
+
+    It is a sum over the caption's words, which a small network can learn.
+    """
     return np.sum([_word_preferences(word, purpose, size) for word in caption.split()], axis=0)
 
 
 def _spoilt(content: Content, caption: str, habits: Habits) -> bool:
-    """Whether this wording of this content is drawn wrong.
+    """Returns True if the world misdraws this wording of this content.
 
-    A threshold on a sum over adjacent *pairs* of content words: no single word is lucky everywhere, so a refiner has
-    to learn which wording suits which content.
+    It is a threshold on a sum over adjacent *pairs* of content words: no single word is lucky everywhere, so a refiner
+    has to learn which wording suits which content.
     """
     words = [word for word in caption.split() if word not in {*FILLER, "a", "one", "1", "at"}]
     pairs = list(zip(words, words[1:], strict=False)) or [(words[0], words[0])]
@@ -96,7 +99,7 @@ def _spoilt(content: Content, caption: str, habits: Habits) -> bool:
 
 
 def _misread(content: Content, choice: int) -> Content:
-    """The content with one mistake of its tag's kind; `choice` (any int >= 0) picks which."""
+    """Returns the content with one mistake of its tag's kind; `choice` (any int >= 0) picks the mistake."""
     first, last = content.asks[0], content.asks[-1]
     if content.tag == "counting":
         counts = [n for n in (1, 2, 3, 4) if abs(n - first.count) == 1]
@@ -117,14 +120,14 @@ def _misread(content: Content, choice: int) -> Content:
 
 
 def _related(cell: int, other: int, relation: str) -> bool:
-    """Whether an object in `cell` is clearly in that relation to one in `other` (nearer to the axis than to 45 deg)."""
+    """Returns True if `cell` is clearly in a relation to `other`: nearer to the axis than to 45 degrees."""
     dy, dx = divmod(cell, GRID)[0] - divmod(other, GRID)[0], cell % GRID - other % GRID
     along, across = {"left of": (-dx, dy), "right of": (dx, dy), "above": (-dy, dx), "below": (dy, dx)}[relation]
     return along > 0 and abs(across) <= along // 2
 
 
 def _cells(content: Content, scores: np.ndarray) -> list[list[int]]:
-    """Cells for every ask: the best by `scores` [asks, 16] among those that quadrants and the relation allow."""
+    """Returns cells for every ask: the best by `scores` [asks, 16] that quadrants and the relation allow."""
     if content.relation is not None:
         pairs = [pair for pair in product(range(GRID * GRID), repeat=2) if _related(pair[0], pair[1], content.relation)]
         best = max(pairs, key=lambda pair: scores[0, pair[0]] + scores[1, pair[1]])
@@ -142,13 +145,13 @@ def _cells(content: Content, scores: np.ndarray) -> list[list[int]]:
 
 
 def imagine(content: Content, caption: str, rng: random.Random, habits: Habits = Habits()) -> Scene:
-    """The scene that the world shows for a caption of this content.
+    """Returns the scene that the world shows for a caption of this content.
 
     Args:
-        content: what the caption says, as returned by `elaborate` for detailed captions.
-        caption: the words, which decide layout, free colours and `habits.mistakes`.
-        rng: decides the rest.
-        habits: `FAITHFUL` for captions that are always right.
+        content: content of the caption, as returned by `elaborate` for detailed captions.
+        caption: wording, which decides layout, free colours and `habits.mistakes`.
+        rng: random numbers, which decide the rest.
+        habits: rates of mistakes; `FAITHFUL` has none.
     """
     if rng.random() < habits.slips:
         content = _misread(content, rng.randrange(60))

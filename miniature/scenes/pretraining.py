@@ -15,7 +15,7 @@ from miniature.streams import Captioned, Part, Stream, StreamData, completion, f
 
 
 def rewrite_pair(rng: random.Random) -> tuple[str, str]:
-    """One example for the refiner: a prompt and the completion that it should learn to give.
+    """Draws a prompt and the completion that the refiner should learn to give.
 
     Prompts are half canonical, the others in known or in random wordings. Rewrites are "gallery", "terse" and
     "detailed" wordings, vocabularies mixed now and then, never the canonical wording (greedy rewrites would be copies)
@@ -38,7 +38,7 @@ def scene_part(size: int, habits: Habits, faithful_batches: int = 0) -> Part:
 
     Args:
         size: number of scenes in a batch.
-        habits: how images depart from their captions.
+        habits: rates at which images depart from their captions.
         faithful_batches: number of first batches whose images always match their captions.
     """
     return Part(size, _draw, rewrite_pair, partial(_captioned, habits), faithful_batches)
@@ -60,9 +60,9 @@ class ShapesPretraining(StreamData):
         batch_size: examples a step.
         faithful_batches: "captions" only: number of first batches whose images always match their captions. With
             mistakes from the start a model this small never learns prompts of two objects.
-        habits: "captions" only: how images depart from their captions after that.
-        seed: of the stream.
-        num_workers: processes that make batches.
+        habits: "captions" only: rates at which images depart from their captions after that.
+        seed: seed of the stream.
+        num_workers: number of processes that make batches.
     """
 
     def __init__(

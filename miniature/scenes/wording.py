@@ -15,7 +15,7 @@ STYLES: tuple[Style, ...] = ("canonical", "gallery", "terse", "detailed", "unsee
 
 @dataclass(frozen=True)
 class Lexicon:
-    """The words of one vocabulary, in the order of SHAPES, COLORS, the numbers 2 3 4, and RELATIONS."""
+    """Words of one vocabulary, in the order of SHAPES, COLORS, the numbers 2 3 4, and RELATIONS."""
 
     shapes: tuple[str, ...]
     colors: tuple[str, ...]
@@ -68,7 +68,7 @@ def write(content: Content, style: Style, rng: random.Random, *, mix: float = 0.
     """Words a content in a style.
 
     Args:
-        content: what to say; "detailed" says its quadrants too (see `elaborate`).
+        content: content to word; "detailed" says its quadrants too (see `elaborate`).
         style: "canonical" is the training prompts' own; "unseen" is for evaluation only: it draws each word from the
             vocabulary of "gallery" or "terse" and has templates of its own.
         rng: picks prefixes and, where vocabularies mix, words.
@@ -101,7 +101,7 @@ def write_loosely(content: Content, rng: random.Random) -> str:
 
 
 def _compose(content: Content, prefix: str, join: str, lexicon: Callable[[], Lexicon]) -> str:
-    """A sentence of prefix, noun phrases, and what joins them; `lexicon` is asked anew for every word."""
+    """Joins a prefix and noun phrases to a sentence; `lexicon` is called anew for every word."""
 
     def noun_phrase(ask: Ask) -> str:
         shape = lexicon().shapes[SHAPES.index(ask.shape)]
@@ -119,7 +119,7 @@ def _compose(content: Content, prefix: str, join: str, lexicon: Callable[[], Lex
 
 
 def vocabulary() -> list[str]:
-    """Every word that `write` can use, sorted."""
+    """Returns every word that `write` can use, sorted."""
     phrases: list[str] = [*QUADRANTS, "at", *JOIN.values()]
     for lexicon in LEXICONS.values():
         phrases += [*lexicon.shapes, *map(plural, lexicon.shapes), *lexicon.colors, *lexicon.numbers]

@@ -46,7 +46,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Content:
-    """What a prompt asks for. With a `relation`, `asks[0]` stands in that relation to `asks[1]`."""
+    """Content of a prompt; with a `relation`, `asks[0]` stands in that relation to `asks[1]`."""
 
     tag: str
     asks: tuple[Ask, ...]
@@ -54,7 +54,7 @@ class Content:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """GenEval metadata. `exclude` asks for exact counts of every class, else "draw everything" would pass."""
+        """GenEval metadata; `exclude` asks for exact counts of every class, else "draw everything" would pass."""
         target_first = self.asks if self.relation is None else tuple(reversed(self.asks))
         include: list[dict[str, Any]] = []
         for ask in target_first:
@@ -71,7 +71,7 @@ class Content:
 
 @dataclass(frozen=True)
 class Item:
-    """One drawn object; `cell` counts row by row from the upper left, 0..15."""
+    """A drawn object; `cell` counts row by row from the upper left, 0..15."""
 
     shape: str
     color: str
@@ -80,7 +80,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """An image's contents: its objects and the index of its ground colour."""
+    """Objects of an image, and the index of its ground colour."""
 
     items: tuple[Item, ...]
     ground: int = 0
@@ -97,7 +97,7 @@ def quadrant_of(cell: int) -> str:
 
 @lru_cache
 def all_contents(tag: str) -> tuple[Content, ...]:
-    """Every content of a tag, in a fixed order (4, 12, 12, 24, 48 and 360 of them)."""
+    """Returns all contents of a tag, in a fixed order (4, 12, 12, 24, 48 and 360 of them)."""
     pairs = tuple(permutations(SHAPES, 2))
     if tag == "single_object":
         return tuple(Content(tag, (Ask(shape),)) for shape in SHAPES)
@@ -116,7 +116,7 @@ def all_contents(tag: str) -> tuple[Content, ...]:
 
 
 def contents(tag: str, split: Literal["train", "val", "test"]) -> tuple[Content, ...]:
-    """The contents of one split: 60 % train, 20 % val, 20 % test, by a fixed shuffle.
+    """Returns the contents of one split: 60 % train, 20 % val, 20 % test, by a fixed shuffle.
 
     `single_object` has four contents in all, so the splits share them.
     """
@@ -146,7 +146,7 @@ def elaborate(content: Content, rng: random.Random) -> Content:
 
 @lru_cache
 def stencil(shape: str) -> np.ndarray:
-    """[8, 8] float: how much of each pixel of a cell the shape covers, 0..1."""
+    """Returns [8, 8] float: the share of each pixel of a cell that the shape covers, 0..1."""
     scale = 16
     image = Image.new("L", (CELL * scale, CELL * scale))
     draw = ImageDraw.Draw(image)
@@ -181,7 +181,7 @@ def render(scene: Scene) -> np.ndarray:
 
 
 def random_scene(rng: random.Random) -> Scene:
-    """A scene of 1-4 unrelated objects (for the autoencoder, which has no captions)."""
+    """Draws a scene of 1-4 unrelated objects (for the autoencoder, which needs no captions)."""
     cells = rng.sample(range(GRID * GRID), rng.randint(1, 4))
     items = tuple(Item(rng.choice(SHAPES), rng.choice(tuple(COLORS)), cell) for cell in cells)
     return Scene(items, rng.randrange(len(GROUNDS)))

@@ -24,11 +24,11 @@ from miniature.signs.world import (
 from miniature.streams import Captioned, Part, Stream, StreamData, completion, faithful_first, mixed_batches
 
 REWRITE_STYLES: tuple[WordStyle, ...] = ("gallery", "terse")
-"""The styles of rewrites: never the canonical wording (greedy rewrites would be copies) nor the "unseen" templates."""
+"""Styles of rewrites: never the canonical wording (greedy rewrites would be copies) nor the "unseen" templates."""
 
 
 def word_rewrite_pair(rng: random.Random) -> tuple[str, str]:
-    """One example for the refiner: a prompt for a sign and the completion that it should learn to give.
+    """Draws a prompt for a sign and the completion that the refiner should learn to give.
 
     Prompts are half canonical, the others in known or in random wordings. A tenth of the rewrites asks for another word
     and one in twenty breaks the answer format, so that RL has something to teach.
@@ -58,10 +58,10 @@ class WordsPretraining(StreamData):
         scene_share: share of scenes among them; the others are signs.
         faithful_batches: "captions" only: number of first batches whose signs always match their captions. The scenes
             have their habits from the start: they are known to the model that training starts from.
-        habits: "captions" only: how images of scenes depart from their captions.
-        word_habits: likewise for signs, after `faithful_batches`.
-        seed: of the stream.
-        num_workers: processes that make batches.
+        habits: "captions" only: rates at which images of scenes depart from their captions.
+        word_habits: "captions" only: rates at which signs depart from their captions after `faithful_batches`.
+        seed: seed of the stream.
+        num_workers: number of processes that make batches.
     """
 
     def __init__(
