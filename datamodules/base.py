@@ -68,7 +68,7 @@ class PromptDataModule(L.LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.seed = seed
         self.num_workers = num_workers
-        # A process without any evaluation prompt is fine: Lightning stops on it unless told so.
+        # A process without any evaluation prompt is fine, but Lightning stops there without this setting.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.eval_names: list[str] = []
         """Names of the evaluation sets, in the order of the loaders (index = Lightning's `dataloader_idx`)."""

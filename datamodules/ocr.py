@@ -54,7 +54,8 @@ def read_prompts(path: str | Path, quotes: Quotes = "auto") -> list[PromptSample
     Args:
         path: `.txt` with one prompt per line, or `.jsonl` with `prompt`, optional `id`, and optional `text` (a string
             or a list of them) where the target is not simply what is quoted. Blank lines are skipped.
-        quotes: see `target_text`; `auto` is double if every line without its own `text` has double quotes.
+        quotes: quotation marks around the wanted text (see `target_text`); `auto` is double if every line without its
+            own `text` has double quotes.
 
     Returns:
         The samples in file order, with the tag `ocr` and `metadata["text"]`, a list of strings.

@@ -83,7 +83,7 @@ class ArrowRows:
         for group in range(file.metadata.num_row_groups):
             size = file.metadata.row_group(group).num_rows
             if row < size:
-                # rows come in their order: one group at a time is enough
+                # evaluation takes rows in their order: one group at a time is enough
                 if self._latest is None or self._latest[:2] != (group, column):
                     self._latest = (group, column, file.read_row_group(group, columns=[column]).column(column))
                 return self._latest[2][row].as_py()

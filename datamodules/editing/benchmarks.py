@@ -24,7 +24,7 @@ class EditBenchmarkPrompts(PromptDataModule):
 
     Args:
         limit: at most so many prompts of each set, spread evenly over it since files may be sorted.
-        **kwargs: as for `PromptDataModule`, but for `batch_size` and `seed`, which are of training.
+        **kwargs: as for `PromptDataModule`, without `batch_size` and `seed`, which concern training.
     """
 
     def __init__(self, limit: int | None = None, **kwargs: Any) -> None:

@@ -129,7 +129,7 @@ def locate(name: str, setting: str, repo_type: RepoType | None = None) -> list[P
     Args:
         name: a path, a pattern such as `data/*.parquet`, or a name on the hub (see `parse_hub`).
         setting: name of the setting, for errors.
-        repo_type: see `parse_hub`.
+        repo_type: kind of repository where the name does not say it.
     """
     try:
         if hub := parse_hub(name, repo_type):

@@ -41,7 +41,7 @@ def read_image(source: Source, rules: ImageRules) -> Image.Image:
     transformers ignore them.
 
     Args:
-        source: where its file is.
+        source: path of the image, or a callable that returns the bytes of its file.
         rules: bounds on its size.
 
     Raises:

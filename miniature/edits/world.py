@@ -102,7 +102,7 @@ def fulfil(scene: Scene, edit: Edit, cell: int | None = None) -> Scene:
     Args:
         scene: the source.
         edit: the edit.
-        cell: where the object goes, for "move" and "addition" only: one of `landing_cells`.
+        cell: cell that the object goes to, for "move" and "addition" only: one of `landing_cells`.
     """
     items, meant = list(scene.items), scene.items[edit.index]
     if edit.category == "removal":
