@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from datamodules.jsonl import json_lines
 from datamodules.sample import PromptSample
 from lightning_modules.atomic_write import write_atomically
 
@@ -61,9 +62,8 @@ class ImageStore:
         for path in [self.path, *sorted(self.directory.glob(f"{self.list_name}.*.jsonl"))]:
             if not path.is_file():
                 continue
-            for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-                line = _parse(text)
-                if line is not None and (self.directory / line["file"]).is_file():
+            for _, line in json_lines(path, broken="skip"):  # a killed process may have left half a line
+                if {"digest", "source"} <= line.keys() and (self.directory / line["file"]).is_file():
                     self._lines[line["set"], line["id"], line["mode"], line["k"]] = line
         return self._lines
 
@@ -181,12 +181,3 @@ def _digest(data: bytes) -> str:
 def _source(sample: PromptSample) -> str | None:
     image = sample.image
     return None if image is None else _digest(repr((image.mode, image.size)).encode() + image.tobytes())
-
-
-def _parse(text: str) -> Line | None:
-    """Parses a line of the list; None for one that a killed process left unfinished."""
-    try:
-        line = json.loads(text)
-    except json.JSONDecodeError:
-        return None
-    return line if isinstance(line, dict) and {"digest", "source"} <= line.keys() else None

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from datamodules.base import PromptSample, bare
 from datamodules.chunks import chunks
 from datamodules.paraphrases.base import Paraphraser, Wordings, check_kinds
-from datamodules.paraphrases.files import read_lines
+from datamodules.paraphrases.files import read_wordings
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.seeding import seed_of
 from rewards.pretrained import pick_device
@@ -165,7 +165,7 @@ class WrittenParaphrases(Paraphraser):
         if not path.exists():
             return {}
         found = {}
-        for where, line in read_lines(path, unfinished=True):
+        for where, line in read_wordings(path, broken="skip_last"):
             if not isinstance(line.get("formatted"), bool) or not isinstance(line.get("original"), str):
                 raise ValueError(f"{where}: no line of WrittenParaphrases: name another file as `cache`.")
             found[_key(line)] = line

@@ -17,7 +17,8 @@ from lightning_modules.policies.flow import to_pil
 from lightning_modules.policies.flux1_kontext import KontextPolicy
 from lightning_modules.seeding import seed_of
 from miniature.edits.reward import ShapesEditReward
-from miniature.edits.world import CATEGORIES, EDIT_STYLES, EditExample, example, write_edit
+from miniature.edits.wording import CATEGORIES, EDIT_STYLES, write_edit
+from miniature.edits.world import EditExample, example
 from miniature.scenes.world import render
 from rewards.base import RewardBatch, Score
 

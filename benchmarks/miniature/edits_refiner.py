@@ -16,8 +16,10 @@ from datamodules.base import PromptSample
 from datamodules.chunks import chunks
 from lightning_modules.policies.vision_language import VisionLanguagePolicy
 from miniature.edits.naming import named_correctly
-from miniature.edits.world import CATEGORIES, EDIT_LEXICONS, TINTS, EditExample, EditStyle, example, write_edit
-from miniature.scenes.world import COLORS, LEXICONS, QUADRANTS, SHAPES, render
+from miniature.edits.wording import CATEGORIES, EDIT_LEXICONS, TINTS, EditStyle, write_edit
+from miniature.edits.world import EditExample, example
+from miniature.scenes.wording import LEXICONS
+from miniature.scenes.world import COLORS, QUADRANTS, SHAPES, render
 
 
 def main() -> None:

@@ -16,7 +16,8 @@ from lightning_modules.policies.flow import to_pil
 from lightning_modules.policies.flux1 import Flux1Policy
 from lightning_modules.seeding import seed_of
 from miniature.scenes.detector import ShapesDetector
-from miniature.scenes.world import STYLES, TAGS, Content, Style, contents, elaborate, write
+from miniature.scenes.wording import STYLES, Style, write
+from miniature.scenes.world import TAGS, Content, contents, elaborate
 from rewards.geneval.rules import Detection, judge
 
 DETECTOR = ShapesDetector()
