@@ -1,1 +1,5 @@
-"""PromptRL on Lightning: joint reinforcement learning of a prompt refiner and a flow-matching image model."""
+"""The joint RL step, its policies, and the `lightning` command."""
+
+from lightning_modules.late_imports import postpone
+
+postpone()
