@@ -56,7 +56,6 @@ html_static_path: list[str] = []
 html_extra_path = ["site"]  # index.html, which leads to docs/index.html
 
 myst_heading_anchors = 3
-myst_enable_extensions = ["dollarmath"]
 # ref.python: attributes of ours are called `bytes` and `columns`, which types in signatures are then taken for.
 suppress_warnings = ["myst.header", "ref.python"]
 
@@ -79,15 +78,23 @@ _ITEM = re.compile(r"(\d+\.|[-*]) ")
 def markdown_to_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Makes a plain docstring with Markdown's backticks valid reStructuredText, without a change to what it says.
 
-    Doctests stay as they are; lists and indented formulas get the blank lines that reStructuredText wants around them.
+    Doctests stay as they are, indented formulas become literal blocks, lists get the blank lines that reStructuredText
+    wants around them.
     """
     result: list[str] = []
-    in_doctest = in_section = False
+    in_doctest = in_section = in_formula = False
     previous = ""
     for line in lines:
         in_doctest = line.lstrip().startswith(">>>") or (in_doctest and bool(line.strip()))
         if line.strip() and not line.startswith(" "):
             in_section = line.strip() in _SECTIONS
+        if not in_doctest and not in_section and _indent(line) >= 4 and (in_formula or not previous.strip()):
+            if not in_formula:
+                result += ["::", ""]
+            in_formula, previous = True, line
+            result.append(line)
+            continue
+        in_formula = in_formula and not line.strip()
         if not in_doctest and not in_section and line.strip() and previous.strip():
             deeper = _indent(line) != _indent(previous) and not _ITEM.match(previous.lstrip())
             begins = bool(_ITEM.match(line.lstrip())) and not _ITEM.match(previous.lstrip())

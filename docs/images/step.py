@@ -79,8 +79,8 @@ def main() -> None:
     arrow(axes, (2.65, 4.9), (5.68, 6.02), bend=-0.15)
     arrow(axes, (5.05, 2.74), (5.68, 2.74))
 
-    box(axes, 8.8, 0.35, 1.6, 6.4, FLOW, "flow model\ndraws n\nimages", fontsize=9.5)
-    box(axes, 12.25, 0.35, 1.5, 6.4, REWARD, "one reward\njudges all\nagainst\nthe prompt", fontsize=9.5)
+    box(axes, 8.8, 0.35, 1.6, 6.4, FLOW, "flow\nmodel\ndraws n\nimages", fontsize=9.5)
+    box(axes, 12.25, 0.35, 1.5, 6.4, REWARD, "one\nreward\njudges all\nagainst\nthe\nprompt", fontsize=9.5)
     axes.text(14.4, 7.0, "reward", ha="center", fontsize=9, color=INK)
     axes.text(15.95, 7.0, "advantage", ha="center", fontsize=9, color=INK)
     axes.text(7.15, 7.0, "a group of n = 8", ha="center", fontsize=9, color=INK)
