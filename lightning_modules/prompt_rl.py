@@ -282,7 +282,7 @@ class PromptRL(EvaluatedAgents):
         """Collects, and stops all ranks together when one has no scorer or none has had a score for too long.
 
         Raises:
-            RewardUnavailable: on every rank, before anything is updated; `cli.Checkpoint` saves this state.
+            RewardUnavailable: on every rank, before anything is updated; `cli.checkpoint.Checkpoint` saves this state.
         """
         failure: RewardUnavailable | None = None
         rollout: Rollout | None = None

@@ -25,6 +25,7 @@ from callbacks.health import Health
 from callbacks.stop_rules import Limit, Streaks
 from datamodules.base import PromptDataModule, PromptSample
 from lightning_modules import cli
+from lightning_modules.cli.checkpoint import Checkpoint
 from lightning_modules.evaluation import EvaluationBatch, validate_now
 from lightning_modules.rollout import Conditioning, Rollout, Trajectory
 from rewards.base import Reward, RewardBatch, Score
@@ -144,7 +145,7 @@ def fit(root: Path, module: Painter, health: L.Callback | None, steps: int = 8, 
     resume = more.pop("ckpt_path", None)
     every = more.pop("every", 2)
     logger: Any = [CSVLogger(root, name="run", version=0)]
-    callbacks = [cli.Checkpoint(save_last=True, every_n_train_steps=every), *([] if health is None else [health])]
+    callbacks = [Checkpoint(save_last=True, every_n_train_steps=every), *([] if health is None else [health])]
     options: dict[str, Any] = {
         "accelerator": "cpu",
         "max_steps": steps,

@@ -11,6 +11,7 @@ import yaml
 
 from callbacks.benchmark import Benchmark
 from lightning_modules import cli
+from lightning_modules.cli import command
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 
@@ -37,9 +38,9 @@ def test_there_is_a_file_for_every_benchmark() -> None:
 
 @pytest.mark.parametrize(("experiment", "overlay"), PAIRS)
 def test_overlay(experiment: str, overlay: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    built: list[cli.PromptRLCLI] = []
+    built: list[command.PromptRLCLI] = []
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(cli.PromptRLCLI, "_run_subcommand", lambda self, _: built.append(self))
+    monkeypatch.setattr(command.PromptRLCLI, "_run_subcommand", lambda self, _: built.append(self))
     options = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.default_root_dir", str(tmp_path)]
     cli.main(["test", "--config", experiment, "--config", overlay, *options])
     (made,) = built

@@ -12,6 +12,7 @@ import yaml
 
 from callbacks.benchmark import Benchmark
 from lightning_modules import cli
+from lightning_modules.cli import command
 from lightning_modules.sweep import run as sweep
 from rewards.serving.server import build_parser
 
@@ -32,9 +33,9 @@ JOINT = [config for config in CONFIGS if config.endswith("promptrl.yaml")]
 @pytest.mark.parametrize("config", CONFIGS)
 def test_config(config: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """`main` does all but run: no weights are loaded, nothing is written."""
-    built: list[cli.PromptRLCLI] = []
+    built: list[command.PromptRLCLI] = []
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(cli.PromptRLCLI, "_run_subcommand", lambda self, _: built.append(self))
+    monkeypatch.setattr(command.PromptRLCLI, "_run_subcommand", lambda self, _: built.append(self))
     cli.main(["fit", "--config", config, "--trainer.default_root_dir", str(tmp_path), "--trainer.accelerator=cpu"])
     (built_by_main,) = built
     resolved = yaml.safe_load((ROOT / config).read_text())
@@ -75,7 +76,7 @@ def test_reward_config(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sweep(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It parses, its experiments are ones of ours, every run has a folder of its own; its last command builds."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(cli.PromptRLCLI, "_run_subcommand", lambda self, _: None)
+    monkeypatch.setattr(command.PromptRLCLI, "_run_subcommand", lambda self, _: None)
     plan = sweep.read(["--config", config])
     cli.main([*plan.jobs()[-1].commands[-1].options, "--trainer.accelerator=cpu"])
     assert set(plan.configs) <= set(CONFIGS) and set(plan.test_configs or ()) <= set(FOR_TESTS)
@@ -123,9 +124,9 @@ def test_three_modes_differ_in_their_agents_alone(joint: str) -> None:
 @pytest.mark.parametrize("config", LORA)
 def test_overlay(config: str, overlay: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A smaller GPU's settings replace the file's own, whichever family it is for."""
-    built: list[cli.PromptRLCLI] = []
+    built: list[command.PromptRLCLI] = []
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(cli.PromptRLCLI, "_run_subcommand", lambda self, _: built.append(self))
+    monkeypatch.setattr(command.PromptRLCLI, "_run_subcommand", lambda self, _: built.append(self))
     options = ["--trainer.accelerator=cpu", "--trainer.default_root_dir", str(tmp_path)]
     cli.main(["fit", "--config", config, "--config", overlay, *options])
     flow: Any = built[0].model.flow

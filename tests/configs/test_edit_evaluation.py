@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from benchmarks.miniature import evaluation as miniature_evaluation
 from lightning_modules import cli
@@ -20,7 +21,11 @@ def tested(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`lightning test` of the base models with the source in sight, and hidden from the refiner."""
     folder = tmp_path_factory.mktemp("evaluation")
     (folder / "miniature").symlink_to(ROOT / "miniature")
-    configs = [f"--config={ROOT}/configs/miniature/{name}.yaml" for name in ("edit_promptrl", "edit_evaluate")]
+    overlay = yaml.safe_load((ROOT / "configs/miniature/edit_evaluate.yaml").read_text())
+    (diversity,) = (one for one in overlay["trainer"]["callbacks"] if one["class_path"].endswith("Diversity"))
+    diversity["init_args"]["num_prompts"] = 4  # of 48, with eight images in each of three arms
+    (folder / "evaluate.yaml").write_text(yaml.safe_dump(overlay))
+    configs = [f"--config={ROOT}/configs/miniature/edit_promptrl.yaml", f"--config={folder}/evaluate.yaml"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # the static enhancer's wordings go where the command is run
         for name, sees in (("base-0", "true"), ("blind-0", "false")):

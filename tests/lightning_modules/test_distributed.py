@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-import torch.multiprocessing as mp
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from datamodules.base import PromptSample
@@ -25,6 +21,7 @@ from lightning_modules.rollout import Rollout
 from miniature.scenes.detector import ShapesDetector
 from miniature.scenes.prompts import ShapesPrompts
 from rewards.geneval.reward import GenEvalReward
+from tests.forked import Forked, free_port, launched, run
 
 
 class Shared(PromptRL):
@@ -62,8 +59,7 @@ def sgd(groups: list[dict[str, Any]]) -> torch.optim.SGD:
     return torch.optim.SGD([{"name": g["name"], "params": g["params"], "lr": 0.05} for g in groups])
 
 
-def train(rank: int, world: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
+def train(rank: int, world: int, folder: Path) -> None:
     data = ShapesPrompts(train_prompts=16, batch_size=2)
     # Ranks run different numbers of micro-batches.
     flow = Flux1Policy(
@@ -82,14 +78,6 @@ def train(rank: int, world: int, port: int, folder: str) -> None:
     module = Shared(flow, GenEvalReward(ShapesDetector()), language, 4, 2, optimizer=sgd)
     module.union = [data.train_samples()[i : i + 4] for i in (0, 4)]
     strategy = "ddp" if world > 1 else "auto"
-    if world > 1:
-        os.environ |= {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "NODE_RANK": "0",
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world),
-        }
     trainer = L.Trainer(
         accelerator="cpu",
         devices=world,
@@ -105,22 +93,19 @@ def train(rank: int, world: int, port: int, folder: str) -> None:
     )
     trainer.fit(module, data)
     weights = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
-    torch.save({"weights": weights, "rollouts": module.num_rollouts}, f"{folder}/{world}-{rank}.pt")
+    torch.save({"weights": weights, "rollouts": module.num_rollouts}, folder / f"{world}-{rank}.pt")
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one_with_the_union(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = mp.get_context("spawn")
+    port = free_port()
     workers = [(0, 1)] + [(rank, 2) for rank in range(2)]
-    processes = [context.Process(target=train, args=(rank, world, port, str(tmp_path))) for rank, world in workers]
+    processes = [
+        Forked(partial(train, rank, world, tmp_path), tmp_path / f"{world}-{rank}.log", launched(rank, world, port))
+        for rank, world in workers
+    ]
     for process in processes:
-        process.start()
-    for process in processes:
-        process.join(180)
-        assert process.exitcode == 0
+        assert process.wait() == 0, process.text
     one, *two = (torch.load(tmp_path / f"{world}-{rank}.pt", weights_only=True) for rank, world in workers)
     for other in two:
         assert other["rollouts"] == one["rollouts"] == 32
@@ -143,7 +128,8 @@ def test_two_processes_validate_and_write_results(tmp_path: Path) -> None:
         f"--trainer.default_root_dir={tmp_path}",
         "--trainer.enable_progress_bar=false",
     ]
-    subprocess.run([sys.executable, "-m", "lightning_modules.cli", *options], check=True, timeout=240)
+    for process in run(tmp_path / "output", *options, processes=2):
+        assert process.returncode == 0, process.text
     (path,) = tmp_path.rglob("results.json")
     results = json.loads(path.read_text())
     assert results["rollouts"] == 2 * 8
@@ -170,10 +156,8 @@ def test_a_scorer_lost_on_one_rank_stops_both_with_a_checkpoint(tmp_path: Path) 
         f"--trainer.default_root_dir={tmp_path}",
         "--trainer.enable_progress_bar=false",
     ]
-    command = [sys.executable, "-m", "lightning_modules.cli", *options]
-    env = os.environ | {"PYTHONPATH": "."}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
-    assert run.returncode != 0
-    assert "lightning: error: the reward server is gone." in run.stderr
+    zero, one = run(tmp_path / "output", *options, processes=2)
+    assert zero.returncode != 0 and one.returncode != 0
+    assert "lightning: error: the reward server is gone." in one.text
     (path,) = tmp_path.rglob("last.ckpt")
     assert torch.load(path, weights_only=True)["global_step"] == 1

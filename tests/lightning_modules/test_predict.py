@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.flux1 import Flux1Policy
 from lightning_modules.seeding import seed_of
 from miniature.scenes.prompts import ShapesPrompts
+from tests.forked import run
 
 QUICKSTART = "configs/quickstart.yaml"
 FLOW = "model.init_args.flow.init_args"
@@ -277,10 +276,11 @@ def test_two_processes_draw_what_one_does(whole: Path, tmp_path: Path) -> None:
     options = ["predict", f"--config={QUICKSTART}", "--trainer.accelerator=cpu", f"--predictions.directory={folder}",
                "--trainer.enable_progress_bar=false", *DATA]  # fmt: skip
     two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
-    command = [sys.executable, "-m", "lightning_modules.cli", *options]
-    subprocess.run([*command, *two, "--trainer.limit_predict_batches=1"], check=True, timeout=240)
-    assert len(listed(folder)) == 2 * 3 * 2
-    subprocess.run([*command, *two, "--trainer.limit_predict_batches=2"], check=True, timeout=240)
+    for batches in (1, 2):
+        for process in run(tmp_path, *options, *two, f"--trainer.limit_predict_batches={batches}", processes=2):
+            assert process.returncode == 0, process.text
+        if batches == 1:
+            assert len(listed(folder)) == 2 * 3 * 2
     predict(folder)
     assert listed(folder) == listed(whole)
     assert contents(folder).keys() == contents(whole).keys()

@@ -1,30 +1,20 @@
-"""The `lightning` command: `lightning fit|validate|test|predict --config ...`.
-
-Every run writes to `<trainer.default_root_dir>/<experiment>/version_N/`: TensorBoard events, `metrics.csv`, the
-resolved `config.yaml` and `checkpoints/` (with `last.ckpt`).
-"""
+"""The parser of the `lightning` command, and what it builds: trainer, loggers, checkpoints."""
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
-import traceback
-import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-import diffusers
 import jsonargparse
 import lightning as L
 import torch
-import transformers
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar, TQDMProgressBar, WeightAveraging
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar, WeightAveraging
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -33,14 +23,14 @@ from callbacks.kept_images import KeepImages
 from callbacks.predictions import SavePredictions
 from callbacks.progress import RunProgressBar
 from callbacks.report import Report
-from datamodules.base import PromptDataModule, ResumableLoader
+from datamodules.base import PromptDataModule
 from lightning_modules.agents import check_precision
+from lightning_modules.cli.checkpoint import Checkpoint, SaveConfig
+from lightning_modules.cli.errors import complain, raised_by_us
+from lightning_modules.cli.renamed import renamed
 from lightning_modules.evaluation import EvaluatedAgents
-from lightning_modules.preflight import check as preflight
-from lightning_modules.renamed import renamed
+from lightning_modules.preflight.check import Mode, check
 from rewards.base import RewardUnavailable
-
-OUR_PACKAGES = ("lightning_modules", "datamodules", "rewards", "callbacks")
 
 
 class Parser(LightningArgumentParser):
@@ -51,8 +41,8 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends with one line instead of the usage text: ours, where a constructor of ours refused its arguments."""
-        ours = _raised_by_us(ex or sys.exc_info()[1])
-        sys.exit(_complain(renamed(message) or (message if ours is None else str(ours))))
+        ours = raised_by_us(ex or sys.exc_info()[1])
+        sys.exit(complain(renamed(message) or (message if ours is None else str(ours))))
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Parses; jsonargparse hands a null that lies two classes deep on to itself as the text "None"."""
@@ -61,81 +51,23 @@ class Parser(LightningArgumentParser):
         return super().parse_args(args, *more, **kwargs)
 
 
-class SaveConfig(SaveConfigCallback):
-    """Saves the resolved config once the models are loaded, so that a run that cannot start leaves nothing behind."""
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Waits for `on_fit_start` or `on_test_start`."""
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes `config.yaml` beside the logs."""
-        super().setup(trainer, pl_module, "fit")
-
-    on_test_start = on_fit_start  # so that a test's scores say which agents they are of
-
-
-class Checkpoint(ModelCheckpoint):
-    """Keeps `last.ckpt` true to the last step, also when training ends between two checkpoints.
-
-    A checkpoint that is due at a step with a validation is saved after it: Lightning saves before, and a resumed run
-    would lack that validation in its history and in what stops it. If the validation fails, it is saved then; a run
-    that goes on from there does not validate at that step again.
-    """
-
-    _due: tuple[Any, Any, int] | None = None
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Saves now, or notes what to save after the validation that is about to run."""
-        # Lightning has no public name for the question whether it is.
-        if trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher):  # type: ignore[arg-type]
-            self._due = (outputs, batch, batch_idx)
-        else:
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves what was due before this validation."""
-        super().on_validation_end(trainer, pl_module)
-        self._save_due(trainer, pl_module)
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Saves what was due before a validation that had nothing to do."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self._save_due(trainer, pl_module)
-
-    def _save_due(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._due is not None:
-            due, self._due = self._due, None
-            super().on_train_batch_end(trainer, pl_module, *due)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves `last.ckpt` unless this very step was saved."""
-        if self.save_last and trainer.global_step != self._last_global_step_saved:
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Saves `last.ckpt` when scores cannot be had: the step that lacked them is the first after a resume."""
-        super().on_exception(trainer, pl_module, exception)
-        fitting = trainer.state.fn == TrainerFn.FITTING and trainer.global_step > 0
-        if fitting:
-            self._save_due(trainer, pl_module)
-        if isinstance(exception, RewardUnavailable) and fitting and self.save_last:
-            if trainer.training and isinstance(trainer.train_dataloader, ResumableLoader):
-                trainer.train_dataloader.put_back()
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-
-
 class PromptRLCLI(LightningCLI):
     """LightningCLI with the house's defaults: run folders, checkpoints, `${...}` resolved after merging."""
+
+    wanted: str | None = None
+    """The one subcommand whose options are built; None builds all four, which takes four times as long."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Names the subcommands, and the arguments of the trainer's methods that are no options."""
+        known = LightningCLI.subcommands()
+        return {name: skipped for name, skipped in known.items() if PromptRLCLI.wanted in (None, name)}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds `experiment` (name of the run folder), `checkpoint` (what is kept) and `preflight` (see there)."""
         parser.add_argument("--experiment", type=str, default="default", help="name of the run folder")
         said = "if a fit's weights and optimizer cannot fit the device: stop, warn, or do not look"
-        parser.add_argument("--preflight", type=preflight.Mode, default="stop", help=said)
+        parser.add_argument("--preflight", type=Mode, default="stop", help=said)
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "trainer.default_root_dir": "runs"})
 
@@ -196,7 +128,7 @@ class PromptRLCLI(LightningCLI):
             if isinstance(self.model, EvaluatedAgents):
                 self.model.require_learner()
                 check_precision(self.trainer.precision)
-            preflight.check(self.model, self.datamodule, self.trainer, self.config["fit"]["preflight"])
+            check(self.model, self.datamodule, self.trainer, self.config["fit"]["preflight"])
         self.model.configure_model()
         self.model.setup(str(self.subcommand))
         if self._checkpoint_path is not None:
@@ -220,13 +152,14 @@ class PromptRLCLI(LightningCLI):
             )
 
 
-def main(args: list[str] | None = None) -> None:
-    """Entry point of the `lightning` script.
+def run(args: list[str] | None = None) -> None:
+    """Runs the command.
 
     Errors raised on purpose by this project's own code end in one line; any other keeps its traceback.
     """
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    quieten()
+    words = sys.argv[1:] if args is None else args
+    PromptRLCLI.wanted = words[0] if words and words[0] in LightningCLI.subcommands() else None
     try:
         PromptRLCLI(
             L.LightningModule,
@@ -244,52 +177,11 @@ def main(args: list[str] | None = None) -> None:
     except SIGTERMException:
         sys.exit(128 + signal.SIGTERM)  # as shells say it; Lightning would end as if the run were complete
     except OmegaConfBaseException as error:
-        sys.exit(_complain(f"in the configuration: {str(error).splitlines()[0]}"))
+        sys.exit(complain(f"in the configuration: {str(error).splitlines()[0]}"))
     except RewardUnavailable as error:
-        sys.exit(_complain(f"{error} A fit stops so with its state in checkpoints/last.ckpt: go on with --ckpt_path."))
+        sys.exit(complain(f"{error} A fit stops so with its state in checkpoints/last.ckpt: go on with --ckpt_path."))
     except ValueError as error:
-        ours = _raised_by_us(error)
+        ours = raised_by_us(error)
         if ours is None:
             raise
-        sys.exit(_complain(str(ours)))
-
-
-def _complain(message: str) -> int:
-    print(f"lightning: error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
-
-
-def _raised_by_us(error: BaseException | None) -> ValueError | None:
-    """The first ValueError in a chain of exceptions whose innermost frame is in one of our packages."""
-    while error is not None:
-        frames = list(traceback.walk_tb(error.__traceback__))
-        package = frames[-1][0].f_globals.get("__name__", "").split(".")[0] if frames else ""
-        if isinstance(error, ValueError) and package in OUR_PACKAGES:
-            return error
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def quieten() -> None:
-    """Silences notices that a user of this project can do nothing about."""
-    # Among them one line per caption that is longer than CLIP's 77 tokens: FLUX.1 reads the whole text by T5.
-    diffusers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "Tip:" not in record.getMessage()
-    )
-    warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated.*")
-    warnings.filterwarnings("ignore", message="Found .* module\\(s\\) in eval mode.*")  # ours stay so on purpose
-    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*logging interval.*")
-    warnings.filterwarnings("ignore", message="Total length of `DataLoader` across ranks is zero.*")  # all predicted
-    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization.*")
-    warnings.filterwarnings("ignore", message="The dirpath has changed from.*")
-    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty.*")
-
-
-if __name__ == "__main__":
-    main()
+        sys.exit(complain(str(ours)))

@@ -1,0 +1,74 @@
+"""The `lightning` command: `lightning fit|validate|test|predict --config ...`.
+
+Every run writes to `<trainer.default_root_dir>/<experiment>/version_N/`: TensorBoard events, `metrics.csv`, the
+resolved `config.yaml` and `checkpoints/` (with `last.ckpt`). This room alone imports `callbacks`, and its front door
+nothing slow: `--help` and misspelt keys are answered before torch is imported.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+
+from lightning_modules.cli.errors import complain
+from lightning_modules.cli.misspelt import misspelt
+
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+HELP = """usage: lightning {fit,validate,test,predict} --config FILE [--config FILE ...] [--KEY VALUE ...]
+
+  fit        train both agents, one of them, or flow-only (`language: null`)
+  validate   score the validation prompts
+  test       score fresh prompts, with intervals; images are kept
+  predict    draw prompts with and without the refiner into a folder
+
+  --config FILE             an experiment, such as configs/quickstart.yaml; later files are laid over earlier ones
+  --KEY VALUE               any value of it, such as --trainer.max_steps 10 or --model.init_args.group_size 4
+  --ckpt_path FILE          a checkpoint to go on from (fit) or to evaluate
+  --print_config            the whole configuration with its defaults, and no run
+  lightning fit --help      all options of a subcommand
+  --data.help CLASS         the arguments of a class (likewise --model.help, --trainer.callbacks.help)
+"""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of the `lightning` script.
+
+    Args:
+        args: the words after `lightning`; None takes the process's own.
+    """
+    words = sys.argv[1:] if args is None else args
+    if not words or words[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return
+    mistake = misspelt(words) if words[0] in SUBCOMMANDS else None
+    if mistake is not None:
+        sys.exit(complain(mistake))
+    from lightning_modules.cli.command import run  # imports torch, diffusers and Lightning: seconds
+
+    quieten()
+    run(args)
+
+
+def quieten() -> None:
+    """Silences notices that a user of this project can do nothing about."""
+    import diffusers
+    import transformers
+
+    # Among them one line per caption that is longer than CLIP's 77 tokens: FLUX.1 reads the whole text by T5.
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
+    warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated.*")
+    warnings.filterwarnings("ignore", message="Found .* module\\(s\\) in eval mode.*")  # ours stay so on purpose
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*logging interval.*")
+    warnings.filterwarnings("ignore", message="Total length of `DataLoader` across ranks is zero.*")  # all predicted
+    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization.*")
+    warnings.filterwarnings("ignore", message="The dirpath has changed from.*")
+    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty.*")

@@ -1,0 +1,125 @@
+"""Finds misspelt keys of a command line and its configuration files before anything slow is imported.
+
+The full parser finds them too, with less to say and after the seconds that torch, diffusers and Lightning take to
+import. Whatever cannot be judged here is left to it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_modules.cli.renamed import renamed
+from lightning_modules.cli.signatures import arguments
+
+_KEYWORDS = ("class_path", "init_args", "dict_kwargs")
+_TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
+Node = dict[str, Any]
+
+
+def misspelt(command: Sequence[str]) -> str | None:
+    """Says which argument of a command does not exist.
+
+    Args:
+        command: the words after `lightning`: a subcommand, `--config` files and options.
+
+    Returns:
+        One sentence with the argument's place, owner and nearest spelling; None if nothing is known to be wrong.
+    """
+    tree: Node = {}
+    words = iter(command[1:])
+    for word in words:
+        if not word.startswith("--"):
+            continue
+        key, equals, value = word[2:].partition("=")
+        if key == "help" or key.endswith(".help"):
+            return None
+        value = value if equals else next(words, "")
+        if key == "config":
+            content = _read(Path(value))
+            if content is None:
+                return None  # a missing or malformed file is the parser's to explain
+            _merge(tree, content)
+        else:
+            _set(tree, key.split("."), value)
+    places = (("model", None), ("data", None), ("trainer", _TRAINER))
+    return next((said for key, owner in places for said in _wrong(tree.get(key), owner, key)), None)
+
+
+def _read(path: Path) -> Node | None:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _merge(tree: Node, over: Mapping[str, Any]) -> None:
+    """Lays one configuration over another, as the parser does: a new class brings arguments of its own."""
+    for key, value in over.items():
+        name = str(key).rstrip("+")
+        below = tree.get(name)
+        if not isinstance(value, dict) or not isinstance(below, dict):
+            tree[name] = value if not str(key).endswith("+") or not below else [below, value]
+        elif value.get("class_path", below.get("class_path")) != below.get("class_path"):
+            tree[name] = value
+        else:
+            _merge(below, value)
+
+
+def _set(tree: Node, keys: list[str], value: str) -> None:
+    """Sets an option by its dotted name, in which `init_args` may be left out."""
+    *path, last = keys
+    for key in path:
+        tree = _arguments_of(tree, key)
+        if not isinstance(tree.get(key), dict):
+            old = tree.get(key)
+            tree[key] = {"class_path": old} if isinstance(old, str) else {}
+        tree = tree[key]
+    tree = _arguments_of(tree, last)
+    if isinstance(tree.get(last), dict) and "." in value and " " not in value:  # `--reward=path.of.Class`
+        _merge(tree, {last: {"class_path": value}})
+    elif not isinstance(tree.get(last), dict):
+        tree[last] = value
+
+
+def _arguments_of(node: Node, key: str) -> Node:
+    if "class_path" not in node or key in _KEYWORDS:
+        return node
+    found = node.setdefault("init_args", {})
+    return found if isinstance(found, dict) else {}
+
+
+def _wrong(value: Any, owner: str | None, place: str) -> Iterator[str]:
+    """Sentences about what is misspelt at a place and below it.
+
+    Args:
+        value: what the configuration has there.
+        owner: class path of the value's type, where the configuration need not name it.
+        place: dotted name.
+    """
+    if isinstance(value, list):
+        for number, one in enumerate(value):
+            yield from _wrong(one, None, f"{place}[{number}]")
+    if not isinstance(value, dict):
+        return
+    if "class_path" in value:
+        owner, place = str(value["class_path"]), f"{place}.init_args"
+        old = renamed(f"'{owner}'")
+        if old is not None:
+            yield old
+        value = value.get("init_args") or {}
+    known = None if owner is None else arguments(owner)
+    if not isinstance(value, dict):
+        return
+    for key, below in value.items():
+        name = str(key).rstrip("+")
+        if known is not None and name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            advice = f"did you mean `{near[0]}`?" if near else f"it takes {', '.join(sorted(known)) or 'none'}."
+            yield f"`{place}.{name}`: {str(owner).rpartition('.')[2]} has no argument `{name}`; {advice}"
+        yield from _wrong(below, None if known is None else known.get(name), f"{place}.{name}")
