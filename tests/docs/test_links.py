@@ -83,3 +83,13 @@ def _source(stem: str) -> Path | None:
         if path.is_file():
             return path
     return None
+
+
+def test_every_package_has_a_page_of_the_api() -> None:
+    packages = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for name in PACKAGES
+        for path in ROOT.glob(f"{name}/**/__init__.py")
+    }
+    listed = re.findall(r"^   ([a-z_.]+)$", (ROOT / "docs/api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted(packages)
