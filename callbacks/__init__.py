@@ -1,1 +1,1 @@
-"""Benchmarks, images, and reports that watch a run from outside."""
+"""Lightning callbacks of a run: benchmarks, probes, images, exports and reports."""

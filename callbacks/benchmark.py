@@ -1,4 +1,4 @@
-"""Base of the benchmarks: scores what validation draws, keeps before and after, prints a table, writes results."""
+"""`Benchmark`: base class of callbacks that score what validation and test draw, and write `results.json`."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from torch import Tensor
 from callbacks.scores.bootstrap import enough, interval, resample
 from callbacks.scores.prompt_scores import PromptScores, PromptTable, weighted_mean
 from datamodules.base import PromptDataModule, PromptSample, bare
-from lightning_modules.evaluation import MODES as MODES
-from lightning_modules.evaluation import EvaluationBatch
+from lightning_modules.atomic_write import write_atomically
+from lightning_modules.evaluation import MODES, EvaluationBatch
 
 Results = dict[str, dict[str, dict[str, float]]]
 """evaluation set -> "without_pe" | "with_pe" -> score name -> value."""
 Intervals = dict[str, dict[str, dict[str, list[float]]]]
-"""Likewise -> both ends of the score's 95 % interval."""
+"""evaluation set -> mode -> score name -> both ends of the score's 95 % interval."""
 
 
 class Benchmark(L.Callback, ABC):
@@ -40,13 +40,13 @@ class Benchmark(L.Callback, ABC):
 
     Args:
         sets: evaluation sets to score, with the sets that reword them; null is all of the data module's.
-        resamples: of the bootstrap.
+        resamples: number of replicates of the bootstrap.
     """
 
     headline: str
-    """Name of the score that stands for the whole."""
+    """Name of the score that stands for the whole benchmark."""
     columns: tuple[str, ...]
-    """Names of an image's values."""
+    """Names of the values that `score` gives an image."""
 
     def __init__(self, sets: list[str] | None = None, resamples: int = 1000) -> None:
         if resamples < 1:
@@ -56,25 +56,25 @@ class Benchmark(L.Callback, ABC):
         self.history: list[dict[str, Any]] = []
         """One entry per validation: `{"step", "rollouts", "seconds", "results"}`."""
         self.tables: dict[tuple[str, str], PromptTable] = {}
-        """What the images of each set and mode scored in the latest evaluation, over all ranks."""
+        """(Set, mode) -> scores by prompt in the latest evaluation, over all ranks."""
         self.intervals: Intervals = {}
-        """Of the latest evaluation."""
+        """95 % intervals of the latest evaluation."""
         self._metrics: dict[tuple[str, str], PromptScores] = {}
         self._started = time.monotonic()
         self._seconds_before = 0.0
 
     def key(self, name: str) -> str:
-        """What the scores of an evaluation set are called in logs and results: its name, if nothing else is said."""
+        """Returns the key of an evaluation set's scores in logs and results; here the set's name."""
         return name
 
     @property
     def title(self) -> str:
-        """What sets this benchmark apart from others of the run, in the table, the history and the checkpoint."""
+        """Name that tells this benchmark from others of the run, in its table, in the history and in checkpoints."""
         return type(self).__name__ + (f" of {', '.join(self.sets)}" if self.sets else "")
 
     @property
     def state_key(self) -> str:
-        """Lightning's name for `state_dict`: one for each benchmark of a run."""
+        """Key of this callback's state in checkpoints: one for each benchmark of a run."""
         return self.title
 
     @abstractmethod
@@ -86,34 +86,34 @@ class Benchmark(L.Callback, ABC):
         """
 
     def tag(self, sample: PromptSample) -> str:
-        """What results are split by, and prompts resampled within."""
+        """Returns the tag that results are split by, and within which prompts are resampled."""
         return sample.tag
 
     def summarize(self, table: PromptTable, weights: Tensor) -> dict[str, Tensor]:
-        """Scores of a set's images; here the mean of each column.
+        """Computes a set's scores from its table; here the mean of each column.
 
         Args:
-            table: of P prompts.
-            weights: [R, P] of the prompts; ones give the scores themselves.
+            table: values of P prompts' images.
+            weights: [R, P] weights of the prompts, R times; ones give the scores themselves.
 
         Returns:
-            score name -> [R].
+            Score name -> [R].
         """
         return {column: weighted_mean(table, column, weights) for column in self.columns}
 
     def scores(self, table: PromptTable) -> dict[str, float]:
-        """The scores of a table."""
+        """Returns score name -> value of a table, every prompt counted once."""
         ones = torch.ones(1, len(table), dtype=torch.float64)
         return {name: float(value) for name, value in self.summarize(table, ones).items()}
 
     # --- hooks ------------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the clock."""
+        """Starts the clock of `seconds` in the history."""
         self._started = time.monotonic()
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begins with empty metrics, one for every set and mode on every rank: all ranks must reduce the same ones."""
+        """Creates empty metrics, one for every set and mode on every rank: all ranks must reduce the same ones."""
         data: PromptDataModule = trainer.datamodule  # type: ignore[attr-defined]
         self._refuse_mistakes(trainer, data)
         self._metrics = {}
@@ -125,7 +125,7 @@ class Benchmark(L.Callback, ABC):
                     self._metrics[name, mode] = PromptScores.on(pl_module.device, rows, self.columns)
 
     def _refuse_mistakes(self, trainer: L.Trainer, data: PromptDataModule) -> None:
-        """Raises a ValueError for a set that there is not, and for scores that two benchmarks call alike."""
+        """Raises ValueError if `sets` names an unknown set, or two benchmarks use the same key."""
         unknown = set(self.sets or ()) - data.eval_sets.keys()
         if unknown:
             raise ValueError(
@@ -143,7 +143,7 @@ class Benchmark(L.Callback, ABC):
                         )
 
     def scores_set(self, data: PromptDataModule, name: str) -> bool:
-        """Whether a set is one of this benchmark's."""
+        """Returns True if this benchmark scores the set of this name."""
         return self.sets is None or name in self.sets or data.originals.get(name) in self.sets
 
     def on_validation_batch_end(
@@ -155,7 +155,7 @@ class Benchmark(L.Callback, ABC):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Scores one batch."""
+        """Scores the images of one batch."""
         assert isinstance(outputs, EvaluationBatch)
         if not outputs.samples:
             return
@@ -166,7 +166,7 @@ class Benchmark(L.Callback, ABC):
                     self._metrics[outputs.name, mode].update([sample.id for sample in outputs.samples], values)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Reduces over ranks, logs, and remembers."""
+        """Reduces over ranks, logs the scores, adds them to the history and writes `results.json`."""
         results: Results = {}
         self.tables, self.intervals = {}, {}
         prefix = "test" if trainer.testing else "val"
@@ -195,7 +195,7 @@ class Benchmark(L.Callback, ABC):
                 self._write_scores(Path(folder) / "scores.jsonl")
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forgets the history that came with a checkpoint: it tells of other scenes."""
+        """Drops the history that came with a checkpoint: it is of validation's prompts."""
         self.history = []
         folder = trainer.log_dir  # asked on every rank: Lightning broadcasts it
         if trainer.is_global_zero and folder is not None:
@@ -206,7 +206,7 @@ class Benchmark(L.Callback, ABC):
     on_test_epoch_end = on_validation_epoch_end
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prints the table."""
+        """Prints the table of scores."""
         if trainer.is_global_zero and self.history:
             self.print_table()
 
@@ -218,18 +218,18 @@ class Benchmark(L.Callback, ABC):
             self.on_fit_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Travels in the checkpoint, so that a resumed run still knows its beginning."""
+        """Returns the history and the seconds so far for the checkpoint, so that a resumed run keeps its beginning."""
         return {"history": self.history, "seconds": self._seconds_before + time.monotonic() - self._started}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the beginning of the run back."""
+        """Restores the history and the seconds of the run that is resumed."""
         self.history = list(state_dict["history"])
         self._seconds_before = state_dict["seconds"]
 
     # --- reports ----------------------------------------------------------------------------------------------------
 
     def print_table(self) -> None:
-        """Headline scores before and after, per set and mode, on the console."""
+        """Prints the headline scores before and after training, per set and mode."""
         first, last = self.history[0], self.history[-1]
         fitted = last["step"] > first["step"]
         table = Table(title=f"{self.title} after {last['rollouts']:,} rollouts ({last['seconds']:.0f} s)")
@@ -286,14 +286,11 @@ def add_results(trainer: L.Trainer, more: dict[str, Any]) -> None:
 
 
 def _dump(results: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(_without_nan(results), indent=2) + "\n")
-    unfinished.replace(path)  # a kill leaves the file as it was
+    write_atomically(path, json.dumps(_without_nan(results), indent=2) + "\n")
 
 
 def _without_nan(value: Any) -> Any:
-    """NaN is no JSON: a score that no image has is null."""
+    """Replaces NaN, which JSON does not have, by None, in nested dicts and lists."""
     if isinstance(value, dict):
         return {key: _without_nan(inner) for key, inner in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What TensorBoard shows first: charts to compare runs by, curves over rollouts, and a row of hyperparameters."""
+"""`Dashboard`: TensorBoard charts that compare runs, curves over rollouts, and a row of hyperparameters."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from typing import Any
 import lightning as L
 from torch.utils.tensorboard.summary import hparams
 
-from callbacks.benchmark import MODES, Benchmark
+from callbacks.benchmark import Benchmark
 from callbacks.diversity import ARMS, Diversity
 from callbacks.health import Health
 from callbacks.robustness import PromptRobustness, paired_difference
 from callbacks.samples import tensorboards
 from datamodules.base import PromptDataModule
+from lightning_modules.evaluation import MODES
 from lightning_modules.prompt_rl import PromptRL
 from lightning_modules.run_folder import mode_of
 
 BY_ROLLOUTS = "by_rollouts"
 REWARDS = "reward(/[^/]+)?"
-"""What each step's reward is logged as: the total, and each scorer's native value."""
+"""Pattern of the names that a step's rewards are logged under: the total, and each scorer's native value."""
 STATISTICS = ("blank_share", "flat_area", "saturation", "duplicates")
-"""Those of `health/...` that tell a collapse; the others are under Time Series."""
+"""Statistics `health/...` that show a collapse; the others are under Time Series."""
 
 Chart = list[Any]
-"""`["Multiline", [regular expressions that tags are to begin with]]`, as `add_custom_scalars` takes it."""
+"""`["Multiline", [regular expressions of tags]]`, as `add_custom_scalars` takes it."""
 Layout = dict[str, dict[str, Chart]]
 """Category -> title -> chart."""
 
@@ -46,7 +47,7 @@ class Dashboard(L.Callback):
         self._laid_out: Layout | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begins a new layout."""
+        """Forgets the layout of an earlier fit."""
         self._laid_out = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -70,7 +71,7 @@ class Dashboard(L.Callback):
             _log(trainer, rewards, pl_module.num_rollouts)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Logs the headline scores, and what other wordings change."""
+        """Logs the headline scores, and the differences of paraphrased sets to their originals, over rollouts."""
         if not isinstance(pl_module, PromptRL) or trainer.sanity_checking or not trainer.is_global_zero:
             return
         self._lay_out(trainer)
@@ -87,7 +88,7 @@ class Dashboard(L.Callback):
         _log(trainer, values, pl_module.num_rollouts)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Says in HParams that the run has come to its end."""
+        """Marks the run as finished in HParams."""
         if isinstance(pl_module, PromptRL) and trainer.is_global_zero:
             _, _, end = hparams({}, {})
             for logger in tensorboards(trainer):
@@ -103,7 +104,7 @@ class Dashboard(L.Callback):
 
 
 def layout(trainer: L.Trainer) -> Layout:
-    """The charts of a run.
+    """Returns the charts of a run.
 
     TensorBoard merges the layouts of all runs: category by category, equal charts once, in the first run's order. So a
     chart's title, which is the beginning of its tags, says all that is in it: both modes and both agents, also where a
@@ -154,7 +155,7 @@ def layout(trainer: L.Trainer) -> Layout:
 
 
 def hyperparameters(trainer: L.Trainer, module: PromptRL) -> dict[str, int | float | str]:
-    """What tells runs of one experiment apart; an agent that does not learn has learning rate and KL weight 0."""
+    """Returns the settings that tell runs of one experiment apart; a frozen agent has learning rate and KL weight 0."""
     flow, sampling = module.flow, module.flow.sampling
     language = module.language if module.language is not None and module.language.trained else None
     return {
@@ -179,13 +180,13 @@ def hyperparameters(trainer: L.Trainer, module: PromptRL) -> dict[str, int | flo
 
 
 def _chart(prefix: str, ends: tuple[str, ...] | list[str] = ()) -> Chart:
-    """Curves of one tag, or of those that begin alike."""
+    """Returns a chart of the tag `prefix`, or of the tags `<prefix>/<end>`."""
     tags = [f"{prefix}/{end}" for end in ends] or [prefix]
     return ["Multiline", [f"{re.escape(tag)}$" for tag in tags]]
 
 
 def _reward_charts(prefix: str) -> dict[str, Chart]:
-    """The total, which has the format reward in it where there is a refiner, and what the scorers say."""
+    """Returns two charts: the total reward (with a refiner, the format reward is part of it) and each scorer's."""
     return {f"{prefix}reward": _chart(f"{prefix}reward"), f"{prefix}reward/": ["Multiline", [f"{prefix}reward/[^/]+$"]]}
 
 

@@ -1,4 +1,4 @@
-"""How alike the images of one prompt are, and what rewriting the prompt does to that (paper, Figure 2)."""
+"""`Diversity`: how similar the images of one prompt are, and how rewriting changes that (paper, Figure 2)."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from callbacks.benchmark import add_results
 from callbacks.scores.bootstrap import interval, resample
 from callbacks.scores.prompt_scores import PromptScores, PromptTable, weighted_mean
 from datamodules.base import PromptDataModule, PromptSample, bare
+from datamodules.chunks import chunks
 from lightning_modules.evaluation import EvaluatedAgents
 from lightning_modules.seeding import seed_of
 from rewards.base import Reward
@@ -104,17 +105,22 @@ class Diversity(L.Callback):
         self.seed = seed
         self.name = name
         self.tables: dict[str, PromptTable] = {}
-        """Set -> what its prompts' groups scored in the latest measurement, over all ranks; columns `<arm>/<score>`."""
+        """Set -> scores of its prompts' groups in the latest measurement, all ranks; columns `<arm>/<score>`."""
         self.results: dict[str, dict[str, dict[str, float]]] = {}
         """Set -> arm -> score -> value, of the latest measurement."""
         self.intervals: dict[str, dict[str, dict[str, list[float]]]] = {}
-        """Likewise -> both ends of the score's 95 % interval."""
+        """Set -> arm -> score -> both ends of its 95 % interval."""
         self._validations = 0
 
     # --- hooks ------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Loads the scorers now, so that one that is missing does not come out after hours of drawing."""
+        """Loads the scorers now, so that a missing one is found before hours of drawing.
+
+        Raises:
+            ValueError: if the module does not draw, two such callbacks have one name, or the moving average of the
+                weights stands before this callback.
+        """
         if stage == "predict" or (stage == "fit" and self.every_n_validations is None):
             return
         if not isinstance(pl_module, EvaluatedAgents):
@@ -135,14 +141,14 @@ class Diversity(L.Callback):
                 self.reward.load()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Looks for the sets before anything is drawn."""
+        """Raises ValueError if `sets` names an unknown set, before anything is drawn."""
         if trainer.state.fn != TrainerFn.FITTING or self.every_n_validations is not None:
             self._names(trainer.datamodule)  # type: ignore[attr-defined]
 
     on_test_start = on_validation_start
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draws and compares; within a fit only at every n-th validation."""
+        """Draws and compares groups of images; within a fit only at every n-th validation."""
         if trainer.sanity_checking:
             return
         num = self.num_prompts
@@ -171,7 +177,7 @@ class Diversity(L.Callback):
     on_test_end = on_fit_end
 
     def _shown(self, name: str) -> Table:
-        """A line for each score and arm, so that arms stand below one another."""
+        """Returns the console's table: a line for each score and arm, so that arms stand below one another."""
         title = f"{self.name} of {name}: {self.images_per_prompt} images a prompt, {self.encoder.version}"
         table = Table("score", "arm", title=title)
         table.add_column("value", justify="right")
@@ -187,15 +193,15 @@ class Diversity(L.Callback):
 
     @property
     def state_key(self) -> str:
-        """Lightning's name for `state_dict`."""
+        """Key of this callback's state in checkpoints."""
         return f"Diversity {self.name} by {self.encoder.version}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Travels in the checkpoint, so that a resumed fit measures when an unbroken one would."""
+        """Returns the count of validations, so that a resumed fit measures when an unbroken one would."""
         return {"validations": self._validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on counting."""
+        """Restores the count of validations."""
         self._validations = state_dict["validations"]
 
     # --- measuring --------------------------------------------------------------------------------------------------
@@ -232,7 +238,7 @@ class Diversity(L.Callback):
     def _table(
         self, trainer: L.Trainer, agents: EvaluatedAgents, data: PromptDataModule, name: str, num: int | None
     ) -> PromptTable:
-        """What the groups of some of a set's prompts score; every process draws its share."""
+        """Draws and scores the groups of `num` of a set's prompts; every process draws its share."""
         refined = agents.language is not None and name not in data.unrefined
         arms = ARMS if refined else ARMS[:1]
         samples = data.eval_sets[name]
@@ -244,7 +250,7 @@ class Diversity(L.Callback):
         # Rewrites are drawn K at a time, so other images belong to another K or seed.
         kept_as = f"{name}.diversity-{self.images_per_prompt}-{self.seed}"
         share = chosen[trainer.global_rank :: trainer.world_size]
-        batches = [share[i : i + data.eval_batch_size] for i in range(0, len(share), data.eval_batch_size)]
+        batches = [share[rows] for rows in chunks(len(share), data.eval_batch_size)]
         bar: Any = trainer.progress_bar_callback
         quiet = not trainer.is_global_zero or bar is None or bar.is_disabled
         with Progress(disable=quiet, transient=True) as progress:
@@ -273,7 +279,7 @@ class Diversity(L.Callback):
     def _wordings(
         self, trainer: L.Trainer, agents: EvaluatedAgents, samples: Sequence[PromptSample]
     ) -> list[list[str]]:
-        """K lists of B sampled rewrites.
+        """Samples K rewrites of each of B prompts, returned as K lists of B.
 
         Each prompt's are drawn alone and by its own seed: they depend on no batch, process or earlier sampling.
         """
@@ -287,11 +293,11 @@ class Diversity(L.Callback):
 
 
 def summarize(table: PromptTable, weights: Tensor) -> Scores:
-    """Mean scores of every arm, and how much the rewrites' differ from those of the prompt as it is.
+    """Averages the scores of every arm, and takes the difference of rewrites to the prompt as it is.
 
     Args:
-        table: of P prompts; columns `<arm>/<score>`.
-        weights: [R, P] of the prompts.
+        table: groups of P prompts; columns `<arm>/<score>`.
+        weights: [R, P] weights of the prompts.
 
     Returns:
         Arm -> score -> [R]; the difference stands beside the arms where there are rewrites.
@@ -308,14 +314,14 @@ def summarize(table: PromptTable, weights: Tensor) -> Scores:
 
 
 def by_tag(prompts: Sequence[tuple[str, str]], num: int | None, seed: int) -> list[int]:
-    """Rows of some prompts, from all tags in proportion; which of a tag's is left to the seed.
+    """Chooses prompts from all tags in proportion; returns their rows, rising.
 
     Every n-th row would not do: tags and styles often alternate.
 
     Args:
         prompts: tag and id of each.
         num: how many; None is all.
-        seed: of the choice.
+        seed: decides which of a tag's prompts are chosen.
 
     >>> by_tag([("red", "a"), ("blue", "b"), ("red", "c"), ("blue", "d")], 2, seed=0)
     [1, 2]
@@ -334,6 +340,6 @@ def _each(scores: Scores, value: Callable[[Tensor], T]) -> dict[str, dict[str, T
 
 @contextmanager
 def _own_randomness() -> Iterator[None]:
-    """Leaves torch's random numbers, on which training goes on, as they are."""
+    """Context manager: restores torch's random state at its end, so that training draws the same numbers."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         yield

@@ -1,4 +1,4 @@
-"""Editing benchmarks whose score is the mean of their categories' means: GEdit-Bench and ImgEdit-Bench."""
+"""`EditBenchmark`: mean of the categories' means, as GEdit-Bench and ImgEdit-Bench report."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class EditBenchmark(RewardBenchmark):
     Args:
         reward: scores images: `rewards.judges.viescore.VIEScore` for GEdit-Bench,
             `rewards.judges.imgedit.ImgEditJudge` for ImgEdit-Bench.
-        parts: numbers in its scores' `detail` to average likewise: `[sc, pq]` of VIEScore.
+        parts: numbers in its scores' `detail` that are averaged in the same way: `[sc, pq]` of VIEScore.
         sets: evaluation sets to score, with the sets that reword them; null is all of the data module's.
         resamples: of the bootstrap.
     """
@@ -66,7 +66,7 @@ class EditBenchmark(RewardBenchmark):
         return values
 
     def summarize(self, table: PromptTable, weights: Tensor) -> dict[str, Tensor]:
-        """Means of tags' means; tags' means; the share that could not be scored; the number of images."""
+        """Computes each tag's mean, the means of these, the share of unscored images, and the number of images."""
         tags = {tag: table.tagged(tag) for tag in dict.fromkeys(table.tags)}
         means = ("overall", *self.parts)
         scores = {tag: weighted_mean(table, "overall", weights, rows) for tag, rows in tags.items()}

@@ -1,4 +1,4 @@
-"""An exponential moving average of what is trained: evaluation and export use it, training goes on without it."""
+"""`EMA`: exponential moving average of the trained weights, used by evaluation and export and not by training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 
 class EMA(EMAWeightAveraging):
-    """Lightning's weight averaging, of trained weights alone.
+    """Lightning's weight averaging, restricted to trained weights.
 
     Lightning's own copies the whole module, text encoders and all, and cannot resume from checkpoints that hold trained
     weights only. Here validations draw with the average, training never sees it, a checkpoint's `state_dict` is the
@@ -33,7 +33,7 @@ class EMA(EMAWeightAveraging):
         self._swapped = False
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """Whether another `update_every_n_steps` steps are complete; one rollout may take several steps at once."""
+        """Returns True if another `update_every_n_steps` steps are complete; a rollout may take several at once."""
         if step_idx is None:
             return False
         every = self.update_every_n_steps
@@ -48,15 +48,15 @@ class EMA(EMAWeightAveraging):
             )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leaves the weights alone: a checkpoint of the last step is about to be written."""
+        """Overrides Lightning's copy of the average: a checkpoint of the last step is about to be written."""
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Gives a validation that broke off its weights back, before checkpoints are saved (they come last)."""
+        """Swaps the weights back if validation broke off, before checkpoint callbacks, which come last, save them."""
         if self._swapped:
             self._swap_models(pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leaves the module with the average."""
+        """Copies the average into the module."""
         self._copy_average_to_current(pl_module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -70,7 +70,7 @@ class EMA(EMAWeightAveraging):
         checkpoint["averaging_state"] = {"n_averaged": self._average_model.n_averaged}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Takes the average and, for training, the weights beside it back."""
+        """Restores the average from `state_dict` and, for training, the weights saved beside it."""
         if self._average_model is None or "current_model_state" not in checkpoint:
             return
         named = {name: parameter for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
@@ -89,7 +89,7 @@ class EMA(EMAWeightAveraging):
 
 
 class _TrainedAverage(AveragedModel):
-    """Averages what is trained of the module that it is updated with."""
+    """Average of the trained parameters of the module that it is updated with."""
 
     def update_parameters(self, model: nn.Module) -> None:
         super().update_parameters(_trained(model))

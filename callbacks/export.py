@@ -1,9 +1,8 @@
-"""The trained agents in the ecosystem's own formats, with a model card."""
+"""`Export`: the trained agents in the formats of diffusers, transformers and peft, with a model card."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import yaml
 
 from callbacks.reporting.model_card import model_card
 from callbacks.run_config import resolved_config
+from lightning_modules.atomic_write import replaced_folder
 from lightning_modules.evaluation import EvaluatedAgents
 
 OURS = {"flow", "language", "README.md", "config.yaml"}
@@ -25,10 +25,10 @@ class Export(L.Callback):
     the numbers of `results.json` where there is a benchmark.
 
     Args:
-        directory: where; null is `export/` beside the run's logs. An earlier export there is replaced.
-        every_n_train_steps: also so often during training, each export in place of the last.
-        on_train_end: after training and its last validation.
-        on_test_end: after `lightning test`, which exports a checkpoint without training.
+        directory: folder to write; null is `export/` beside the run's logs. An earlier export there is replaced.
+        every_n_train_steps: optimizer steps between exports during training, each in place of the last; null is none.
+        on_train_end: export after training and its last validation.
+        on_test_end: export after `lightning test`, which exports a checkpoint without training.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Export(L.Callback):
     # --- hooks ------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuses what would fail after hours of training."""
+        """Raises ValueError now for what would fail after hours of training."""
         if not isinstance(pl_module, EvaluatedAgents):
             raise ValueError(f"callbacks.export.Export exports PromptRL, not {type(pl_module).__name__}: leave it out.")
         if self.directory is not None:
@@ -78,12 +78,12 @@ class Export(L.Callback):
         self._step = step
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Exports when the last validation is in `results.json`; it runs in the module's `on_train_end`."""
+        """Exports after training; the last validation, in the module's `on_train_end`, is in `results.json` by now."""
         if self._after_training:
             self._export(trainer, pl_module)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Exports what was tested."""
+        """Exports the agents that were tested."""
         if self._after_test:
             self._export(trainer, pl_module)
 
@@ -95,30 +95,23 @@ class Export(L.Callback):
         assert isinstance(pl_module, EvaluatedAgents)
         folder = self._logs / "export" if self.directory is None else Path(self.directory)
         _refuse_foreign(folder)
-        unfinished, old = (folder.with_name(f".{folder.name}.{state}") for state in ("unfinished", "old"))
-        for rest in (unfinished, old):  # of an export that was killed
-            shutil.rmtree(rest, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        for name, agent in (("flow", pl_module.flow), ("language", pl_module.language)):
-            if agent is not None and agent.trained:
-                agent.save_pretrained(unfinished / name)
-        (unfinished / "language" / "README.md").unlink(missing_ok=True)  # peft's empty form; ours says more
-        config = resolved_config(trainer)
-        if config:
-            text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-            (unfinished / "config.yaml").write_text(text, encoding="utf-8")
         path = self._logs / "results.json"
         results = json.loads(path.read_text()) if path.is_file() else None
-        card = model_card(pl_module, trainer.global_step, results=results, configured=bool(config))
-        (unfinished / "README.md").write_text(card, encoding="utf-8")
-        if folder.exists():
-            folder.rename(old)
-        unfinished.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        config = resolved_config(trainer)
+        with replaced_folder(folder) as new:
+            for name, agent in (("flow", pl_module.flow), ("language", pl_module.language)):
+                if agent is not None and agent.trained:
+                    agent.save_pretrained(new / name)
+            (new / "language" / "README.md").unlink(missing_ok=True)  # peft's empty form; ours says more
+            if config:
+                text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+                (new / "config.yaml").write_text(text, encoding="utf-8")
+            card = model_card(pl_module, trainer.global_step, results=results, configured=bool(config))
+            (new / "README.md").write_text(card, encoding="utf-8")
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """Raises a ValueError if replacing a folder would delete what is no export."""
+    """Raises ValueError if replacing a folder would delete anything but an export."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"Export's `directory` is {folder}, a file: give a folder.")
     foreign = sorted({path.name for path in folder.iterdir()} - OURS) if folder.exists() else []

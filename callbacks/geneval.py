@@ -1,4 +1,4 @@
-"""The GenEval benchmark: official verdicts by any detector, mean over the six tags."""
+"""`GenEvalBenchmark`: GenEval's verdicts by any detector, mean over the six tags."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class GenEvalBenchmark(Benchmark):
         return [{"correct": float(verdict.correct)} for verdict in verdicts]
 
     def tag(self, sample: PromptSample) -> str:
-        """GenEval's tag, not the sample's: in tagged data that one names the reward."""
+        """Returns the tag of GenEval's metadata; in tagged data the sample's own tag names the reward."""
         tag: str = sample.metadata["tag"]
         return tag
 
     def summarize(self, table: PromptTable, weights: Tensor) -> dict[str, Tensor]:
-        """The six tags' means, their mean, and the shares of images and of prompts."""
+        """Computes the tags' means, their mean, and the shares of correct images and of solved prompts."""
         seen = [tag for tag in TAGS if bool(table.counts["correct"][table.tagged(tag)].sum())]
         by_tag = {tag: weighted_mean(table, "correct", weights, table.tagged(tag)) for tag in seen}
         nothing = weights.new_full((len(weights),), float("nan"))

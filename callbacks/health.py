@@ -1,4 +1,4 @@
-"""Watches what a reward's curve hides, and ends a run that goes wrong."""
+"""`Health`: image statistics and a held-out reward in the log, and rules that stop a run that goes wrong."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ class Health(L.Callback):
     goes on until a rule applies again.
 
     Args:
-        every_n_steps: steps between two looks at a rollout's images.
-        held_out: a reward that the run is not trained on.
-        sets: evaluation sets that it scores; null is all.
+        every_n_steps: steps between two measurements of a rollout's images.
+        held_out: reward that the run is not trained on.
+        sets: evaluation sets that `held_out` scores; null is all.
         mode: images of the prompts as they are (`without_pe`) or of rewrites (`with_pe`); null: of rewrites if there
             is a refiner.
-        patience: stop after so many validations in a row in which the held-out reward did not rise above its best.
-        min_delta: by how much it has to rise.
+        patience: validations in a row without a rise of the held-out reward above its best, after which the run stops;
+            null never stops for it.
+        min_delta: rise of the held-out reward, in its table unit, that counts.
         limits: name of a logged number (as in `metrics.csv`) -> bounds. With several processes the first one's counts.
     """
 
@@ -69,11 +70,11 @@ class Health(L.Callback):
         self._streaks = Streaks(limits or {})
         self._sums = torch.zeros(3, dtype=torch.float64)  # of the held-out table values, valid scores, images
         self._ending = False
-        self._told_unseen = False
+        self._warned_unseen = False
 
     @property
     def state_key(self) -> str:
-        """Lightning's name for `state_dict`: one for each held-out reward."""
+        """Key of this callback's state in checkpoints: one for each held-out reward."""
         return "Health" if self.held_out is None else f"Health by {self.held_out.name}"
 
     @property
@@ -87,7 +88,7 @@ class Health(L.Callback):
         """Loads the held-out reward.
 
         Raises:
-            ValueError: if it is trained on, or there is no refiner for `with_pe`.
+            ValueError: if the run is trained on it, or there is no refiner for `with_pe`.
         """
         if self.held_out is None or stage not in ("fit", "validate"):
             return
@@ -101,13 +102,13 @@ class Health(L.Callback):
             )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lets the rules apply."""
-        self._ending = self._told_unseen = False
+        """Switches the rules on."""
+        self._ending = self._warned_unseen = False
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Looks at the step's images and its logged numbers."""
+        """Measures the step's images and applies the limits to its logged numbers."""
         step = trainer.fit_loop.epoch_loop.total_batch_idx  # the x of the step's own numbers in the log, from 0
         rollout: Rollout | None = getattr(pl_module, "latest", None)
         statistics: dict[str, float] = {}
@@ -124,7 +125,11 @@ class Health(L.Callback):
         self._apply_limits(trainer, {**_logged_now(trainer), **statistics})
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begins with empty sums."""
+        """Resets the sums of the held-out reward.
+
+        Raises:
+            ValueError: if `sets` names an unknown set.
+        """
         self._sums = torch.zeros(3, dtype=torch.float64)
         names = getattr(getattr(trainer, "datamodule", None), "eval_names", [])
         unknown = set(self.sets or []).difference(names)
@@ -140,7 +145,7 @@ class Health(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Scores one batch; a set without images of the mode is left out."""
+        """Scores one batch by the held-out reward; a set without images of the mode is left out."""
         drawn: EvaluationBatch = outputs
         if self.held_out is None or not drawn.samples or (self.sets is not None and drawn.name not in self.sets):
             return
@@ -167,7 +172,7 @@ class Health(L.Callback):
         pl_module.log_dict(values, sync_dist=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Applies the rules to what the validation has logged."""
+        """Applies the rules to the numbers that the validation has logged."""
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or self._ending or trainer.should_stop:
             return
         now = _logged_now(trainer)
@@ -181,22 +186,22 @@ class Health(L.Callback):
                 )
         self._apply_limits(trainer, now)
         if trainer.global_step > 0:
-            self._tell_unseen(trainer)
+            self._warn_of_unseen(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leaves the last validation, which comes after this hook, without rules."""
+        """Switches the rules off for the last validation, which comes after this hook."""
         self._ending = True
-        self._tell_unseen(trainer)
+        self._warn_of_unseen(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Travels in the checkpoint, so that a resumed run stops when the unbroken one would."""
+        """Returns the rules' counts, so that a resumed run stops when the unbroken one would."""
         state: dict[str, Any] = {"streaks": dict(self._streaks.counts)}
         if self._stopping is not None:
             state |= {"best": float(self._stopping.best_score), "waited": self._stopping.wait_count}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the counts back; limits and patience are those of the configuration."""
+        """Restores the rules' counts; limits and patience stay those of the configuration."""
         self._streaks.counts |= {k: v for k, v in state_dict["streaks"].items() if k in self._streaks.limits}
         if self._stopping is not None and "best" in state_dict:
             self._stopping.best_score = torch.tensor(state_dict["best"])
@@ -205,7 +210,7 @@ class Health(L.Callback):
     # --- helpers ----------------------------------------------------------------------------------------------------
 
     def _apply_limits(self, trainer: L.Trainer, values: Mapping[str, Any]) -> None:
-        """Stops all ranks together; the first one's numbers decide, which are those in `metrics.csv`."""
+        """Stops all ranks together if a limit is broken on the first, whose numbers are those in `metrics.csv`."""
         if not self._streaks.limits or trainer.should_stop:
             return
         stop = False
@@ -217,17 +222,17 @@ class Health(L.Callback):
                 rank_zero_warn(f"Health at step {trainer.global_step}: {breach.message} (`limits`).")
         trainer.should_stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
 
-    def _tell_unseen(self, trainer: L.Trainer) -> None:
-        """Warns once of limits on what is not in the log: a misspelt rule would never apply."""
-        if self._streaks.unseen and not self._told_unseen:
+    def _warn_of_unseen(self, trainer: L.Trainer) -> None:
+        """Warns once of limits on names that were never logged: a misspelt rule would never apply."""
+        if self._streaks.unseen and not self._warned_unseen:
             hints = {name: difflib.get_close_matches(name, trainer.logged_metrics, 1) for name in self._streaks.unseen}
-            told = [name + "".join(f" (did you mean {hint}?)" for hint in hints[name]) for name in sorted(hints)]
-            rank_zero_warn(f"Health.limits names what has not been logged so far: {', '.join(told)}.")
-        self._told_unseen = True
+            names = [name + "".join(f" (did you mean {hint}?)" for hint in hints[name]) for name in sorted(hints)]
+            rank_zero_warn(f"Health.limits names what has not been logged so far: {', '.join(names)}.")
+        self._warned_unseen = True
 
 
 def _logged_now(trainer: L.Trainer) -> Mapping[str, Any]:
-    """What the running loop logs, as the loggers will get it.
+    """Returns the metrics of the running loop, as the loggers will get them.
 
     The public `logged_metrics` mixes in what earlier validations left, which would count again in every step.
     """
@@ -235,7 +240,7 @@ def _logged_now(trainer: L.Trainer) -> Mapping[str, Any]:
 
 
 def _all_parts(reward: Reward | None) -> Iterator[Reward]:
-    """A reward and those that it routes to or sums up."""
+    """Yields a reward and, nested, the rewards that it routes to or sums up."""
     if reward is not None:
         yield reward
         for part in getattr(reward, "rewards", {}).values():

@@ -1,4 +1,4 @@
-"""Images of `lightning test`: kept once, so that a killed test goes on and scoring is redone without drawing."""
+"""`KeepImages`: files of a test's images, so that a killed test resumes and scoring is redone without drawing."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from callbacks.run_config import checkpoint_note, folder_stamps, resolved_config
+from callbacks.run_config import checkpoint_note, folder_stamps, require_settings, resolved_config, write_settings
 from datamodules.base import PromptDataModule, PromptSample, bare
 from lightning_modules.evaluation import EvaluatedAgents
-from lightning_modules.image_store import ImageStore, safe_name, write_whole
+from lightning_modules.image_store import ImageStore, safe_name
 
 
 class KeepImages(L.Callback):
@@ -24,11 +23,11 @@ class KeepImages(L.Callback):
     images of a prompt, need no second drawing of what is there. `images.jsonl` lists what each was drawn from.
 
     Args:
-        directory: null is `<root>/<experiment>/images/<digest>`, the digest being that of what images depend on:
-            flow model, refiner, data, checkpoint, local model folders (by time and size) and precision.
+        directory: folder of the images; null is `<root>/<experiment>/images/<digest>`, the digest being that of what
+            images depend on: flow model, refiner, data, checkpoint, local model folders (by time and size), precision.
         images_per_prompt: K images of each prompt in each mode; null is the data's (GenEval 4, others 1). The first
             has the noise of validation's.
-        keep: false draws all anew and writes nothing.
+        keep: false draws all images anew and writes nothing.
     """
 
     def __init__(self, directory: str | None = None, images_per_prompt: int | None = None, keep: bool = True) -> None:
@@ -40,7 +39,11 @@ class KeepImages(L.Callback):
         self._rows: dict[str, dict[str, int]] = {}
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Opens the folder, now that the prompts and the checkpoint are known."""
+        """Opens the folder, now that the prompts and the checkpoint are known.
+
+        Raises:
+            ValueError: if the folder cannot be made, or its images were drawn with other settings.
+        """
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(pl_module, EvaluatedAgents) or not isinstance(data, PromptDataModule):
             return
@@ -64,9 +67,8 @@ class KeepImages(L.Callback):
                 raise ValueError(
                     f"`images.directory` {directory} cannot be made ({error.strerror}): name another folder."
                 ) from None
-            _refuse_others(directory / "images.yaml", settings)
-            text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-            write_whole(directory / "images.yaml", f"# What these images were drawn with.\n{text}")
+            require_settings(directory / "images.yaml", settings, "--images.directory")
+            write_settings(directory / "images.yaml", settings)
             store.merge()
         trainer.strategy.barrier("images merged")
         there = len(store.read())
@@ -74,7 +76,7 @@ class KeepImages(L.Callback):
         pl_module.image_store = store
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Makes one list of all processes' lists."""
+        """Merges the processes' lists of images into one."""
         if isinstance(pl_module, EvaluatedAgents) and pl_module.image_store is not None:
             trainer.strategy.barrier("all drawn")
             if trainer.is_global_zero:
@@ -101,17 +103,3 @@ class KeepImages(L.Callback):
 def _own_folder(config: dict[str, Any], settings: dict[str, Any]) -> Path:
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=6).hexdigest()
     return Path(config["trainer"]["default_root_dir"], config["experiment"], "images", digest)
-
-
-def _refuse_others(note: Path, settings: dict[str, Any]) -> None:
-    """Raises a ValueError if the folder's images were drawn with something else."""
-    if not note.is_file():
-        return
-    before = yaml.safe_load(note.read_text(encoding="utf-8"))
-    now = yaml.safe_load(yaml.safe_dump(settings))
-    for name, value in now.items():
-        if before.get(name) != value:
-            raise ValueError(
-                f"the images in {note.parent} were drawn with other settings ({name} differs, see {note.name}): set "
-                "`--images.directory` to another folder, or undo the change."
-            )

@@ -1,4 +1,4 @@
-"""MARIO-Eval's word scores (TextDiffuser, arXiv 2305.10855) as a benchmark, with any OCR engine."""
+"""`OCRWordsBenchmark`: MARIO-Eval's word scores (TextDiffuser, arXiv 2305.10855) with any OCR engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rewards.ocr import OCRReward, TextReader
 
 
 class OCRWordsBenchmark(Benchmark):
-    """Which of the wanted words are in the image; the headline is the F score. Logged as `val/<set>/words/<mode>`.
+    """Precision and recall of the wanted words in the images; the headline is F. Logged as `val/<set>/words/<mode>`.
 
     Like the published scorer, precision, recall and accuracy are means over *images* (a long text weighs as much as a
     short one), and `f` is the harmonic mean of the two *means*, not the mean of the images' own. It differs in two
@@ -39,11 +39,11 @@ class OCRWordsBenchmark(Benchmark):
         self.reward = OCRReward(reader, scorer="mario")
 
     def key(self, name: str) -> str:
-        """Apart from the other scores of the set."""
+        """Returns `<set>/words`, apart from the keys of the set's other scores."""
         return f"{name}/words"
 
     def score(self, samples: Sequence[PromptSample], images: Sequence[Image]) -> list[dict[str, float]]:
-        """Reads every image and compares its words with those wanted."""
+        """Reads every image and compares its words with the wanted ones."""
         values: list[dict[str, float]] = []
         for score in score_each(self.reward, RewardBatch(samples, images)):
             if not score.valid:
@@ -54,7 +54,7 @@ class OCRWordsBenchmark(Benchmark):
         return values
 
     def summarize(self, table: PromptTable, weights: Tensor) -> dict[str, Tensor]:
-        """The published four, the share of images that could not be read, and the number of images."""
+        """Computes the four published scores, the share of images that could not be read, and the number of images."""
         precision, recall, accuracy = (weighted_mean(table, column, weights) for column in self.columns)
         both = precision + recall
         return {

@@ -1,22 +1,18 @@
-"""Images of `lightning predict` in a folder, where a run that was interrupted goes on."""
+"""`SavePredictions`: the images of `lightning predict` in a folder, where an interrupted run resumes."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from callbacks.run_config import checkpoint_note, folder_stamps, resolved_config
+from callbacks.run_config import checkpoint_note, folder_stamps, require_settings, resolved_config, write_settings
 from datamodules.base import PromptDataModule, PromptSample, bare
 from lightning_modules.evaluation import MODES, EvaluatedAgents
-from lightning_modules.image_store import ImageStore, Key, safe_name, write_whole
-
-_ABSENT = "nothing"
+from lightning_modules.image_store import ImageStore, Key, safe_name
 
 
 class SavePredictions(L.Callback):
@@ -28,7 +24,7 @@ class SavePredictions(L.Callback):
     depend on; a run with anything else stops rather than mix its images in.
 
     Args:
-        directory: where images and lists go.
+        directory: folder of images and lists.
         images_per_prompt: K images of each prompt in each mode; the first has the noise of validation's.
     """
 
@@ -43,7 +39,11 @@ class SavePredictions(L.Callback):
     # --- hooks ------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Compares the folder with this run and tells the data module what is there, before models are loaded."""
+        """Compares the folder with this run and tells the data module which prompts are drawn, before models load.
+
+        Raises:
+            ValueError: if the folder's images were drawn with other settings.
+        """
         if stage != "predict":
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -62,19 +62,18 @@ class SavePredictions(L.Callback):
             rank_zero_info(f"{len(data.predicted)} prompts are drawn already in {self.directory}")
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Notes what is being drawn, now that all is loaded."""
+        """Writes `predictions.yaml`, now that all is loaded."""
         # Once more, for a checkpoint that `Trainer.predict` was given in Python: it is not known in `setup`.
         self._settings = self._describe(trainer, trainer.datamodule)  # type: ignore[attr-defined]
         self._compare()
         trainer.strategy.barrier("compared again")
         if trainer.is_global_zero:
             self.directory.mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump(self._settings, sort_keys=False, allow_unicode=True)
-            write_whole(self._note, f"# What these images were drawn with; `lightning predict` compares it.\n{text}")
+            write_settings(self._note, self._settings)
             self._store.path.touch()
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Makes one list of all processes' lists."""
+        """Merges the processes' lists of images into one."""
         trainer.strategy.barrier("all drawn")
         if trainer.is_global_zero:
             assert isinstance(pl_module, EvaluatedAgents)
@@ -85,7 +84,7 @@ class SavePredictions(L.Callback):
         return self.directory / "predictions.yaml"
 
     def _whole(self, agents: EvaluatedAgents, data: PromptDataModule) -> dict[tuple[str, str], list[Key]]:
-        """Images of the prompts that have them all, by set and id, in the order of the data."""
+        """Returns (set, id) -> images, in the data's order, of the prompts of which all images are kept."""
         there = self._store.read()
         modes = MODES if agents.language is not None else MODES[:1]
         wanted = [(mode, k) for mode in modes for k in range(self.images_per_prompt)]
@@ -120,33 +119,14 @@ class SavePredictions(L.Callback):
         }
 
     def _compare(self) -> None:
-        """Raises a ValueError if the folder's images were drawn with something else."""
-        if not self._note.is_file():
-            if self._store.path.exists():
-                raise ValueError(
-                    f"{self._store.path} exists, but not the {self._note.name} that says what its images were drawn "
-                    "with: set `--predictions.directory` to another folder."
-                )
-            return
-        before = dict(_leaves(yaml.safe_load(self._note.read_text(encoding="utf-8"))))
-        now = dict(_leaves(yaml.safe_load(yaml.safe_dump(self._settings, sort_keys=False))))
-        for name in {**now, **before}:
-            old, new = before.get(name, _ABSENT), now.get(name, _ABSENT)
-            if old != new:
-                raise ValueError(
-                    f"the images in {self.directory} were drawn with {name} {old}, which is {new} now: set "
-                    "`--predictions.directory` to another folder, or undo the change."
-                )
+        """Raises ValueError if the folder's images were drawn with other settings, or nobody knows with which."""
+        if self._store.path.exists() and not self._note.is_file():
+            raise ValueError(
+                f"{self._store.path} exists, but not the {self._note.name} that says what its images were drawn "
+                "with: set `--predictions.directory` to another folder."
+            )
+        require_settings(self._note, self._settings, "--predictions.directory")
 
 
 def _place(name: str, mode: str, sample: PromptSample, k: int) -> Path:
     return Path(safe_name(name), mode, f"{safe_name(sample.id)}_{k}.png")
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values; an empty dict is a value."""
-    if isinstance(tree, dict) and tree:
-        for key, value in tree.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, tree

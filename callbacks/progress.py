@@ -1,4 +1,4 @@
-"""A progress bar that counts to the end of the run rather than of the epoch."""
+"""`RunProgressBar`: a progress bar that counts to the end of the run rather than of the epoch."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from lightning.pytorch.callbacks import RichProgressBar
 
 
 class RunProgressBar(RichProgressBar):
-    """Rich's bar with `max_steps` as its total, beside it whatever is logged with `prog_bar=True`."""
+    """Rich's progress bar with `max_steps` as its total, followed by the metrics logged with `prog_bar=True`."""
 
     @property
     def total_train_batches(self) -> int | float:
-        """Steps of this run, when `max_steps` ends it within the epoch."""
+        """Number of steps until the epoch, or the run by its `max_steps`, ends."""
         total = super().total_train_batches
         return min(total, self.trainer.max_steps) if self.trainer.max_steps > 0 else total
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """Short numbers, whole ones without decimals, and no run number: a terminal is 80 columns wide."""
+        """Returns the metrics as short numbers, without the run's number: a terminal is 80 columns wide."""
         metrics = super().get_metrics(trainer, pl_module)
         return {name: _short(value) for name, value in metrics.items() if name != "v_num"}
 

@@ -1,4 +1,4 @@
-"""Any reward as a benchmark: the mean of its table values on the evaluation sets."""
+"""`RewardBenchmark`: any reward as a benchmark, by the mean of its table values."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class RewardBenchmark(Benchmark):
 
     @property
     def title(self) -> str:
-        """Names the reward, too."""
+        """Name of this benchmark, with the reward's name."""
         return f"{super().title} by {self.reward.name}"
 
     def key(self, name: str) -> str:
-        """The set's name, with the reward's where they differ."""
+        """Returns the set's name, followed by the reward's where they differ."""
         return name if name == self.reward.name else f"{name}/{self.reward.name}"
 
     def score(self, samples: Sequence[PromptSample], images: Sequence[Image]) -> list[dict[str, float]]:
@@ -48,7 +48,7 @@ class RewardBenchmark(Benchmark):
         return [{"table": score.table, "rl": score.rl} if score.valid else {} for score in scores]
 
     def summarize(self, table: PromptTable, weights: Tensor) -> dict[str, Tensor]:
-        """Means over scored images, in all and by tag; the share that could not be scored; the number of images."""
+        """Computes means over scored images, by tag and in all, the share of unscored images, and their number."""
         tags = list(dict.fromkeys(table.tags))
         by_tag = {tag: weighted_mean(table, "table", weights, table.tagged(tag)) for tag in tags if len(tags) > 1}
         return {

@@ -1,4 +1,4 @@
-"""What other wordings of the same prompts cost: the benchmarks once more, on paraphrases, pair by pair."""
+"""`PromptRobustness`: scores of paraphrased evaluation prompts, compared with their originals pair by pair."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import lightning as L
 import torch
 from rich.console import Console
 
-from callbacks.benchmark import MODES, Benchmark, add_results
-from callbacks.reporting.tables import Table, rich_table, robustness_table
+from callbacks.benchmark import Benchmark, add_results
+from callbacks.reporting.results import modes_of, wordings_table
+from callbacks.reporting.tables import rich_table
 from callbacks.scores.bootstrap import enough, interval, resample
 from datamodules.base import Chosen, PromptDataModule, PromptSample, Reworded, Stage, bare, spread
 from datamodules.paraphrases.base import ContentCheck, Paraphraser
 from datamodules.paraphrases.content import PromptContent
-from lightning_modules.run_folder import MODE_LABELS
+from lightning_modules.evaluation import MODES
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,10 @@ class Difference:
     """Scores of a set's paraphrases minus those of their originals, over the prompts that have both.
 
     Attributes:
-        prompts: how many those are.
-        original: the headline score of the originals.
-        paraphrase: of the paraphrases.
-        tags: names of scores that are a tag's own.
+        prompts: number of prompts that have both.
+        original: headline score of the originals.
+        paraphrase: headline score of the paraphrases.
+        tags: names of the scores that are means of a tag.
         scores: score name -> difference; the benchmark's headline stands under "headline" too.
         intervals: score name -> both ends of its 95 % interval.
     """
@@ -53,11 +54,11 @@ class PromptRobustness(L.Callback):
     compared with the trained refiner's rewrites (`against_pe`) it is an *LM swap*.
 
     Args:
-        paraphrasers: where wordings come from.
-        check: finds out what a wording has lost; null is `PromptContent`, for published benchmarks.
+        paraphrasers: sources of wordings.
+        check: finds what a wording has lost; null is `PromptContent`, for published benchmarks.
         sets: sets to reword; null is all that do not reword others themselves.
         num_prompts: at most so many prompts of each set, spread evenly over it, in `lightning test` and `validate`.
-        prompts_in_fit: likewise at every validation inside a fit; 0 rewords nothing there.
+        prompts_in_fit: at most so many prompts of each set at every validation inside a fit; 0 rewords nothing there.
         resamples: of the bootstrap over prompts, within each tag.
     """
 
@@ -84,15 +85,19 @@ class PromptRobustness(L.Callback):
         self.prompts_in_fit = prompts_in_fit
         self.resamples = resamples
         self.rejected: dict[str, list[str]] = {}
-        """Derived set -> what each wording that was left out had lost."""
+        """Derived set -> for each wording that was left out, its loss and its text."""
         self.report: dict[str, dict[str, Any]] = {}
-        """Benchmark -> derived set -> what results.json says of it."""
+        """Benchmark -> derived set -> its entry in `results.json`."""
         self._trainer: L.Trainer | None = None
 
     # --- other wordings ---------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Asks the data module for other wordings of its sets."""
+        """Registers `derive` with the data module.
+
+        Raises:
+            ValueError: if the run has two such callbacks.
+        """
         data: PromptDataModule = trainer.datamodule  # type: ignore[attr-defined]
         self._trainer = trainer
         if sum(isinstance(callback, PromptRobustness) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
@@ -101,10 +106,10 @@ class PromptRobustness(L.Callback):
             data.derivations.append(self.derive)
 
     def derive(self, stage: Stage, given: Mapping[str, Sequence[PromptSample]]) -> dict[str, Sequence[PromptSample]]:
-        """The sets' other wordings.
+        """Makes the evaluation sets `<set>.<kind>` of paraphrased prompts.
 
         Raises:
-            ValueError: if `sets` names one that there is not.
+            ValueError: if `sets` names an unknown set, or two paraphrasers use one kind.
         """
         assert self._trainer is not None
         data: PromptDataModule = self._trainer.datamodule  # type: ignore[attr-defined]
@@ -137,7 +142,7 @@ class PromptRobustness(L.Callback):
     def _write(
         self, paraphraser: Paraphraser, name: str, samples: Sequence[PromptSample]
     ) -> dict[str, list[str | None]]:
-        """One process writes what has to be written; the others read it."""
+        """Returns kind -> wordings; the first process writes new ones, which the others read."""
         assert self._trainer is not None
         wordings = paraphraser.write(name, samples) if self._trainer.is_global_zero else None
         self._trainer.strategy.barrier("paraphrases written")
@@ -146,7 +151,7 @@ class PromptRobustness(L.Callback):
     def _keep(
         self, paraphraser: Paraphraser, name: str, samples: Sequence[PromptSample], wordings: Sequence[str | None]
     ) -> dict[int, str]:
-        """Position -> wording of those that ask for what the original does."""
+        """Returns position -> wording for the wordings that lost nothing; the others are recorded in `rejected`."""
         kept: dict[int, str] = {}
         self.rejected[name] = []
         for position, (sample, wording) in enumerate(zip(samples, wordings, strict=True)):
@@ -166,7 +171,7 @@ class PromptRobustness(L.Callback):
     # --- differences ------------------------------------------------------------------------------------------------
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Compares and logs; the benchmarks have their scores by now, on every rank."""
+        """Compares and logs the benchmarks' scores, which they have by now on every rank."""
         if trainer.sanity_checking:
             return
         data: PromptDataModule = trainer.datamodule  # type: ignore[attr-defined]
@@ -193,12 +198,12 @@ class PromptRobustness(L.Callback):
     on_test_end = on_validation_end
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prints the table."""
+        """Prints the tables."""
         if trainer.is_global_zero and self.report:
             self.print_table()
 
     def _compare(self, benchmark: Benchmark, derived: str, original: str) -> dict[str, Any]:
-        """What results.json says of one derived set."""
+        """Returns the entry of `results.json` for one derived set."""
         said: dict[str, Any] = {"of": original, "rejected": len(self.rejected.get(derived, []))}
         pairs = {mode: (mode, mode) for mode in MODES} | {"against_pe": ("without_pe", "with_pe")}
         for name, (own, other) in pairs.items():
@@ -218,49 +223,23 @@ class PromptRobustness(L.Callback):
         }
 
     def print_table(self) -> None:
-        """Originals, paraphrases and their difference on the console."""
+        """Prints the scores of originals, of paraphrases and their difference."""
         for title, found in self.report.items():
-            Console().print(rich_table(table_of(title, found, by_tag=False)))  # a terminal is narrow
-
-
-def table_of(title: str, found: Mapping[str, Mapping[str, Any]], *, by_tag: bool = True) -> Table:
-    """The table of one benchmark.
-
-    Args:
-        title: of the benchmark.
-        found: derived set -> what results.json says of it.
-        by_tag: show the differences by tag too.
-    """
-    rows = {}
-    for derived, said in found.items():
-        for mode in modes_of(said):
-            one = said[mode]
-            low, high = one["intervals"]["headline"]
-            rows[f"{derived}, {MODE_LABELS.get(mode, 'against the refiner')}"] = {
-                "prompts": one["prompts"],
-                "rejected": said["rejected"],
-                "original": one["original"],
-                "paraphrase": one["paraphrase"],
-                "difference": one["scores"]["headline"],
-                "low": low,
-                "high": high,
-                "by_tag": {tag: value for tag, value in one["scores"].items() if by_tag and tag in one["tags"]},
-            }
-    return robustness_table(f"{title}: other wordings of the same prompts", rows)
+            Console().print(rich_table(wordings_table(title, found, by_tag=False)))  # a terminal is narrow
 
 
 def paired_difference(
     benchmark: Benchmark, paraphrase: tuple[str, str], original: tuple[str, str], resamples: int
 ) -> Difference:
-    """Scores of one set and mode minus those of another, over the prompts (ids) that both have.
+    """Subtracts scores of one set and mode from those of another, over the prompts (ids) that both have.
 
     Pairs are resampled together: what makes a prompt hard in both wordings does not blur the difference.
 
     Args:
-        benchmark: after an evaluation.
+        benchmark: a benchmark after an evaluation.
         paraphrase: set and mode whose scores count positively.
-        original: set and mode whose scores are taken off.
-        resamples: of the bootstrap.
+        original: set and mode whose scores are subtracted.
+        resamples: number of replicates of the bootstrap.
     """
     first, second = benchmark.tables[paraphrase], benchmark.tables[original]
     common = set(first.ids) & set(second.ids)
@@ -292,8 +271,3 @@ def paired_difference(
         scores={"headline": scores[headline]} | scores,
         intervals={"headline": ends[headline]} | ends,
     )
-
-
-def modes_of(said: Mapping[str, Any]) -> list[str]:
-    """The comparisons that were made of a derived set."""
-    return [mode for mode in (*MODES, "against_pe") if mode in said]

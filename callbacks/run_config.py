@@ -1,9 +1,10 @@
-"""What a run was configured with, for callbacks that keep it beside what they write."""
+"""The configuration of a run, its checkpoint and its model folders; settings kept beside the images they made."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ import lightning as L
 import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 
+from lightning_modules.atomic_write import write_atomically
+
 _SECRET = re.compile(r"(^|_)(token|key|secret|password|authorization)$", re.IGNORECASE)
 
 
 def resolved_config(trainer: L.Trainer) -> dict[str, Any]:
-    """The command's configuration with all defaults, as in `config.yaml`; empty where no command built the trainer.
+    """Returns the command's configuration with all defaults, as in `config.yaml`; empty without a command.
 
-    Tokens and passwords are left out: what this is written into may be published.
+    Tokens and passwords are left out, as the files that it is written into may be published.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, SaveConfigCallback):
@@ -28,7 +31,7 @@ def resolved_config(trainer: L.Trainer) -> dict[str, Any]:
 
 
 def checkpoint_note(trainer: L.Trainer) -> dict[str, str | None]:
-    """Path and time of the checkpoint that a command evaluates, for what depends on it.
+    """Returns path and time of the checkpoint that a command evaluates, on which its images depend.
 
     Raises:
         ValueError: if the path names no file ("last", "best").
@@ -41,7 +44,7 @@ def checkpoint_note(trainer: L.Trainer) -> dict[str, str | None]:
 
 
 def folder_stamps(config: Any) -> dict[str, str]:
-    """Local model folders that a configuration names, with the time of their newest file and their size.
+    """Returns the local model folders in a configuration, with the time of their newest file and their size.
 
     A folder may be trained or exported again under its name.
     """
@@ -52,6 +55,42 @@ def folder_stamps(config: Any) -> dict[str, str]:
     stats = [path.stat() for path in Path(config).rglob("*") if path.is_file()]
     newest = max((stat.st_mtime for stat in stats), default=0.0)
     return {config: f"{datetime.fromtimestamp(newest, UTC).isoformat()}, {sum(stat.st_size for stat in stats)} bytes"}
+
+
+def write_settings(note: Path, settings: dict[str, Any]) -> None:
+    """Writes down, beside images, the settings that they depend on."""
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    write_atomically(note, f"# Settings that these images were drawn with; later commands compare theirs.\n{text}")
+
+
+def require_settings(note: Path, settings: dict[str, Any], option: str) -> None:
+    """Raises ValueError if the images in a folder were drawn with other settings.
+
+    Args:
+        note: file of `write_settings` in that folder; need not exist.
+        settings: settings of this command.
+        option: the command's option that names the folder.
+    """
+    if not note.is_file():
+        return
+    before = dict(_leaves(yaml.safe_load(note.read_text(encoding="utf-8"))))
+    now = dict(_leaves(yaml.safe_load(yaml.safe_dump(settings, sort_keys=False))))
+    for name in {**now, **before}:
+        old, new = before.get(name, "nothing"), now.get(name, "nothing")
+        if old != new:
+            raise ValueError(
+                f"the images in {note.parent} were drawn with {name} {old}, which is {new} now: set `{option}` to "
+                "another folder, or undo the change."
+            )
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields dotted names and values of nested dicts; an empty dict is a value."""
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, tree
 
 
 def _without_secrets(tree: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Images for TensorBoard: the same prompts and noise every time, with their prompts and rewrites written below."""
+"""`SampleImages`: images in TensorBoard, of the same prompts and noise every time, captioned by prompt or rewrite."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class SampleImages(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Logs the first batch of every set."""
+        """Logs images and rewrites of the first batch of every set."""
         assert isinstance(outputs, EvaluationBatch)
         if batch_idx > 0 or not trainer.is_global_zero or not outputs.samples:
             return
@@ -75,7 +75,7 @@ class SampleImages(L.Callback):
 
 
 def captioned(image: Image.Image, text: str) -> Image.Image:
-    """One image with its caption below; small images are enlarged without smoothing."""
+    """Returns an image with its caption below; small images are enlarged without smoothing."""
     tile = Image.new("RGB", (_SIDE, _SIDE + _CAPTION), "white")
     resample = Image.Resampling.NEAREST if image.width < _SIDE else Image.Resampling.LANCZOS
     tile.paste(image.resize((_SIDE - 8, _SIDE - 8), resample), (4, 4))
@@ -85,7 +85,7 @@ def captioned(image: Image.Image, text: str) -> Image.Image:
 
 
 def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Rows of captioned images."""
+    """Pastes rows of captioned images into one."""
     whole = Image.new("RGB", (max(map(len, rows)) * _SIDE, len(rows) * (_SIDE + _CAPTION)), "white")
     for y, row in enumerate(rows):
         for x, tile in enumerate(row):
@@ -99,5 +99,5 @@ def _log(trainer: L.Trainer, tag: str, image: Image.Image) -> None:
 
 
 def tensorboards(trainer: L.Trainer) -> list[TensorBoardLogger]:
-    """A run's loggers that write for TensorBoard."""
+    """Returns a run's loggers that write for TensorBoard."""
     return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

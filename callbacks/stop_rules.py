@@ -1,4 +1,4 @@
-"""When a number has been out of bounds for long enough: pure rules, which a callback feeds."""
+"""Rules that tell when logged numbers have been out of bounds for long enough; `callbacks.health.Health` uses them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Limit:
-    """Bounds of a logged number.
+    """Bounds of a logged number, and what happens outside them.
 
     Args:
         below: values below it are out of bounds; null is no lower bound.
         above: values above it are out of bounds; null is no upper bound.
-        for_steps: so many logged values in a row have to be out of bounds.
-        action: `stop` ends training, `warn` only says so, once for each such row.
+        for_steps: number of logged values in a row that have to be out of bounds.
+        action: `stop` ends training, `warn` warns once for each such row.
     """
 
     below: float | None = None
@@ -41,8 +41,8 @@ class Breach:
     """A number that has been out of bounds for long enough.
 
     Attributes:
-        limit: its bounds.
-        message: says which number, its value, the bound and for how long.
+        limit: the number's bounds.
+        message: name of the number, its value, the bound, and the length of the row.
     """
 
     limit: Limit
@@ -50,10 +50,10 @@ class Breach:
 
 
 class Streaks:
-    """Counts for how many values in a row each number has been out of bounds. NaN counts neither way.
+    """Counts how many values in a row each number has been out of bounds; NaN neither counts nor ends a row.
 
     Args:
-        limits: name of the number -> its bounds.
+        limits: name of a number -> its bounds.
 
     Example:
         >>> streaks = Streaks({"std": Limit(below=0.1, for_steps=2)})
@@ -70,7 +70,7 @@ class Streaks:
         """Names that have not been logged yet."""
 
     def update(self, values: Mapping[str, float]) -> list[Breach]:
-        """Takes the numbers logged together; names without limits are left alone."""
+        """Counts numbers that were logged together and returns the breaches; names without limits are ignored."""
         breaches = []
         for name, limit in self.limits.items():
             if name not in values:

@@ -1,1 +1,1 @@
-"""Data: prompts with what their rewards need to know (contracts in `datamodules.base`)."""
+"""Data modules: prompts with the metadata that their rewards need (contracts in `datamodules.base`)."""

@@ -1,4 +1,4 @@
-"""GenEval prompts from JSONL files (the format of djghosh13/geneval and Flow-GRPO)."""
+"""Data module of GenEval prompts in JSONL files (the format of djghosh13/geneval and Flow-GRPO)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from pathlib import Path
 
 from datamodules.base import PromptSample
 from datamodules.geneval_names import validate_metadata
-from datamodules.jsonl import PromptFiles, read_records
+from datamodules.jsonl import read_records
+from datamodules.prompt_files import PromptFiles
 
 
 def read_prompts(path: str | Path) -> list[PromptSample]:
-    """Read a JSONL file.
+    """Reads the GenEval prompts of a JSONL file.
 
     Args:
         path: one object per line: `prompt`, `tag`, `include`, optional `exclude` and `id`. Blank lines are skipped.
@@ -43,5 +44,5 @@ class GenEvalPrompts(PromptFiles):
     test_images_per_prompt = 4  # 553 x 4, as everybody reports
 
     def read(self, path: Path) -> list[PromptSample]:
-        """All prompts of a JSONL file."""
+        """Reads all prompts of a JSONL file."""
         return read_prompts(path)

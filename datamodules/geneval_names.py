@@ -1,4 +1,4 @@
-"""GenEval's vocabulary (arXiv 2310.11513) as data: tags, classes, colours, relations, and the check of a record."""
+"""GenEval's vocabulary (arXiv 2310.11513): tags, classes, colours, relations, and the check of a record."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CLASSES: tuple[str, ...] = (
 
 
 def validate_metadata(metadata: Mapping[str, Any]) -> None:
-    """Check a GenEval record.
+    """Checks a GenEval record.
 
     Args:
         metadata: `{"tag", "include": [{"class", "count", "color"?, "position"?: [relation, index]}], "exclude"?}`.
@@ -46,7 +46,7 @@ def validate_metadata(metadata: Mapping[str, Any]) -> None:
 
 
 def _validate_item(item: object, index: int, where: str) -> None:
-    """Check one entry of `include` or `exclude`; `index` bounds the entries that a position may point at."""
+    """Checks one entry of `include` or `exclude`; `index` bounds the entries that a position may point at."""
     if not isinstance(item, dict) or not isinstance(item.get("class"), str) or not item["class"]:
         raise ValueError(f"{where} needs a `class` that names an object, got {item!r}.")
     count = item.get("count")

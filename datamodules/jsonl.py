@@ -1,185 +1,97 @@
-"""Prompts from files: lines of text or JSON with errors that name the line, and the data module around such files."""
+"""Reads JSONL and text files line by line; errors name the file and the line."""
 
 from __future__ import annotations
 
 import json
-import re
-from abc import abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
-
-from datamodules.base import Chosen, LazySamples, PromptDataModule, PromptSample, spread
+from typing import Any, Literal
 
 Record = dict[str, Any]
-"""One prompt: `id` (unique text), `prompt` (not blank) and whatever else its line holds."""
+"""The object of one line."""
+Broken = Literal["stop", "skip_last", "skip"]
+"""Treatment of lines that hold no JSON object; see `json_lines`."""
+
+
+def json_lines(path: str | Path, *, broken: Broken = "stop") -> Iterator[tuple[str, Record]]:
+    """Yields `file:line` and the object of each line of a JSONL file; blank lines are skipped.
+
+    Args:
+        path: a file of UTF-8 text, with or without a byte order mark.
+        broken: `stop` raises at a line that holds no JSON object and at a file without any line. `skip` leaves such
+            lines out. `skip_last` does so with a last line that a killed process left without its line feed.
+
+    Raises:
+        ValueError: naming `file:line`, what is wrong and what to do.
+    """
+    for number, text in _lines(path, None if broken != "stop" else "JSON object"):
+        where = f"{path}:{number}"
+        try:
+            record: Any = json.loads(text)
+        except json.JSONDecodeError as error:
+            if broken == "skip" or (broken == "skip_last" and not text.endswith("\n")):
+                continue
+            raise ValueError(
+                f"{where}: not valid JSON ({error.msg} at column {error.colno}): correct or delete the line."
+            ) from None
+        if isinstance(record, dict):
+            yield where, record
+        elif broken != "skip":
+            raise ValueError(f"{where}: a JSON {type(record).__name__} in place of an object: write {{...}}.")
 
 
 def read_records(path: str | Path) -> list[tuple[str, Record]]:
-    """Read a JSONL file of prompts.
+    """Reads the prompts of a JSONL file.
 
     Args:
         path: one object per line with a `prompt` and an optional `id`. Blank lines are skipped. Without an `id`, the
             prompt's position in the file serves, as five digits.
 
     Returns:
-        `file:line` and the record, in file order.
+        `file:line` and the record of each prompt, in file order: `id` (unique text), `prompt` (not blank) and whatever
+        else its line holds.
 
     Raises:
         ValueError: naming `file:line`, what is wrong and what to do.
     """
     records: list[tuple[str, Record]] = []
-    line_of_id: dict[str, int] = {}
-    for number, line in _lines(path, "JSON object"):
-        where = f"{path}:{number}"
-        record = _parse(line, where)
-        record["id"] = str(record.get("id", f"{len(records):05d}"))
-        if record["id"] in line_of_id:
-            raise ValueError(
-                f"{where}: the id {record['id']!r} was used in line {line_of_id[record['id']]}: make ids unique."
-            )
-        line_of_id[record["id"]] = number
+    places: dict[str, str] = {}
+    for where, record in json_lines(path):
+        prompt = record.get("prompt")
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"{where}: `prompt` is {prompt!r}: give the text of the prompt.")
+        name = record["id"] = str(record.get("id", f"{len(records):05d}"))
+        if name in places:
+            raise ValueError(f"{where}: the id {name!r} was used in {places[name]}: make ids unique.")
+        places[name] = where
         records.append((where, record))
     return records
 
 
 def read_bare_prompts(path: str | Path) -> list[tuple[str, Record]]:
-    """Like `read_records` for a text file with one prompt per line and nothing else."""
+    """Reads a text file that has one prompt per line and nothing else; returns the same as `read_records`."""
     return [
         (f"{path}:{number}", {"id": f"{position:05d}", "prompt": line.strip()})
         for position, (number, line) in enumerate(_lines(path, "prompt"))
     ]
 
 
-def _lines(path: str | Path, unit: str) -> list[tuple[int, str]]:
-    """Numbers, from 1, and texts of the lines that are not blank; at least one."""
-    with open(path, encoding="utf-8-sig") as file:  # -sig: a byte order mark is not part of the first record
-        lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
-    if not lines:
-        raise ValueError(f"{path}: the file holds no prompts: write one {unit} per line.")
-    return lines
-
-
-def _parse(line: str, where: str) -> Record:
-    try:
-        record: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{where}: not valid JSON ({error.msg} at column {error.colno}): write one JSON object per line."
-        ) from None
-    if not isinstance(record, dict):
-        raise ValueError(
-            f"{where}: a JSON {type(record).__name__} in place of an object: write {{...}} with a `prompt`."
-        )
-    prompt = record.get("prompt")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"{where}: `prompt` is {prompt!r}: give the text of the prompt.")
-    return record
-
-
-class PromptFiles(PromptDataModule):
-    """Base of the data modules that read a training, an evaluation and a test file; a subclass reads one of them.
+def _lines(path: str | Path, unit: str | None) -> Iterator[tuple[int, str]]:
+    """Yields number, from 1, and text of each line that is not blank.
 
     Args:
-        train_file: training prompts.
-        eval_file: held-out prompts for validation.
-        test_file: prompts for `lightning test`; `eval_file` when not given.
-        limit: at most so many prompts of each file, spread evenly over it since files may be sorted.
-        batch_size: prompts per process and step.
-        eval_batch_size: prompts per process in a validation or test step.
-        seed: of the training order.
-        num_workers: loader processes.
-        predict_file: prompts for `lightning predict`, where they are a set named as the file; `.txt` files, with one
-            prompt per line and nothing else, serve here whatever the other files hold. The test prompts when not given.
-        eval_name: of the evaluation set in logs and results; null is the class's own.
-        val_limit: at most so many prompts of `eval_file` in the validations within a fit; `lightning test` takes all.
+        path: the file.
+        unit: content of a line, for the errors about a file that is empty or no UTF-8; None tolerates both.
     """
-
-    eval_name: str
-    """Name of the evaluation set in logs and results, where `eval_name` is not given."""
-    suffixes: tuple[str, ...] = (".jsonl",)
-    """Kinds of file that `read` knows, for the error message."""
-
-    def __init__(
-        self,
-        train_file: str,
-        eval_file: str,
-        test_file: str | None = None,
-        limit: int | None = None,
-        batch_size: int = 1,
-        eval_batch_size: int = 8,
-        seed: int = 42,
-        num_workers: int = 0,
-        predict_file: str | None = None,
-        eval_name: str | None = None,
-        val_limit: int | None = None,
-    ) -> None:
-        super().__init__(batch_size, eval_batch_size, seed, num_workers)
-        if eval_name is not None:
-            if not re.fullmatch(r"[A-Za-z0-9_-]+", eval_name):
-                raise ValueError(f"data.eval_name is {eval_name!r}: use letters, digits, _ and -.")
-            self.eval_name = eval_name
-        for name, value in (("limit", limit), ("val_limit", val_limit)):
-            if value is not None and value < 1:
-                raise ValueError(f"data.{name} is {value}, use at least 1, or null for all prompts.")
-        self.train_file = train_file
-        self.eval_file = eval_file
-        self.test_file = test_file
-        self.predict_file = predict_file
-        self.limit = limit
-        self.val_limit = val_limit
-        self._samples: dict[str, list[PromptSample]] = {}
-
-    @abstractmethod
-    def read(self, path: Path) -> list[PromptSample]:
-        """All samples of one file, in its order."""
-
-    def setup(self, stage: str) -> None:
-        """Read the files that this stage needs."""
-        drawn = "test_file" if self.predict_file is None else "predict_file"
-        needed = {
-            "fit": ("train_file", "eval_file"),
-            "validate": ("eval_file",),
-            "test": ("test_file",),
-            "predict": (drawn,),
-        }
-        for key in needed[stage]:
-            self._samples[key] = self._read(key)
-        if stage == "fit":
-            self._samples["eval_file"] = _at_most(self._samples["eval_file"], self.val_limit)
-
-    def train_samples(self) -> list[PromptSample]:
-        """Prompts of `train_file`."""
-        return self._samples["train_file"]
-
-    def eval_samples(self) -> dict[str, list[PromptSample]]:
-        """Prompts of `eval_file`."""
-        return {self.eval_name: self._samples["eval_file"]}
-
-    def test_samples(self) -> dict[str, list[PromptSample]]:
-        """Prompts of `test_file`, or of `eval_file` when there is none."""
-        return {self.eval_name: self._samples["test_file"]}
-
-    def predict_samples(self) -> dict[str, list[PromptSample]]:
-        """Prompts of `predict_file`, or the test sets when there is none."""
-        if self.predict_file is None:
-            return self.test_samples()
-        return {Path(self.predict_file).stem: self._samples["predict_file"]}
-
-    def _read(self, key: str) -> list[PromptSample]:
-        key = "eval_file" if key == "test_file" and self.test_file is None else key
-        path = Path(getattr(self, key))
-        if not path.is_file():
-            bare = (".txt",) if key == "predict_file" else ()
-            kinds = " or ".join(dict.fromkeys(self.suffixes + bare))
-            raise ValueError(f"data.{key} is {str(path)!r}, which is not a file: give the path of a {kinds} file.")
-        if key == "predict_file" and path.suffix == ".txt":
-            samples = [PromptSample(r["id"], r["prompt"], "text", {}) for _, r in read_bare_prompts(path)]
-        else:
-            samples = self.read(path)
-        return _at_most(samples, self.limit)
-
-
-def _at_most(samples: list[PromptSample], limit: int | None) -> list[PromptSample]:
-    chosen = Chosen(samples, spread(len(samples), limit))
-    # A list would hold every image of samples that read theirs when asked.
-    return cast("list[PromptSample]", chosen) if isinstance(samples, LazySamples) else list(chosen)
+    empty = True
+    # -sig: a byte order mark is not part of the first record
+    with open(path, encoding="utf-8-sig", errors="strict" if unit else "replace") as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    empty = False
+                    yield number, line
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}: the file is not UTF-8 text: save it as UTF-8.") from None
+    if empty and unit:
+        raise ValueError(f"{path}: the file holds no lines: write one {unit} per line.")

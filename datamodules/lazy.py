@@ -1,4 +1,4 @@
-"""Samples that read their images when asked, and choices and rewordings of a set that leave them unread."""
+"""Sequences of samples whose images are read on access, and selections and rewordings that leave them unread."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from datamodules.sample import PromptSample
 
 
 class LazySamples(Sequence[PromptSample]):
-    """Samples whose images are read when they are asked for: thousands of images would not fit into memory."""
+    """Sequence of samples whose images are read on access, since thousands of images would not fit into memory."""
 
     @abstractmethod
     def without_images(self) -> Sequence[PromptSample]:
-        """The same samples, their images left where they are."""
+        """Returns the samples with `image` None, without reading the images."""
 
     @abstractmethod
     def at(self, index: int) -> PromptSample:
-        """One sample with its image; `index` is not negative."""
+        """Returns one sample with its image; `index` is not negative."""
 
     @abstractmethod
     def some(self, index: slice) -> Sequence[PromptSample]:
-        """Some of the samples."""
+        """Returns some of the samples, whose images stay unread."""
 
     @overload
     def __getitem__(self, index: int) -> PromptSample: ...
     @overload
     def __getitem__(self, index: slice) -> Sequence[PromptSample]: ...
     def __getitem__(self, index: int | slice) -> PromptSample | Sequence[PromptSample]:
-        """A sample with its image, or some of the samples."""
+        """Returns a sample with its image, or for a slice some of the samples."""
         return self.some(index) if isinstance(index, slice) else self.at(range(len(self))[index])
 
 
 class Chosen(LazySamples):
-    """Some samples of a set.
+    """Selection of samples of a set.
 
     Args:
         samples: the set.
-        rows: which of them, in this order.
+        rows: indices of the selected samples, in this order.
     """
 
     def __init__(self, samples: Sequence[PromptSample], rows: Sequence[int]) -> None:
@@ -50,21 +50,21 @@ class Chosen(LazySamples):
         return len(self.rows)
 
     def without_images(self) -> list[PromptSample]:
-        """The chosen samples, their images left where they are."""
+        """Returns the selected samples without reading their images."""
         samples = bare(self.samples)
         return [samples[row] for row in self.rows]
 
     def at(self, index: int) -> PromptSample:
-        """One chosen sample."""
+        """Returns one selected sample with its image."""
         return self.samples[self.rows[index]]
 
     def some(self, index: slice) -> Chosen:
-        """Some of the chosen samples."""
+        """Returns a selection from this selection."""
         return Chosen(self.samples, self.rows[index])
 
 
 def spread(total: int, limit: int | None) -> list[int]:
-    """At most `limit` rows, spread evenly over `total`, since files may be sorted; None takes all.
+    """Returns at most `limit` of `total` indices, spread evenly, since files may be sorted; None takes all.
 
     >>> spread(10, 4), spread(2, 4)
     ([0, 2, 5, 7], [0, 1])
@@ -75,11 +75,11 @@ def spread(total: int, limit: int | None) -> list[int]:
 
 
 class Reworded(LazySamples):
-    """Samples of a set in other words, in its order; those without other words are left out.
+    """Samples of a set in other words, in the set's order; samples without other words are left out.
 
     Args:
         samples: the originals.
-        wordings: row of the original -> what the models are given in its place.
+        wordings: index of the original -> text that the models get in place of its prompt.
     """
 
     def __init__(self, samples: Sequence[PromptSample], wordings: Mapping[int, str]) -> None:
@@ -90,20 +90,20 @@ class Reworded(LazySamples):
         return len(self.rows)
 
     def without_images(self) -> list[PromptSample]:
-        """The reworded samples, their images left where they are."""
+        """Returns the reworded samples without reading their images."""
         samples = bare(self.samples)
         return [replace(samples[row], wording=wording) for row, wording in self.rows]
 
     def at(self, index: int) -> PromptSample:
-        """One reworded sample."""
+        """Returns one reworded sample with its image."""
         row, wording = self.rows[index]
         return replace(self.samples[row], wording=wording)
 
     def some(self, index: slice) -> Reworded:
-        """Some of the reworded samples."""
+        """Returns some of the reworded samples, whose images stay unread."""
         return Reworded(self.samples, dict(self.rows[index]))
 
 
 def bare(samples: Sequence[PromptSample]) -> Sequence[PromptSample]:
-    """Samples to look through for anything but images."""
+    """Returns the samples for use of anything but their images, which lazy samples do not read then."""
     return samples.without_images() if isinstance(samples, LazySamples) else samples

@@ -1,4 +1,7 @@
-"""Prompts that ask for text in the image: Flow-GRPO's OCR files (double quotes) and MARIO-Eval's (single quotes)."""
+"""Data module of prompts that ask for text in the image, in the formats of Flow-GRPO and MARIO-Eval.
+
+Flow-GRPO's files have the wanted text in double quotes, MARIO-Eval's in single quotes.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from datamodules.base import PromptSample
-from datamodules.jsonl import PromptFiles, Record, read_bare_prompts, read_records
+from datamodules.jsonl import Record, read_bare_prompts, read_records
+from datamodules.prompt_files import PromptFiles
 
 Quotes = Literal["auto", "double", "single"]
 _SUFFIXES = (".txt", ".jsonl")
@@ -18,7 +22,7 @@ _SINGLE = re.compile(r"(?<!\w)'(?=\S)((?:[^']|(?<=\w)'(?=\w))+)(?<=\S)'(?!\w)")
 
 
 def target_text(prompt: str, quotes: Quotes = "auto") -> list[str]:
-    """The text that a prompt asks for, by its quotation marks.
+    """Returns the text that a prompt asks for, by its quotation marks.
 
     Args:
         prompt: the text as the user wrote it.
@@ -40,17 +44,18 @@ def target_text(prompt: str, quotes: Quotes = "auto") -> list[str]:
 
 
 def quote_style(prompts: Sequence[str]) -> Literal["double", "single"]:
-    """`double` if every prompt has two double quotes, else `single`."""
+    """Returns `double` if every prompt has two double quotes, else `single`."""
     return "double" if all(prompt.count('"') >= 2 for prompt in prompts) else "single"
 
 
 def read_prompts(path: str | Path, quotes: Quotes = "auto") -> list[PromptSample]:
-    """Read a file of prompts.
+    """Reads a file of prompts and the text that each asks for.
 
     Args:
         path: `.txt` with one prompt per line, or `.jsonl` with `prompt`, optional `id`, and optional `text` (a string
             or a list of them) where the target is not simply what is quoted. Blank lines are skipped.
-        quotes: see `target_text`; `auto` is double if every line without its own `text` has double quotes.
+        quotes: quotation marks around the wanted text (see `target_text`); `auto` is double if every line without its
+            own `text` has double quotes.
 
     Returns:
         The samples in file order, with the tag `ocr` and `metadata["text"]`, a list of strings.
@@ -95,55 +100,20 @@ class OCRPrompts(PromptFiles):
     Flow-GRPO's training file has 19,653 prompts and its test file 1,018. `datamodules/samples/ocr.txt` has 24.
 
     Args:
-        train_file: training prompts.
-        eval_file: held-out prompts for validation.
-        test_file: prompts for `lightning test`; `eval_file` when not given.
-        limit: at most so many prompts of each file, spread evenly over it since files may be sorted.
-        quotes: what marks the wanted text; `auto` finds out for each file (see `read_prompts`).
-        batch_size: prompts per process and step.
-        eval_batch_size: prompts per process in a validation or test step.
-        seed: of the training order.
-        num_workers: loader processes.
-        predict_file: prompts for `lightning predict`; the test prompts when not given.
-        eval_name: of the evaluation set in logs and results (`tmdb`, `openlib`); null is `ocr`.
-        val_limit: at most so many prompts of `eval_file` in the validations within a fit; `lightning test` takes all.
+        *args: as for `PromptFiles`.
+        quotes: quotation marks around the wanted text; `auto` finds out for each file (see `read_prompts`).
+        **kwargs: as for `PromptFiles`.
     """
 
     eval_name = "ocr"
     suffixes = _SUFFIXES
 
-    def __init__(
-        self,
-        train_file: str,
-        eval_file: str,
-        test_file: str | None = None,
-        limit: int | None = None,
-        quotes: Quotes = "auto",
-        batch_size: int = 1,
-        eval_batch_size: int = 8,
-        seed: int = 42,
-        num_workers: int = 0,
-        predict_file: str | None = None,
-        eval_name: str | None = None,
-        val_limit: int | None = None,
-    ) -> None:
-        super().__init__(
-            train_file,
-            eval_file,
-            test_file,
-            limit,
-            batch_size,
-            eval_batch_size,
-            seed,
-            num_workers,
-            predict_file,
-            eval_name,
-            val_limit,
-        )
+    def __init__(self, *args: Any, quotes: Quotes = "auto", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         if quotes not in get_args(Quotes):
             raise ValueError(f"data.quotes is {quotes!r}, use one of {', '.join(get_args(Quotes))}.")
         self.quotes: Quotes = quotes
 
     def read(self, path: Path) -> list[PromptSample]:
-        """All prompts of a `.txt` or `.jsonl` file."""
+        """Reads all prompts of a `.txt` or `.jsonl` file."""
         return read_prompts(path, self.quotes)

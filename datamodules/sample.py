@@ -1,4 +1,4 @@
-"""The prompt record. Imports nothing heavy, so that a reward server can do without Lightning."""
+"""Record of a prompt; this module imports nothing heavy, so that a reward server can do without Lightning."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PromptSample:
-    """One original prompt.
+    """A prompt as the user wrote it, with everything that models and rewards need to know about it.
 
     Args:
         id: unique within its file; names images and rows of results.
         prompt: the text as the user wrote it. Rewards see this one, never a rewrite.
         tag: category of the prompt (GenEval's six, or the name of the reward in tagged data).
-        metadata: what the reward needs: GenEval's `include`, OCR's target text.
+        metadata: data that the reward needs, such as GenEval's `include`, OCR's target text.
         image: the source image of an editing prompt.
-        wording: what the models are given in place of `prompt`: a paraphrase whose robustness is probed.
+        wording: text that the models get in place of `prompt`: a paraphrase, to probe how robust they are.
     """
 
     id: str
@@ -31,5 +31,5 @@ class PromptSample:
 
     @property
     def asked(self) -> str:
-        """What the models are given."""
+        """The text that the models get: `wording` if there is one, else `prompt`."""
         return self.prompt if self.wording is None else self.wording

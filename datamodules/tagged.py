@@ -1,4 +1,4 @@
-"""Prompts of several kinds, each with the tag of the one reward that judges it."""
+"""Data module of mixed prompts, each with the tag of the one reward that judges it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from pathlib import Path
 
 from datamodules.base import PromptSample
 from datamodules.geneval_names import validate_metadata
-from datamodules.jsonl import PromptFiles, read_records
+from datamodules.jsonl import read_records
 from datamodules.ocr import target_text
+from datamodules.prompt_files import PromptFiles
 
 
 class TaggedPrompts(PromptFiles):
@@ -20,7 +21,7 @@ class TaggedPrompts(PromptFiles):
     eval_name = "tagged"
 
     def read(self, path: Path) -> list[PromptSample]:
-        """All prompts of a JSONL file."""
+        """Reads all prompts of a JSONL file."""
         samples = []
         for where, record in read_records(path):
             tag, metadata = record.get("tag"), record.get("metadata", {})
@@ -42,11 +43,11 @@ class TaggedPrompts(PromptFiles):
         return samples
 
     def eval_samples(self) -> dict[str, list[PromptSample]]:
-        """Prompts of `eval_file` by tag."""
+        """Returns the prompts of `eval_file` by tag."""
         return _by_tag(self._samples["eval_file"])
 
     def test_samples(self) -> dict[str, list[PromptSample]]:
-        """Prompts of `test_file`, or of `eval_file` when there is none, by tag."""
+        """Returns the prompts of `test_file`, or of `eval_file` when there is none, by tag."""
         return _by_tag(self._samples["test_file"])
 
 

@@ -1,15 +1,16 @@
-"""Bare prompts, without metadata, from text or JSONL files."""
+"""Data module of prompts from text or JSONL files, for rewards that need no metadata."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from datamodules.base import PromptSample
-from datamodules.jsonl import PromptFiles, read_bare_prompts, read_records
+from datamodules.jsonl import read_bare_prompts, read_records
+from datamodules.prompt_files import PromptFiles
 
 
 class TextPrompts(PromptFiles):
-    """Prompts without metadata in `.txt` (one a line) or `.jsonl` files; the evaluation set is called `text`.
+    """Bare prompts in `.txt` (one a line) or `.jsonl` files; the evaluation set is called `text`.
 
     For preference rewards (PickScore, HPSv2.1, ...). `datamodules/samples/aesthetic.txt` has 24 prompts.
     """
@@ -18,7 +19,7 @@ class TextPrompts(PromptFiles):
     suffixes = (".txt", ".jsonl")
 
     def read(self, path: Path) -> list[PromptSample]:
-        """All prompts of a file; keys of a JSON object beside `id` and `prompt` become metadata, `tag` the tag."""
+        """Reads all prompts of a file; JSON keys but `id` and `prompt` become metadata, and `tag` the tag too."""
         records = read_records(path) if path.suffix == ".jsonl" else read_bare_prompts(path)
         samples = []
         for _, record in records:

@@ -1,4 +1,4 @@
-"""Agents as a LightningModule: what is loaded, optimized and kept in checkpoints."""
+"""`Agents`: LightningModule of a flow model and a refiner (loading, optimizer, checkpoints)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_modules.policies.language import LanguagePolicy
 
 
 class Agents(L.LightningModule):
-    """A flow model and perhaps a refiner.
+    """A flow model and, unless it is null, a refiner.
 
     Args:
         flow: the image model.
@@ -34,7 +34,7 @@ class Agents(L.LightningModule):
     # --- set-up ---------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Loads both agents."""
+        """Loads the weights of both agents."""
         self.flow.load()
         if self.flow.trained and not self.flow.sampling.sde_steps:
             raise ValueError(
@@ -44,11 +44,11 @@ class Agents(L.LightningModule):
             self.language.load()
 
     def on_fit_start(self) -> None:
-        """Refuses precisions that would train wrongly in silence."""
+        """Raises ValueError for precisions that would train wrongly in silence."""
         check_precision(self.trainer.precision)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """One optimizer with a parameter group per learning agent, so that one RL step is one `global_step`."""
+        """Makes one optimizer with a parameter group per learning agent: one RL step is one `global_step`."""
         self.require_learner()
         return self.optimizer([agent.parameter_group() for agent in self._learners()])
 
@@ -61,16 +61,16 @@ class Agents(L.LightningModule):
         agents = [self.flow, self.language]
         return [agent for agent in agents if agent is not None and agent.trained]
 
-    # --- checkpoints: what is trained, and nothing else ---------------------------------------------------------------
+    # --- checkpoints: trained weights only ----------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps trained weights only, and the count of rollouts."""
+        """Reduces a checkpoint to the trained weights, and adds the count of rollouts."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["num_rollouts"] = self.num_rollouts
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of other agents: loading is not strict, so missing names would pass in silence."""
+        """Raises ValueError for a checkpoint of other agents, which non-strict loading would let pass in silence."""
         self.num_rollouts = checkpoint.get("num_rollouts", 0)
         if self.flow.network is None:
             return

@@ -1,4 +1,4 @@
-"""Across processes: gradients of ragged micro-batches without sync in backward, and what every rank has to say."""
+"""Collectives for several processes: averaged gradients of ragged micro-batches, lists gathered from all ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def no_backward_sync(trainer: L.Trainer) -> AbstractContextManager[None]:
-    """Keeps DDP from reducing in backward: ranks may run different numbers of micro-batches."""
+    """Context manager: DDP does not reduce in backward, since ranks may run different numbers of micro-batches."""
     strategy = trainer.strategy
     return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
 
@@ -39,7 +39,7 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def gather_lists(items: list[T]) -> list[T]:
-    """Every rank's list, one after the other (a collective; only small things that pickle)."""
+    """Joins every rank's list in the order of ranks; a collective, for small objects that pickle."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return items
     lists: list[list[T]] = [[] for _ in range(dist.get_world_size())]
@@ -48,5 +48,5 @@ def gather_lists(items: list[T]) -> list[T]:
 
 
 def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-    """Clips one agent's gradient and returns its norm before."""
+    """Clips the gradient of one agent's parameters; returns its norm before clipping, a scalar."""
     return nn.utils.clip_grad_norm_(parameters, max_norm)

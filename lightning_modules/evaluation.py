@@ -1,4 +1,4 @@
-"""What validation, test and predict draw: every prompt as it is and, with a refiner, rewritten."""
+"""`EvaluatedAgents`: draws the images of validation, test and predict, without and with prompt enhancement."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.seeding import seed_of
 
 MODES = ("without_pe", "with_pe")
-"""How an evaluation prompt is drawn: as it is, or as the refiner's greedy rewrite."""
+"""Ways to draw an evaluation prompt: as it is, or as the refiner's greedy rewrite (prompt enhancement, PE)."""
 
 
 @dataclass(frozen=True)
 class EvaluationBatch:
-    """What an evaluation step draws for B prompts of one set, K images each.
+    """Images that an evaluation step drew for B prompts of one set, K of each prompt.
 
     Attributes:
-        name: of the set.
+        name: name of the set.
         samples: B original prompts.
         prompts: mode -> B prompts as drawn; those of "with_pe" are greedy rewrites.
         seeds: K lists of B seeds.
@@ -53,29 +53,29 @@ class EvaluatedAgents(Agents):
     def __init__(self, flow: FlowPolicy, language: LanguagePolicy | None, optimizer: OptimizerCallable) -> None:
         super().__init__(flow, language, optimizer)
         self.images_per_evaluation = 1
-        """Images of each prompt in each mode in `lightning test` and `predict`; validation draws one."""
+        """Number of images of each prompt in each mode in `lightning test` and `predict`; validation draws one."""
         self.image_store: ImageStore | None = None
-        """Where `lightning test` and `predict` keep images; a callback says so."""
+        """Folder in which `lightning test` and `predict` keep images; set by a callback."""
         self._validated_step = -1
 
     def validation_step(  # type: ignore[override]
         self, batch: Sequence[PromptSample], batch_idx: int, dataloader_idx: int = 0
     ) -> EvaluationBatch:
-        """Draws every prompt without and, if there is a refiner, with prompt enhancement; callbacks do the scoring."""
-        return self._draw_set(self._data.eval_names[dataloader_idx], batch, 1)
+        """Draws one image of each prompt, without and, if there is a refiner, with PE; callbacks score them."""
+        return self._draw_batch(self._data.eval_names[dataloader_idx], batch, 1)
 
     def test_step(  # type: ignore[override]
         self, batch: Sequence[PromptSample], batch_idx: int, dataloader_idx: int = 0
     ) -> EvaluationBatch:
-        """Draws as `validation_step` does, and again with other noise for further images."""
-        return self._draw_set(self._data.eval_names[dataloader_idx], batch, self.images_per_evaluation)
+        """Draws `images_per_evaluation` images of each prompt; the first has the noise of `validation_step`."""
+        return self._draw_batch(self._data.eval_names[dataloader_idx], batch, self.images_per_evaluation)
 
     def predict_step(self, batch: PredictBatch, batch_idx: int) -> EvaluationBatch:
-        """Draws as `test_step` does."""
-        return self._draw_set(batch.name, batch.samples, self.images_per_evaluation)
+        """Draws `images_per_evaluation` images of each prompt, like `test_step`."""
+        return self._draw_batch(batch.name, batch.samples, self.images_per_evaluation)
 
     def modes(self, name: str) -> tuple[str, ...]:
-        """In which modes the prompts of a set are drawn."""
+        """Modes in which the prompts of a set are drawn."""
         unrefined = self._data.unrefined if self._trainer is not None else ()
         return MODES[:1] if self.language is None or name in unrefined else MODES
 
@@ -88,13 +88,13 @@ class EvaluatedAgents(Agents):
         prompts: Sequence[str],
         seeds: Sequence[int],
     ) -> list[Image]:
-        """B images: those that are kept, if all are, else drawn and, where there is a store, kept.
+        """Draws B images, or loads them from the image store if it has all of them; saves what it draws.
 
-        A batch is drawn as a whole, since one of another make-up could round differently.
+        A batch is drawn as a whole, since a batch of other prompts could round differently.
 
         Args:
-            name: of the set.
-            mode: what the prompts are.
+            name: name of the set.
+            mode: one of `MODES`, which the prompts are for.
             k: number of the image among those of its prompt.
             samples: B original prompts.
             prompts: B prompts to draw.
@@ -103,17 +103,17 @@ class EvaluatedAgents(Agents):
         if not samples:
             return []
         if self.image_store is not None:
-            kept = self.image_store.recall(name, mode, k, samples, prompts, seeds)
+            kept = self.image_store.load(name, mode, k, samples, prompts, seeds)
             if kept is not None:
                 return kept
         light = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         steps = self.flow.sampling.val_steps if light else None
         images = to_pil(self.flow.generate(prompts, seeds, steps, source_images(samples)))
         if self.image_store is not None:
-            self.image_store.keep(name, mode, k, samples, prompts, seeds, images)
+            self.image_store.save(name, mode, k, samples, prompts, seeds, images)
         return images
 
-    def _draw_set(self, name: str, samples: Sequence[PromptSample], num: int) -> EvaluationBatch:
+    def _draw_batch(self, name: str, samples: Sequence[PromptSample], num: int) -> EvaluationBatch:
         prompts = {mode: self._prompts(name, mode, samples) for mode in self.modes(name)}
         seeds = [evaluation_seeds(samples, k) for k in range(num)]
         # Image by image, so that the first ones come from the same batch as in validation, to the last bit.
@@ -124,12 +124,12 @@ class EvaluatedAgents(Agents):
         return EvaluationBatch(name, samples, prompts, seeds, images)
 
     def _prompts(self, name: str, mode: str, samples: Sequence[PromptSample]) -> list[str]:
-        """What to draw for B samples in a mode."""
+        """Returns the prompts to draw for B samples in a mode: saved rewrites first, else new ones."""
         if mode == "without_pe":
             return [sample.asked for sample in samples]
         if not samples:
             return []
-        kept = None if self.image_store is None else self.image_store.rewrites(name, mode, 0, samples)
+        kept = None if self.image_store is None else self.image_store.saved_rewrites(name, mode, 0, samples)
         if kept is not None:
             return kept
         assert self.language is not None
@@ -141,7 +141,7 @@ class EvaluatedAgents(Agents):
         return data
 
     def on_validation_end(self) -> None:
-        """Notes that this step's agents have been evaluated."""
+        """Records that the agents of this step have been evaluated."""
         self._validated_step = self.global_step
 
     def on_train_start(self) -> None:
@@ -170,5 +170,5 @@ def validate_now(trainer: L.Trainer) -> None:
 
 
 def evaluation_seeds(samples: Sequence[PromptSample], number: int = 0) -> list[int]:
-    """Of evaluation noise: a function of the prompt's id and of the image's number, 0 being validation's."""
+    """Seeds of the evaluation noise, fixed by prompt id and image number (0 in validation)."""
     return [seed_of("evaluation", sample.id, *([number] if number else [])) for sample in samples]

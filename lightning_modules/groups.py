@@ -1,4 +1,4 @@
-"""How a group is made up: retained prompts first, then the rewrites, each drawn M times."""
+"""Composition of a group: retained prompts first, then the rewrites, each drawn M times."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def check_group(group_size: int, num_retained: int, refines: bool) -> None:
 def group_prompts(
     samples: Sequence[PromptSample], rewrites: Sequence[str] | None, num_retained: int, images_per_prompt: int
 ) -> list[str]:
-    """G * n * M prompts, group by group.
+    """Lists the G * n * M prompts to draw, group by group.
 
     Args:
         samples: G original prompts.
-        rewrites: G * (n - m) of them, or None without a refiner.
+        rewrites: G * (n - m) rewritten prompts, or None without a refiner.
         num_retained: m.
         images_per_prompt: M.
     """
@@ -48,7 +48,7 @@ def group_prompts(
 
 
 def group_formats(formatted: Tensor, groups: int, num_retained: int, images_per_prompt: int) -> Tensor:
-    """[G, n * M] format rewards; a retained prompt gets its group's mean, so that format neither pays nor costs it.
+    """Spreads format rewards to [G, n * M]; a retained prompt gets its group's mean, so neither gain nor loss.
 
     Args:
         formatted: [G * (n - m)] format reward of each rewrite.
@@ -62,7 +62,7 @@ def group_formats(formatted: Tensor, groups: int, num_retained: int, images_per_
 
 
 def source_images(samples: Sequence[PromptSample]) -> list[Image] | None:
-    """The samples' source images, or None where none has one.
+    """Collects the samples' source images; None if no sample has one.
 
     Raises:
         ValueError: if some have one and others do not: a model either edits or draws from text.
@@ -75,6 +75,6 @@ def source_images(samples: Sequence[PromptSample]) -> list[Image] | None:
 
 
 def tag_numbers(samples: Sequence[PromptSample]) -> Tensor:
-    """[G] number of each sample's tag among the batch's tags in alphabetical order."""
+    """Numbers the samples' tags: [G] index of each among the batch's tags in alphabetical order."""
     tags = sorted({sample.tag for sample in samples})
     return torch.tensor([tags.index(sample.tag) for sample in samples])

@@ -1,6 +1,6 @@
-"""What a reward's curve hides: statistics of images that show dark, blank, washed-out, noisy or repeated ones.
+"""Statistics of images that a reward's curve hides: shares of dark, blank, noisy or repeated ones, saturation.
 
-Images are [B, 3, H, W] RGB in 0..1, as stored (gamma-encoded). Nothing here knows of a trainer.
+Images are [B, 3, H, W] RGB in 0..1, as stored (gamma-encoded). No function here needs a trainer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _THUMBNAIL = 16
 
 
 def rollout_statistics(images: Sequence[Image], group_size: int) -> dict[str, float]:
-    """Means over the images of a rollout.
+    """Averages the statistics of a rollout's images.
 
     Args:
         images: G * N images of any sizes, group by group.
@@ -39,7 +39,7 @@ def rollout_statistics(images: Sequence[Image], group_size: int) -> dict[str, fl
 def image_statistics(
     images: Tensor, *, dark: float = 0.05, bright: float = 0.95, blank: float = 0.02
 ) -> dict[str, Tensor]:
-    """What can be said of each image alone.
+    """Computes the statistics that take one image each.
 
     Args:
         images: [B, 3, H, W].
@@ -63,13 +63,13 @@ def image_statistics(
 
 
 def luminance(images: Tensor) -> Tensor:
-    """[B, H, W] luminance 0..1: 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601, as in Pillow's mode L)."""
+    """Computes the luminance [B, H, W], 0..1: 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601, as in Pillow's mode L)."""
     assert images.ndim == 4 and images.shape[1] == 3
     return torch.einsum("bchw,c->bhw", images, images.new_tensor([0.299, 0.587, 0.114]))
 
 
 def contrast(images: Tensor) -> Tensor:
-    """[B] the largest of the three channels' (population) standard deviations, 0..0.5.
+    """Computes each image's contrast [B], the largest (population) std of its three channels, 0..0.5.
 
     Not the luminance's: red on an equally light green would pass for a blank image.
     """
@@ -78,7 +78,7 @@ def contrast(images: Tensor) -> Tensor:
 
 
 def flat_area(images: Tensor, *, flat: float = 0.02, tiles: int = 16) -> Tensor:
-    """[B] share of an image's tiles whose `contrast` is below `flat`, 0..1: 1 is blank, and so is an erased ground.
+    """Computes the share of an image's tiles whose `contrast` is below `flat`: [B], 0..1, 1 for a blank image.
 
     Args:
         images: [B, 3, H, W], at least two pixels a tile; rows and columns that fill no tile are left out.
@@ -94,14 +94,14 @@ def flat_area(images: Tensor, *, flat: float = 0.02, tiles: int = 16) -> Tensor:
 
 
 def saturation(images: Tensor) -> Tensor:
-    """[B] mean HSV saturation, (max - min) / max of a pixel's channels and 0 for black: 0 is grey, 1 pure colour."""
+    """Computes the mean HSV saturation [B], 0 (grey) to 1: (max - min) / max of a pixel's channels, 0 for black."""
     assert images.ndim == 4 and images.shape[1] == 3
     high, low = images.amax(1), images.amin(1)
     return torch.where(high > 0, (high - low) / high.clamp(min=torch.finfo(high.dtype).tiny), 0).mean((1, 2))
 
 
 def high_frequency(images: Tensor, *, cutoff: float = 0.25) -> Tensor:
-    """[B] share of the luminance's spectral energy above half the Nyquist frequency, 0..1; fine grids and noise.
+    """Computes the share of the luminance's spectral energy above `cutoff` [B], 0..1: fine grids and noise.
 
         sum_{|f| > cutoff} |F(f)|^2 / sum_f |F(f)|^2,    F = DFT of hann(y) hann(x) (L(y, x) - mean of L)
 
@@ -125,12 +125,12 @@ def high_frequency(images: Tensor, *, cutoff: float = 0.25) -> Tensor:
 
 
 def thumbnails(images: Tensor) -> Tensor:
-    """[B, 3, 16, 16] means of equal tiles."""
+    """Shrinks images to [B, 3, 16, 16], means of equal tiles."""
     return F.adaptive_avg_pool2d(images, _THUMBNAIL)
 
 
 def duplicates(thumbnails: Tensor, *, threshold: float = 0.03) -> Tensor:
-    """[G] share of a group's images that nearly repeat an earlier one of it, its first left out: 1 is collapse.
+    """Computes the share of a group's images, its first left out, that nearly repeat an earlier one: [G], 0..1.
 
     Two images are near-duplicates if the root mean square difference of their thumbnails is below `threshold`. (The
     mean absolute one takes small objects on a plain ground for the same wherever they are.)
@@ -149,6 +149,6 @@ def duplicates(thumbnails: Tensor, *, threshold: float = 0.03) -> Tensor:
 
 
 def to_tensor(image: Image) -> Tensor:
-    """[1, 3, H, W] of an image."""
+    """Converts an image to [1, 3, H, W] in 0..1."""
     array = np.array(image.convert("RGB"))
     return torch.from_numpy(array).permute(2, 0, 1).float().div(255).unsqueeze(0)

@@ -1,11 +1,10 @@
-"""Images kept in a folder, with a list that says what each was drawn from: an interrupted run goes on from there."""
+"""`ImageStore`: images in a folder and a list of what each was drawn from, so that an interrupted run goes on."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,73 +12,75 @@ from typing import Any
 
 from PIL import Image
 
+from datamodules.jsonl import json_lines
 from datamodules.sample import PromptSample
+from lightning_modules.atomic_write import write_atomically
 
 Line = dict[str, Any]
-"""One image: `{"set", "id", "prompt", "wording", "source", "mode", "rewrite", "seed", "k", "file", "digest"}`.
+"""What one image was drawn from: `{"set", "id", "prompt", "wording", "source", "mode", "rewrite", "seed", "k", "file",
+"digest"}`.
 
 `source` and `digest` are digests of the source image (null without one) and of the file.
 """
 Key = tuple[str, str, str, int]
-"""Set, id, mode, k."""
-Place = Callable[[str, str, PromptSample, int], Path]
-"""Set, mode, sample and k -> path below the store's folder."""
+"""Name of the set, prompt id, mode, number k of the image among those of its prompt and mode."""
+PathOf = Callable[[str, str, PromptSample, int], Path]
+"""Name of the set, mode, sample, k -> path of the image below the store's folder."""
 
 
 class ImageStore:
-    """Keeps images as PNG, and a line for each in `<directory>/<list_name>.jsonl`.
+    """Stores images as PNG, and a line for each in `<directory>/<list_name>.jsonl`.
 
     A line is written after its image, so what is listed is there. While several processes draw, those after the
     first list theirs in `<list_name>.<rank>.jsonl`; `merge` makes one list of them.
 
     Args:
-        directory: of the images.
+        directory: folder of the images.
         list_name: name of the list, without its ending.
-        place: where an image goes.
-        rank: of this process.
-        describe: also write what was asked for (`metadata.jsonl`) beside a prompt's folder of images.
+        path_of: path of an image.
+        rank: rank of this process.
+        describe: also writes a prompt and its metadata (`metadata.jsonl`) beside its folder of images.
     """
 
-    def __init__(self, directory: Path, list_name: str, place: Place, rank: int = 0, describe: bool = False) -> None:
+    def __init__(self, directory: Path, list_name: str, path_of: PathOf, rank: int = 0, describe: bool = False) -> None:
         self.directory = directory
         self.list_name = list_name
-        self.place = place
+        self.path_of = path_of
         self.describe = describe
         self.rank = rank
         self._lines: dict[Key, Line] = {}
 
     @property
     def path(self) -> Path:
-        """The list of all images."""
+        """Path of the list of all images."""
         return self.directory / f"{self.list_name}.jsonl"
 
     def read(self) -> dict[Key, Line]:
-        """Reads all processes' lists; a later line of the same image holds."""
+        """Reads all processes' lists; of several lines of one image the last holds."""
         self._lines = {}
-        # The whole list first: what a process has drawn anew stands in its own.
+        # The whole list first, since a process lists what it has drawn again in its own.
         for path in [self.path, *sorted(self.directory.glob(f"{self.list_name}.*.jsonl"))]:
             if not path.is_file():
                 continue
-            for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-                line = _parse(text)
-                if line is not None and (self.directory / line["file"]).is_file():
+            for _, line in json_lines(path, broken="skip"):  # a killed process may have left half a line
+                if {"digest", "source"} <= line.keys() and (self.directory / line["file"]).is_file():
                     self._lines[line["set"], line["id"], line["mode"], line["k"]] = line
         return self._lines
 
     def merge(self, keys: Iterable[Key] | None = None) -> None:
-        """Makes one list of all processes' lists.
+        """Merges all processes' lists into one.
 
         Args:
             keys: images to list, in this order; None lists all.
         """
         lines = self.read()
         kept = lines.values() if keys is None else (lines[key] for key in keys)
-        write_whole(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+        write_atomically(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
         for path in self.directory.glob(f"{self.list_name}.*.jsonl"):
             path.unlink()
 
-    def rewrites(self, name: str, mode: str, k: int, samples: Sequence[PromptSample]) -> list[str] | None:
-        """What B samples' kept images were drawn from instead of the prompts; None unless all have one."""
+    def saved_rewrites(self, name: str, mode: str, k: int, samples: Sequence[PromptSample]) -> list[str] | None:
+        """Rewrites that B samples' stored images were drawn from; None unless all have one."""
         lines = [self._lines.get((name, sample.id, mode, k)) for sample in samples]
         found = [
             line["rewrite"]
@@ -88,7 +89,7 @@ class ImageStore:
         ]
         return found if len(found) == len(samples) and None not in found else None
 
-    def recall(
+    def load(
         self,
         name: str,
         mode: str,
@@ -97,7 +98,7 @@ class ImageStore:
         prompts: Sequence[str],
         seeds: Sequence[int],
     ) -> list[Image.Image] | None:
-        """B kept images; None unless all are there, drawn from these prompts with these seeds and readable."""
+        """Loads B images; None unless all are stored, readable and drawn from these prompts with these seeds."""
         images = []
         for sample, prompt, seed in zip(samples, prompts, seeds, strict=True):
             line = self._lines.get((name, sample.id, mode, k))
@@ -116,7 +117,7 @@ class ImageStore:
                 images.append(image.convert("RGB"))
         return images
 
-    def keep(
+    def save(
         self,
         name: str,
         mode: str,
@@ -129,12 +130,12 @@ class ImageStore:
         """Writes B images, then their lines in one piece."""
         texts = []
         for sample, prompt, seed, image in zip(samples, prompts, seeds, images, strict=True):
-            place = self.place(name, mode, sample, k)
+            path = self.path_of(name, mode, sample, k)
             data = _png(image)
-            _write_whole(self.directory / place, data)
+            write_atomically(self.directory / path, data)
             if self.describe and k == 0:
                 record = {"prompt": sample.prompt, **sample.metadata}
-                write_whole(self.directory / place.parent.parent / "metadata.jsonl", json.dumps(record) + "\n")
+                write_atomically(self.directory / path.parent.parent / "metadata.jsonl", json.dumps(record) + "\n")
             line: Line = {
                 "set": name,
                 "id": sample.id,
@@ -145,7 +146,7 @@ class ImageStore:
                 "rewrite": None if mode == "without_pe" else prompt,
                 "seed": seed,
                 "k": k,
-                "file": place.as_posix(),
+                "file": path.as_posix(),
                 "digest": _digest(data),
             }
             self._lines[name, sample.id, mode, k] = line
@@ -156,7 +157,7 @@ class ImageStore:
 
 
 def safe_name(name: str) -> str:
-    """A file name for any text; texts that had to be changed stay distinct by a digest.
+    """Makes a file name of any text; texts that had to be changed stay distinct by a digest.
 
     >>> safe_name("test-00001"), safe_name("a/b")
     ('test-00001', 'a_b-82badf67')
@@ -165,18 +166,6 @@ def safe_name(name: str) -> str:
     if plain == name and plain.strip("."):
         return plain
     return f"{plain}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text that is there as a whole or not at all."""
-    _write_whole(path, text.encode("utf-8"))
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")  # two commands may write into one folder
-    unfinished.write_bytes(data)
-    os.replace(unfinished, path)
 
 
 def _png(image: Image.Image) -> bytes:
@@ -192,12 +181,3 @@ def _digest(data: bytes) -> str:
 def _source(sample: PromptSample) -> str | None:
     image = sample.image
     return None if image is None else _digest(repr((image.mode, image.size)).encode() + image.tobytes())
-
-
-def _parse(text: str) -> Line | None:
-    """A line of the list; None for one that a killed process left unfinished."""
-    try:
-        line = json.loads(text)
-    except json.JSONDecodeError:
-        return None
-    return line if isinstance(line, dict) and {"digest", "source"} <= line.keys() else None

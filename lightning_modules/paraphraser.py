@@ -1,4 +1,4 @@
-"""Other wordings by a language model, kept in a file so that they are written once."""
+"""`WrittenParaphrases`: other wordings of prompts by a language model, written once and kept in a file."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from rich.progress import Progress
 from datamodules.base import PromptSample, bare
 from datamodules.chunks import chunks
 from datamodules.paraphrases.base import Paraphraser, Wordings, check_kinds
-from datamodules.paraphrases.files import read_lines
+from datamodules.paraphrases.files import read_wordings
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.seeding import seed_of
 from rewards.pretrained import pick_device
 
 Line = dict[str, Any]
-"""`{"id", "set", "original", "paraphrase", "formatted", "model", "template", "seed", "settings", "image"?}`."""
+"""A wording and what decided it: `{"id", "set", "original", "paraphrase", "formatted", "model", "template", "seed",
+"settings", "image"?}`."""
 
 
 class WrittenParaphrases(Paraphraser):
-    """Wordings by any refiner, such as a prompt enhancer with its own template or an untrained model.
+    """Paraphrases by any refiner, such as a prompt enhancer with its own template or an untrained model.
 
     They are appended to a JSONL file, a batch at a time, and read from it later: a line counts if its prompt, model,
     template, seed and what else decides the wording agree. The model is loaded only while something is missing. Models
@@ -38,16 +39,16 @@ class WrittenParaphrases(Paraphraser):
         writer: the refiner, frozen (`learning_rate: null`); wordings have up to its `eval_max_new_tokens`. An answer
             outside `<answer> </answer>` is no wording, except with `checked: false`, where all of it is, as it would
             be in a run.
-        kind: its name in sets' names.
+        kind: name of this kind of wordings in the names of evaluation sets.
         cache: the JSONL file; null is `paraphrases/<set>.<kind>.jsonl` where the run was started.
-        num: wordings of each prompt, at the writer's temperature; above 1 they are the kinds `<kind>_1` and so on, and
-            need a seed.
+        num: number of wordings of each prompt, at the writer's temperature; above 1 they are the kinds `<kind>_1` and
+            so on, and need a seed.
         seed: draws the wordings, every one with random numbers of its own and so one at a time; null writes greedily.
         batch_size: prompts that are written at once when greedy.
-        refined: whether the run's own refiner is put in front of these wordings too.
-        checked: whether wordings that lose something are left out; false for a prompt enhancer (static PE), whose
+        refined: true puts the run's own refiner in front of these wordings too.
+        checked: true leaves out wordings that lose something; false for a prompt enhancer (static PE), whose
             mistakes count.
-        device: where the writer runs; null is this process's GPU if there is one, else the CPU.
+        device: device of the writer; null is this process's GPU if there is one, else the CPU.
     """
 
     def __init__(
@@ -87,20 +88,20 @@ class WrittenParaphrases(Paraphraser):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The one kind, or with `num` above 1 as many, numbered from 1."""
+        """Names of the kinds: the one `kind`, or with `num` above 1 so many, numbered from 1."""
         return (self.kind,) if self.num == 1 else tuple(f"{self.kind}_{k}" for k in range(1, self.num + 1))
 
     def path(self, name: str) -> Path:
-        """The file with the wordings of a set."""
+        """Path of the file with the wordings of a set."""
         return Path("paraphrases") / f"{name}.{self.kind}.jsonl" if self.cache is None else Path(self.cache)
 
     def missing(self, name: str, samples: Sequence[PromptSample]) -> bool:
-        """Whether `write` would have to load the model."""
+        """Returns True if `write` would have to load the model."""
         found = self._read(name)
         return any(_key(line) not in found for _, _, line in self._wanted(name, samples))
 
     def write(self, name: str, samples: Sequence[PromptSample]) -> Wordings:
-        """For every kind, one wording for each prompt, or None where the writer gave the prompt back or no answer.
+        """Gives every prompt a wording of every kind; None where the writer gave the prompt back or no answer.
 
         Raises:
             ValueError: if the file has a broken line, or a checked writer kept its format in no answer at all.
@@ -125,7 +126,7 @@ class WrittenParaphrases(Paraphraser):
     # --- what decides a wording -------------------------------------------------------------------------------------
 
     def _wanted(self, name: str, samples: Sequence[PromptSample]) -> Iterator[tuple[str, int, Line]]:
-        """Kind, row of the prompt, and a line that has everything but the wording."""
+        """Yields the kind, the prompt's row, and a line that has everything but the wording."""
         for row, sample in enumerate(samples if self.sees_images else bare(samples)):
             for k, kind in enumerate(self.kinds):
                 yield kind, row, self._line(name, sample, k)
@@ -159,12 +160,12 @@ class WrittenParaphrases(Paraphraser):
     # --- the file ---------------------------------------------------------------------------------------------------
 
     def _read(self, name: str) -> dict[str, Line]:
-        """Key -> line; nothing if there is no file."""
+        """Reads the file: key -> line, empty if there is no file."""
         path = self.path(name)
         if not path.exists():
             return {}
         found = {}
-        for where, line in read_lines(path, unfinished=True):
+        for where, line in read_wordings(path, broken="skip_last"):
             if not isinstance(line.get("formatted"), bool) or not isinstance(line.get("original"), str):
                 raise ValueError(f"{where}: no line of WrittenParaphrases: name another file as `cache`.")
             found[_key(line)] = line
@@ -173,7 +174,7 @@ class WrittenParaphrases(Paraphraser):
     def _write_missing(
         self, name: str, samples: Sequence[PromptSample], todo: Sequence[tuple[int, Line]]
     ) -> dict[str, Line]:
-        """Key -> line of what is written now, a batch at a time, so that a run that is stopped goes on from there."""
+        """Writes missing wordings a batch at a time, so that a stopped run goes on from there; key -> new line."""
         path = self.path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         _end_last_line(path)
@@ -190,7 +191,7 @@ class WrittenParaphrases(Paraphraser):
 
     @torch.no_grad()
     def _ask(self, samples: Sequence[PromptSample], lines: Sequence[Line]) -> list[Line]:
-        """The lines of a batch with their wordings."""
+        """Completes the lines of a batch with their wordings."""
         writer = self.writer
         with torch.random.fork_rng([writer.device] if writer.device.type == "cuda" else []):
             if self.seed is not None:
@@ -203,7 +204,7 @@ class WrittenParaphrases(Paraphraser):
 
     @contextmanager
     def _loaded(self) -> Iterator[None]:
-        """Inside, the writer has its weights."""
+        """Context manager: the writer has its weights, on its device."""
         self.writer.load()
         self.writer.to(pick_device(self.device))
         try:
@@ -216,13 +217,13 @@ class WrittenParaphrases(Paraphraser):
 
 
 def _key(line: Line) -> str:
-    """All that decides a line's wording."""
+    """Key of a line: all that decides its wording."""
     parts = ("id", "set", "original", "model", "template", "seed", "settings", "image")
     return json.dumps([line.get(part) for part in parts], sort_keys=True)
 
 
 def _end_last_line(path: Path) -> None:
-    """Ends a last line without line feed, or drops it where a stopped run has left it unfinished."""
+    """Adds the line feed that a file's last line lacks, or drops the line if a stopped run left it unfinished."""
     content = path.read_bytes() if path.exists() else b""
     whole = content[: content.rfind(b"\n") + 1]
     if whole == content:

@@ -30,7 +30,7 @@ from datamodules.chunks import chunks
 from lightning_modules.distributed import average_gradients, clip, gather_lists, no_backward_sync
 from lightning_modules.evaluation import EvaluatedAgents
 from lightning_modules.groups import check_group, group_formats, group_prompts, source_images, tag_numbers
-from lightning_modules.objectives import flow_objective, language_objective
+from lightning_modules.objectives import ObjectiveResult, flow_objective, language_objective
 from lightning_modules.policies.flow import FlowPolicy, to_pil
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.rl.advantages import group_advantages, group_stats
@@ -42,7 +42,7 @@ from rewards.base import Reward, RewardUnavailable
 
 
 class PromptRL(EvaluatedAgents):
-    """Owns both agents. `language: null` is flow-only RL; an agent whose learning rate is null is frozen.
+    """Trains both agents. `language: null` is flow-only RL; an agent whose learning rate is null is frozen.
 
     Args:
         flow: the image model.
@@ -55,12 +55,12 @@ class PromptRL(EvaluatedAgents):
         task_weight: weight of the task reward.
         advantage_scale: divide by the std of the "group", of the "tag" within the batch, or not ("none").
         updates_per_rollout: optimizer steps on one rollout; 1 is strictly on-policy.
-        ratio_normalization: GRPO-Guard's, for several updates per rollout.
+        ratio_normalization: normalises the flow policy's ratio as in GRPO-Guard; for several updates per rollout.
         optimizer: gets one parameter group per agent; weight decay and betas are the agents' own.
-        check_ratio_every: steps between two checks that replayed log-probs equal sampled ones.
+        check_ratio_every: number of steps between two checks that replayed log-probs equal sampled ones.
         max_invalid_steps: stop after this many steps in a row in which no image could be scored.
-        overlap_scoring: score a micro-batch of images while the flow model draws the next one; same results.
-        seed: of all rollout noise.
+        overlap_scoring: scores a micro-batch of images while the flow model draws the next one; same results.
+        seed: seed of all rollout noise.
     """
 
     def __init__(
@@ -98,14 +98,14 @@ class PromptRL(EvaluatedAgents):
         self.overlap_scoring = overlap_scoring
         self.seed = seed
         self.latest: Rollout | None = None
-        """The last rollout, for callbacks to show."""
+        """Last rollout, for callbacks to show."""
         self._checked = False
         self._invalid_steps = 0
         self._seconds: dict[str, float] = {}
         self._logged: set[str] = set()
 
     def setup(self, stage: str) -> None:
-        """Loads the scorers, which predictions do without."""
+        """Loads the scorers, except for predictions, which need none."""
         if stage != "predict":
             self.reward.load()
 
@@ -128,7 +128,7 @@ class PromptRL(EvaluatedAgents):
         self._log_step(rollout, stats)
 
     def collect(self, samples: Sequence[PromptSample]) -> Rollout:
-        """Rewrites, draws, scores and compares: the experience of G prompts (METHOD: "one group of n")."""
+        """Rewrites, draws, scores and compares within groups: makes the experience of G prompts."""
         refined = self.group_size - self.num_retained
         completions = None
         with self._timed("refine"):
@@ -189,7 +189,7 @@ class PromptRL(EvaluatedAgents):
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         stats = Averages()
-        old: dict[Any, tuple[Tensor, ...]] = {}  # (agent, rows, step) -> the drawing policy's log-probs (and means)
+        old: dict[Any, ObjectiveResult] = {}  # (agent, rows, step) -> result of the policy that drew the rollout
         for number in range(self.updates_per_rollout):
             optimizer.zero_grad()
             with no_backward_sync(self.trainer):
@@ -206,53 +206,57 @@ class PromptRL(EvaluatedAgents):
         return stats.compute()
 
     def _language_backward(
-        self, policy: LanguagePolicy, rollout: Rollout, stats: Averages, old: dict[Any, Any], *, first: bool
+        self, policy: LanguagePolicy, rollout: Rollout, stats: Averages, old: dict[Any, ObjectiveResult], *, first: bool
     ) -> None:
         assert rollout.completions is not None and rollout.language_advantages is not None
         counts = rollout.language_counted
         counts = torch.ones_like(rollout.language_advantages) if counts is None else counts
         total = len(rollout.completions)
         for rows in chunks(total, policy.micro_batch_size):
-            before = old.get(("language", rows.start))
             counted = counts[rows]
             if not counted.any():
                 continue
-            loss, part, log_probs = language_objective(
-                policy,
-                rollout.completions.rows(rows),
-                rollout.language_advantages[rows],
-                old_log_probs=None if before is None else before[0],
+            key = ("language", rows.start)
+            result = language_objective(
+                policy, rollout.completions.rows(rows), rollout.language_advantages[rows], old=old.get(key)
             )
             if first and self.updates_per_rollout > 1:
-                old["language", rows.start] = (log_probs,)
-            self.manual_backward((loss * counted).sum() / total)
-            stats.add_all("train/language", part, weight=len(loss))
+                old[key] = result.detach()
+            self.manual_backward((result.loss * counted).sum() / total)
+            stats.add_all("train/language", result.stats, weight=len(counted))
 
-    def _flow_backward(self, rollout: Rollout, stats: Averages, old: dict[Any, Any], *, first: bool) -> None:
+    def _flow_backward(
+        self, rollout: Rollout, stats: Averages, old: dict[Any, ObjectiveResult], *, first: bool
+    ) -> None:
         trajectory, advantages, counts = rollout.trajectory, rollout.advantages.flatten(), rollout.counted.flatten()
         steps = range(len(trajectory.sde_steps))
         for rows in chunks(len(trajectory), self.flow.micro_batch_size):
-            part_of, counted = trajectory.rows(rows), counts[rows]
+            part, counted = trajectory.rows(rows), counts[rows]
             if not counted.any():
                 continue
             for step in steps:
-                before = old.get(("flow", rows.start, step))
-                loss, part, log_probs, mean = flow_objective(
+                key = ("flow", rows.start, step)
+                result = flow_objective(
                     self.flow,
-                    part_of,
+                    part,
                     step,
                     advantages[rows],
-                    old_log_probs=None if before is None else before[0],
-                    old_mean=before[1] if before is not None and self.ratio_normalization else None,
+                    old=old.get(key),
+                    normalize_ratio=self.ratio_normalization,
                 )
                 if first and self.updates_per_rollout > 1:
-                    old["flow", rows.start, step] = (log_probs, mean)
-                self.manual_backward((loss * counted).sum() / (len(trajectory) * len(steps)))
-                stats.add_all("train/flow", part, weight=len(loss))
+                    old[key] = result.detach()
+                self.manual_backward((result.loss * counted).sum() / (len(trajectory) * len(steps)))
+                stats.add_all("train/flow", result.stats, weight=len(counted))
 
     @torch.no_grad()
     def check_ratio(self, rollout: Rollout) -> dict[str, float]:
-        """Replays the first micro-batch before any update: its log-probs must be those of the rollout (TRAPS.md).
+        """Replays the first micro-batch before any update: its log-probs must be those of the rollout.
+
+        If they differ, what is updated is not the policy that drew the samples, which no curve shows.
+
+        Returns:
+            Agent -> max |log ratio| over the micro-batch.
 
         Raises:
             ValueError: if max |log ratio| of the flow policy, or the mean over the refiner's tokens, is above 10 % of

@@ -1,4 +1,4 @@
-"""What a rollout leaves behind: frozen records that the losses read and nothing changes."""
+"""Frozen records of a rollout: completions, conditioning, trajectories, and the step's whole experience."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rewards.base import Score
 
 @dataclass(frozen=True)
 class SeenImages:
-    """What a refiner sees of D source images: made once by its frozen vision tower, and read again by every replay.
+    """Features of D source images, computed once by the refiner's frozen vision tower and read by every replay.
 
     Attributes:
-        features: D tensors [tokens, 1 + layers, hidden]: what stands in place of an image's tokens, then what is added
-            after the first decoder layers (Qwen3-VL's DeepStack). No tokens for a prompt without an image.
+        features: D tensors [tokens, 1 + layers, hidden]: the embeddings of an image's tokens, then what is added after
+            the first decoder layers (Qwen3-VL's DeepStack). No tokens for a prompt without an image.
         index: B numbers, the image of each row.
         mask: [B, P] bool, True at the prompts' image tokens.
         positions: [B, 3, P] positions (time, height, width) of the prompts' tokens.
@@ -30,11 +30,11 @@ class SeenImages:
     positions: Tensor
 
     def rows(self, rows: slice) -> SeenImages:
-        """What some rows see."""
+        """Selects some rows."""
         return replace(self, index=self.index[rows], mask=self.mask[rows], positions=self.positions[rows])
 
     def repeat(self, num: int) -> SeenImages:
-        """Each row `num` times, side by side."""
+        """Repeats each row `num` times, side by side."""
         return SeenImages(
             self.features,
             tuple(image for image in self.index for _ in range(num)),
@@ -45,7 +45,7 @@ class SeenImages:
 
 @dataclass(frozen=True)
 class Completions:
-    """What the language policy wrote: B completions, those of one prompt side by side.
+    """B completions of the language policy, those of one prompt side by side.
 
     Attributes:
         prompt_ids: [B, P] tokens of the chat so far, padded on the left.
@@ -75,7 +75,7 @@ class Completions:
         return len(self.texts)
 
     def rows(self, rows: slice) -> Completions:
-        """The completions of some rows."""
+        """Selects the completions of some rows."""
         return Completions(
             prompt_ids=self.prompt_ids[rows],
             prompt_mask=self.prompt_mask[rows],
@@ -108,18 +108,18 @@ class Conditioning:
         return len(self.index)
 
     def rows(self, rows: slice) -> Conditioning:
-        """The conditioning of some samples."""
+        """Selects the conditioning of some samples."""
         own_index = {name: index[rows] for name, index in self.own_index.items()}
         return replace(self, index=self.index[rows], own_index=own_index)
 
     def __getitem__(self, name: str) -> Tensor:
-        """[B, ...] one of the tensors, a row for each sample."""
+        """Expands one of the tensors to [B, ...], a row for each sample."""
         return self.tensors[name][self.own_index.get(name, self.index)]
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What a sampler went through: all that a replay needs to find the same log-probs again.
+    """B paths of the sampler, with all that a replay needs to find the same log-probs again.
 
     Attributes:
         latents: [B, K, ...] fp32, exactly what the network was given before each of the K SDE steps.
@@ -128,7 +128,7 @@ class Trajectory:
         final: [B, ...] fp32 latents at sigma 0.
         sigmas: [N + 1] fp32, the schedule.
         sde_steps: K indices into the schedule.
-        conditioning: of the B samples.
+        conditioning: conditioning of the B samples.
     """
 
     latents: Tensor
@@ -143,7 +143,7 @@ class Trajectory:
         return len(self.final)
 
     def rows(self, rows: slice) -> Trajectory:
-        """The trajectories of some samples."""
+        """Selects the trajectories of some samples."""
         return replace(
             self,
             latents=self.latents[rows],
@@ -156,19 +156,19 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One step's experience: G groups of N images, group by group; in a group the retained prompts come first.
+    """Experience of one step: G groups of N images, group by group; in a group the retained prompts come first.
 
     Attributes:
         samples: G original prompts.
         prompts: G * N prompts as drawn.
         completions: the rewrites, or None without a refiner.
-        trajectory: of the G * N images.
+        trajectory: the G * N paths of the sampler.
         images: G * N images.
         scores: G * N task scores, given against the original prompts.
         rewards: [G, N] total reward.
         valid: [G, N] bool, False where scoring failed.
         advantages: [G, N] for the flow policy.
-        language_advantages: [G * rewrites] mean of the advantages of each rewrite's counted images, or None.
+        language_advantages: [G * rewrites], the mean advantage of each rewrite's counted images, or None.
         language_counted: [G * rewrites] bool, True where any of a rewrite's images counts; None: all do.
     """
 

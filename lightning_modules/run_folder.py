@@ -1,4 +1,4 @@
-"""What a run left on the disk, read without pandas or torch: where it is, what learned in it, how far it came."""
+"""`RunFolder`: a run's folder read without pandas or torch (configuration, results, state), and how to find some."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _HEADLINES = ("overall", "mean", "f")
 
 @dataclass(frozen=True, eq=False)
 class RunFolder:
-    """A folder `<root>/<experiment>/version_N`.
+    """The folder `<root>/<experiment>/version_N` of one run.
 
     Args:
-        folder: where the run is.
+        folder: path of the folder.
         config: its `config.yaml`; empty if there is none.
         results: its `results.json`; empty before the first validation.
     """
@@ -49,7 +49,7 @@ class RunFolder:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Reads both files.
+        """Reads the configuration and the results of a folder.
 
         Raises:
             ValueError: if one is damaged.
@@ -77,13 +77,13 @@ class RunFolder:
 
     @property
     def stage(self) -> str:
-        """`test` for what `lightning test` left, else `fit`."""
+        """Command that made the folder: `test` for `lightning test`, else `fit`."""
         # That command alone has `images`; one that was cut off has left no scores yet.
         return "test" if "images" in self.config or (self.folder / "scores.jsonl").is_file() else "fit"
 
     @property
     def mode(self) -> str:
-        """Which agents learned; `base` for a test without a checkpoint, empty if no configuration tells."""
+        """Name of the method by the agents that learned; `base` for a test without a checkpoint, empty if unknown."""
         if self.stage == "test" and self.config and not self.get("ckpt_path"):
             return "base"
         if self.fitted is not None:
@@ -95,7 +95,7 @@ class RunFolder:
 
     @property
     def seed(self) -> int | None:
-        """The model's seed, else that of everything. A test has its fit's: all may be tested on the same scenes."""
+        """Seed of the model, else of everything; a test has its fit's, since all are tested on the same scenes."""
         if self.fitted is not None:
             return self.fitted.seed
         seed: int | None = self.get("model.init_args.seed", self.get("seed_everything"))
@@ -103,7 +103,7 @@ class RunFolder:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """One entry per validation, `{"step", "rollouts", "seconds", "results"}`; all benchmarks' results in one."""
+        """Validations in order, `{"step", "rollouts", "seconds", "results"}` with the results of all benchmarks."""
         merged: dict[int, dict[str, Any]] = {}
         for entries in self.results.get("history", {}).values():
             for entry in entries:
@@ -114,7 +114,7 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the command came to its end: at `max_steps`, or earlier where a rule stopped it."""
+        """True if the command came to its end: at `max_steps`, or earlier where a rule stopped it."""
         if (self.folder / "results.md").is_file():  # `Report` writes it last of all
             return True
         steps, most = [entry["step"] for entry in self.history], self.get("trainer.max_steps") or -1
@@ -122,12 +122,12 @@ class RunFolder:
 
     @property
     def continues(self) -> Path | None:
-        """The run whose checkpoint this fit went on from."""
+        """Folder of the run whose checkpoint this fit was resumed from; None if it began anew."""
         return self._origin if self.stage == "fit" else None
 
     @cached_property
     def fitted(self) -> RunFolder | None:
-        """Of a test, the fit whose checkpoint it is of, while that is still there."""
+        """The fit whose checkpoint a test run evaluated; None if that folder was deleted."""
         path = self._origin if self.stage == "test" else None
         return None if path is None or not (path / "config.yaml").is_file() else RunFolder.read(path)
 
@@ -143,19 +143,19 @@ class RunFolder:
 
     @property
     def headlines(self) -> dict[tuple[str, str], float]:
-        """Benchmark's key and mode -> its headline score in the last evaluation."""
+        """Headline scores of the last evaluation by the benchmark's key and the mode."""
         return headlines(self.results, self.results)
 
 
 def mode_of(flow: bool, language: bool | None) -> str:
-    """What the method is called, by which agents learn.
+    """Names the method by which agents learn.
 
     Args:
-        flow: whether the flow model does.
-        language: whether the refiner does; None without one.
+        flow: True if the flow model learns.
+        language: True if the refiner learns; None without a refiner.
 
     Returns:
-        Empty if nothing learns.
+        The name, empty if nothing learns.
     """
     if flow:
         return {None: "flow-only", False: "flow-only, static PE", True: "PromptRL"}[language]
@@ -163,11 +163,11 @@ def mode_of(flow: bool, language: bool | None) -> str:
 
 
 def headlines(results: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[tuple[str, str], float]:
-    """Headline scores.
+    """Finds the headline scores among results.
 
     Args:
         results: key -> mode -> score -> value; whatever else it holds is left out.
-        whole: the `results.json`, which says what they are called.
+        whole: the `results.json`, which names each benchmark's headline score.
 
     Returns:
         Key and mode -> value; NaN for one that no image has.
@@ -184,7 +184,7 @@ def headlines(results: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[tupl
 
 
 def key_label(key: str) -> str:
-    """Words for a key of the results.
+    """Formats a key of the results for readers.
 
     >>> key_label("geneval"), key_label("geneval.typos"), key_label("drawbench/hps")
     ('GenEval', 'GenEval, typos', 'HPSv2.1 on DrawBench')
@@ -196,7 +196,7 @@ def key_label(key: str) -> str:
 
 
 def find(*places: str | Path) -> list[Path]:
-    """Run folders.
+    """Finds run folders.
 
     Args:
         places: run folders, folders above them, patterns (`runs/*/miniature`).
@@ -222,10 +222,10 @@ def find(*places: str | Path) -> list[Path]:
 
 
 def read_all(cls: type[Any], folders: list[Path], *, skip_broken: bool = False) -> list[Any]:
-    """Reads run folders as one class.
+    """Reads several run folders, each as a `cls`.
 
     Raises:
-        ValueError: that names all damaged ones, unless they are to be skipped with a warning, or if none is left.
+        ValueError: naming all damaged folders, unless they are to be skipped with a warning; or if none is left.
     """
     runs, broken = [], []
     for folder in folders:
@@ -241,7 +241,7 @@ def read_all(cls: type[Any], folders: list[Path], *, skip_broken: bool = False) 
 
 
 def below(folder: Path) -> Iterator[Path]:
-    """Run folders at or below a folder, which need not be there."""
+    """Yields the run folders at or below a folder, which need not exist."""
     for path, folders, files in os.walk(folder):
         if {"metrics.csv", "results.json"} & set(files) or any(name.startswith("events.out") for name in files):
             folders.clear()

@@ -1,4 +1,4 @@
-"""Scores chunks of images while the next chunk is drawn."""
+"""`Scoring`: scores chunks of images while the next chunk is drawn."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Scoring:
 
     Args:
         reward: called by one thread at a time, once per chunk.
-        device: of the training; becomes the thread's current GPU.
-        overlap: go on at once; otherwise `submit` waits for the chunk's scores.
+        device: device of the training; becomes the thread's current GPU.
+        overlap: `submit` returns at once; otherwise it waits for the chunk's scores.
     """
 
     def __init__(self, reward: Reward, device: torch.device, *, overlap: bool = True) -> None:
@@ -41,13 +41,13 @@ class Scoring:
         self._thread.shutdown(cancel_futures=error is not None)
 
     def submit(self, samples: Sequence[PromptSample], images: Sequence[Image.Image]) -> None:
-        """Takes the next chunk: B images and their samples."""
+        """Hands over the next chunk: B images and their samples."""
         self._chunks.append(self._thread.submit(self._score, RewardBatch(samples, images)))
         if not self.overlap:
             self._chunks[-1].exception()  # waits; `scores` raises it
 
     def scores(self) -> list[Score]:
-        """All scores in the order of submission.
+        """Waits for all scores and returns them in the order of submission.
 
         Raises:
             Exception: what the reward raised at the first chunk that failed.

@@ -1,4 +1,4 @@
-"""Seeds as fixed functions of what the noise is for."""
+"""Seeds that are fixed functions of what the noise is for, and generators from them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def seed_of(*key: object) -> int:
-    """A 63-bit seed that is a fixed function of the key.
+    """Computes a 63-bit seed from a key, always the same for the same key.
 
     Noise is keyed by what it is for (run seed, step, prompt id, place in the group), never by rank or batch
     position, so that the same sample gets the same noise however the work is divided.
@@ -19,5 +19,5 @@ def seed_of(*key: object) -> int:
 
 
 def generators_for(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator for each sample: the same numbers on every kind of device."""
+    """Makes one CPU generator per sample, since CPU noise is the same whatever the device."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]

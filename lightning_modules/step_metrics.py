@@ -1,4 +1,4 @@
-"""Numbers for the log, computed from a rollout's records."""
+"""Metrics of a training step for the log, computed from a rollout's records."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from rewards.encoders import PixelEncoder, image_similarity
 
 
 class Averages:
-    """Weighted means of named values; names that hold "max" keep their maximum instead."""
+    """Weighted means of named values; of a name with "max_" in it, the maximum instead."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, float] = {}
 
     def add(self, name: str, value: Tensor, weight: float = 1.0) -> None:
-        """Takes one more value."""
+        """Adds a value, a scalar, with its weight in the mean."""
         if "max_" in name:
             self._sums[name] = torch.maximum(self._sums.get(name, value), value)
             self._weights[name] = 1.0
@@ -32,17 +32,17 @@ class Averages:
             self._weights[name] = self._weights.get(name, 0.0) + weight
 
     def add_all(self, prefix: str, values: Mapping[str, Tensor], weight: float) -> None:
-        """Takes several values under one prefix."""
+        """Adds several values, named `<prefix>/<name>`."""
         for name, value in values.items():
             self.add(f"{prefix}/{name}", value, weight)
 
     def compute(self) -> dict[str, Tensor]:
-        """The means (or maxima)."""
+        """Returns the means (or maxima) by name."""
         return {name: value / self._weights[name] for name, value in self._sums.items()}
 
 
 def refine_stats(completions: Completions, originals: Sequence[str]) -> dict[str, float]:
-    """Shares of rewrites that kept the format, were cut off, are distinct in their group or copy the original.
+    """Computes shares of rewrites: well-formed, cut off, distinct in their group, copies of the original.
 
     `length` is the mean number of tokens.
     """
@@ -58,12 +58,12 @@ def refine_stats(completions: Completions, originals: Sequence[str]) -> dict[str
 
 
 def reward_stats(named: Sequence[tuple[str, Score]]) -> dict[str, float]:
-    """Each scorer's mean native value (its raw score), mean rl value and share of invalid scores.
+    """Computes each scorer's mean native value (its raw score), mean rl value and share of invalid scores.
 
     Means run over valid scores and are NaN where there is none.
 
     Args:
-        named: scorers' names and scores.
+        named: (name of the scorer, score) pairs.
     """
     by_name: dict[str, list[Score]] = {}
     for name, score in named:
@@ -78,7 +78,7 @@ def reward_stats(named: Sequence[tuple[str, Score]]) -> dict[str, float]:
 
 
 def group_similarity(images: Sequence[Image.Image], groups: int) -> float:
-    """Mean cosine of two different images of a group, each shrunk to 32 x 32 and freed of its mean, -1..1.
+    """Computes the mean cosine of two different images of a group, -1..1, each shrunk to 32 x 32 and centred.
 
     A cheap stand-in for an encoder's image-image similarity (paper Fig. 2): it sees layout and colour.
     """

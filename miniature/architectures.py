@@ -44,7 +44,10 @@ VISION_CHAT_TEMPLATE = (
 
 
 def build_vae() -> AutoencoderKL:
-    """138k parameters; 4x downsampling, so that FLUX's 2 x 2 packing makes one token of one 8 x 8 cell."""
+    """Builds an autoencoder of 138k parameters.
+
+    It downsamples 4x, so that FLUX's 2 x 2 packing makes one token of one 8 x 8 cell.
+    """
     return AutoencoderKL(
         block_out_channels=(12, 24, 24),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -87,7 +90,7 @@ def _word_tokenizer(words: list[str], specials: list[str], **roles: Any) -> PreT
 
 
 def build_flow(words: list[str], vae: Any) -> FluxPipeline:
-    """A FLUX.1 pipeline of about 1M parameters around a trained autoencoder.
+    """Builds a FLUX.1 pipeline of about 1M parameters around a trained autoencoder.
 
     Args:
         words: the vocabulary, one token a word in both tokenizers.
@@ -174,7 +177,7 @@ def carry_over_words(before: Any, known: dict[str, int], after: Any, ids: dict[s
 
 
 def build_language(words: list[str]) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
-    """A Qwen3 of 0.23M parameters with a word-level tokenizer and a chat template."""
+    """Builds a Qwen3 of 0.23M parameters, with a word-level tokenizer and a chat template."""
     specials = ["<pad>", "<end>", "<unk>", "<user>", "<assistant>"]
     tokenizer = _word_tokenizer([*words, "<answer>", "</answer>"], specials, eos_token="<end>")
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -200,7 +203,10 @@ def build_language(words: list[str]) -> tuple[Qwen3ForCausalLM, PreTrainedTokeni
 def build_vision_language(
     words: list[str],
 ) -> tuple[Qwen2_5_VLForConditionalGeneration, PreTrainedTokenizerFast, Qwen2VLImageProcessorPil]:
-    """A Qwen2.5-VL of 0.4M parameters, to which an 8 x 8 cell is one token, so that 32 x 32 pixels are 16."""
+    """Builds a Qwen2.5-VL of 0.4M parameters, its tokenizer and its image processor.
+
+    A cell of 8 x 8 pixels is one token, so that an image of 32 x 32 pixels has 16.
+    """
     specials = ["<pad>", "<end>", "<unk>", "<user>", "<assistant>", "<vision>", "<image>", "</vision>"]
     tokenizer = _word_tokenizer(
         [*words, "<answer>", "</answer>"], specials, eos_token="<end>", additional_special_tokens=specials[5:]

@@ -1,4 +1,4 @@
-"""Makes the miniature's base models with the same CLI: an autoencoder, a flow model, and a refiner.
+"""Lightning modules that train the miniature's base models: autoencoders, flow models and refiners.
 
 `configs/miniature/pretrain_{vae,flow,language}.yaml`, run in this order, rebuild what `miniature/` ships.
 """
@@ -28,15 +28,16 @@ from miniature.architectures import (
     carry_over,
     carry_over_words,
 )
-from miniature.edits.world import edit_vocabulary
-from miniature.scenes.world import GRID, vocabulary
+from miniature.edits.wording import edit_vocabulary
+from miniature.scenes.wording import vocabulary
+from miniature.scenes.world import GRID
 from miniature.signs.world import first_column, read_caption, words_vocabulary
 
 
 class _Pretraining(L.LightningModule):
-    """AdamW with a short warm-up and cosine decay; saves to `output` when training ends.
+    """Base class: AdamW with a short warm-up and cosine decay; saves to `output` when training ends.
 
-    `fused` (AdamW in one kernel) rounds otherwise than the default, with which the first folders were made.
+    `fused` (AdamW in one kernel) rounds differently from the default, which trained the first base models.
 
     Args:
         output: folder to write.
@@ -53,7 +54,7 @@ class _Pretraining(L.LightningModule):
         self.warmup_steps = warmup_steps
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over the parameters that are to be learned."""
+        """Makes AdamW over the trainable parameters, with its schedule."""
         learned = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(learned, self.learning_rate, fused=self.fused)
         total = self.trainer.estimated_stepping_batches
@@ -73,7 +74,7 @@ class VAEPretraining(_Pretraining):
     Args:
         output: folder to write.
         learning_rate: peak learning rate.
-        kl_weight: of the latents' divergence from a standard normal.
+        kl_weight: weight of the latents' divergence from a standard normal.
         init: continue from this autoencoder's folder instead of from random weights.
     """
 
@@ -96,7 +97,7 @@ class VAEPretraining(_Pretraining):
             self.vae.train()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Reconstruction of `images` [B, 3, 32, 32] in [-1, 1]."""
+        """Returns the reconstruction loss of `images`, [B, 3, 32, 32] in [-1, 1]."""
         posterior = self.vae.encode(batch["images"]).latent_dist
         error = self.vae.decode(posterior.sample()).sample - batch["images"]
         loss = error.abs().mean() + error.pow(2).mean()
@@ -105,7 +106,7 @@ class VAEPretraining(_Pretraining):
 
     @torch.no_grad()
     def on_train_end(self) -> None:
-        """Makes latents zero-mean and unit-variance by the config's own fields, then saves."""
+        """Sets the config's shift and scale so that latents have mean 0 and variance 1, then saves."""
         batches = self.trainer.train_dataloader
         assert batches is not None
         stream = iter(batches)
@@ -148,7 +149,7 @@ class FlowPretraining(_Pretraining):
         self.learned.requires_grad_(True).train()
 
     def build(self) -> Any:
-        """The pipeline to train."""
+        """Makes the pipeline to train."""
         if self.init is not None:
             return FluxPipeline.from_pretrained(self.init)
         if not (self.output / "vae").is_dir():
@@ -156,7 +157,12 @@ class FlowPretraining(_Pretraining):
         return build_flow(vocabulary(), AutoencoderKL.from_pretrained(self.output / "vae"))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Mean squared error of the velocity at sigmas spread like the sampler's grid; `sources` are optional."""
+        """Returns the mean squared error of the velocity, at sigmas spread like the sampler's grid.
+
+        Args:
+            batch: `images` [B, 3, 32, 32] in [-1, 1], B `captions`, and optional `sources`, shaped as `images`.
+            batch_idx: unused.
+        """
         pipe = self.pipe
         latents, image_ids = self._encode(batch["images"])
         b, tokens, _ = latents.shape
@@ -188,12 +194,12 @@ class FlowPretraining(_Pretraining):
         return loss + self.text_loss(embeds, batch["captions"])
 
     def text_loss(self, embeds: Tensor, captions: list[str]) -> Tensor:
-        """What T5's embeddings [B, text tokens, 64] are to tell of the captions besides; nothing here."""
+        """Returns an extra loss of T5's embeddings, [B, text tokens, 64], of the captions; 0 in this class."""
         return embeds.new_zeros(())
 
     @torch.no_grad()
     def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Packed latents [B, tokens, channels] of images in [-1, 1], and position ids [tokens, 3]."""
+        """Encodes images in [-1, 1] to packed latents [B, tokens, channels] and position ids [tokens, 3]."""
         pipe = self.pipe
         latents = pipe.vae.encode(images).latent_dist.mode()
         latents = (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
@@ -213,7 +219,7 @@ class FlowPretraining(_Pretraining):
         self.pipe.save_pretrained(self.output)
 
     def save_small(self, vae: str | Path) -> None:
-        """Saves the pipeline: the transformer in half precision, the autoencoder to the bit as in this folder."""
+        """Saves the pipeline: the transformer in half precision, the autoencoder unchanged from the folder `vae`."""
         # Averaging rounds weights that stand still, too.
         self.pipe.vae = AutoencoderKL.from_pretrained(vae)
         self.pipe.transformer.half()
@@ -245,7 +251,7 @@ class EditFlowPretraining(FlowPretraining):
         super().__init__(output, learning_rate, guidance, init)
 
     def build(self) -> Any:
-        """Kontext's pipeline."""
+        """Makes a FLUX.1-Kontext pipeline with the weights of `init`."""
         old: Any = DiffusionPipeline.from_pretrained(self.init)
         if isinstance(old, FluxKontextPipeline):
             return old
@@ -262,8 +268,9 @@ class EditFlowPretraining(FlowPretraining):
 class WordsFlowPretraining(FlowPretraining):
     """Trains a FLUX.1 pipeline on captioned scenes and signs, starting from one that knows the scenes.
 
-    FLUX gives all text tokens the same position, so its T5 has to tell which letter is where. Images alone teach that
-    too slowly for this size; a linear head on T5's embeddings (left out of `output`) is asked for each letter's column.
+    FLUX gives all text tokens the same position, so T5's embeddings have to say which letter is where. Images alone
+    teach that too slowly for this size; a linear head on the embeddings (not saved) learns to predict each letter's
+    column.
 
     Args:
         output: pipeline folder to write; its `vae` must exist (pretrain_words_vae.yaml makes it).
@@ -286,13 +293,13 @@ class WordsFlowPretraining(FlowPretraining):
         self.column_head: Any
 
     def configure_model(self) -> None:
-        """Builds or loads the pipeline, and the head that is asked for columns."""
+        """Builds or loads the pipeline, and the head that predicts columns."""
         super().configure_model()
         if not hasattr(self, "column_head"):
             self.column_head = torch.nn.Linear(self.pipe.text_encoder_2.config.d_model, GRID)
 
     def text_loss(self, embeds: Tensor, captions: list[str]) -> Tensor:
-        """Cross-entropy of the columns of all letters of the signs."""
+        """Returns the cross-entropy of the columns of all letters of the signs."""
         places = []  # of every letter: caption, token, column
         for i, caption in enumerate(captions):
             word = read_caption(caption) or ""
@@ -305,7 +312,7 @@ class WordsFlowPretraining(FlowPretraining):
         return loss
 
     def build(self) -> Any:
-        """The pipeline with the larger vocabulary, around its own autoencoder."""
+        """Makes the pipeline with the larger vocabulary, around its own autoencoder."""
         if not (self.output / "vae").is_dir():
             raise ValueError(f"no autoencoder in {self.output / 'vae'}: run pretrain_words_vae.yaml first")
         vae = AutoencoderKL.from_pretrained(self.output / "vae")
@@ -328,7 +335,7 @@ class LanguagePretraining(_Pretraining):
     Args:
         output: folder to write.
         learning_rate: peak learning rate.
-        signs: whether its vocabulary has the words of signs beside those of scenes.
+        signs: true adds the words of signs to the vocabulary of scenes.
         init: folder of a refiner to start from, the embeddings of the words that it has included; null is random
             weights.
     """
@@ -356,14 +363,14 @@ class LanguagePretraining(_Pretraining):
         self.model.train()
 
     def training_step(self, batch: dict[str, list[str]], batch_idx: int) -> Tensor:
-        """Cross-entropy of the completion's tokens; the prompt's are only read."""
+        """Returns the cross-entropy of the completion's tokens, given the prompt."""
         encoded = self._encode([self._head(prompt) for prompt in batch["prompts"]], batch["completions"])
         loss: Tensor = self.model(**encoded).loss
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def _head(self, content: Any) -> str:
-        """The chat up to where the completion begins."""
+        """Renders the chat up to where the completion begins."""
         chat = [{"role": "user", "content": content}]
         return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
 
@@ -397,7 +404,12 @@ class VisionLanguagePretraining(LanguagePretraining):
         self.model.train()
 
     def training_step(self, batch: dict[str, list[Any]], batch_idx: int) -> Tensor:
-        """As for text, with `images`: images of one size, or None where the refiner is to see none."""
+        """Returns the cross-entropy of the completion's tokens, given the image and the prompt.
+
+        Args:
+            batch: B `prompts`, `completions` and `images` (of one size, or None where the refiner is to see none).
+            batch_idx: unused.
+        """
         pixels = self.processor([image for image in batch["images"] if image is not None], return_tensors="pt")
         tokens = int(pixels["image_grid_thw"][0].prod()) // self.processor.merge_size**2
         heads = [

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rewards.base import Reward, RewardBatch, Score
 from rewards.clip import ClipEncoder, DType, score_decodable
+from rewards.pretrained import read_tensors
 
 FILE = "sac+logos+ava1-l14-linearMSE.pth"
 REPOSITORY = "christophschuhmann/improved-aesthetic-predictor"
 
 
 class AestheticHead(nn.Module):
-    """Linear layers without activations, under the names of the published file.
+    """The predictor's linear layers, without activations, under the names of the published file.
 
     Args:
-        width: of CLIP's projected embedding, 768 in ViT-L/14.
+        width: size of CLIP's projected embedding, 768 in ViT-L/14.
     """
 
     def __init__(self, width: int = 768) -> None:
@@ -40,13 +38,13 @@ class AestheticHead(nn.Module):
         )
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Marks, about 1 to 10: [B] from [B, width] embeddings of length 1."""
-        marks: Tensor = self.layers(embeddings)
-        return marks.squeeze(-1)
+        """Returns [B] ratings, about 1 to 10, of [B, width] embeddings of length 1."""
+        ratings: Tensor = self.layers(embeddings)
+        return ratings.squeeze(-1)
 
 
 class AestheticReward(Reward):
-    """The aesthetic mark of an image, whatever its prompt: native = table = rl, about 1 to 10, unbounded.
+    """Aesthetic rating of an image, whatever its prompt: native = table = rl, about 1 to 10, unbounded.
 
     Args:
         weights: path of the head's weights, published as `sac+logos+ava1-l14-linearMSE.pth` in the repository
@@ -54,7 +52,7 @@ class AestheticReward(Reward):
         model: folder or hub id of the CLIP model that the head was trained on.
         processor: folder or hub id of the image processor and the tokenizer; null is the model's own.
         device: null is this process's GPU if there is one, else the CPU.
-        dtype: of the CLIP weights; the head is fp32.
+        dtype: precision of the CLIP weights; the head is fp32.
         batch_size: images per forward pass.
     """
 
@@ -75,14 +73,18 @@ class AestheticReward(Reward):
 
     @property
     def version(self) -> str:
-        """The scorer, the name of its weights and its CLIP model."""
+        """Version of the scores: the scorer, the name of its weights and its CLIP model."""
         return f"{self.name} {Path(self.weights).name} by {self.encoder.version}"
 
     def load(self) -> None:
-        """Loads the head, then CLIP: a forgotten file shows before the long part."""
+        """Loads the head, then CLIP, so that a missing file is noticed before the long part."""
         if self._head is not None:
             return
-        tensors = read_head(self.weights)
+        if not Path(self.weights).is_file():
+            raise ValueError(
+                f"there is no file {self.weights}: download {FILE} from the repository {REPOSITORY} and give its path."
+            )
+        tensors = read_tensors(self.weights, f"download {FILE} from {REPOSITORY} again")
         self.encoder.load()
         network = self.encoder.network
         head = AestheticHead(network.config.projection_dim)
@@ -96,7 +98,7 @@ class AestheticReward(Reward):
         self._head = head.to(network.device).eval().requires_grad_(False)
 
     def __call__(self, batch: RewardBatch) -> list[Score]:
-        """Score B images; their prompts play no part."""
+        """Scores B images; their prompts play no part."""
         self.load()
         return score_decodable(batch, self._score)
 
@@ -104,26 +106,5 @@ class AestheticReward(Reward):
         assert self._head is not None
         embeddings = self.encoder.images(batch.images)
         with torch.autocast(embeddings.device.type, enabled=False):
-            marks = self._head(embeddings).tolist()
-        return [Score(m, m, m) if math.isfinite(m) else Score.invalid("the mark is not finite") for m in marks]
-
-
-def read_head(path: str) -> dict[str, Tensor]:
-    """The tensors of a .pth or .safetensors file; nothing in it is executed.
-
-    Raises:
-        ValueError: if there is no such file, or it holds more than tensors.
-    """
-    if not Path(path).is_file():
-        raise ValueError(
-            f"there is no file {path}: download {FILE} from the repository {REPOSITORY} and give its path."
-        )
-    try:
-        if path.endswith(".safetensors"):
-            return load_file(path)
-        tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path} is damaged or holds more than weights: download {FILE} from {REPOSITORY} again."
-        ) from error
-    return tensors
+            ratings = self._head(embeddings).tolist()
+        return [Score(r, r, r) if math.isfinite(r) else Score.invalid("the rating is not finite") for r in ratings]

@@ -1,4 +1,4 @@
-"""What every reward takes and gives: `RewardBatch` in, one `Score` per image out."""
+"""The contract of all rewards: `Reward` takes a `RewardBatch` and returns one `Score` per image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Score:
     """One image's score, in three units that must never be mixed.
 
     Args:
-        native: what the scorer itself puts out (a cosine, a bool as 0/1, a mark from 1 to 5).
+        native: what the scorer itself puts out (a cosine, a bool as 0/1, a rating from 1 to 5).
         table: what papers print; averages of it are compared with published numbers.
         rl: what the trainer maximises.
         valid: False when the scorer failed. A failure is never a 0: it is masked before a group is normalised.
@@ -43,7 +43,7 @@ class Score:
 
     @classmethod
     def invalid(cls, reason: str) -> Score:
-        """A failed score: NaN in every unit, so that forgetting to mask it cannot go unnoticed.
+        """Makes a failed score: NaN in every unit, so that forgetting to mask it cannot go unnoticed.
 
         Args:
             reason: what went wrong, kept in `detail["reason"]`.
@@ -51,10 +51,10 @@ class Score:
         return cls(math.nan, math.nan, math.nan, valid=False, detail={"reason": reason})
 
     def leaves(self, name: str) -> Iterator[tuple[str, Score]]:
-        """Scorers' names and their own scores, looking through what only routes or sums up.
+        """Yields the scorers' names and own scores, in place of those that only route or sum up.
 
         Args:
-            name: of the reward that gave this score.
+            name: name of the reward that gave this score.
         """
         if not self.parts:
             yield name, self
@@ -87,7 +87,7 @@ class RewardBatch:
 
 
 class RewardUnavailable(ValueError):
-    """No score can be had from a scorer at all; training saves a checkpoint and stops."""
+    """Raised if a scorer can score no image now; training saves a checkpoint and stops."""
 
 
 class Reward(ABC):
@@ -102,7 +102,7 @@ class Reward(ABC):
 
     @property
     def version(self) -> str:
-        """What scores depend on (scorer, models, settings): scores of different versions are not comparable."""
+        """Names what scores depend on (scorer, models, settings): scores of different versions are not comparable."""
         return type(self).__name__
 
     def load(self) -> None:  # noqa: B027 (a hook that most rewards leave empty)
@@ -110,7 +110,7 @@ class Reward(ABC):
 
     @abstractmethod
     def __call__(self, batch: RewardBatch) -> list[Score]:
-        """Score a batch.
+        """Scores a batch of images.
 
         Args:
             batch: B images with their samples.
@@ -124,10 +124,10 @@ class Reward(ABC):
 
 
 def score_each(reward: Reward, batch: RewardBatch) -> list[Score]:
-    """A reward's scores of a batch.
+    """Scores a batch and checks that there is one score per image.
 
     Raises:
-        ValueError: if they are not one per image, so that no score goes to another image.
+        ValueError: if the reward returns fewer or more scores, of which none could be told whose it is.
     """
     scores = reward(batch)
     if len(scores) != len(batch):

@@ -1,4 +1,4 @@
-"""CLIP, wrapped once: embeddings of images and texts, the scores that are cosines of the two, and CLIPScore."""
+"""CLIP for all scorers: `ClipEncoder` (embeddings), `ClipReward` (scores by cosine), CLIPScore (arXiv 2104.08718)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, PreTrainedConfig
 
+from datamodules.chunks import chunks
+from rewards.arguments import check_minimum
 from rewards.base import Reward, RewardBatch, Score
-from rewards.pretrained import in_batches, load_pretrained, load_processor
+from rewards.pretrained import load_pretrained, load_processor
 
 DType = Literal["float32", "bfloat16", "float16"]
 T = TypeVar("T")
 
 
 class ClipEncoder:
-    """Embeds images and texts with a CLIP model; `load` brings the weights.
+    """Embeds images and texts with a CLIP model.
 
     Preprocessing is the model's own, done by Pillow as the published scores were: bicubic resize of the shorter side,
     centre crop. Texts are cut to the model's context (77 tokens), keeping the end-of-text token.
@@ -30,7 +32,7 @@ class ClipEncoder:
         model: folder or hub id of the weights.
         processor: folder or hub id of the image processor and the tokenizer; null is the model's own.
         device: null is this process's GPU if there is one, else the CPU.
-        dtype: of the weights; embeddings are normalised in fp32 whatever it is.
+        dtype: precision of the weights; embeddings are normalised in fp32 whatever it is.
         batch_size: images, or texts, per forward pass.
     """
 
@@ -44,8 +46,7 @@ class ClipEncoder:
     ) -> None:
         if dtype not in get_args(DType):
             raise ValueError(f"the CLIP model {model} has dtype={dtype!r}, use one of {', '.join(get_args(DType))}.")
-        if batch_size < 1:
-            raise ValueError(f"the CLIP model {model} has batch_size={batch_size}, use 1 or more.")
+        check_minimum(f"the CLIP model {model}", 1, batch_size=batch_size)
         self.model = model
         self.processor = processor or model
         self.device = device
@@ -55,12 +56,12 @@ class ClipEncoder:
 
     @property
     def version(self) -> str:
-        """The weights, what prepares their inputs, and the precision."""
+        """Version of the embeddings: the weights, the processor and the precision."""
         return f"{self.model} processor={self.processor} {self.dtype}"
 
     @property
     def logit_scale(self) -> float:
-        """The factor from a cosine to a logit: exp of the learnt parameter, 100 in most published models."""
+        """Factor from a cosine to a logit: exp of the learnt parameter, 100 in most published models."""
         self.load()
         return float(self.network.logit_scale.float().exp())
 
@@ -79,7 +80,7 @@ class ClipEncoder:
         self.network = network
 
     def images(self, images: Sequence[Image]) -> Tensor:
-        """Embed images.
+        """Embeds images by the vision tower.
 
         Args:
             images: B images of any size and mode.
@@ -91,7 +92,7 @@ class ClipEncoder:
         return self._embed(images, lambda part: self.network.get_image_features(self._on_network(self.pixels(part))))
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Embed texts, each distinct one once: the images of a group share their prompt.
+        """Embeds texts by the text tower, each distinct one once: the images of a group share their prompt.
 
         Args:
             texts: B texts.
@@ -105,7 +106,7 @@ class ClipEncoder:
         return embeddings[[row[text] for text in texts]]
 
     def pixels(self, images: Sequence[Image]) -> Tensor:
-        """[B, 3, H, W] what the vision tower takes."""
+        """Preprocesses B images to the vision tower's input [B, 3, H, W]."""
         pixels: Tensor = self.image_processor([image.convert("RGB") for image in images], return_tensors="pt")[
             "pixel_values"
         ]
@@ -122,7 +123,7 @@ class ClipEncoder:
             return torch.empty(0, self.network.config.projection_dim, device=self.network.device)
         # A caller's autocast would change the scores with the training's precision.
         with torch.no_grad(), torch.autocast(self.network.device.type, enabled=False):
-            parts = [features(part).pooler_output.float() for part in in_batches(items, self.batch_size)]
+            parts = [features(items[rows]).pooler_output.float() for rows in chunks(len(items), self.batch_size)]
         return normalize(torch.cat(parts), dim=-1)
 
     def _on_network(self, pixels: Tensor) -> Tensor:
@@ -136,11 +137,11 @@ class ClipEncoder:
 
 
 class CompleteClip:
-    """Loads CLIP models and refuses what transformers fills with random numbers after a mere warning."""
+    """Loader of CLIP models that refuses incomplete checkpoints, which transformers fills with random numbers."""
 
     @classmethod
     def from_pretrained(cls, model: str, **kwargs: Any) -> Any:
-        """A CLIP model whose every weight comes from its checkpoint.
+        """Loads a CLIP model whose every weight comes from its checkpoint.
 
         Args:
             model: folder or hub id.
@@ -163,9 +164,9 @@ class CompleteClip:
 
 
 def pools_at_end_of_text(network: Any, tokenizer: Any) -> bool:
-    """Whether the text tower reads a text out at the last token the tokenizer gives it.
+    """Returns True if the text tower pools at the last token that the tokenizer gives a text.
 
-    transformers reads out at the first `eos_token_id`, wherever the tokenizer puts its own end; with a tokenizer of
+    transformers pools at the first `eos_token_id`, wherever the tokenizer puts its own end; with a tokenizer of
     another model that is the first token, which has seen nothing of the text.
     """
     ids = tokenizer("a")["input_ids"]
@@ -175,8 +176,8 @@ def pools_at_end_of_text(network: Any, tokenizer: Any) -> bool:
     return end in ids and ids.index(end) == len(ids) - 1 and max(ids) < config.vocab_size
 
 
-def undecodable(image: Image) -> str | None:
-    """Why no scorer can look at an image; None if it can be decoded."""
+def decoding_error(image: Image) -> str | None:
+    """Returns the reason why an image cannot be decoded; None if it can."""
     if 0 in image.size:
         return f"the image has {image.width} x {image.height} pixels"
     try:
@@ -193,7 +194,7 @@ def score_decodable(batch: RewardBatch, score: Callable[[RewardBatch], list[Scor
         batch: B images with their samples.
         score: scores a batch of decodable images.
     """
-    faults = [undecodable(image) for image in batch.images]
+    faults = [decoding_error(image) for image in batch.images]
     kept = [index for index, fault in enumerate(faults) if fault is None]
     if not kept:
         return [Score.invalid(fault or "") for fault in faults]
@@ -202,7 +203,7 @@ def score_decodable(batch: RewardBatch, score: Callable[[RewardBatch], list[Scor
 
 
 class ClipReward(Reward):
-    """Scores each image by its cosine with its sample's original prompt; a subclass says what a cosine is worth.
+    """Scores each image by its cosine with its sample's original prompt; a subclass converts it.
 
     Args:
         encoder: the CLIP model.
@@ -213,7 +214,7 @@ class ClipReward(Reward):
 
     @property
     def version(self) -> str:
-        """The scorer and its CLIP model."""
+        """Version of the scores: the scorer and its CLIP model."""
         return f"{self.name} by {self.encoder.version}"
 
     def load(self) -> None:
@@ -221,7 +222,7 @@ class ClipReward(Reward):
         self.encoder.load()
 
     def __call__(self, batch: RewardBatch) -> list[Score]:
-        """Score B images against their samples' prompts."""
+        """Scores B images against their samples' prompts."""
         self.load()
         return score_decodable(batch, self._score)
 
@@ -229,11 +230,11 @@ class ClipReward(Reward):
         images = self.encoder.images(batch.images)
         texts = self.encoder.texts([sample.prompt for sample in batch.samples])
         cosines = (images * texts).sum(-1).tolist()
-        return [self.worth(c) if math.isfinite(c) else Score.invalid("the cosine is not finite") for c in cosines]
+        return [self.score_of(c) if math.isfinite(c) else Score.invalid("the cosine is not finite") for c in cosines]
 
     @abstractmethod
-    def worth(self, cosine: float) -> Score:
-        """The score of a cosine in [-1, 1] between an image and its prompt."""
+    def score_of(self, cosine: float) -> Score:
+        """Converts a cosine in [-1, 1] between an image and its prompt to a score."""
 
 
 class CLIPScoreReward(ClipReward):
@@ -247,7 +248,7 @@ class CLIPScoreReward(ClipReward):
         processor: folder or hub id of the image processor and the tokenizer; null is the model's own.
         convention: the rl value's divisor of the logit: `flow_grpo` 30, `diffusion_nft` 100.
         device: null is this process's GPU if there is one, else the CPU.
-        dtype: of the weights.
+        dtype: precision of the weights.
         batch_size: images per forward pass.
     """
 
@@ -270,10 +271,10 @@ class CLIPScoreReward(ClipReward):
 
     @property
     def version(self) -> str:
-        """The scorer, its CLIP model and the convention of the rl value."""
+        """Version of the scores: the scorer, its CLIP model and the convention of the rl value."""
         return f"{super().version} convention={self.convention}"
 
-    def worth(self, cosine: float) -> Score:
-        """The score of a cosine in [-1, 1] between an image and its prompt."""
+    def score_of(self, cosine: float) -> Score:
+        """Converts a cosine in [-1, 1] between an image and its prompt to a score."""
         divisor = {"flow_grpo": 30.0, "diffusion_nft": 100.0}[self.convention]
         return Score(native=cosine, table=100.0 * cosine, rl=self.encoder.logit_scale * cosine / divisor)

@@ -1,4 +1,4 @@
-"""EditReward: a Qwen2.5-VL with two scoring heads that marks edited images (TIGER-Lab, arXiv 2509.26346)."""
+"""EditReward: a Qwen2.5-VL with two heads that score edited images (TIGER-Lab, arXiv 2509.26346)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AddedToken, AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLModel, Qwen2VLImageProcessorPil
 
+from datamodules.chunks import chunks
+from rewards.arguments import check_minimum
 from rewards.base import Reward, RewardBatch, Score
 from rewards.editreward_weights import build_heads, check_names, locate, read_weights, split_state_dict
 from rewards.judges.templates import EDIT_RUBRICS, REWARD_TOKEN, read_wording
-from rewards.pretrained import in_batches, load_processor, pick_device
+from rewards.pretrained import load_processor, pick_device
 
 DType = Literal["bfloat16", "float16", "float32"]
 Positions = Literal["sequential", "mrope"]
@@ -36,7 +38,7 @@ class EditReward(Reward):
     `<|Reward|>`. The hidden state there goes through that question's head to (mu, log sigma); the score is the mean of
     the two mu. `detail` holds mu and sigma of each.
 
-    What nobody has checked against the published weights [U]:
+    Not checked against the published weights:
 
     * The wording of the questions is our own. The heads were trained with the published wording, so paste that into two
       text files and give them as `rubrics` before you compare with published numbers.
@@ -51,9 +53,9 @@ class EditReward(Reward):
             itself.
         rubrics: two text files that replace our own questions (instruction following, then visual quality), each with
             `{prompt}` where the instruction goes and one `<|Reward|>`, used to the letter.
-        positions: of the image tokens, `sequential` (EditReward's) or `mrope` (Qwen2.5-VL's own).
+        positions: position ids of the image tokens, `sequential` (EditReward's) or `mrope` (Qwen2.5-VL's own).
         device: null is this process's GPU if there is one, else the CPU.
-        dtype: of the backbone; null is bfloat16 on a GPU and float32 on the CPU. The heads are float32.
+        dtype: precision of the backbone; null is bfloat16 on a GPU and float32 on the CPU. The heads are float32.
         batch_size: edits per forward pass; one has some 1,000 tokens.
     """
 
@@ -74,8 +76,7 @@ class EditReward(Reward):
             raise ValueError(f"EditReward has positions={positions!r}, use sequential or mrope.")
         if dtype is not None and dtype not in get_args(DType):
             raise ValueError(f"EditReward has dtype={dtype!r}, use null or one of {', '.join(get_args(DType))}.")
-        if batch_size < 1:
-            raise ValueError(f"EditReward has batch_size={batch_size}, use 1 or more.")
+        check_minimum("EditReward", 1, batch_size=batch_size)
         if rubrics is not None and len(rubrics) != len(DIMENSIONS):
             raise ValueError(f"EditReward has {len(rubrics)} rubrics, give 2 text files: {' and '.join(DIMENSIONS)}.")
         self.checkpoint = checkpoint
@@ -97,7 +98,7 @@ class EditReward(Reward):
 
     @property
     def version(self) -> str:
-        """The checkpoint, the wording, the positions and the precision."""
+        """Version of the scores: the checkpoint, the wording, the positions and the precision."""
         wording = hashlib.sha256("\0".join(self.rubrics).encode()).hexdigest()[:8]
         kind = "own" if self.rubrics == EDIT_RUBRICS else "given"
         return f"editreward {self.checkpoint} rubrics={kind}:{wording} positions={self.positions} dtype={self._dtype}"
@@ -151,7 +152,7 @@ class EditReward(Reward):
         return network.to(pick_device(self.device)).eval().requires_grad_(False)
 
     def _check_text(self) -> None:
-        """A template that drops the images (text-only ones turn them into words) would give scores all the same."""
+        """Raises ValueError if the chat template drops the images, as text-only ones do without an error."""
         for rubric in self.rubrics:
             text = self._text(rubric, "")
             if (text.count(IMAGE_TOKEN), text.count(REWARD_TOKEN)) != (2, 1):
@@ -176,17 +177,17 @@ class EditReward(Reward):
         return str(text)
 
     def __call__(self, batch: RewardBatch) -> list[Score]:
-        """Score B edits; a sample without its source image is invalid."""
+        """Scores B edits; a sample without its source image is invalid."""
         self.load()
         scores: list[Score | None] = []
         edits: list[tuple[Image.Image, Image.Image, str]] = []
         for sample, image in zip(batch.samples, batch.images, strict=True):
-            reason = _unfit(sample.image, image, sample.prompt)
+            reason = _invalid_reason(sample.image, image, sample.prompt)
             scores.append(Score.invalid(reason) if reason else None)
             if sample.image is not None and not reason:
                 edits.append((sample.image.convert("RGB"), image.convert("RGB"), sample.prompt))
-        marked = iter([score for part in in_batches(edits, self.batch_size) for score in self._score(part)])
-        return [next(marked) if score is None else score for score in scores]
+        scored = iter([score for rows in chunks(len(edits), self.batch_size) for score in self._score(edits[rows])])
+        return [next(scored) if score is None else score for score in scores]
 
     def _score(self, edits: Sequence[tuple[Image.Image, Image.Image, str]]) -> list[Score]:
         outputs = self.evaluate(edits).tolist()
@@ -194,7 +195,7 @@ class EditReward(Reward):
 
     @torch.no_grad()
     def evaluate(self, edits: Sequence[tuple[Image.Image, Image.Image, str]]) -> Tensor:
-        """[B, 2, 2] float32: (mu, log sigma) of both questions, for B edits (source, edited, instruction) in RGB."""
+        """Returns [B, 2, 2] float32, (mu, log sigma) of both questions, for B edits (source, edited, instruction)."""
         self.load()
         device, network = self._network.device, self._network
         pixels = self._processor([image for edit in edits for image in edit[:2]], return_tensors="pt").to(device)
@@ -216,7 +217,7 @@ class EditReward(Reward):
         return torch.stack(outputs, dim=1)
 
     def _hidden(self, ids: Tensor, mask: Tensor, features: Tensor, grid: Tensor) -> Tensor:
-        """[B, S, H] of the last layer, after the final norm."""
+        """Returns the last layer's hidden states [B, S, H], after the final norm."""
         network = self._network
         images = ids == network.config.image_token_id
         embeds = network.get_input_embeddings()(ids)
@@ -235,7 +236,7 @@ class EditReward(Reward):
 
 
 def _chat_template(folder: Path) -> str | None:
-    """The processor's template, which knows images; the tokenizer's own (null) may know text only."""
+    """Reads the processor's chat template, which knows images; None if the folder has only the tokenizer's."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     if (folder / "chat_template.json").is_file():
@@ -243,8 +244,8 @@ def _chat_template(folder: Path) -> str | None:
     return None
 
 
-def _unfit(source: Image.Image | None, edited: Image.Image, instruction: str) -> str:
-    """Why an edit cannot be scored; empty if it can."""
+def _invalid_reason(source: Image.Image | None, edited: Image.Image, instruction: str) -> str:
+    """Returns the reason why an edit cannot be scored; empty if it can."""
     if source is None:
         return "EditReward compares with a source image, and the sample has none"
     if any(max(image.size) > 200 * min(image.size) for image in (source, edited)):
@@ -255,7 +256,7 @@ def _unfit(source: Image.Image | None, edited: Image.Image, instruction: str) ->
 
 
 def _to_score(output: list[list[float]]) -> Score:
-    """The score of [[mu, log sigma], [mu, log sigma]]."""
+    """Converts the heads' output [[mu, log sigma], [mu, log sigma]] to a score."""
     detail: dict[str, float] = {}
     for dimension, (mu, log_sigma) in zip(DIMENSIONS, output, strict=True):
         detail[f"{dimension}_mu"] = mu

@@ -1,24 +1,22 @@
-"""EditReward's weights: where they are, how they are read, and what they are called."""
+"""EditReward's weights: finding, reading, renaming and checking them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rewards.pretrained import check_hub_id, one_line_errors
+from rewards.pretrained import check_hub_id, one_line_errors, read_tensors
 
 _HEAD = re.compile(r"rm_heads?\.(?:head_)?(\d+)\.(\d+\.(?:weight|bias))")
 
 
 def build_heads(hidden_size: int) -> nn.ModuleList:
-    """One head per question, from a hidden state to (mu, log sigma). Layers 0, 3 and 5 of each have weights."""
+    """Builds one head per question, from a hidden state to (mu, log sigma). Layers 0, 3 and 5 of each have weights."""
 
     def head() -> nn.Sequential:
         return nn.Sequential(
@@ -34,12 +32,13 @@ def build_heads(hidden_size: int) -> nn.ModuleList:
 
 
 def split_state_dict(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """EditReward's weights as those of transformers' `Qwen2_5_VLModel` and of `build_heads`.
+    """Splits and renames EditReward's weights for transformers' `Qwen2_5_VLModel` and for `build_heads`.
 
-    Understood [U]: heads named `rm_heads.head_0.0.weight` as in the authors' code (also `rm_heads.0...`,
+    Names that it knows: heads as in the authors' code, `rm_heads.head_0.0.weight` (also `rm_heads.0...`,
     `rm_head.0.0...`); a backbone in today's names (`model.language_model.layers...`, `model.visual...`) or in older
     ones (`model.layers...`, `visual...`); any of the prefixes `module.`, `base_model.`, `model.`, repeated, before
-    either. The unused `lm_head` is dropped. What is neither keeps its name, so that `check_names` tells.
+    either. The unused `lm_head` is dropped. Other weights keep their names, so that `check_names` reports them. The
+    published files were not at hand when this was written.
 
     Args:
         state: name -> tensor of the whole checkpoint.
@@ -65,25 +64,24 @@ def split_state_dict(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of `*.safetensors`; if there are none, those of `model.pth`, read without running code."""
+    """Reads all tensors of a folder's `*.safetensors` or, if there are none, of its `model.pth`."""
     state: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        state.update(load_file(file))
+        state.update(read_tensors(file, "download EditReward's weights again"))
     if state:
         return state
     path = folder / "model.pth"
     if not path.is_file():
         raise ValueError(f"{folder} holds neither *.safetensors nor model.pth: copy EditReward's weights there.")
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-        state.update(loaded.get("model", loaded))  # the authors' trainer may wrap it
-    except (UnpicklingError, RuntimeError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or more than named tensors: convert it to model.safetensors.") from error
-    return state
+    loaded = read_tensors(path, "convert it to model.safetensors")
+    named = loaded.get("model", loaded) if isinstance(loaded, dict) else loaded  # the authors' trainer may wrap it
+    if not isinstance(named, dict):
+        raise ValueError(f"{path} holds no named tensors: convert it to model.safetensors.")
+    return named
 
 
 def check_names(checkpoint: str, expected: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> None:
-    """Raises a ValueError that names what is missing, left over or of another size."""
+    """Raises a ValueError that names the weights that are missing, unknown or of another size."""
     problems = {
         "lacks": [name for name in expected if name not in state],
         "has unknown": [name for name in state if name not in expected],
@@ -98,7 +96,7 @@ def check_names(checkpoint: str, expected: Mapping[str, torch.Size], state: Mapp
 
 
 def locate(model: str, *, weights: bool) -> Path:
-    """The folder itself, or the hub's download of what is needed: `model.pth` only where nothing better is there."""
+    """Finds a model's folder; downloads it from the hub if needed, `model.pth` only where there is no safetensors."""
     if Path(model).is_dir():
         return Path(model)
     check_hub_id(model)

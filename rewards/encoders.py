@@ -1,7 +1,4 @@
-"""Encoders that the images of one prompt are compared by, and what such a group of images scores.
-
-`rewards.clip.ClipEncoder` is one, too.
-"""
+"""Image encoders, and the similarity scores of the images of one prompt; see also `rewards.clip.ClipEncoder`."""
 
 from __future__ import annotations
 
@@ -15,16 +12,17 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from datamodules.chunks import chunks
 from datamodules.sample import PromptSample
 from rewards.base import Reward, RewardBatch, score_each
 
 
 class Encoder(Protocol):
-    """Embeds images, so that the cosine of two of them says how alike they are."""
+    """Protocol of image encoders: the cosine of two embeddings says how alike the images are."""
 
     @property
     def version(self) -> str:
-        """What similarities depend on (model, settings): those of different versions are not comparable."""
+        """Names what similarities depend on (model, settings): those of different versions are not comparable."""
         ...
 
     def load(self) -> None:
@@ -32,30 +30,30 @@ class Encoder(Protocol):
         ...
 
     def images(self, images: Sequence[Image]) -> Tensor:
-        """Embed B images as [B, D] rows of length 1; an image with nothing to compare may be zeros."""
+        """Embeds B images as [B, D] rows of length 1; an image with nothing to compare may be zeros."""
         ...
 
 
 @runtime_checkable
 class TextEncoder(Encoder, Protocol):
-    """An encoder that embeds texts beside images, so that a cosine of the two says how well they fit."""
+    """Protocol of encoders that embed texts beside images, so that a cosine of the two says how well they fit."""
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Embed B texts as [B, D] rows of length 1."""
+        """Embeds B texts as [B, D] rows of length 1."""
         ...
 
 
 @runtime_checkable
 class ContentEncoder(Encoder, Protocol):
-    """An encoder that can also say which images show the same."""
+    """Protocol of encoders that can also tell which images have the same content."""
 
     def contents(self, images: Sequence[Image]) -> list[Hashable]:
-        """What B images show; equal values mean the same content."""
+        """Returns the contents of B images as hashable values; equal values mean the same content."""
         ...
 
 
 def image_similarity(embeddings: Tensor) -> Tensor:
-    """Mean cosine of two different images of a group (the paper's II-Sim for one prompt).
+    """Computes the mean cosine of two different images of a group (the paper's II-Sim for one prompt).
 
     Args:
         embeddings: [..., K, D] rows of length 1 (or 0), K >= 2 images a group.
@@ -74,7 +72,7 @@ def image_similarity(embeddings: Tensor) -> Tensor:
 
 
 def text_similarity(embeddings: Tensor, texts: Tensor) -> Tensor:
-    """Mean cosine of a group's images with their text (the paper's TI-Sim for one prompt).
+    """Computes the mean cosine of a group's images with their text (the paper's TI-Sim for one prompt).
 
     Args:
         embeddings: [..., K, D] images.
@@ -87,7 +85,7 @@ def text_similarity(embeddings: Tensor, texts: Tensor) -> Tensor:
 
 
 def group_columns(encoder: Encoder, reward: Reward | None) -> list[str]:
-    """Names of the scores of `group_scores`."""
+    """Returns the names of the scores that `group_scores` gives."""
     columns = ["image_similarity"]
     columns += ["text_similarity"] if isinstance(encoder, TextEncoder) else []
     columns += ["distinct_contents"] if isinstance(encoder, ContentEncoder) else []
@@ -97,20 +95,20 @@ def group_columns(encoder: Encoder, reward: Reward | None) -> list[str]:
 def group_scores(
     encoder: Encoder, reward: Reward | None, samples: Sequence[PromptSample], images: Sequence[Sequence[Image]]
 ) -> list[dict[str, float]]:
-    """What the K images of each of B prompts score together.
+    """Scores the K images of each of B prompts as a group: their similarity and, if asked, their mean reward.
 
     Args:
-        encoder: compares them with one another and, if it can, with the original prompt.
-        reward: if there is one, the mean table value of those it can score is added under its name.
+        encoder: compares the images with one another and, if it can, with the original prompt.
+        reward: if given, the mean table value of the images that it can score is added under its name.
         samples: B original prompts.
         images: K lists of B.
 
     Returns:
-        B times score -> value; what could not be scored is left out.
+        B dictionaries, name of the score -> value; scores that are not finite are left out.
     """
     num = len(images)
     flat = [drawn[row] for row in range(len(samples)) for drawn in images]
-    starts = range(0, len(flat), num)
+    groups = list(chunks(len(flat), num))
     embeddings = encoder.images(flat).cpu()
     if embeddings.shape[:-1] != (len(flat),):
         raise ValueError(
@@ -124,27 +122,27 @@ def group_scores(
         values["text_similarity"] = text_similarity(embeddings, texts).tolist()
     if isinstance(encoder, ContentEncoder):
         shown = encoder.contents(flat)
-        values["distinct_contents"] = [float(len(set(shown[i : i + num]))) for i in starts]
+        values["distinct_contents"] = [float(len(set(shown[rows]))) for rows in groups]
     if reward is not None:
         scores = score_each(reward, RewardBatch([sample for sample in samples for _ in range(num)], flat))
-        tables = [[score.table for score in scores[i : i + num] if score.valid] for i in starts]
+        tables = [[score.table for score in scores[rows] if score.valid] for rows in groups]
         values[reward.name] = [fmean(table) if table else math.nan for table in tables]
     return [{name: v[row] for name, v in values.items() if math.isfinite(v[row])} for row in range(len(samples))]
 
 
 class PixelEncoder:
-    """32 x 32 pixels, freed of their mean: sees layout and colour and needs no weights.
+    """Encoder without weights: an image's 32 x 32 pixels less their mean, which hold its layout and colours.
 
-    The training log's `group/image_similarity` is made of these. An image of one grey is zeros.
+    The training log's `group/image_similarity` uses it. The embedding of an image of one grey is zeros.
     """
 
     version = "32 x 32 pixels"
 
     def load(self) -> None:
-        """Nothing to load."""
+        """Does nothing: there are no weights."""
 
     def images(self, images: Sequence[Image]) -> Tensor:
-        """[B, 3072] fp32 embeddings of B images."""
+        """Embeds B images as [B, 3072] fp32 rows of length 1 (or 0)."""
         small = [bytearray(image.convert("RGB").resize((32, 32)).tobytes()) for image in images]
         flat = torch.stack([torch.frombuffer(pixels, dtype=torch.uint8) for pixels in small]).double()
         return normalize(flat - flat.mean(-1, keepdim=True), dim=-1).float()

@@ -1,4 +1,4 @@
-"""The format reward: whether a refiner's completion holds a well-formed answer (paper Sec. 3; REWARDS.md 5.1)."""
+"""The format reward: 1 if a refiner's completion holds a well-formed answer (PromptRL, arXiv 2602.01382, Sec. 3)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 
 
 def last_answer(text: str) -> str | None:
-    """The text inside the last `<answer> </answer>`, stripped; None where there is no such pair.
+    """Returns the text inside the last `<answer> </answer>`, stripped; None if there is no such pair.
 
     >>> last_answer("first <answer>a</answer>, then <answer> b </answer>")
     'b'
@@ -18,7 +18,7 @@ def last_answer(text: str) -> str | None:
 
 
 def format_reward(text: str) -> float:
-    """1 for a completion with a well-formed, non-empty answer, else 0.
+    """Returns 1 for a completion with a well-formed, non-empty answer, else 0.
 
     >>> [format_reward(text) for text in ("<answer>a red cat</answer>", "a red cat", "<answer> </answer>")]
     [1.0, 0.0, 0.0]

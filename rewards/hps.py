@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -17,10 +16,10 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from rewards.base import Score
 from rewards.clip import ClipEncoder, ClipReward, DType
-from rewards.pretrained import one_line_errors, pick_device
+from rewards.pretrained import one_line_errors, pick_device, read_tensors
 
 HEADS = 16
-"""Attention heads of both towers of ViT-H-14, which weights do not tell: 80 wide in vision, 64 in text."""
+"""Attention heads of both towers of ViT-H-14, which the weights do not show: 80 wide in vision, 64 in text."""
 
 # open_clip's names -> transformers'. Applied in order; names that no rule knows stay, and fail the strict load.
 RENAMES = (
@@ -44,13 +43,13 @@ RENAMES = (
 
 
 class HpsEncoder(ClipEncoder):
-    """The converted HPSv2.1 network with its own preprocessing.
+    """Encoder of the converted HPSv2.1 network, with its own preprocessing.
 
     Args:
         weights: file, or owner/name/file on the hub.
         processor: folder or hub id of the tokenizer.
         device: null is this process's GPU if there is one, else the CPU.
-        dtype: of the weights.
+        dtype: precision of the weights.
         batch_size: images per forward pass.
         allow_pickle: see `read_state_dict`.
     """
@@ -62,7 +61,7 @@ class HpsEncoder(ClipEncoder):
         self.allow_pickle = allow_pickle
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        """[B, 3, H, W] whole images on black squares, normalised as CLIP's are."""
+        """Preprocesses B images to [B, 3, H, W]: whole, on black squares, normalised as CLIP's are."""
         size = self.network.config.vision_config.image_size
         return super().pixels([letterbox(image, size) for image in images])
 
@@ -92,7 +91,7 @@ class HPSReward(ClipReward):
         compat: `unirl` makes rl = 2 * cosine, as that code's reward service returns.
         allow_pickle: trust the file: run what it holds beside tensors if it cannot be read safely.
         device: null is this process's GPU if there is one, else the CPU.
-        dtype: of the weights.
+        dtype: precision of the weights.
         batch_size: images per forward pass.
     """
 
@@ -116,16 +115,16 @@ class HPSReward(ClipReward):
 
     @property
     def version(self) -> str:
-        """The scorer, its weights and the convention of the rl value."""
+        """Version of the scores: the scorer, its weights and the convention of the rl value."""
         return f"{super().version} compat={self.compat}"
 
-    def worth(self, cosine: float) -> Score:
-        """The score of a cosine in [-1, 1] between an image and its prompt."""
+    def score_of(self, cosine: float) -> Score:
+        """Converts a cosine in [-1, 1] between an image and its prompt to a score."""
         return Score(native=cosine, table=100.0 * cosine, rl=2.0 * cosine if self.compat == "unirl" else cosine)
 
 
 def letterbox(image: Image.Image, size: int) -> Image.Image:
-    """The whole image on a black square: longer side to `size` pixels, centred, an odd pixel right or below."""
+    """Puts the whole image on a black square: longer side to `size` pixels, centred, an odd pixel right or below."""
     scale = size / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     square = Image.new("RGB", (size, size))
@@ -135,7 +134,7 @@ def letterbox(image: Image.Image, size: int) -> Image.Image:
 
 
 def read_state_dict(weights: str, *, allow_pickle: bool = False) -> dict[str, Tensor]:
-    """The `state_dict` entry of a checkpoint.
+    """Reads the `state_dict` entry of a checkpoint.
 
     Args:
         weights: file, or owner/name/file on the hub.
@@ -148,20 +147,8 @@ def read_state_dict(weights: str, *, allow_pickle: bool = False) -> dict[str, Te
             raise ValueError(f"there is no file {weights}: give an existing file or owner/name/file on the hub.")
         with one_line_errors(weights):
             path = hf_hub_download(match[1], match[2])
-    try:
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except UnpicklingError:
-            if not allow_pickle:
-                raise
-            checkpoint = torch.load(path, map_location="cpu", weights_only=False)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{weights} is damaged: download it again."
-            if allow_pickle
-            else f"{weights} is damaged or holds more than weights, which could run code when read: download it again, "
-            "or set `allow_pickle: true` if you trust where it comes from."
-        ) from error
+    trust = "" if allow_pickle else ", or set `allow_pickle: true` if you trust where it comes from (it may run code)"
+    checkpoint = read_tensors(path, f"download it again{trust}", allow_pickle=allow_pickle)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{weights} has no entry `state_dict`: give HPSv2's own file, HPS_v2.1_compressed.pt.")
     state_dict: dict[str, Tensor] = checkpoint["state_dict"]
@@ -169,13 +156,13 @@ def read_state_dict(weights: str, *, allow_pickle: bool = False) -> dict[str, Te
 
 
 def clip_from_open_clip(state_dict: Mapping[str, Tensor], *, vision_heads: int, text_heads: int) -> CLIPModel:
-    """The CLIP of transformers with the weights of open_clip's, in fp32.
+    """Converts open_clip's weights to a CLIP model of transformers, in fp32.
 
     Sizes come from the tensors. The activation is the exact GELU: models that open_clip calls quickgelu cannot be told
     apart by their weights and would come out wrong.
 
     Args:
-        state_dict: of open_clip's `CLIP` with a vision transformer and linear projections without bias.
+        state_dict: weights of open_clip's `CLIP` with a vision transformer and linear projections without bias.
         vision_heads: attention heads of the image tower.
         text_heads: attention heads of the text tower.
 
@@ -214,7 +201,7 @@ def clip_from_open_clip(state_dict: Mapping[str, Tensor], *, vision_heads: int, 
 
 
 def _config(weights: Mapping[str, Tensor], vision_heads: int, text_heads: int) -> CLIPConfig:
-    """The sizes of converted weights."""
+    """Derives the model's configuration from the sizes of converted weights."""
 
     def tower(prefix: str, heads: int) -> dict[str, Any]:
         hidden, width = weights[f"{prefix}.encoder.layers.0.mlp.fc1.weight"].shape

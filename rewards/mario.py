@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class WordScores:
-    """One image's scores, all in 0..1.
+    """Word scores of one image, all in 0..1.
 
     Args:
         precision: share of the recognised words that were wanted; 0 when none was recognised.
@@ -25,7 +25,7 @@ class WordScores:
 
 
 def split_words(lines: Sequence[str]) -> list[str]:
-    """Lower-cased words of all lines.
+    """Splits lines into lower-cased words.
 
     >>> split_words(["Grand Opening", " TODAY "])
     ['grand', 'opening', 'today']

@@ -1,4 +1,4 @@
-"""The OCR reward: how much of the wanted text can be read off the image."""
+"""The OCR reward: the share of the wanted text that an OCR engine reads in the image."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Scorer = Literal["levenshtein", "mario"]
 
 
 def text_reward(recognized_lines: Sequence[str], target: str, *, max_extra: int | None = None) -> float:
-    """Flow-GRPO's OCR reward: `1 - min(d, n) / n` with n letters wanted and d edits between what is read and wanted.
+    """Computes Flow-GRPO's OCR reward `1 - min(d, n) / n`: n letters are wanted, d edits away from what is read.
 
     Lines are joined without a separator, spaces are removed and case is ignored. Where the target occurs within what
     was read, d is 0. This pays for covering the image with text until the target is somewhere in it, a known leak
@@ -76,19 +76,19 @@ class OCRReward(Reward):
 
     @property
     def version(self) -> str:
-        """The rule and the engine with its version."""
+        """Version of the scores: the rule and the engine with its version."""
         rule = self.scorer if self.max_extra is None else f"{self.scorer} max_extra={self.max_extra}"
         return f"ocr {rule} by {getattr(self.reader, 'version', type(self.reader).__name__)}"
 
     def load(self) -> None:
-        """Loads the engine, if it is one that loads."""
+        """Loads the OCR engine if it has a `load`."""
         if self.scorer == "levenshtein":
             _levenshtein("", "")
         if hasattr(self.reader, "load"):
             self.reader.load()
 
     def __call__(self, batch: RewardBatch) -> list[Score]:
-        """Score B images; `detail` holds the `recognized` lines, the `target` and the lines' mean `confidence`."""
+        """Scores B images; `detail` holds the `recognized` lines, the `target` and the lines' mean `confidence`."""
         self.load()
         targets = [_target(sample.id, sample.metadata) for sample in batch.samples]
         return [self._score(image, target) for image, target in zip(batch.images, targets, strict=True)]
@@ -115,7 +115,7 @@ class OCRReward(Reward):
 
 
 def _target(sample_id: str, metadata: dict[str, Any]) -> list[str]:
-    """The texts of one sample, with at least one letter."""
+    """Returns the texts that a sample wants; raises ValueError if they have no letter."""
     text = metadata.get("text")
     texts = [text] if isinstance(text, str) else text
     if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts) or not "".join(texts).strip():

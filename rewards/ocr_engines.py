@@ -10,16 +10,19 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image, ImageDraw
 
+from rewards.arguments import check_minimum
+from rewards.packages import installed
+
 Line = tuple[str, float]
 """A line of text as recognised, and its confidence in 0..1."""
 
 
 @runtime_checkable
 class TextReader(Protocol):
-    """Anything that reads text. May also have `version` and `load()`, where errors of configuration belong."""
+    """Protocol of OCR engines. They may also have `version` and `load()`, which raises errors of configuration."""
 
     def read(self, images: Sequence[Image.Image]) -> list[list[Line]]:
-        """Read text.
+        """Reads the text in images.
 
         Args:
             images: B images.
@@ -36,14 +39,13 @@ class RapidOCRReader:
     Args:
         limit_side_len: images whose shorter side has fewer pixels are enlarged to it before text is looked for.
         min_confidence: lines below are dropped, in 0..1; 0.5 is also PaddleOCR 2.x's own rule (`drop_score`).
-        threads: of one image; more pay only where cores idle.
+        threads: threads for one image; more pay only where cores idle.
     """
 
     def __init__(self, limit_side_len: int = 512, min_confidence: float = 0.5, threads: int = 1) -> None:
         if limit_side_len < 32:
             raise ValueError(f"RapidOCRReader has limit_side_len={limit_side_len}, use at least 32 pixels.")
-        if threads < 1:
-            raise ValueError(f"RapidOCRReader has threads={threads}, use at least 1.")
+        check_minimum("RapidOCRReader", 1, threads=threads)
         _check_confidence(self, min_confidence)
         self.limit_side_len = limit_side_len
         self.min_confidence = min_confidence
@@ -52,11 +54,11 @@ class RapidOCRReader:
 
     @property
     def version(self) -> str:
-        """The package (its version stands for the models inside) and the settings that change what is read."""
-        return f"{_installed('rapidocr')} limit_side_len={self.limit_side_len} min_confidence={self.min_confidence}"
+        """Version of the reading: the package (for the models inside) and the settings that change what is read."""
+        return f"{installed('rapidocr')} limit_side_len={self.limit_side_len} min_confidence={self.min_confidence}"
 
     def load(self) -> None:
-        """Loads both networks."""
+        """Loads the networks that find lines and read them."""
         if self._engine is not None:
             return
         with _needs("rapidocr", "pip install -e '.[ocr]'"):
@@ -80,7 +82,7 @@ class RapidOCRReader:
         self._engine = engine
 
     def read(self, images: Sequence[Image.Image]) -> list[list[Line]]:
-        """Read B images, one after another."""
+        """Reads B images, one after another."""
         self.load()
         return [self._read_one(image) for image in images]
 
@@ -99,7 +101,7 @@ class PaddleOCRReader:
     be run where this was written. Published trainers hand it RGB arrays; it expects BGR, which is what it gets here.
 
     Args:
-        lang: of the recogniser.
+        lang: language of the recogniser.
         use_gpu: runs on the GPU (needs `paddlepaddle-gpu`).
         min_confidence: lines below are dropped, in 0..1; 0.5 is what 2.x does by itself, while 3.x keeps all.
     """
@@ -114,8 +116,8 @@ class PaddleOCRReader:
 
     @property
     def version(self) -> str:
-        """The package (its version stands for the default models) and the settings that change what is read."""
-        return f"{_installed('paddleocr')} lang={self.lang} min_confidence={self.min_confidence}"
+        """Version of the reading: the package (for its default models) and the settings that change what is read."""
+        return f"{installed('paddleocr')} lang={self.lang} min_confidence={self.min_confidence}"
 
     def load(self) -> None:
         """Loads the models; PaddleOCR downloads them on first use."""
@@ -145,7 +147,7 @@ class PaddleOCRReader:
                 )
 
     def read(self, images: Sequence[Image.Image]) -> list[list[Line]]:
-        """Read B images, one after another."""
+        """Reads B images, one after another."""
         self.load()
         return [self._read_one(_bgr(image)) for image in images]
 
@@ -158,7 +160,7 @@ class PaddleOCRReader:
 
 
 def _bgr(image: Image.Image) -> np.ndarray[Any, Any]:
-    """[height, width, 3] bytes in OpenCV's channel order, which all these engines take an array to have."""
+    """Returns [height, width, 3] bytes in BGR, which all these engines take an array to be."""
     return np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
 
 
@@ -167,16 +169,9 @@ def _check_confidence(reader: object, value: float) -> None:
         raise ValueError(f"{type(reader).__name__} has min_confidence={value}, use a number from 0 to 1.")
 
 
-def _installed(package: str) -> str:
-    try:
-        return f"{package} {metadata.version(package)}"
-    except metadata.PackageNotFoundError:
-        return f"{package} (not installed)"
-
-
 @contextmanager
 def _needs(package: str, command: str) -> Iterator[None]:
-    """Turns a missing package, or one of its own that is missing, into one sentence."""
+    """Context manager: turns the ImportError of a missing package, or of one that it needs, into a ValueError."""
     try:
         yield
     except ImportError as error:

@@ -13,7 +13,7 @@ class PickScoreReward(ClipReward):
         model: folder or hub id of the weights.
         processor: folder or hub id of the image processor and the tokenizer; the weights were tuned with this one's.
         device: null is this process's GPU if there is one, else the CPU.
-        dtype: of the weights.
+        dtype: precision of the weights.
         batch_size: images per forward pass.
     """
 
@@ -30,7 +30,7 @@ class PickScoreReward(ClipReward):
     ) -> None:
         super().__init__(ClipEncoder(model, processor, device, dtype, batch_size))
 
-    def worth(self, cosine: float) -> Score:
-        """The score of a cosine in [-1, 1] between an image and its prompt."""
+    def score_of(self, cosine: float) -> Score:
+        """Converts a cosine in [-1, 1] between an image and its prompt to a score."""
         native = self.encoder.logit_scale * cosine
         return Score(native=native, table=native, rl=native / 26.0, detail={"cosine": cosine})

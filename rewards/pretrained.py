@@ -1,27 +1,28 @@
-"""What every scorer with a network shares: where it runs, how it loads, and errors that say what to do."""
+"""Loading of scorers' networks: device, transformers models, weight files, and errors that say what to do."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
-
-T = TypeVar("T")
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 
 def load_pretrained(cls: Any, model: str, *, device: str | None = None, **kwargs: Any) -> Any:
-    """A frozen transformers model in evaluation mode, fp32 unless `dtype` says otherwise.
+    """Loads a frozen transformers model in evaluation mode, fp32 unless `dtype` says otherwise.
 
     Args:
         cls: a class with `from_pretrained`.
         model: folder or hub id.
         device: null is this process's GPU if there is one, else the CPU.
-        **kwargs: for `from_pretrained`.
+        **kwargs: further arguments of `from_pretrained`.
     """
     if not Path(model).is_dir():
         check_hub_id(model)
@@ -31,7 +32,7 @@ def load_pretrained(cls: Any, model: str, *, device: str | None = None, **kwargs
 
 
 def load_processor(cls: Any, model: str, **kwargs: Any) -> Any:
-    """A tokenizer or an image processor (a folder or hub id) with one-line errors."""
+    """Loads a tokenizer, image processor or configuration (folder or hub id) with one-line errors."""
     if not Path(model).is_dir():
         check_hub_id(model)
     with one_line_errors(model):
@@ -39,7 +40,7 @@ def load_processor(cls: Any, model: str, **kwargs: Any) -> Any:
 
 
 def pick_device(device: str | None) -> torch.device:
-    """The device asked for; null is this process's GPU if there is one, else the CPU.
+    """Returns the device asked for; null is this process's GPU if there is one, else the CPU.
 
     Call it from the main thread: a new thread's current GPU is always the first. Of several processes on a machine each
     takes the GPU of its `LOCAL_RANK`, since scorers load before the trainer has made that one the current.
@@ -54,7 +55,7 @@ def pick_device(device: str | None) -> torch.device:
 
 @contextmanager
 def one_line_errors(model: str) -> Iterator[None]:
-    """Turns a loader's error (missing files, gated or unknown hub id, no network) into one sentence."""
+    """Context manager: turns a loader's error (missing files, gated or unknown hub id, no network) into one line."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -65,13 +66,35 @@ def one_line_errors(model: str) -> Iterator[None]:
 
 
 def check_hub_id(model: str) -> None:
-    """Raises a ValueError if a name that is no folder cannot be a hub id either."""
+    """Raises a ValueError if a model's name is neither a folder nor a possible hub id."""
     beside = Path(model).parent  # "miniature/flwo" looks like a hub id, but miniature/ is a folder here
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) or beside.is_dir():
         raise ValueError(f"there is no folder {model}: give an existing folder or a hub id such as owner/name.")
 
 
-def in_batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Consecutive slices of at most `size` items."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def read_tensors(path: str | Path, advice: str, *, allow_pickle: bool = False) -> Any:
+    """Reads a .safetensors or `torch.save` file to the CPU; runs no code from it unless `allow_pickle`.
+
+    Args:
+        path: an existing file.
+        advice: end of the error's sentence: what the user should do.
+        allow_pickle: if the file holds more than weights, load it all the same, which runs code from it.
+
+    Returns:
+        Name -> tensor of a .safetensors file, else the saved object.
+
+    Raises:
+        ValueError: if the file is damaged or holds more than weights.
+    """
+    try:
+        if str(path).endswith(".safetensors"):
+            return load_file(path)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except UnpicklingError:
+            if not allow_pickle:
+                raise
+            return torch.load(path, map_location="cpu", weights_only=False)
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+        fault = "is damaged" if allow_pickle else "is damaged or holds more than weights"
+        raise ValueError(f"{path} {fault}: {advice}.") from error

@@ -1,4 +1,4 @@
-"""Several rewards in one run: by tag (each prompt has one judge), or as a weighted sum (each prompt has them all)."""
+"""Several rewards in one run: one scorer per tag (`TaggedReward`), or the sum of all (`WeightedSum`)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,22 @@ from dataclasses import replace
 from rewards.base import Reward, RewardBatch, Score, score_each
 
 
-class TaggedReward(Reward):
-    """Routes every sample to the one scorer of its tag (reward tagging; METHOD.md, REWARDS.md 5.1).
+class _Composite(Reward):
+    """Base of the rewards that are made of others."""
+
+    def __init__(self, rewards: dict[str, Reward]) -> None:
+        if not rewards:
+            raise ValueError(f"{type(self).__name__}.rewards is empty: give at least one scorer.")
+        self.rewards = rewards
+
+    def load(self) -> None:
+        """Loads the models of every scorer."""
+        for reward in self.rewards.values():
+            reward.load()
+
+
+class TaggedReward(_Composite):
+    """Routes every sample to the one scorer of its tag (reward tagging; PromptRL, arXiv 2602.01382).
 
     Advantages are normalised within a group, a group has one prompt and a prompt one tag, so that scorers of very
     different scales train together without weights.
@@ -21,8 +35,7 @@ class TaggedReward(Reward):
     name = "tagged"
 
     def __init__(self, rewards: dict[str, Reward]) -> None:
-        _check_parts(type(self).__name__, rewards)
-        self.rewards = rewards
+        super().__init__(rewards)
         self.needs = ("tag",)
         names = [reward.name for reward in rewards.values()]
         # Scorers of one name (two judges) would be averaged together in the log: they go by their tags.
@@ -30,16 +43,11 @@ class TaggedReward(Reward):
 
     @property
     def version(self) -> str:
-        """The scorers' versions by tag."""
+        """Version of the scores: the scorers' versions by tag."""
         return "tagged " + "; ".join(f"{tag}: {reward.version}" for tag, reward in sorted(self.rewards.items()))
 
-    def load(self) -> None:
-        """Loads every scorer."""
-        for reward in self.rewards.values():
-            reward.load()
-
     def __call__(self, batch: RewardBatch) -> list[Score]:
-        """Score B images, each by its tag's scorer; `parts` names the scorer."""
+        """Scores B images, each by its tag's scorer; `parts` names the scorer."""
         rows_of: dict[str, list[int]] = {}
         for row, sample in enumerate(batch.samples):
             rows_of.setdefault(sample.tag, []).append(row)
@@ -59,11 +67,11 @@ class TaggedReward(Reward):
         return [scores[row] for row in range(len(batch))]
 
 
-class WeightedSum(Reward):
+class WeightedSum(_Composite):
     """Adds up several scorers' rl values, each times its weight; native and table are that sum too.
 
     An image that any of them could not score is invalid: a sum without one part would compare unlike things. Mind the
-    scales: weights act on `rl` values, whose ranges differ from scorer to scorer (REWARDS.md 0).
+    scales: weights act on `rl` values, whose ranges differ from scorer to scorer.
 
     Args:
         rewards: name -> scorer; the name is the scorer's key in the logs.
@@ -73,27 +81,21 @@ class WeightedSum(Reward):
     name = "sum"
 
     def __init__(self, rewards: dict[str, Reward], weights: dict[str, float] | None = None) -> None:
-        _check_parts(type(self).__name__, rewards)
+        super().__init__(rewards)
         weights = dict.fromkeys(rewards, 1.0) if weights is None else weights
         if set(weights) != set(rewards):
             different = ", ".join(sorted(set(weights) ^ set(rewards)))
             raise ValueError(f"WeightedSum needs one weight for each of its rewards; `weights` differs in {different}.")
-        self.rewards = rewards
         self.weights = weights
         self.needs = tuple(dict.fromkeys(need for reward in rewards.values() for need in reward.needs))
 
     @property
     def version(self) -> str:
-        """The weights and the scorers' versions."""
+        """Version of the scores: the weights and the scorers' versions."""
         return "sum " + "; ".join(f"{self.weights[n]} x {n}: {r.version}" for n, r in sorted(self.rewards.items()))
 
-    def load(self) -> None:
-        """Loads every scorer."""
-        for reward in self.rewards.values():
-            reward.load()
-
     def __call__(self, batch: RewardBatch) -> list[Score]:
-        """Score B images; `parts` holds every scorer's own score."""
+        """Scores B images; `parts` holds every scorer's own score."""
         by_name = {name: score_each(reward, batch) for name, reward in self.rewards.items()}
         return [self._sum({name: scores[row] for name, scores in by_name.items()}) for row in range(len(batch))]
 
@@ -105,8 +107,3 @@ class WeightedSum(Reward):
             return replace(Score.invalid("; ".join(failed)), parts=dict(parts))
         total = sum(self.weights[name] * score.rl for name, score in parts.items())
         return Score(native=total, table=total, rl=total, parts=dict(parts))
-
-
-def _check_parts(owner: str, rewards: Mapping[str, Reward]) -> None:
-    if not rewards:
-        raise ValueError(f"{owner}.rewards is empty: give at least one scorer.")

@@ -16,7 +16,7 @@ from lightning_modules.policies.flux1 import Flux1Policy
 from lightning_modules.policies.language import LanguagePolicy
 from miniature.architectures import build_flow, build_vae
 from miniature.scenes.prompts import shapes_prompts
-from miniature.scenes.world import vocabulary
+from miniature.scenes.wording import vocabulary
 from tests.short_runs import short_fit
 
 ROOT = Path(__file__).parent.parent

@@ -1,28 +1,76 @@
-"""Short fits of the miniature, for tests of what a run leaves."""
+"""Short commands on the miniature, for tests of what a run leaves."""
 
 from __future__ import annotations
 
+import os
+import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+QUICK = [
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--model.init_args.flow.init_args.sampling.eval_steps=2",
+]
+"""Options of any command that save seconds: evaluation draws with two sampler steps."""
+
+
+def quick(command: str, root: Path, *more: str, config: str | Path = "configs/quickstart.yaml") -> list[str]:
+    """Returns a command on the quickstart's small models with one prompt a step and one in each evaluation set.
+
+    Args:
+        command: `fit`, `validate` or `test`.
+        root: folder below which the run's folder is made.
+        more: further options; they override the others.
+        config: configuration file.
+    """
+    sizes = ["--data.init_args.batch_size=1", "--data.init_args.eval_prompts=1"]
+    preflight = ["--preflight=off"] if command == "fit" else []
+    return [command, f"--config={config}", f"--trainer.default_root_dir={root}", *QUICK, *sizes, *preflight, *more]
 
 
 def short_fit(root: Path, experiment: str, prompts: int, steps: int = 2) -> list[str]:
-    """The command of a miniature fit with validations of six prompts at its start and after every step.
+    """Returns the command of a miniature fit with validations of six prompts at its start and after every step.
 
     Args:
-        root: of the run folders.
-        experiment: which configuration.
-        prompts: a step.
-        steps: when to end.
+        root: folder below which the run's folder is made.
+        experiment: name of a configuration in `configs/miniature`.
+        prompts: number of prompts a step.
+        steps: number of steps after which training ends.
     """
     return [
-        "fit", f"--config=configs/miniature/{experiment}.yaml", f"--trainer.default_root_dir={root}",
-        f"--trainer.max_steps={steps}", "--trainer.val_check_interval=1", "--trainer.accelerator=cpu",
-        "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
+        "fit", f"--config=configs/miniature/{experiment}.yaml", f"--trainer.default_root_dir={root}", *QUICK,
+        f"--trainer.max_steps={steps}", "--trainer.val_check_interval=1", "--preflight=off",
         "--data.init_args.eval_prompts=6", "--data.init_args.train_prompts=12",
         f"--data.init_args.batch_size={prompts}",
     ]  # fmt: skip
 
 
 def folder(root: Path, experiment: str) -> Path:
-    """Where the first run of an experiment lies."""
+    """Returns the folder of the first run of an experiment."""
     return root / "miniature" / experiment / "version_0"
+
+
+def two_processes(work: Callable[..., None], *arguments: Any) -> None:
+    """Calls `work(rank, *arguments)` in two processes, in which trainers with two devices and DDP find each other.
+
+    Args:
+        work: function of a module.
+        arguments: passed on, by pickling.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_ranked, (port, work, arguments), nprocs=2)  # type: ignore[no-untyped-call]
+
+
+def _ranked(rank: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0",
+                   "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}  # fmt: skip
+    work(rank, *arguments)

@@ -1,1 +1,1 @@
-"""Measures the small world's base models and trained agents."""
+"""Measurements of the miniature's base models and trained agents."""

@@ -1,34 +1,35 @@
-"""Measures the editing miniature's refiner: whether it names the right object, and what it owes to the image.
+"""Measures the editing miniature's refiner: how often it names the right object, and how much the image helps it.
 
 python -m benchmarks.miniature.edits_refiner [--model miniature/edit_language] [--prompts 384]
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections.abc import Sequence
 
 import torch
 from PIL import Image
 
+from benchmarks.miniature.models import parse
 from datamodules.base import PromptSample
+from datamodules.chunks import chunks
 from lightning_modules.policies.vision_language import VisionLanguagePolicy
 from miniature.edits.naming import named_correctly
-from miniature.edits.world import CATEGORIES, EDIT_LEXICONS, TINTS, EditExample, EditStyle, example, write_edit
-from miniature.scenes.world import COLORS, LEXICONS, QUADRANTS, SHAPES, render
+from miniature.edits.wording import CATEGORIES, EDIT_LEXICONS, TINTS, EditStyle, write_edit
+from miniature.edits.world import EditExample, example
+from miniature.scenes.wording import LEXICONS
+from miniature.scenes.world import COLORS, QUADRANTS, SHAPES, render
 
 
 def main() -> None:
-    """Prints two tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="miniature/edit_language")
-    parser.add_argument("--prompts", type=int, default=384)
-    args = parser.parse_args()
+    """Prints a table of greedy rewrites by wording and image shown, and one of rewrites drawn as in training."""
+    args = parse(__doc__, "miniature/edit_language")
     refiner = VisionLanguagePolicy(
         args.model, "{prompt}", max_pixels=1024, max_new_tokens=24, eval_max_new_tokens=24, dtype="float32"
     )
     refiner.load()
+    refiner.to(args.device)
     rng = random.Random(7)
     asked = [example(rng, CATEGORIES[i % 6], "val") for i in range(args.prompts)]
     sources: list[Image.Image | None] = [Image.fromarray(render(one.source)) for one in asked]
@@ -45,9 +46,7 @@ def main() -> None:
     for style in styles:
         for name, images in shown.items():
             samples = worded(asked, style, images)
-            rewrites = [
-                text for start in range(0, len(samples), 96) for text in refiner.rewrite(samples[start : start + 96])
-            ]
+            rewrites = [text for rows in chunks(len(samples), 96) for text in refiner.rewrite(samples[rows])]
             right = [named_correctly(text, one.metadata) is True for text, one in zip(rewrites, asked, strict=True)]
             kept = [value_kept(text, one) for text, one in zip(rewrites, asked, strict=True)]
             by_category = [share(right[start :: len(CATEGORIES)]) for start in range(len(CATEGORIES))]
@@ -56,7 +55,7 @@ def main() -> None:
 
 
 def worded(asked: Sequence[EditExample], style: EditStyle, images: Sequence[Image.Image | None]) -> list[PromptSample]:
-    """The instructions in a style, beside given images."""
+    """Returns samples of the instructions, worded in a style, with these images."""
     words = random.Random(style)
     return [
         PromptSample(str(i), write_edit(one.edit, one.source, style, words), one.category, one.metadata, image)
@@ -66,13 +65,13 @@ def worded(asked: Sequence[EditExample], style: EditStyle, images: Sequence[Imag
 
 @torch.no_grad()
 def drawn(refiner: VisionLanguagePolicy, asked: Sequence[EditExample], samples: Sequence[PromptSample]) -> None:
-    """Prints the same of rewrites drawn at temperature 1, eight to an instruction, as in training."""
+    """Prints a table of rewrites drawn at temperature 1, eight to an instruction, as in training."""
     torch.manual_seed(0)
     completions = refiner.refine(samples, 8)
     texts = completions.rewrites
     right = [named_correctly(text, asked[i // 8].metadata) is True for i, text in enumerate(texts)]
     kept = [value_kept(text, asked[i // 8]) for i, text in enumerate(texts)]
-    distinct = [len({*texts[start : start + 8]}) for start in range(0, len(texts), 8)]
+    distinct = [len({*texts[rows]}) for rows in chunks(len(texts), 8)]
     print(f"\n| {len(samples)} x 8 drawn | names the object | value kept | formatted | distinct of 8 |")
     print("|---" * 5 + "|")
     formatted = float(completions.formatted.mean())
@@ -80,7 +79,7 @@ def drawn(refiner: VisionLanguagePolicy, asked: Sequence[EditExample], samples: 
 
 
 def value_kept(rewrite: str, asked: EditExample) -> bool:
-    """Whether a rewrite says the new shape, colour, quadrant or ground in some vocabulary, where the style puts it."""
+    """Returns True if a rewrite states the edit's new shape, colour, quadrant or ground, in any vocabulary."""
     category, value = asked.category, asked.edit.value
     if category in ("addition", "removal") or value is None:
         return True
@@ -97,7 +96,7 @@ def value_kept(rewrite: str, asked: EditExample) -> bool:
 
 
 def share(values: Sequence[bool]) -> str:
-    """Of true ones."""
+    """Formats the share of true values."""
     return f"{sum(values) / len(values):.3f}"
 
 

@@ -43,14 +43,14 @@ BENCHMARKS: dict[str, Benchmark] = {
     "geneval": GenEvalBenchmark(ShapesDetector()),
     "edit": EditBenchmark(ShapesEditReward(), ["strict", "followed", "kept"]),
 }
-"""By the set that holds the originals."""
+"""Set of original prompts -> the benchmark that scores it."""
 Tables = dict[tuple[str, str], PromptTable]
-"""Set and mode -> scores by prompt."""
+"""(Set, mode) -> scores by prompt."""
 Key = tuple[str, str]
 
 
 def read(folder: Path, benchmark: Benchmark) -> tuple[Tables, dict[str, Any]]:
-    """The newest test below a folder: tables from `scores.jsonl`, and `results.json`."""
+    """Reads the newest test below a folder: tables from `scores.jsonl`, and the contents of `results.json`."""
     path = max(folder.rglob("scores.jsonl"), key=lambda found: found.stat().st_mtime)
     run = Run.read(path.parent)
     own = run.scores[run.scores["benchmark"] == benchmark.title]
@@ -61,7 +61,11 @@ def read(folder: Path, benchmark: Benchmark) -> tuple[Tables, dict[str, Any]]:
 def over_seeds(
     benchmark: Benchmark, runs: Sequence[Tables], keys: Sequence[Key], combine: Callable[..., Tensor] = lambda x: x
 ) -> tuple[dict[str, float], dict[str, list[float]], dict[str, tuple[float, float]]]:
-    """Scores of one set and mode (or of `combine` of several), their mean over seeds, its interval and their range."""
+    """Averages the scores of one set and mode, or of `combine` of several, over seeds.
+
+    Returns:
+        Score name -> mean over seeds, -> both ends of its 95 % interval, and -> lowest and highest seed.
+    """
     values: dict[str, list[Tensor]] = {}
     for tables in runs:
         chosen = [tables[key] for key in keys]
@@ -80,7 +84,7 @@ def over_seeds(
 
 
 def score_tables(benchmark: Benchmark, runs: Mapping[str, Sequence[Tables]]) -> list[Table]:
-    """One for each evaluation set of the data module: every mode with and without the refiner, by tag."""
+    """Makes a table for each evaluation set of the data module: every agent with and without the refiner, by tag."""
     tables = []
     sets = dict.fromkeys(name for seeds in runs.values() for scored in seeds for name, _ in scored)
     own_sets = [name for name in sets if "." not in name]
@@ -100,7 +104,7 @@ def score_tables(benchmark: Benchmark, runs: Mapping[str, Sequence[Tables]]) -> 
 
 
 def difference_table(benchmark: Benchmark, original: str, runs: Mapping[str, Sequence[Tables]]) -> Table:
-    """Average of another wording minus that of the original, pair by pair."""
+    """Makes a table of headline scores of other wordings minus those of the originals, pair by pair."""
     kinds = sorted({name for seeds in runs.values() for tables in seeds for name, _ in tables} - {original})
     scores: dict[str, dict[str, float]] = {kind: {} for kind in kinds}
     ends: dict[str, dict[str, list[float]]] = {kind: {} for kind in kinds}
@@ -124,7 +128,7 @@ def difference_table(benchmark: Benchmark, original: str, runs: Mapping[str, Seq
 
 
 def naming_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
-    """Means over seeds of how often greedy rewrites name the object that is meant, or any; by kind of edit."""
+    """Makes a table of how often greedy rewrites name the object meant, by kind of edit; means over seeds."""
     rows = []
     for mode, seeds in results.items():
         found = [seed["naming"]["results"] for seed in seeds if "naming" in seed]
@@ -140,7 +144,7 @@ def naming_table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
 
 
 def diversity_table(original: str, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
-    """Means over seeds of what the images of one prompt have in common."""
+    """Makes a table of how similar the images of one prompt are; means over seeds."""
     rows: list[Row] = []
     columns: dict[str, None] = {}
     for mode, seeds in results.items():

@@ -5,34 +5,28 @@ python -m benchmarks.miniature.scenes_base [--model miniature/flow] [--prompts 3
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections import Counter
 
 import torch
 
-from lightning_modules.policies.flow import Sampling, to_pil
+from benchmarks.miniature.models import load_flow, parse
+from datamodules.chunks import chunks
+from lightning_modules.policies.flow import to_pil
 from lightning_modules.policies.flux1 import Flux1Policy
 from lightning_modules.seeding import seed_of
 from miniature.scenes.detector import ShapesDetector
-from miniature.scenes.world import STYLES, TAGS, Content, Style, contents, elaborate, write
+from miniature.scenes.wording import STYLES, Style, write
+from miniature.scenes.world import TAGS, Content, contents, elaborate
 from rewards.geneval.rules import Detection, judge
 
 DETECTOR = ShapesDetector()
 
 
 def main() -> None:
-    """Prints one table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="miniature/flow")
-    parser.add_argument("--prompts", type=int, default=384)
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
-    policy = Flux1Policy(
-        args.model, Sampling(8, 0), height=32, width=32, max_sequence_length=18, learning_rate=None, dtype="float32"
-    )
-    policy.load()
-    policy.to(args.device)
+    """Prints the share of correct images by wording and tag, and how varied the images of a prompt are."""
+    args = parse(__doc__, "miniature/flow")
+    policy = load_flow(Flux1Policy, args)
     rng = random.Random(7)
     asked = [rng.choice(contents(TAGS[i % 6], "val")) for i in range(args.prompts)]
     print(f"| correct on {args.prompts} prompts | overall | " + " | ".join(TAGS) + " |")
@@ -64,9 +58,18 @@ def _right(policy: Flux1Policy, asked: list[Content], prompts: list[str]) -> lis
 
 
 def diversity(images: torch.Tensor, asked: list[Content]) -> dict[str, float]:
-    """Of groups of 8: distinct contents, cosine of mean-free images, groups with both right and wrong ones."""
+    """Measures how varied the images within groups of 8 are.
+
+    Args:
+        images: [8 G, 3, H, W], G groups one after another.
+        asked: G contents, one for each group.
+
+    Returns:
+        Mean number of distinct contents in a group, mean cosine of two of its mean-free images, and share of groups
+        with both right and wrong ones.
+    """
     detections = DETECTOR.detect(to_pil(images))
-    groups = [detections[i : i + 8] for i in range(0, len(detections), 8)]
+    groups = [detections[rows] for rows in chunks(len(detections), 8)]
     distinct = [len({_contents(found) for found in group}) for group in groups]
     right = [[judge(f, content.metadata).correct for f in g] for g, content in zip(groups, asked, strict=True)]
     flat = images.reshape(len(groups), 8, -1)

@@ -5,11 +5,11 @@ python -m benchmarks.miniature.signs_refiner [--model miniature/words_language] 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 import torch
 
+from benchmarks.miniature.models import parse
 from datamodules.sample import PromptSample
 from lightning_modules.policies.language import LanguagePolicy
 from miniature.scenes.paraphrases import ShapesContent
@@ -19,13 +19,11 @@ from miniature.signs.world import read_caption
 
 
 def main() -> None:
-    """Prints one table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="miniature/words_language")
-    parser.add_argument("--prompts", type=int, default=384)
-    args = parser.parse_args()
+    """Prints the shares of greedy and drawn rewrites that keep what was asked for, by set of prompts."""
+    args = parse(__doc__, "miniature/words_language")
     refiner = LanguagePolicy(args.model, "{prompt}", max_new_tokens=32, eval_max_new_tokens=32, dtype="float32")
     refiner.load()
+    refiner.to(args.device)
     torch.manual_seed(0)
     print("| prompts | kept, greedy | kept, drawn | well-formed, drawn | different of 8 drawn |")
     print("|---" * 5 + "|")
@@ -45,7 +43,7 @@ def main() -> None:
 
 
 def kept(samples: Sequence[PromptSample], rewrites: Sequence[str]) -> float:
-    """Share of rewrites that ask for the word, or for the scene, that the prompt asks for."""
+    """Returns the share of rewrites that ask for the same word, or the same scene, as their prompt."""
     check = ShapesContent()
     right = [
         read_caption(text) == sample.metadata["text"][0] if "text" in sample.metadata else not check.lost(sample, text)

@@ -47,7 +47,7 @@ ORDER = (
     "search_ocr",
     "search_preference",
 )
-"""What the studies of swaps need stands before them; others that lie in the folder come last, by name."""
+"""Order in which the studies run: those of swaps need earlier ones; studies that are not named come last."""
 ABOUT = (
     "GenEval starts from `miniature/flow` and `miniature/language`; OCR, preference and training by tags from "
     "`miniature/words_flow` (the second flow model, a descendant of the first that also knows signs) and "
@@ -74,12 +74,12 @@ TABLES: tuple[Callable[[Studies], Table], ...] = (
 
 
 def report(studies: Studies, figure: Path, folder: Path) -> str:
-    """The whole report as Markdown.
+    """Writes the whole report as Markdown.
 
     Args:
-        studies: what was run.
-        figure: where the curves are drawn to.
-        folder: where the report will be, for the link to the figure.
+        studies: finished runs.
+        figure: file that the curves are drawn to.
+        folder: folder of the report, for the link to the figure.
     """
     parts = [f"# The paper in the miniature\n{studies.heading()}\n\n{ABOUT}", "## Claims\n" + verdicts(studies)]
     if paper_curves.draw_curves(studies, figure):
@@ -93,7 +93,11 @@ def report(studies: Studies, figure: Path, folder: Path) -> str:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Runs the command.
+
+    Args:
+        args: command-line arguments; None is those of the process.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plans", type=Path, default=PLANS, help="folder of the studies' sweeps")
     parser.add_argument("--out", type=Path, default=Path("miniature/PAPER.md"), help="the report")

@@ -1,4 +1,4 @@
-"""The paper's claims C1-C7 as conditions on measured numbers, and what the miniature says of them."""
+"""The paper's claims C1-C7 as conditions on measured numbers, and the miniature's verdicts on them."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from callbacks.runs.comparison import Gap, ceiling_ratio, gap_difference
 from callbacks.scores.bootstrap import other_runs
 
 C1_SEEDS = 5
-"""Of the main claim."""
+"""Number of seeds that the main claim, C1, needs."""
 LEAST_SCENES = 5
-"""Of every tag; from fewer nothing is concluded for others."""
+"""Number of scenes that every tag needs; from fewer nothing is concluded for other scenes."""
 GAIN_SHARES = (0.9, 0.95, 1.0)
-"""Of flow-only's gain, whose rollouts are compared; the verdict is that of the second."""
+"""Shares of flow-only's gain at which rollouts are compared; the second one's comparison gives the verdict."""
 MARGIN = 0.02
-"""As much as makes no difference."""
+"""Difference of scores that counts as none."""
 KEPT = 0.8
-"""Share of a single reward's gain that tags are to bring."""
+"""Share of a single reward's gain that training by tags has to bring."""
 DRAWS = 1000
-"""Of other seeds' curves."""
+"""Number of resampled sets of seeds for the intervals of rollouts."""
 HOLDS, HERE, OPEN, FAILS = "holds", "holds for these scenes", "not decided", "does not hold"
-"""From best to worst; a claim is as good as its worst part."""
+"""Verdicts from best to worst; a claim is as good as its worst part."""
 EXPLANATION = (
     "A part **holds** if its interval for other seeds and other scenes lies on the claim's side; it **holds for these "
     "scenes** if only the one for other seeds, noise and prompts of the test's own scenes does (or a tag has fewer "
@@ -58,9 +58,9 @@ class Condition:
     """One measurable part of a claim.
 
     Attributes:
-        what: in words.
-        number: as it is shown.
-        verdict: one of the four.
+        what: the condition in words.
+        number: the measured number as it is shown.
+        verdict: `HOLDS`, `HERE`, `OPEN` or `FAILS`.
     """
 
     what: str
@@ -70,13 +70,13 @@ class Condition:
 
 @dataclass(frozen=True)
 class Claim:
-    """One of the paper's.
+    """A claim of the paper.
 
     Attributes:
-        parts: all of which must hold; None is one that was not measured.
-        rates: of the modes compared: whether each is at its best learning rates. None where these were not searched.
-        beside: numbers that explain it.
-        own_rates: whether `rates` matter.
+        parts: conditions, all of which must hold; None is one that was not measured.
+        rates: condition that each compared mode is at its best learning rates; None where these were not searched.
+        beside: numbers that explain the claim and do not count.
+        own_rates: True if `rates` counts.
     """
 
     parts: Sequence[Condition | None]
@@ -86,27 +86,30 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """That of the worst part; open where a mode may do better at other learning rates."""
+        """Verdict of the worst part; `OPEN` where a mode may do better at other learning rates."""
         if self.own_rates and (self.rates is None or self.rates.verdict != HOLDS):
             return OPEN
         return verdict_of(self.parts)
 
     def __str__(self) -> str:
         counted = [*self.parts, *([self.rates] if self.own_rates else [])]
-        told = "; ".join(f"{one.what}: {one.number} ({one.verdict})" for one in counted if one is not None)
-        told += "; the rest is not measured yet" if None in counted else ""
+        text = "; ".join(f"{one.what}: {one.number} ({one.verdict})" for one in counted if one is not None)
+        text += "; the rest is not measured yet" if None in counted else ""
         beside = "; ".join(f"{one.what}: {one.number}" for one in self.beside if one is not None)
-        return f"{told}. Beside it: {beside}" if beside else told
+        return f"{text}. Beside it: {beside}" if beside else text
 
 
 def above(what: str, *terms: tuple[float, Score], least: int = LEAST_SEEDS, margin: float = 0.0) -> Condition | None:
-    """That a contrast is positive; None if a score was not measured, or no seed has all of them.
+    """Makes the condition that a contrast of scores is positive.
 
     Args:
-        what: in words.
-        terms: weighted scores.
-        least: fewer seeds decide nothing.
-        margin: how far below nothing it may be.
+        what: the condition in words.
+        terms: weights and scores of the contrast.
+        least: number of seeds below which nothing is decided.
+        margin: how far below zero the contrast may be.
+
+    Returns:
+        None if a score was not measured, or no seed has all of them.
     """
     scores = [score for _, score in terms]
     trained = [score for score in scores if score.setting.fits]
@@ -119,12 +122,12 @@ def above(what: str, *terms: tuple[float, Score], least: int = LEAST_SEEDS, marg
 
 
 def verdict(here: Gap, elsewhere: Gap, least: float = 0.0) -> str:
-    """Of a contrast that is to be more than `least`.
+    """Judges the condition that a contrast is more than `least`.
 
     Args:
-        here: with its interval over seeds, and prompts for the test's own scenes.
-        elsewhere: over seeds and other scenes.
-        least: it.
+        here: the contrast with its interval over seeds and over prompts for the test's own scenes.
+        elsewhere: the contrast with its interval over seeds and other scenes.
+        least: bound of the contrast.
     """
     if here.high < least:
         return FAILS
@@ -137,13 +140,13 @@ def _number(here: Gap, elsewhere: Gap, seeds: int) -> str:
 
 
 def verdict_of(conditions: Sequence[Condition | None]) -> str:
-    """The worst of a claim's parts; None is a part that was not measured."""
+    """Returns the worst verdict of some conditions; None is a condition that was not measured, which is `OPEN`."""
     order = (HOLDS, HERE, OPEN, FAILS)
     return max((OPEN if condition is None else condition.verdict for condition in conditions), key=order.index)
 
 
 def verdicts(studies: Studies) -> str:
-    """All claims that something was measured for, as a Markdown table."""
+    """Writes all claims with a measured part as a Markdown table."""
     lines = ["| claim | verdict | what it rests on |", "|---|---|---|"]
     lines += [
         f"| {name} | **{claim.verdict}** | {claim} |"
@@ -154,7 +157,7 @@ def verdicts(studies: Studies) -> str:
 
 
 def claims(studies: Studies) -> dict[str, Claim]:
-    """All of the paper's, by what they say."""
+    """Returns the text of each of the paper's claims -> the claim with its measured conditions."""
     every = comparisons(studies)
     found = {}
     for one in every:
@@ -239,7 +242,7 @@ def claims(studies: Studies) -> dict[str, Claim]:
 
 
 def _tagged(studies: Studies, reward: str, benchmark: str) -> list[Condition | None]:
-    """That training by tags raises a reward, and by most of what training by it alone does."""
+    """Makes the conditions that training by tags raises a reward, and by most of what training by it alone does."""
     singles, base = {"geneval": ("words_geneval", "promptrl", "base_words_geneval")}, f"{reward}_promptrl"
     study, config, untrained = singles.get(reward, (reward, base, "base_words"))
     tagged, single = (
@@ -268,14 +271,14 @@ def _tagged(studies: Studies, reward: str, benchmark: str) -> list[Condition | N
 
 
 def _supported(found: str, seeds: int, least: int, score: Score) -> str:
-    """A verdict as far as seeds and scenes suffice for it."""
+    """Weakens a verdict for which there are too few seeds or scenes."""
     if seeds < least:
         return OPEN
     return HERE if found == HOLDS and fewest_scenes(score) < LEAST_SCENES else found
 
 
 def _cost(score: Callable[[str | None], Score]) -> list[tuple[float, Score]]:
-    """What an unseen wording costs."""
+    """Returns the terms of the score that an unseen wording costs."""
     return [(1, score(None)), (-1, score("unseen"))]
 
 
@@ -284,7 +287,7 @@ def _less(terms: Sequence[tuple[float, Score]]) -> list[tuple[float, Score]]:
 
 
 def searched(one: Comparison, *labels: str) -> Condition | None:
-    """That no mode's learning rates hold it back: each runs at its best of those tried."""
+    """Makes the condition that each mode runs at the best of the learning rates tried; None if too few were."""
     arms = [one.arms[label] for label in labels]
     if not all(arm.complete for arm in arms):
         return None
@@ -293,7 +296,7 @@ def searched(one: Comparison, *labels: str) -> Condition | None:
 
 
 def ratio(one: Comparison) -> Condition | None:
-    """Rollouts to shares of flow-only's gain, over its own; by the mean curves of the seeds that both have."""
+    """Makes the condition on PromptRL's share of flow-only's rollouts, by mean curves of the seeds that both have."""
     flow, joint = (one.arms[label].setting.curves(one.arms[label].column) for label in (FLOW, JOINT))
     seeds = [seed for seed in flow if seed in joint]
     if not seeds:
@@ -328,7 +331,7 @@ def _share(value: float) -> str:
 
 
 def _similarity(joint: Setting) -> Condition | None:
-    """PromptRL's rewrites against one prompt: by each seed's interval over prompts."""
+    """Makes the condition that rewrites lower the similarity of images, by each seed's interval over prompts."""
     key = "rewrites - same_prompt"
     results = [test.run.results["diversity_pixels"] for test in joint.tests.values()
                if "diversity_pixels" in test.run.results]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Tables and the figure of validation curves for `paper_in_miniature`."""
+"""Tables and the figure of validation curves in the report of `benchmarks.paper`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from callbacks.runs.curves import Curves, band
 
 
 def curves_of(settings: Mapping[str, Setting], reward: str) -> dict[str, Curves]:
-    """Validation curves by a reward (what is compared -> runs), of the seeds that all of them have."""
+    """Returns arm -> validation curves by a reward, of the seeds that all arms have."""
     there = {label: setting for label, setting in settings.items() if setting.fits}
     shared = set.intersection(*(set(setting.fits) for setting in there.values())) if there else set()
     return {
@@ -27,7 +27,7 @@ def curves_of(settings: Mapping[str, Setting], reward: str) -> dict[str, Curves]
 
 
 def curve_sets(studies: Studies) -> dict[str, dict[str, Curves]]:
-    """Title -> curves, of every reward that has any."""
+    """Returns title -> arm -> curves, for every comparison that has some."""
     sets = {}
     for one in comparisons(studies):
         sets[one.name] = curves_of({label: arm.runs["1"] for label, arm in one.arms.items()}, one.reward)
@@ -43,7 +43,7 @@ def curve_sets(studies: Studies) -> dict[str, dict[str, Curves]]:
 
 
 def efficiency_table(studies: Studies) -> Table:
-    """Rollouts to flow-only's best validation score, by the mean curve of the seeds (C1)."""
+    """Makes the table of rollouts to flow-only's best validation score, by the mean curve of the seeds (C1)."""
     rows, columns = [], ("seeds", "final", "area", "to_reference", "ratio", "most", "gap")
     for title, curves in curve_sets(studies).items():
         means = {label: band(seeds)["mean"] for label, seeds in curves.items()}
@@ -69,7 +69,7 @@ def efficiency_table(studies: Studies) -> Table:
 
 
 def search_table(studies: Studies) -> Table:
-    """Final validation scores of the learning rates tried, the same factors for each mode."""
+    """Makes the table of final validation scores by learning rate, the same factors for each mode."""
     rows = [
         Row(f"{one.name}: {arm.label}", arm.searched)
         for one in comparisons(studies)
@@ -81,7 +81,7 @@ def search_table(studies: Studies) -> Table:
 
 
 def sensitivity_table(studies: Studies) -> Table:
-    """What the comparison of flow-only with PromptRL depends on, validation."""
+    """Makes the table of how settings change the comparison of flow-only with PromptRL, on validation."""
     rows: list[Row] = []
     for label, settings in _varied(studies).items():
         compared = {name: setting for name, setting in settings.items() if name != PROMPT}
@@ -113,7 +113,7 @@ def sensitivity_table(studies: Studies) -> Table:
 
 
 def _varied(studies: Studies) -> dict[str, Mapping[str, Setting]]:
-    """What is changed -> what is compared -> runs; first nothing, by all seeds and by those that the others have."""
+    """Returns changed setting -> arm -> runs; first the unchanged ones, by all seeds and by those the others have."""
     found: dict[str, dict[str, Setting]] = {}
     for name in studies:
         if name.startswith("sensitivity"):
@@ -132,13 +132,17 @@ def _varied(studies: Studies) -> dict[str, Mapping[str, Setting]]:
 
 
 def _by_number(label: str) -> tuple[str, float]:
-    """`group 4` before `group 16`."""
+    """Returns a sort key that puts `group 4` before `group 16`."""
     name, _, number = label.rpartition(" ")
     return (name, float(number)) if re.fullmatch(r"[\d.]+", number) else (label, 0.0)
 
 
 def draw_curves(studies: Studies, path: Path) -> bool:
-    """The paper's Figure 5: validation scores by rollouts, mean and range of the seeds; false without any."""
+    """Draws the paper's Figure 5: validation scores by rollouts, mean and range of the seeds.
+
+    Returns:
+        False if there are no curves, and nothing was drawn.
+    """
     sets = curve_sets(studies)
     if not sets:
         return False

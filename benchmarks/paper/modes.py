@@ -1,4 +1,4 @@
-"""What the claims compare: the three modes, each at its best learning rates.
+"""The comparisons that the claims rest on: flow-only, prompt-only and joint training, each at its best learning rates.
 
 The same search for each names candidates: rates at which its one seed ends above every seed of the shared ones, 1x. Of
 the rates that were run with several seeds the one with the best mean of last validations is compared.
@@ -13,13 +13,13 @@ from typing import Any
 from benchmarks.paper.runs import GENEVAL, LEAST_SEEDS, REWARDS, Score, Setting, Studies, Study
 
 FACTORS = ("0.5", "1", "2", "4")
-"""Of the learning rates, in the search; 1x is what all modes share."""
+"""Factors of the learning rates in the search; 1x is what all modes share."""
 LEAST_FACTORS = {"0.5", "1", "2"}
-"""4x need not be tried where nothing does better at 2x."""
+"""Factors that have to be tried; 4x need not where nothing does better at 2x."""
 SEARCHED = (42,)
-"""Seed of the learning rates' search."""
+"""Seeds of the learning rates' search."""
 NAMES = {"geneval": "GenEval", "ocr": "OCR", "preference": "preference"}
-"""Reward -> what it is called."""
+"""Reward -> its name in the report."""
 FLOW, PROMPT, PLAIN, JOINT = "flow-only", "prompt-only with PE", "PromptRL without PE", "PromptRL with PE"
 ARMS = {
     FLOW: ("flow_only", "without_pe"),
@@ -27,18 +27,18 @@ ARMS = {
     PLAIN: ("promptrl", "without_pe"),
     JOINT: ("promptrl", "with_pe"),
 }
-"""What is compared -> the config's name without the reward, and how it is scored."""
+"""Arm -> the config's name without the reward, and the mode that is scored."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One mode, scored in one way, by one reward.
+    """A way of training, scored with or without the refiner, by one reward.
 
     Attributes:
-        label: what it is called.
-        column: of its validation scores.
+        label: name in the report.
+        column: name of its validation scores in the logs.
         tried: factor of the learning rates -> the search's run.
-        runs: factor -> runs of more seeds; 1x always stands there, empty if it was not run.
+        runs: factor -> runs of more seeds; 1x is always a key, with an empty setting if it was not run.
     """
 
     label: str
@@ -47,7 +47,7 @@ class Arm:
     runs: Mapping[str, Setting] = field(default_factory=lambda: {"1": Setting({}, {})})
 
     def finals(self, setting: Setting) -> dict[Any, float]:
-        """Seed -> last validation score."""
+        """Returns seed -> last validation score."""
         return {seed: float(series.iloc[-1]) for seed, series in setting.curves(self.column).items()}
 
     @property
@@ -58,13 +58,13 @@ class Arm:
 
     @property
     def best(self) -> str:
-        """Of the search: 1x, unless another one is above every seed of 1x."""
+        """Best factor of the search: 1x, unless another one is above every seed of 1x."""
         best = max(self.searched, key=self.searched.__getitem__, default="1")
         return best if self.searched.get(best, 0.0) > max(self.finals(self.runs["1"]).values(), default=1.0) else "1"
 
     @property
     def factor(self) -> str:
-        """Of the runs that are compared: of those with enough seeds the best one, by the seeds that all these have."""
+        """Factor of the runs that are compared: the best of those with enough seeds, by the seeds that all have."""
         finals = {factor: self.finals(setting) for factor, setting in self.runs.items()}
         finals = {factor: own for factor, own in finals.items() if len(own) >= LEAST_SEEDS}
         shared = set.intersection(*map(set, finals.values())) if finals else set()
@@ -77,12 +77,12 @@ class Arm:
 
     @property
     def complete(self) -> bool:
-        """Whether enough was tried: on both sides of the best."""
+        """True if enough factors were tried, on both sides of the best."""
         return set(self.searched) >= LEAST_FACTORS and ("2" not in (self.best, self.factor) or "4" in self.searched)
 
     @property
     def doubt(self) -> str:
-        """Why these runs may do the mode injustice; empty if they do not."""
+        """Reason why the mode may do better than in these runs; empty if there is none."""
         paired = set(self.runs["1"].fits) & set(self.runs.get(self.best, Setting({}, {})).fits)
         few = self.best != "1" and len(paired) < LEAST_SEEDS
         if not few and self.factor not in (FACTORS[0], FACTORS[-1]):
@@ -95,13 +95,13 @@ class Arm:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared by one reward.
+    """The arms that are compared by one reward.
 
     Attributes:
-        reward: its set of prompts, and name of its study.
-        benchmark: that scores it.
-        arms: by their names.
-        base: tests of what was not trained.
+        reward: name of its set of prompts, and of its study.
+        benchmark: title of the benchmark that scores it.
+        arms: label -> arm.
+        base: tests of the untrained models.
     """
 
     reward: str
@@ -111,24 +111,24 @@ class Comparison:
 
     @property
     def name(self) -> str:
-        """Of the reward, in claims and tables."""
+        """Name of the reward in claims and tables."""
         return NAMES[self.reward]
 
     @property
     def settings(self) -> dict[str, Setting]:
-        """What is compared -> its runs, at its best rates."""
+        """Arm -> its runs at its best learning rates."""
         return {label: arm.setting for label, arm in self.arms.items()}
 
     def score(self, label: str, name: str | None = None) -> Score:
-        """Of one of the arms, on the canonical wording or another set."""
+        """Returns the score of an arm on the canonical wording or, by name, on another set."""
         return Score(self.arms[label].setting, name or self.reward, ARMS[label][1], self.benchmark)
 
     def untrained(self, mode: str, name: str | None = None) -> Score:
-        """Of the base, without or with its untrained PE."""
+        """Returns the score of the untrained models, without or with the untrained PE."""
         return Score(self.base, name or self.reward, mode, self.benchmark)
 
     def rates(self, labels: Iterable[str]) -> str:
-        """Which learning rates are compared.
+        """Lists the learning rates at which arms are compared.
 
         >>> Comparison("ocr", "", {FLOW: Arm(FLOW, ""), JOINT: Arm(JOINT, "")}, Setting({}, {})).rates([FLOW, JOINT])
         'flow-only 1x, PromptRL with PE 1x'
@@ -137,7 +137,7 @@ class Comparison:
 
 
 def comparisons(studies: Studies) -> list[Comparison]:
-    """One for each reward."""
+    """Returns the comparison by each reward."""
     found = []
     for reward, benchmark in {"geneval": GENEVAL, **REWARDS}.items():
         base = studies["base" if reward == "geneval" else "base_words"][config_of(reward, "promptrl")]
@@ -147,7 +147,7 @@ def comparisons(studies: Studies) -> list[Comparison]:
 
 
 def other_bases(studies: Studies) -> dict[str, Comparison]:
-    """What is other than in the first comparison -> GenEval by the second flow model, its refiner, or both, at 1x."""
+    """Returns comparisons by GenEval, at 1x, of the second flow model, of its refiner, and of both."""
     first, second = (studies[name]["flow_only"] for name in ("geneval", "words_geneval"))
     pairs = {
         "second flow model and refiner": ("words_geneval", "base_words_geneval", second),
@@ -163,12 +163,12 @@ def other_bases(studies: Studies) -> dict[str, Comparison]:
 
 
 def geneval_arms(study: Study) -> dict[str, Setting]:
-    """What is compared -> its runs, of a study of GenEval's configs."""
+    """Returns arm -> its runs in a study of GenEval's configs."""
     return {label: study[stem] for label, (stem, _) in ARMS.items()}
 
 
 def config_of(reward: str, stem: str) -> str:
-    """Name of a mode's config by the reward.
+    """Returns the name of the config of a mode and reward.
 
     >>> config_of("geneval", "promptrl"), config_of("ocr", "promptrl")
     ('promptrl', 'ocr_promptrl')

@@ -1,4 +1,4 @@
-"""What the single modes gain beside what joint training gains, for `paper_in_miniature`."""
+"""Table of the gains of single modes and of joint training, in the report of `benchmarks.paper`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.paper.runs import Studies, contrast, shared_seeds
 from callbacks.reporting.tables import Row, Table
 
 EARLY = 10
-"""Steps that still show the untrained agents."""
+"""Number of first steps whose rollouts still show the untrained agents."""
 COLUMNS = {
     "base": "base",
     "enhancer": "untrained PE",
@@ -24,7 +24,7 @@ COLUMNS = {
 
 
 def properties_table(studies: Studies) -> Table:
-    """What wording and image model can bring each on its own, what both bring together, how alike a group's are."""
+    """Makes the table of gains of each mode over the base, and of how similar the images of a group are."""
     every = {one.name: one for one in comparisons(studies)}
     every |= {f"GenEval, {label}": one for label, one in other_bases(studies).items()}
     rows = [_row(label, one) for label, one in every.items()]
@@ -44,7 +44,7 @@ def properties_table(studies: Studies) -> Table:
 
 
 def _row(label: str, one: Comparison) -> Row | None:
-    """Of the seeds that all modes have; None if they have none, or the base has no test."""
+    """Makes a comparison's row, of the seeds that all modes have; None without any, or without a test of the base."""
     trained = {"flow": one.score(FLOW), "prompt": one.score(PROMPT), "joint": one.score(JOINT)}
     base, seeds = one.untrained("without_pe"), shared_seeds(*trained.values())
     if not base.there or not seeds or not all(score.there for score in trained.values()):

@@ -1,4 +1,4 @@
-"""What the studies of `paper_in_miniature` left on the disk, by setting: curves of fits, scores of tests."""
+"""Finished runs of the studies of `benchmarks.paper`, by setting: curves of fits, scores of tests."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from miniature.signs.prompts import MultiRewardPrompts, PreferencePrompts, Words
 
 GENEVAL = "GenEvalBenchmark"
 REWARDS = {"ocr": "RewardBenchmark by ocr", "preference": "RewardBenchmark by preference"}
-"""Set of prompts -> the benchmark that scores it, by its title without the sets."""
+"""Set of prompts -> title, without the sets, of the benchmark that scores it."""
 SUMMARIES: dict[str, Summary] = {GENEVAL: mean_of_tags("correct")}
-"""Headline of a benchmark's tests; else the mean of the reward over images."""
+"""Benchmark -> its headline; of other benchmarks it is the mean of the reward over images."""
 PROMPTS: dict[str, type[MiniaturePrompts]] = {
     GENEVAL: ShapesPrompts,
     REWARDS["ocr"]: WordsPrompts,
     REWARDS["preference"]: PreferencePrompts,
 }
-"""Benchmark -> the data that its single studies are tested on; the first set has the original prompts."""
+"""Benchmark -> the data module of its tests, whose first set has the original prompts."""
 PROBED = (42, 43, 44)
 """Seeds of GenEval's comparison that have every probe, and of the studies that vary it; the comparison has more."""
 LEAST_SEEDS = 3
-"""From fewer nothing is concluded."""
+"""Number of seeds below which nothing is concluded."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class Test:
     """A finished `lightning test`.
 
     Attributes:
-        run: its folder.
+        run: the test's run.
     """
 
     run: Run
@@ -57,14 +57,14 @@ class Test:
 
     @cached_property
     def titles(self) -> dict[tuple[str, str, str], str]:
-        """Set, mode and benchmark -> the benchmark's title, which also names its sets where these were chosen."""
+        """(Set, mode, benchmark) -> the benchmark's full title, which also names its sets where these were chosen."""
         if not len(self.run.scores):
             return {}
         keys = self.run.scores[["set", "mode", "benchmark"]].drop_duplicates().itertuples(index=False)
         return {(name, mode, re.sub(r" of .*?(?= by |$)", "", title)): title for name, mode, title in keys}
 
     def table(self, name: str, mode: str, benchmark: str) -> PromptTable:
-        """Scores by prompt; the same object whenever asked."""
+        """Returns the scores by prompt, the same object at every call."""
         key = name, mode, benchmark
         if key not in self._tables:
             self._tables[key] = prompt_table(self.run, name, mode, self.titles[key])
@@ -76,15 +76,15 @@ class Setting:
     """The seeds of one experiment with one set of values.
 
     Attributes:
-        fits: finished ones, by seed; none where nothing was trained.
-        tests: of these fits, by seed; of untrained models, of others' exports: in order.
+        fits: seed -> finished fit; empty where nothing was trained.
+        tests: seed -> test of that fit; tests of untrained models or of exports are numbered instead.
     """
 
     fits: Mapping[Any, Run]
     tests: Mapping[Any, Test]
 
     def only(self, seeds: Iterable[int]) -> Setting:
-        """The same with some of its seeds."""
+        """Returns this setting with some of its seeds."""
         wanted = list(seeds)
         return Setting(
             {seed: self.fits[seed] for seed in wanted if seed in self.fits},
@@ -92,18 +92,18 @@ class Setting:
         )
 
     def having(self, name: str, mode: str, benchmark: str = GENEVAL) -> Setting:
-        """With the tests that scored this set in this mode: some seeds have fewer tests than others."""
+        """Returns this setting with only the tests that scored a set in a mode: some seeds have fewer than others."""
         tests = {seed: test for seed, test in self.tests.items() if (name, mode, benchmark) in test.titles}
         return Setting(self.fits, tests)
 
     def curves(self, column: str) -> Curves:
-        """Seed -> a column by rollouts."""
+        """Returns seed -> curve of a logged column by rollouts."""
         return {seed: curve(run, column) for seed, run in self.fits.items()}
 
 
 @dataclass(frozen=True)
 class Score:
-    """A setting's tests on one set in one mode; what scores are compared by."""
+    """The score of a setting's tests on one set in one mode, by one benchmark."""
 
     setting: Setting
     name: str
@@ -112,26 +112,26 @@ class Score:
 
     @property
     def tests(self) -> dict[Any, Test]:
-        """Seed -> test, of those that have it."""
+        """Seed -> test, of the tests that have this score."""
         return dict(self.setting.having(self.name, self.mode, self.benchmark).tests)
 
     @property
     def there(self) -> bool:
-        """Whether it was measured."""
+        """True if a test has this score."""
         return bool(self.tests)
 
     @property
     def value(self) -> Gap:
-        """Mean over seeds, with its interval."""
+        """Mean over seeds, with its 95 % interval."""
         return contrast((1, self))
 
     def tables(self, seeds: Sequence[Any]) -> list[PromptTable]:
-        """One a seed."""
+        """Returns the scores by prompt of each seed."""
         return [self.tests[seed].table(self.name, self.mode, self.benchmark) for seed in seeds]
 
     @property
     def by_tag(self) -> dict[str, float]:
-        """Tag -> mean over its prompts and the seeds."""
+        """Tag -> mean score over its images and the seeds."""
         tables = self.tables(list(self.tests))
         summarize = mean_of_images("correct" if self.benchmark == GENEVAL else "table")
         means = {}
@@ -142,7 +142,7 @@ class Score:
 
     @property
     def by_seed(self) -> list[float]:
-        """Each seed's own."""
+        """Score of each seed."""
         summarize = SUMMARIES.get(self.benchmark, mean_of_images("table"))
         return [
             prompt_contrast([(1, [table])], summarize=summarize, resamples=1).value
@@ -151,18 +151,20 @@ class Score:
 
 
 def shared_seeds(*scores: Score) -> list[Any]:
-    """Seeds that all trained settings among them have; where nothing was trained, a score has tests of its own."""
+    """Returns the seeds that all trained settings have; tests of untrained models have no seeds to share."""
     trained = [set(score.tests) for score in scores if score.setting.fits]
     return sorted(set.intersection(*trained)) if trained else []
 
 
 def contrast(*terms: tuple[float, Score], scenes: bool = False) -> Gap:
-    """Weighted sum of scores of one benchmark, prompt by prompt, over the seeds they share; from three on an interval.
+    """Sums scores of one benchmark with weights, prompt by prompt, over the seeds they share.
+
+    From three seeds on the sum has an interval.
 
     Args:
-        terms: `(1, a), (-1, b)` is a difference.
-        scenes: an interval of other scenes and seeds; else one of other prompts for the scenes that the test has, other
-            noise and other seeds.
+        terms: weights and scores; `(1, a), (-1, b)` is a difference.
+        scenes: True gives the interval of other scenes and seeds; False that of other seeds, noise, and prompts for the
+            scenes that the test has.
     """
     seeds = shared_seeds(*(score for _, score in terms))
     benchmark = terms[0][1].benchmark
@@ -178,14 +180,14 @@ def contrast(*terms: tuple[float, Score], scenes: bool = False) -> Gap:
 
 
 def asked(benchmark: str, num: int) -> dict[str, str]:
-    """Id -> original prompt of the first `num` test prompts, alone or among several rewards': what it asks for."""
+    """Returns id -> original prompt (its scene) of a benchmark's first `num` test prompts, alone or in tagged data."""
     name, samples = next(iter(PROMPTS[benchmark](eval_prompts=num).test_samples().items()))
     tagged = MultiRewardPrompts(eval_prompts=num).test_samples()[name]
     return {sample.id: sample.prompt for sample in (*samples, *tagged)}
 
 
 def fewest_scenes(score: Score) -> int:
-    """How many scenes the tag with the fewest has in the tests of a score."""
+    """Counts the scenes of the tag with the fewest, in the tests of a score."""
     table = score.tables(list(score.tests))[0]
     scenes = asked(score.benchmark, len(table))
     pairs = {(tag, scenes[name]) for tag, name in zip(table.tags, table.ids, strict=True)}
@@ -196,7 +198,7 @@ class Study:
     """All settings below a sweep's root.
 
     Args:
-        root: of the sweep; it need not exist. None is a study that was not planned.
+        root: folder of the sweep, which need not exist; None is a study that was not planned.
     """
 
     def __init__(self, root: Path | None) -> None:
@@ -213,12 +215,12 @@ class Study:
         self.settings = {name: Setting(*runs) for name, runs in found.items()}
 
     def __getitem__(self, name: str) -> Setting:
-        """A setting by its folder's name without the seed; an empty one if nothing of it is finished."""
+        """Returns a setting by its folder's name without the seed; an empty one if nothing of it is finished."""
         return self.settings.get(name, Setting({}, {}))
 
     @cached_property
     def processes(self) -> list[tuple[float, float]]:
-        """Beginning and end (seconds since the epoch) of all finished processes, as the sweep measured them."""
+        """Beginning and end, in seconds since the epoch, of all finished processes, as the sweep measured them."""
         names = ("*/fit.json", "*/test/test.json", "*/test.json")
         paths = [path for name in names for path in (self.root.glob(name) if self.root is not None else ())]
         found = []
@@ -230,7 +232,7 @@ class Study:
 
 
 def _finished(root: Path) -> list[Run]:
-    """Runs that came to their end; damaged ones are left out with a warning."""
+    """Reads the runs that came to their end; damaged ones are left out with a warning."""
     if not root.is_dir():
         return []
     try:
@@ -251,10 +253,10 @@ def _finished(root: Path) -> list[Run]:
 
 
 class Studies:
-    """All studies.
+    """All studies of the report, by name.
 
     Args:
-        plans: name -> its sweep.
+        plans: name of a study -> its sweep.
     """
 
     def __init__(self, plans: Mapping[str, Sweep]) -> None:
@@ -263,18 +265,18 @@ class Studies:
         self._by_root = {root: Study(root) for root in sorted({Path(plan.root) for plan in plans.values()})}
 
     def __getitem__(self, name: str) -> Study:
-        """A study by the name of its plan; an empty one if there is no such plan."""
+        """Returns a study by the name of its plan; an empty one if there is no such plan."""
         return self._by_root[Path(self._plans[name].root)] if name in self._plans else Study(None)
 
     def __iter__(self) -> Iterator[str]:
-        """Names of the plans; of those that share a root the first."""
+        """Iterates over the names of the plans; of plans that share a root, the first."""
         roots: dict[Path, str] = {}
         for name, plan in self._plans.items():
             roots.setdefault(Path(plan.root), name)
         return iter(roots.values())
 
     def heading(self) -> str:
-        """Date, machine, time, and what is missing."""
+        """Writes the report's head: date, machine, time taken, and unfinished studies."""
         fits = sum(len(setting.fits) for study in self._by_root.values() for setting in study.settings.values())
         processes = sorted(span for study in self._by_root.values() for span in study.processes)
         lines = [
@@ -303,7 +305,7 @@ def _done(commands: Iterable[Any]) -> bool:
 
 
 def covered(spans: Sequence[tuple[float, float]]) -> float:
-    """Length of the union of intervals.
+    """Computes the length of the union of intervals.
 
     >>> covered([(0, 2), (1, 3), (5, 6)])
     4.0
@@ -316,19 +318,19 @@ def covered(spans: Sequence[tuple[float, float]]) -> float:
 
 
 def processor() -> str:
-    """The processor's name."""
+    """Returns the name of this machine's processor."""
     path = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*: (.+)$", path.read_text(), re.MULTILINE) if path.is_file() else None
     return found[1] if found else platform.processor() or platform.machine()
 
 
 def merged(settings: Iterable[Setting]) -> Setting:
-    """Settings that differ in what is not compared, as one; nothing was trained in them."""
+    """Merges untrained settings whose differences do not matter into one."""
     return Setting({}, dict(enumerate(test for one in settings for test in one.tests.values())))
 
 
 def span(values: Sequence[float]) -> str:
-    """Least and greatest, as the tables show them.
+    """Formats the lowest and highest of some scores; empty for one score.
 
     >>> span([0.5, 0.4]), span([0.5])
     ('.40-.50', '')

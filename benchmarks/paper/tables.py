@@ -1,4 +1,4 @@
-"""Tables of tests for `paper_in_miniature`, in the layout of the paper's."""
+"""Tables of tests in the report of `benchmarks.paper`, in the layout of the paper's tables."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from miniature.scenes.world import TAGS
 PE = {"without_pe": "without PE", "with_pe": "with PE"}
 WORDINGS = ("unseen", "geneval.synonyms", "geneval.terse", "geneval.gallery", "geneval.template", "geneval.detailed")
 CORRECT = "RewardBenchmark by geneval"
-"""What pleasing costs: GenEval's verdict on the preference's images."""
+"""Benchmark of how many images drawn for the preference reward also show what was asked for."""
 MULTI = "By tags the tests draw other noise, for the preference also other scenes, than those of one reward."
 BRACKETS = (
     "Brackets: 95 % interval for other seeds, noise and prompts of the test's scenes, from three seeds on; "
@@ -34,7 +34,7 @@ BRACKETS = (
 
 
 def arms(settings: Mapping[str, Setting], base: Setting) -> dict[str, tuple[Setting, str]]:
-    """Label -> setting and mode, in the order of the tables; those with nothing tested are left out."""
+    """Returns label -> setting and mode, in the order of the tables, of the arms that have tests."""
     named = {
         "base": (base, "without_pe"),
         "base with the untrained PE": (base, "with_pe"),
@@ -44,7 +44,7 @@ def arms(settings: Mapping[str, Setting], base: Setting) -> dict[str, tuple[Sett
 
 
 def _score_row(label: str, scores: Mapping[str, Score]) -> Row:
-    """Columns of one setting; the number of seeds stands beside its name, with their range if there is one column."""
+    """Makes a setting's row; the number of seeds stands beside its name, with their range if there is one column."""
     there = {column: score for column, score in scores.items() if score.there}
     seeds = max((len(score.tests) for score in there.values()), default=0)
     ranges = f", {span(next(iter(there.values())).by_seed)}" if len(scores) == 1 and seeds > 1 else ""
@@ -57,7 +57,7 @@ def _score_row(label: str, scores: Mapping[str, Score]) -> Row:
 
 
 def geneval_table(studies: Studies) -> Table:
-    """The paper's main results, GenEval by tag."""
+    """Makes the table of the main results: GenEval by tag."""
     rows = []
     for label, (setting, mode) in arms(studies["geneval"].settings, studies["base"]["promptrl"]).items():
         score = Score(setting, "geneval", mode)
@@ -73,7 +73,7 @@ def geneval_table(studies: Studies) -> Table:
 
 
 def wording_table(studies: Studies) -> Table:
-    """The paper's Table 1: what other wordings, and an untrained refiner in front, change."""
+    """Makes the paper's Table 1: differences by other wordings, and by an untrained refiner in front."""
     rows = []
     shown = arms(studies["geneval"].settings, studies["base"]["promptrl"])
     second = arms({}, studies["base_crossed_words"]["promptrl"])
@@ -97,13 +97,13 @@ def wording_table(studies: Studies) -> Table:
     title = "Other wordings minus the original, GenEval (the paper's Table 1)"
     others = [
         Row(row.label, {"original": row.scores["original"], "geneval.static_pe": row.scores["difference"]}, row.source)
-        for row in paper.paraphrase_rows("geneval")
+        for row in paper.paraphrase_rows()
     ]
     return Table(title, ("original", *columns), [*rows, *others], headings=headings, signed=columns, note=BRACKETS)
 
 
 def rewards_table(studies: Studies) -> Table:
-    """OCR and preference, single reward each, canonical and unseen wording."""
+    """Makes the table of OCR and preference, trained one at a time, on canonical and unseen wording."""
     rows = []
     for one in comparisons(studies):
         if one.benchmark == GENEVAL:
@@ -130,7 +130,7 @@ def rewards_table(studies: Studies) -> Table:
 
 
 def gain_table(studies: Studies) -> Table:
-    """How much of what RL taught on the canonical wording reaches another one."""
+    """Makes the table of gains over the base on canonical and unseen wording."""
     rows = []
     for one in comparisons(studies):
         for label in (FLOW, PLAIN, JOINT, PROMPT):
@@ -157,7 +157,7 @@ def gain_table(studies: Studies) -> Table:
 
 
 def multi_reward_table(studies: Studies) -> Table:
-    """Three rewards by tags against one each, from the same base models and with as many rollouts for each."""
+    """Makes the table of three rewards by tags against one each, from the same base models and as many rollouts."""
     columns = {"geneval": GENEVAL, **REWARDS}
     base = studies["base_words"]["multi_reward_promptrl"]
     rows = []
@@ -179,7 +179,7 @@ def multi_reward_table(studies: Studies) -> Table:
 
 
 def retention_table(studies: Studies) -> Table:
-    """GenEval by the number of retained prompts."""
+    """Makes the table of GenEval by the number of retained prompts."""
     found = {m: studies["retention"][f"promptrl-num_retained{m}"] for m in (0, 1, 4)}
     found[2] = studies["geneval"]["promptrl"].only(PROBED)
     rows = []
@@ -193,7 +193,7 @@ def retention_table(studies: Studies) -> Table:
 
 
 def swap_table(studies: Studies) -> Table:
-    """Another refiner in front of PromptRL's and flow-only's flow model, and of a second flow model."""
+    """Makes the table of other refiners in front of the trained flow models, and of a second one."""
     joint, flow = (studies["geneval"][name].only(PROBED) for name in ("promptrl", "flow_only"))
     swapped = merged(studies["swap"].settings.values())
     shown = {
@@ -218,7 +218,7 @@ def swap_table(studies: Studies) -> Table:
 
 
 def long_table(studies: Studies) -> Table:
-    """Three times the rollouts against as many as elsewhere (the paper's Table 9 gives flow-only twice as many)."""
+    """Makes the table of runs with three times the usual rollouts (the paper's Table 9: twice, of flow-only)."""
     rows = []
     base = studies["base"]["promptrl"]
     for name, settings in (
@@ -257,7 +257,7 @@ def long_table(studies: Studies) -> Table:
 
 
 def similarity_table(studies: Studies) -> Table:
-    """Cosine of two images of a group (the paper's Figure 2), by pixels."""
+    """Makes the table of the cosine of two images of a group, by pixels (the paper's Figure 2)."""
     rows, columns = [], ("same_prompt", "rewrites", "rewrites_shared_noise")
     for label, (setting, _) in arms(studies["geneval"].settings, studies["base"]["promptrl"]).items():
         if label in ("base with the untrained PE", "PromptRL without PE"):
@@ -285,7 +285,7 @@ def similarity_table(studies: Studies) -> Table:
 
 
 def settings_table(studies: Studies) -> Table:
-    """What a run of each comparison was made with (the paper's Table 7)."""
+    """Makes the table of settings of a run of each comparison (the paper's Table 7)."""
     keys = {
         "group n": "group_size",
         "retained m": "num_retained",

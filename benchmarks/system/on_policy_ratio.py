@@ -1,4 +1,4 @@
-"""Measures max |log ratio| between replay and rollout before any update; it has to be 0.
+"""Measures the largest |log ratio| between replay and rollout before any update, which ought to be 0.
 
     python -m benchmarks.system.on_policy_ratio [--device cuda] [--full-size]
 
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def main() -> None:
-    """Prints Markdown tables."""
+    """Prints a table of the flow model's ratios, one of the refiner's, and one of FLUX.1-dev's shape if asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--full-size", action="store_true")
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def flow_ratio(sde: SDEType, dtype: str, lora: LoRA | None, device: str) -> tuple[float, float]:
-    """Largest |log ratio| of a replay in the rollout's micro-batches, and in others."""
+    """Returns the largest |log ratio| of a replay in the rollout's micro-batches of 16, and in batches of 5."""
     policy = Flux1Policy(
         str(ROOT / "miniature/flow"),
         Sampling(8, 3, sde),
@@ -79,12 +79,12 @@ def flow_ratio(sde: SDEType, dtype: str, lora: LoRA | None, device: str) -> tupl
 
 
 def language_ratio(dtype: str, lora: LoRA | None, device: str) -> tuple[float, float]:
-    """Largest and mean |log ratio| over the tokens of 48 rewrites."""
+    """Returns the largest and the mean |log ratio| over the tokens of 48 rewrites."""
     policy = LanguagePolicy(
         str(ROOT / "miniature/language"),
         template="{prompt}",
         max_new_tokens=32,
-        dtype=dtype,  # type: ignore[arg-type]
+        dtype=dtype,
         lora=lora,
     )
     policy.load()
@@ -95,7 +95,7 @@ def language_ratio(dtype: str, lora: LoRA | None, device: str) -> tuple[float, f
 
 
 def full_size() -> None:
-    """FLUX.1-dev's transformer with random weights: ratio, time and memory of one group's rollout and update."""
+    """Prints ratio, time and memory of one group's rollout and update by FLUX.1-dev's shape with random weights."""
     from diffusers import FluxTransformer2DModel
 
     from lightning_modules.objectives import flow_objective
@@ -126,9 +126,9 @@ def full_size() -> None:
     drawn, worst = time.perf_counter(), 0.0
     for rows, step in itertools.product(chunks(4, 1), range(3)):
         part = trajectory.rows(rows)
-        loss, _, log_probs, _ = flow_objective(policy, part, step, torch.ones(1, device="cuda"))
-        loss.sum().backward()
-        worst = max(worst, (log_probs - part.log_probs[:, step]).abs().max().item())
+        result = flow_objective(policy, part, step, torch.ones(1, device="cuda"))
+        result.loss.sum().backward()
+        worst = max(worst, (result.log_probs - part.log_probs[:, step]).abs().max().item())
     torch.cuda.synchronize()
     print("\n| FLUX.1-dev shape, bf16, LoRA r64, 512 px, 4 images, 8 steps (3 SDE), micro-batch 1 | |\n|---|---|")
     print(f"| parameters | {sum(p.numel() for p in network.parameters()) / 1e9:.2f} B |")

@@ -1,10 +1,10 @@
-"""The memory of real models by preset, from their configurations alone: no weights, no network, no GPU.
+"""Prints the estimated memory of real models by preset, from configurations alone: no weights, network or GPU.
 
     python -m benchmarks.system.preflight_table [--size 1024 --batch-size 4 --micro-batch-size 1]
 
-Writes the published architectures' configuration files to a temporary folder and prints a Markdown table of what lasts
-a run, its rough peak and its largest phase. A step has `batch-size` prompts with groups of 8, of which the refiner
-(Qwen2.5-VL-3B with LoRA, or none) rewrites 6.
+Writes the published architectures' configuration files to a temporary folder and prints a Markdown table of the memory
+that is held throughout a run, of its rough peak and of its largest phase. A step has `batch-size` prompts with groups
+of 8, of which the refiner (Qwen2.5-VL-3B with LoRA, or none) rewrites 6.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from miniature.scenes.detector import ShapesDetector
 from rewards.geneval.reward import GenEvalReward
 
 FULL: dict[str, Any] = {"dtype": "float32", "frozen_dtype": "bfloat16"}
-"""Trains all weights in fp32 with products in bf16, since bf16 weights would round small updates away."""
+"""All weights are trained in fp32 with products in bf16, since bf16 weights would round small updates away."""
 ADAPTERS: dict[str, Any] = {"dtype": "bfloat16", "lora": LoRA(64, 128)}
 PRESETS: dict[str, dict[str, Any]] = {
     "full": FULL,
@@ -45,7 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def t5_xxl() -> Any:
-    """T5 v1.1 XXL's encoder."""
+    """Returns class and configuration of T5 v1.1 XXL's encoder."""
     return transformers.T5EncoderModel, transformers.T5Config(
         vocab_size=32128,
         d_model=4096,
@@ -58,7 +58,7 @@ def t5_xxl() -> Any:
 
 
 def clip_l(projected: bool) -> Any:
-    """CLIP-L's text encoder, as FLUX.1 (pooled) or SD3 (projected) uses it."""
+    """Returns class and configuration of CLIP-L's text encoder, as FLUX.1 (pooled) or SD3 (projected) uses it."""
     cls = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
     return cls, transformers.CLIPTextConfig(
         vocab_size=49408,
@@ -71,7 +71,7 @@ def clip_l(projected: bool) -> Any:
 
 
 def clip_g() -> Any:
-    """OpenCLIP bigG's text encoder."""
+    """Returns class and configuration of OpenCLIP bigG's text encoder."""
     return transformers.CLIPTextModelWithProjection, transformers.CLIPTextConfig(
         vocab_size=49408,
         hidden_size=1280,
@@ -84,7 +84,7 @@ def clip_g() -> Any:
 
 
 def qwen3_4b() -> Any:
-    """Qwen3-4B."""
+    """Returns class and configuration of Qwen3-4B."""
     return transformers.Qwen3ForCausalLM, transformers.Qwen3Config(
         vocab_size=151936,
         hidden_size=2560,
@@ -98,7 +98,7 @@ def qwen3_4b() -> Any:
 
 
 def qwen25_vl_3b() -> Any:
-    """Qwen2.5-VL-3B-Instruct."""
+    """Returns class and configuration of Qwen2.5-VL-3B-Instruct."""
     return transformers.Qwen2_5_VLForConditionalGeneration, transformers.Qwen2_5_VLConfig(
         text_config={
             "vocab_size": 151936,
@@ -122,7 +122,7 @@ def qwen25_vl_3b() -> Any:
 
 
 def vae(**settings: Any) -> Any:
-    """The autoencoder of FLUX.1 and SD3."""
+    """Builds the autoencoder of FLUX.1 and SD3."""
     return diffusers.AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -138,7 +138,7 @@ def vae(**settings: Any) -> Any:
 
 
 def flux1_dev() -> dict[str, Any]:
-    """FLUX.1-dev."""
+    """Returns the parts of FLUX.1-dev's pipeline."""
     return {
         "transformer": diffusers.FluxTransformer2DModel(guidance_embeds=True),
         "vae": vae(),
@@ -150,7 +150,7 @@ def flux1_dev() -> dict[str, Any]:
 
 
 def flux2_klein_4b() -> dict[str, Any]:
-    """FLUX.2-klein-4B."""
+    """Returns the parts of FLUX.2-klein-4B's pipeline."""
     return {
         "transformer": diffusers.Flux2Transformer2DModel(
             num_layers=5,
@@ -167,7 +167,7 @@ def flux2_klein_4b() -> dict[str, Any]:
 
 
 def sd35_medium() -> dict[str, Any]:
-    """SD3.5-medium."""
+    """Returns the parts of SD3.5-medium's pipeline."""
     return {
         "transformer": diffusers.SD3Transformer2DModel(
             sample_size=128,
@@ -196,7 +196,7 @@ MODELS: dict[str, tuple[type[PipelinePolicy], Any]] = {
 
 
 def write_pipeline(folder: Path, cls: type[PipelinePolicy], build: Any) -> Path:
-    """A pipeline folder without weights: each part's configuration, and an empty file for a tokenizer."""
+    """Writes a pipeline folder without weights: each part's configuration, and an empty file for a tokenizer."""
     with torch.device("meta"):
         parts = build()
     index: dict[str, Any] = {"_class_name": cls.pipeline_class.__name__, "_diffusers_version": diffusers.__version__}
@@ -221,7 +221,7 @@ def write_pipeline(folder: Path, cls: type[PipelinePolicy], build: Any) -> Path:
 
 
 def write_language(folder: Path) -> Path:
-    """A refiner's folder without weights; loading looks for a file of them first, so an empty one is there."""
+    """Writes a refiner's folder without weights; loading looks for a file of them first, so an empty one is there."""
     cls, config = qwen25_vl_3b()
     config.architectures = [cls.__name__]
     config.save_pretrained(folder)
@@ -231,14 +231,14 @@ def write_language(folder: Path) -> Path:
 
 
 def row(name: str, preset: str, found: Estimate) -> str:
-    """A line of the table."""
-    parameters = sum(part.parameters for part in found.parts)
-    trained = sum(part.trained for part in found.parts)
-    sizes = {phase: size or 0 for phase, size in found.passing.items()}
+    """Formats a line of the table."""
+    parameters = sum(part.parameters for part in found.networks)
+    trained = sum(part.trained for part in found.networks)
+    sizes = {phase: size or 0 for phase, size in found.transient.items()}
     phase = max(sizes, key=lambda phase: sizes[phase])
-    cells = [name, preset, f"{parameters / 1e9:.2f} B", f"{trained / 1e6:,.0f} M", size_text(found.sure)]
+    cells = [name, preset, f"{parameters / 1e9:.2f} B", f"{trained / 1e6:,.0f} M", size_text(found.persistent_total)]
     cells += [
-        size_text(sum(found.kept.values())),
+        size_text(sum(found.per_step.values())),
         f"{phase}: {size_text(sizes[phase])}",
         f"**{size_text(found.total)}**",
     ]
@@ -246,7 +246,7 @@ def row(name: str, preset: str, found: Estimate) -> str:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Prints the table of all models and presets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=1024, help="height and width of images")
     parser.add_argument("--batch-size", type=int, default=4, help="prompts a step")

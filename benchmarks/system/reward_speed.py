@@ -38,7 +38,7 @@ TOKENS = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>",
 
 
 def clip_folder(folder: Path, vision: dict[str, int], text: dict[str, int], projection: int) -> str:
-    """A CLIP folder with the published sizes, random weights and a letter tokenizer."""
+    """Writes a CLIP folder with the published sizes, random weights and a letter tokenizer."""
     folder.mkdir()
     vocab = {token: index for index, token in enumerate(TOKENS)}
     ids = {"bos_token_id": len(vocab) - 2, "eos_token_id": len(vocab) - 1, "pad_token_id": len(vocab) - 1}
@@ -53,7 +53,7 @@ def clip_folder(folder: Path, vision: dict[str, int], text: dict[str, int], proj
 
 
 def mask2former_folder(folder: Path) -> str:
-    """Mask2Former Swin-S for 80 classes with random weights."""
+    """Writes a folder of Mask2Former Swin-S for 80 classes with random weights."""
     swin = SwinConfig(  # type: ignore[call-arg]
         depths=[2, 2, 18, 2],
         embed_dim=96,
@@ -67,7 +67,7 @@ def mask2former_folder(folder: Path) -> str:
 
 
 def head_file(path: Path) -> str:
-    """The aesthetic predictor's head with random weights under the published names."""
+    """Writes the aesthetic predictor's head with random weights under the published names."""
     widths = {0: (768, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
     state = {}
     for index, (inputs, outputs) in widths.items():
@@ -78,7 +78,7 @@ def head_file(path: Path) -> str:
 
 
 def sign(words: str, size: int) -> Image.Image:
-    """An image with text on noise."""
+    """Draws text on noise."""
     generator = np.random.default_rng(len(words))
     image = Image.fromarray(generator.integers(180, 255, (size, size, 3)).astype(np.uint8))
     ImageDraw.Draw(image).text((size // 10, size // 2), words, fill="black", font=ImageFont.load_default(size // 10))
@@ -86,7 +86,7 @@ def sign(words: str, size: int) -> Image.Image:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Prints the seconds that each scorer takes for an image."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--size", type=int, default=512)

@@ -1,8 +1,8 @@
-"""How much of the scoring hides behind the drawing: time to collect a rollout, with overlap against without.
+"""Measures how much of the scoring hides behind the drawing: time to collect a rollout with and without overlap.
 
 python -m benchmarks.system.scoring_overlap [--repeats 8]
 
-Rewards: the miniature's detector and a real OCR engine (its marks mean nothing here, its cost does), both in this
+Rewards: the miniature's detector and a real OCR engine (whose scores mean nothing here, only its cost), both in this
 process and behind `rewards.serving.server`. The two modes take turns, so that a busy machine disturbs them alike.
 """
 
@@ -38,7 +38,7 @@ PROMPTS, GROUP, CHUNK = 2, 8, 4
 
 
 def module(reward: Reward) -> PromptRL:
-    """Flow-only RL on the miniature, ready to collect."""
+    """Builds flow-only RL on the miniature, ready to collect rollouts."""
     sampling = Sampling(num_steps=20, sde_steps=3)
     flow = Flux1Policy(
         "miniature/flow", sampling, height=32, width=32, max_sequence_length=18, dtype="float32", micro_batch_size=CHUNK
@@ -51,11 +51,15 @@ def module(reward: Reward) -> PromptRL:
 
 
 def serve(name: str, port: int) -> subprocess.Popen[bytes]:
-    """A reward server in a process of its own."""
+    """Starts a reward server in a process of its own and waits until it answers.
+
+    Raises:
+        RuntimeError: if the server ends before it answers.
+    """
     command = [
         sys.executable,
         "-m",
-        "rewards.serving.server",
+        "rewards.serving",
         "--config",
         f"configs/rewards/{name}.yaml",
         "--port",
@@ -72,7 +76,7 @@ def serve(name: str, port: int) -> subprocess.Popen[bytes]:
 
 
 def seconds(made: PromptRL, samples: list[PromptSample], overlap: bool) -> float:
-    """Time to collect one rollout."""
+    """Returns the seconds that it takes to collect one rollout."""
     made.overlap_scoring = overlap
     start = time.perf_counter()
     made.collect(samples)
@@ -80,7 +84,7 @@ def seconds(made: PromptRL, samples: list[PromptSample], overlap: bool) -> float
 
 
 def main() -> None:
-    """Prints the table."""
+    """Prints the median times by reward, with and without overlap."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=8)
     repeats = parser.parse_args().repeats

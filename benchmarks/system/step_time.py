@@ -18,7 +18,7 @@ from lightning_modules.prompt_rl import PromptRL
 
 
 class StepTimer(L.Callback):
-    """Adds up the parts of every step but the first (which warms up)."""
+    """Sums the times of the parts of every step but the first, which warms up."""
 
     def __init__(self) -> None:
         self.parts: dict[str, float] = {}
@@ -26,7 +26,7 @@ class StepTimer(L.Callback):
         self.depth = self.steps = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Puts a clock around both networks' forward passes and around every backward pass."""
+        """Installs a clock around both networks' forward passes and around every backward pass."""
         assert isinstance(pl_module, PromptRL)
         networks = [pl_module.flow.network]
         if pl_module.language is not None:
@@ -55,11 +55,11 @@ class StepTimer(L.Callback):
             self.inside += time.perf_counter() - self._begun
 
     def on_train_batch_start(self, *args: Any) -> None:
-        """Starts a step."""
+        """Notes the time at which a step begins."""
         self._start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        """Books a step."""
+        """Adds a step's times to the sums."""
         assert isinstance(pl_module, PromptRL)
         if trainer.global_step == 1:
             self.inside = 0.0
@@ -70,7 +70,7 @@ class StepTimer(L.Callback):
             self.parts[part] = self.parts.get(part, 0.0) + seconds
 
     def on_train_end(self, *args: Any) -> None:
-        """Prints a Markdown table."""
+        """Prints a Markdown table of seconds and shares by part."""
         print("\n| part | s per step | share |\n|---|---|---|")
         rest = self.total - sum(self.parts.values())
         for part, seconds in [*self.parts.items(), ("optimizer, logging, rest", rest), ("whole step", self.total)]:

@@ -1,1 +1,1 @@
-"""Tables, published results and model cards."""
+"""Text made of results: tables in Markdown and LaTeX, the paper's rows, model cards."""

@@ -1,4 +1,4 @@
-"""The model card of an export: how to load it, how it draws, and what was measured."""
+"""The model card of an export: code that loads it and draws with it, sampling settings, and results."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import diffusers
 import yaml
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from callbacks.benchmark import MODES
-from lightning_modules.evaluation import EvaluatedAgents
+from lightning_modules.evaluation import MODES, EvaluatedAgents
 from lightning_modules.policies.base import Policy
 from lightning_modules.policies.flow import FlowPolicy
 from lightning_modules.policies.language import LanguagePolicy
@@ -30,13 +29,13 @@ HOW = {
 
 
 def model_card(agents: EvaluatedAgents, step: int, *, results: dict[str, Any] | None, configured: bool) -> str:
-    """Markdown with front matter.
+    """Writes the card as Markdown with front matter.
 
     Args:
-        agents: what is exported.
-        step: optimizer steps behind it.
-        results: of a benchmark, as in `results.json`.
-        configured: whether a `config.yaml` lies beside the card.
+        agents: the policies that are exported.
+        step: number of optimizer steps so far.
+        results: contents of `results.json`; None without a benchmark.
+        configured: True if a `config.yaml` lies beside the card.
     """
     flow, language = agents.flow, agents.language
     parts = [
@@ -61,7 +60,7 @@ def model_card(agents: EvaluatedAgents, step: int, *, results: dict[str, Any] | 
 
 
 def loading_code(flow: FlowPolicy, language: LanguagePolicy | None) -> str:
-    """Python that makes `pipe` and, if there is a refiner, `tokenizer` and `refiner` in the export's folder."""
+    """Returns Python code that loads `pipe` and, with a refiner, `tokenizer` and `refiner` in the export's folder."""
     pipeline, stock = _stock_pipeline(flow), _stock_language(language)
     lines = ["import torch", f"from diffusers import {pipeline}"]
     if language is not None:
@@ -91,7 +90,7 @@ def loading_code(flow: FlowPolicy, language: LanguagePolicy | None) -> str:
 
 
 def drawing_code(flow: FlowPolicy, language: LanguagePolicy | None) -> str:
-    """Python that makes `image` of `prompt`."""
+    """Returns Python code that draws `image` from `prompt`, after `loading_code`."""
     lines = ['prompt = "..."']
     if language is not None:
         options = "".join(f", {name}={value!r}" for name, value in language.chat_template_kwargs.items())
@@ -118,7 +117,7 @@ def drawing_code(flow: FlowPolicy, language: LanguagePolicy | None) -> str:
 
 
 def call_arguments(flow: FlowPolicy) -> dict[str, Any]:
-    """What the stock pipeline is called with to draw as evaluation does, as far as it has arguments for it."""
+    """Returns the arguments with which the stock pipeline draws as evaluation does, as far as it takes them."""
     takes = inspect.signature(getattr(diffusers, _stock_pipeline(flow)).__call__).parameters
     has = vars(flow) | {name: getattr(flow, name, None) for name in ("guidance_scale", "negative_prompt")}
     wanted = {
@@ -167,7 +166,7 @@ def _described(flow: FlowPolicy, language: LanguagePolicy | None) -> list[str]:
 
 
 def _relative_note(flow: FlowPolicy, language: LanguagePolicy | None) -> str:
-    """Some base models are folders that only the trainer's machine has."""
+    """Returns a remark on base models that are local folders of the training machine; empty without any."""
     agents = [agent for agent in (flow, language) if agent is not None and (_adapted(agent) or not agent.trained)]
     folders = [f"`{agent.model}`" for agent in agents if Path(agent.model).is_dir()]
     return f" ({', '.join(folders)} being where training found the base)" if folders else ""
@@ -191,7 +190,7 @@ def _sampling(flow: FlowPolicy, language: LanguagePolicy | None) -> str:
 
 
 def _tables(results: dict[str, Any]) -> list[str]:
-    """One table for each evaluation set: scores before and after training, in each mode."""
+    """Makes one Markdown table for each evaluation set: scores before and after training, in each mode."""
     before: dict[str, Any] = results.get("before", {})
     tables = []
     for name, modes in results.items():
@@ -218,7 +217,7 @@ def _adapted(agent: Policy) -> bool:
 
 
 def _stock_pipeline(flow: FlowPolicy) -> str:
-    """Name of the diffusers class; an adapter's own may be a subclass of it."""
+    """Returns the name of the diffusers class that the policy's pipeline is, or is a subclass of."""
     pipeline: Any = getattr(flow, "pipeline_class")  # noqa: B009 (FlowPolicy itself has none)
     return next(kind.__name__ for kind in pipeline.__mro__ if hasattr(diffusers, kind.__name__))
 
@@ -229,5 +228,5 @@ def _stock_language(language: LanguagePolicy | None) -> str:
 
 
 def _quoted(text: str) -> str:
-    """As it stands between triple quotes."""
+    """Escapes a text for Python's triple quotes."""
     return text.replace("\\", "\\\\").replace('"', '\\"')

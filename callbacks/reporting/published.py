@@ -1,4 +1,4 @@
-"""What PromptRL (arXiv 2602.01382) reports, as data; for orientation, see `callbacks.reporting.tables.PAPER_NOTE`.
+"""Results that the paper (PromptRL, arXiv 2602.01382) reports, as table rows, for orientation.
 
 The paper's detector (mmdetection's, where ours is transformers'), its OCR engine, the way it scores TMDB and OpenLib
 and the wording of its paraphrases differ from ours or are not known. Its own tables differ among themselves, too
@@ -10,7 +10,7 @@ from __future__ import annotations
 from callbacks.reporting.tables import Row
 
 GENEVAL = ("single_object", "two_object", "counting", "colors", "position", "color_attr", "overall")
-"""Columns of GenEval; `overall` is the mean of the six."""
+"""Columns of GenEval; `overall` is the mean of the six tags."""
 EDIT = ("swap", "style", "addition", "attribute_modification", "env", "removal", "mean")
 """Columns of editing, OmniEdit's names of tasks; `mean` is over the 700 edits, so swap (200 of them) counts twice."""
 
@@ -34,27 +34,15 @@ _MEANS = {
     "tmdb": {FLOW_GRPO: 0.83, DIFFUSION_NFT: 0.91, WITHOUT: 0.92, WITH: 0.91},
     "openlib": {FLOW_GRPO: 0.73, DIFFUSION_NFT: 0.86, WITHOUT: 0.95, WITH: 0.95},
 }
-_KONTEXT = {
+_EDIT = {
     "FLUX.1-Kontext": dict(zip(EDIT, (1.35, 1.36, 1.16, 1.15, 1.44, 0.55, 1.19), strict=True)),
     "FLUX.1-Kontext with an untrained PE": {"style": 0.97, "attribute_modification": 0.48, "mean": 1.01},
-}
-_EDIT = {
-    **_KONTEXT,
     WITHOUT: {"mean": 1.36},
     WITH: dict(zip(EDIT, (1.47, 1.43, 1.29, 1.39, 1.72, 1.24, 1.43), strict=True)),
 }
-# model -> prompts as they are, paraphrased by a pretrained Qwen2.5-VL; 20 steps at 1024 pixels. DiffusionNFT's 31.78 is
-# the paper's 31.79 in the main results.
-_PARAPHRASE = {
-    "geneval": {"SD3": (0.58, 0.63), DIFFUSION_NFT: (0.88, 0.77), FLOW_GRPO: (0.92, 0.81)},
-    "ocr": {"SD3": (0.48, 0.53), DIFFUSION_NFT: (0.89, 0.86), FLOW_GRPO: (0.89, 0.86)},
-    "pickscore": {"SD3": (22.30, 22.34), DIFFUSION_NFT: (23.63, 23.21), FLOW_GRPO: (23.33, 23.13)},
-    "hps": {"SD3": (26.95, 27.67), DIFFUSION_NFT: (31.78, 30.66)},
-    "unified_reward": {"SD3": (2.982, 3.140), DIFFUSION_NFT: (3.392, 3.268)},
-}
+# Model -> GenEval of the prompts as they are, and paraphrased by a pretrained Qwen2.5-VL; 20 steps at 1024 pixels.
+_PARAPHRASE = {"SD3": (0.58, 0.63), DIFFUSION_NFT: (0.88, 0.77), FLOW_GRPO: (0.92, 0.81)}
 
-BENCHMARKS = ("geneval", *_MEANS, "edit")
-"""What `paper_rows` knows: sets of prompts, and for preference the rewards' names."""
 _KEYS = {
     "geneval": "geneval",
     "ocr": "ocr",
@@ -66,7 +54,7 @@ _KEYS = {
 
 
 def benchmark_of(key: str) -> str:
-    """Which of `BENCHMARKS` a key of `results.json` stands for; empty if none, so that other prompts get no figures.
+    """Name of the paper's benchmark that a key of `results.json` stands for; empty if the paper has other prompts.
 
     >>> benchmark_of("drawbench/hps"), benchmark_of("geneval"), benchmark_of("geneval.typos"), benchmark_of("pickscore")
     ('hps', 'geneval', '', '')
@@ -75,10 +63,13 @@ def benchmark_of(key: str) -> str:
 
 
 def paper_rows(benchmark: str) -> list[Row]:
-    """The paper's main results; none for what it does not report.
+    """The paper's main results on a benchmark.
 
     Args:
-        benchmark: one of `BENCHMARKS`. Columns are `GENEVAL`, `EDIT`, else `mean`.
+        benchmark: as returned by `benchmark_of`, which is also the reward's name where the prompts are DrawBench's.
+
+    Returns:
+        Rows with the columns `GENEVAL`, `EDIT`, else `mean`; none for a benchmark that the paper does not report.
     """
     if benchmark == "geneval":
         return [Row(label, dict(zip(GENEVAL, values, strict=True)), PAPER) for label, values in _GENEVAL.items()]
@@ -87,24 +78,20 @@ def paper_rows(benchmark: str) -> list[Row]:
     return [Row(label, {"mean": value}, PAPER) for label, value in _MEANS.get(benchmark, {}).items()]
 
 
-def paraphrase_rows(benchmark: str) -> list[Row]:
-    """What a static paraphrase does to models that know only the training wording; columns as in `robustness_table`.
-
-    Args:
-        benchmark: `geneval`, `ocr`, `pickscore`, `hps` or `unified_reward`; none for others.
-    """
+def paraphrase_rows() -> list[Row]:
+    """GenEval of models behind an untrained refiner (a static PE); columns `original`, `paraphrase`, `difference`."""
     return [
         Row(
             label,
             {"original": before, "paraphrase": after, "difference": round(after - before, 3)},
             f"{PAPER} Table 1",
         )
-        for label, (before, after) in _PARAPHRASE.get(benchmark, {}).items()
+        for label, (before, after) in _PARAPHRASE.items()
     ]
 
 
 def diversity_rows() -> list[Row]:
-    """Ranges of CLIP ViT-g-14's cosines, between the images of one prompt and between image and text."""
+    """Ranges of CLIP ViT-g-14 cosines, between the images of one prompt and between image and text."""
     ranges = [
         ("SD1.5", "image_similarity", (0.58, 0.72)),
         ("FLUX.1-dev", "image_similarity", (0.92, 0.93)),
@@ -130,11 +117,6 @@ def refiner_transfer_rows() -> list[Row]:
         "SD3 with a refiner trained for it": 0.83,
     }
     return _overall(values, f"{PAPER} Table 8")
-
-
-def static_pe_rows() -> list[Row]:
-    """EditReward of the untrained image model without and with an untrained refiner, columns of `EDIT`."""
-    return [Row(label, dict(scores), PAPER) for label, scores in _KONTEXT.items()]
 
 
 def multi_reward_rows() -> list[Row]:

@@ -1,4 +1,4 @@
-"""Tables of results as Markdown, LaTeX and on the console. Pure: records in, text out."""
+"""Tables of results as Markdown, LaTeX and Rich: pure functions from records to text."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ class Row:
     """One line of a table.
 
     Args:
-        label: what was measured.
+        label: name of the model or setting that was measured.
         scores: column -> value; None, NaN and absent ones are missing.
-        source: where another's figures come from; empty marks a row of ours. Others' stand below ours, as printed
-            there: with two digits, or three where they have them.
+        source: paper that figures come from; empty marks a row of ours. Others' rows stand below ours, with the two or
+            three digits that are printed there.
         intervals: column -> (low, high). Without a value it is a range, as read off a figure.
     """
 
@@ -62,16 +62,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """What the renderers take.
+    """A table before it is rendered.
 
     Args:
         title: heading or caption.
         columns: keys of the rows' scores, left to right.
-        rows: ours and others', in any order.
-        note: sentences below.
+        rows: our rows and others', in any order.
+        note: sentences below the table.
         digits: column -> decimals; else 3, or 2 where a value reaches 10.
-        headings: column -> what stands above it; else as in `HEADINGS`, or the key with spaces.
-        signed: columns that show a plus.
+        headings: column -> its heading; else as in `HEADINGS`, or the key with spaces.
+        signed: columns whose positive values show a plus.
     """
 
     title: str
@@ -87,7 +87,7 @@ class Table:
 
 
 def markdown(table: Table) -> str:
-    """GitHub's pipes and the notes, without the title."""
+    """Renders a table in GitHub's Markdown with its notes, without the title."""
     lines = [("", *_headings(table)), ("---", *("---:" for _ in table.columns))]
     for row in (row for part in _parts(table) for row in part):
         cells = (_plain(*_cell(table, row, column)) for column in table.columns)
@@ -97,7 +97,7 @@ def markdown(table: Table) -> str:
 
 
 def latex(table: Table) -> str:
-    """A `table` environment for booktabs: ours, a rule, then others' rows, the notes below."""
+    """Renders a `table` environment for booktabs: our rows, a rule, others' rows, the notes."""
     blocks = [[("", *map(_escape_latex, _headings(table)))]]
     for part in _parts(table):
         blocks.append([])
@@ -123,14 +123,14 @@ def latex(table: Table) -> str:
 
 
 def report(tables: Sequence[Table]) -> tuple[str, str]:
-    r"""Several tables as Markdown with headings, and as LaTeX for `\input`."""
+    r"""Renders several tables as Markdown with headings, and as LaTeX for `\input`."""
     sections = [f"## {_escape_markdown(table.title)}\n\n{markdown(table)}" for table in tables]
     head = r"% Needs \usepackage{booktabs} in the preamble."
     return "\n\n".join(sections) + "\n", "\n\n".join([head, *map(latex, tables)]) + "\n"
 
 
 def rich_table(table: Table) -> rich.Table:
-    """For the console, without the notes."""
+    """Renders a table for the console, without the notes."""
     shown = rich.Table(title=Text(table.title))
     shown.add_column()
     for heading in _headings(table):
@@ -156,16 +156,16 @@ def benchmark_table(
     paper: Sequence[Row],
     label: str,
 ) -> Table:
-    """One evaluation set's scores, with and without the refiner.
+    """Makes the table of one evaluation set's scores, with and without the refiner.
 
     Args:
-        title: begins the table's; may be empty.
-        key: of the results: `geneval`, `geneval.typos`, `drawbench/hps`.
+        title: beginning of the table's title; may be empty.
+        key: key of `results.json`: `geneval`, `geneval.typos`, `drawbench/hps`.
         results: mode -> score -> value.
         intervals: mode -> score -> (low, high).
         columns: scores to show.
         paper: rows of others.
-        label: of our rows, before the mode: the run's name.
+        label: the run's name, which begins the labels of our rows.
 
     >>> table = benchmark_table("", "geneval", {"with_pe": {"overall": 0.61}}, {}, ("overall",), (), "run")
     >>> print(markdown(table))
@@ -180,15 +180,14 @@ def benchmark_table(
     return _finished(Table(": ".join(dict.fromkeys(filter(None, (title, key_label(key))))), columns, [*ours, *paper]))
 
 
-def robustness_table(title: str, results: Mapping[str, Mapping[str, Any]], paper: Sequence[Row] = ()) -> Table:
-    """Scores of the prompts as they are and paraphrased.
+def robustness_table(title: str, results: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Makes a table of the scores of prompts as they are and paraphrased.
 
     Args:
-        title: of the table.
+        title: title of the table.
         results: kind of paraphrase (and mode) -> `{"prompts": number, "rejected": number of paraphrases that lost what
             the prompt asks for, "original": score, "paraphrase": score, "difference": their paired difference, "low",
             "high": its interval, "by_tag": {tag: difference}}`; what is missing stays empty.
-        paper: rows of others.
     """
     plain = ("prompts", "rejected", "original", "paraphrase", "difference")
     tags = list(dict.fromkeys(tag for result in results.values() for tag in result.get("by_tag", {})))
@@ -202,7 +201,7 @@ def robustness_table(title: str, results: Mapping[str, Mapping[str, Any]], paper
         Table(
             title,
             (*plain, *(f"by_tag/{tag}" for tag in tags)),
-            [*rows, *paper],
+            rows,
             note="Difference: paraphrase - original, also by tag." if tags else "Difference: paraphrase - original.",
             digits={"prompts": 0, "rejected": 0},
             headings={f"by_tag/{tag}": _heading(tag) for tag in tags},
@@ -217,10 +216,10 @@ def diversity_table(
     intervals: Mapping[str, Mapping[str, Sequence[float | None]]],
     paper: Sequence[Row] = (),
 ) -> Table:
-    """How alike the images of one prompt are.
+    """Makes a table of how similar the images of one prompt are.
 
     Args:
-        title: of the table.
+        title: title of the table.
         results: arm (`same_prompt`, `rewrites`, ...) -> score -> value.
         intervals: arm -> score -> (low, high).
         paper: rows of others.
@@ -237,7 +236,7 @@ def diversity_table(
 
 
 def _finished(table: Table) -> Table:
-    """Leaves out others' rows that have nothing in these columns, and says what the brackets of ours are, if any."""
+    """Drops others' rows that have nothing in these columns, and notes what the brackets of our rows are, if any."""
     cells = {id(row): [_cell(table, row, column) for column in table.columns] for row in table.rows}
     rows = [row for row in table.rows if not row.source or any(value or ends for value, ends in cells[id(row)])]
     brackets = any(ends for row in rows if not row.source for _, ends in cells[id(row)])
@@ -249,7 +248,7 @@ def _notes(table: Table) -> list[str]:
 
 
 def _parts(table: Table) -> list[list[Row]]:
-    """Our rows, then others'; a part without rows is left out."""
+    """Returns our rows, then others'; a part without rows is left out."""
     parts = [[row for row in table.rows if not row.source], [row for row in table.rows if row.source]]
     return [part for part in parts if part]
 
@@ -267,7 +266,7 @@ def _headings(table: Table) -> list[str]:
 
 
 def _cell(table: Table, row: Row, column: str) -> tuple[str, tuple[str, ...]]:
-    """Text of the value, empty if missing, and of the interval's two ends, none if missing."""
+    """Formats a value (empty if missing) and the two ends of its interval (none if missing)."""
     values = _finite(other.scores.get(column) for other in table.rows)
     digits = table.digits.get(column, 2 if max(map(abs, values), default=0.0) >= 10 else 3)
     sign = "+" if column in table.signed else ""
@@ -303,7 +302,7 @@ def _latex_cell(value: str, ends: tuple[str, ...]) -> str:
 
 
 def _signs(number: str) -> str:
-    """A minus, not a hyphen."""
+    """Sets a number's sign in math mode, as text would show a hyphen for a minus."""
     return f"${number[0]}${number[1:]}" if number.startswith(("-", "+")) else number
 
 

@@ -1,4 +1,4 @@
-"""Numbers that compare curves (`callbacks.runs.curves`): rollouts to a score, area, gaps with intervals over seeds. Pure."""
+"""Pure functions that compare curves of runs: rollouts to a score, area, gaps with intervals over seeds."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ class Gap:
 
     Attributes:
         value: first minus second.
-        low, high: ends of its 95 % interval; NaN if there is too little to resample.
-        num: how many pairs (of seeds, or prompts) it is of; 0 if the seeds have no pairs.
+        low: lower end of its 95 % interval; NaN if there is too little to resample.
+        high: upper end.
+        num: number of pairs (of seeds, or prompts) behind it; 0 if the seeds have no pairs.
     """
 
     value: float
@@ -30,11 +31,11 @@ class Gap:
 
 
 def rollouts_to(series: pd.Series, threshold: float, *, interpolate: bool = True) -> float:
-    """Where a curve first reaches a score.
+    """Finds where a curve first reaches a score.
 
     Args:
         series: scores by rollouts.
-        threshold: the score.
+        threshold: score to reach.
         interpolate: take the crossing of the straight line between two evaluations; else the later evaluation.
 
     Returns:
@@ -51,15 +52,15 @@ def rollouts_to(series: pd.Series, threshold: float, *, interpolate: bool = True
 
 
 def ceiling_ratio(series: pd.Series, reference: pd.Series, *, share: float = 1.0, interpolate: bool = True) -> float:
-    """Rollouts a curve needs to the reference's best score, over those the reference needs (the paper's C1).
+    """Divides the rollouts a curve needs to the reference's best score by those the reference needs (claim C1).
 
     The best of noisy evaluations is a lucky one: hand over means of seeds. Where the reference reached a plateau, when
     it happens to be best says little; 0.95 of its gain is safer.
 
     Args:
         series: scores by rollouts.
-        reference: likewise.
-        share: of the reference's gain over its first score that both are to reach.
+        reference: scores by rollouts of the curve to compare with.
+        share: part of the reference's gain over its first score that both are to reach, 0..1.
         interpolate: as in `rollouts_to`.
 
     Returns:
@@ -72,11 +73,11 @@ def ceiling_ratio(series: pd.Series, reference: pd.Series, *, share: float = 1.0
 
 
 def area(series: pd.Series, upto: float | None = None) -> float:
-    """Area under a curve (trapezoids) over its width, so that it is a mean score.
+    """Averages a curve: its area (trapezoids) over its width.
 
     Args:
         series: scores by rollouts.
-        upto: where to stop, within the curve; None is its end. Curves that are compared want the same.
+        upto: rollouts at which to stop, within the curve; None is its end. Curves that are compared want the same.
     """
     x, y = series.index.to_numpy(dtype=float), series.to_numpy(dtype=float)
     if upto is not None:
@@ -85,12 +86,12 @@ def area(series: pd.Series, upto: float | None = None) -> float:
 
 
 def gap_difference(first: Gap, second: Gap, weight: float = 1.0) -> Gap:
-    """`first - weight * second` of two that were measured apart, with the MOVER interval (Zou and Donner, 2008).
+    """Subtracts independent gaps, `first - weight * second`, with the MOVER interval (Zou and Donner, 2008).
 
     Args:
-        first: with its interval.
-        second: likewise.
-        weight: at least 0.
+        first: a gap with its interval.
+        second: a gap with its interval.
+        weight: factor of the second, at least 0.
     """
     value = first.value - weight * second.value
     low = math.hypot(first.value - first.low, weight * (second.high - second.value))
@@ -99,9 +100,9 @@ def gap_difference(first: Gap, second: Gap, weight: float = 1.0) -> Gap:
 
 
 def seed_gap(first: Mapping[int | None, float], second: Mapping[int | None, float]) -> Gap:
-    """Mean over seeds of one setting's scores minus another's, with Student's t interval over seeds.
+    """Subtracts the mean scores of two settings, with Student's t interval over seeds.
 
-    Seeds that both have are pairs; the others are left out. Without any, the interval is Welch's.
+    Seeds that both have are pairs, and the other seeds are left out. Without pairs the interval is Welch's.
 
     Args:
         first: seed -> score.
@@ -124,7 +125,7 @@ def seed_gap(first: Mapping[int | None, float], second: Mapping[int | None, floa
 
 
 def compare(settings: Mapping[str, Curves], reference: str, *, interpolate: bool = True) -> pd.DataFrame:
-    """One row for each setting, against one of them.
+    """Tabulates final scores, areas and rollouts of settings, and compares them with one of the settings.
 
     Args:
         settings: name -> its seeds' curves (`callbacks.runs.curves.settings`).
@@ -173,7 +174,7 @@ def compare(settings: Mapping[str, Curves], reference: str, *, interpolate: bool
 
 
 def _mean(seeds: Curves) -> pd.Series:
-    """The mean where all seeds have a value: one that goes on alone would bend it."""
+    """Averages curves where all seeds have a value: one that goes on alone would bend the mean."""
     table = band(seeds)
     mean: pd.Series = table["mean"][table["seeds"] == len(seeds)]
     return mean

@@ -1,4 +1,4 @@
-"""What tests of several seeds scored, with intervals over prompts: means, and differences pair by pair."""
+"""Scores of tests of several seeds: means and paired differences, with intervals over prompts."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from callbacks.scores.bootstrap import enough, interval, other_runs, resample
 from callbacks.scores.prompt_scores import PromptTable, weighted_mean
 
 Summary = Callable[[PromptTable, Tensor], Tensor]
-"""A score of a table under [R, P] weights of its prompts, [R]; a benchmark's is `summarize(...)["overall"]`."""
+"""Function of a table and [R, P] weights of its prompts that returns a score, [R]."""
 
 
 def mean_of_tags(column: str) -> Summary:
-    """Mean of the tags' means, each over its images: the headline of GenEval and of the editing benchmarks."""
+    """Returns a summary: the mean of the tags' means over images, the headline of GenEval and of editing."""
 
     def summarize(table: PromptTable, weights: Tensor) -> Tensor:
         tags = [tag for tag in dict.fromkeys(table.tags) if bool(table.counts[column][table.tagged(tag)].sum())]
@@ -29,23 +29,23 @@ def mean_of_tags(column: str) -> Summary:
 
 
 def mean_of_images(column: str) -> Summary:
-    """Mean over all images."""
+    """Returns a summary: the mean over all images."""
     return lambda table, weights: weighted_mean(table, column, weights)
 
 
 def prompt_table(run: Run, name: str, mode: str, benchmark: str | None = None) -> PromptTable:
-    """What `scores.jsonl` says of a set's prompts.
+    """Reads the scores of a set's prompts from a test's `scores.jsonl`.
 
-    A prompt's values count as often as it has images; which of them could not be scored is not kept.
+    A prompt's mean counts as often as it has images; which of them could not be scored is not kept.
 
     Args:
         run: a test.
-        name: of the set.
+        name: name of the set.
         mode: `without_pe` or `with_pe`.
-        benchmark: its title, where several scored the set.
+        benchmark: title of the benchmark, where several scored the set.
 
     Raises:
-        ValueError: if there is nothing of the kind, or several benchmarks'.
+        ValueError: if the test has no such scores, or those of several benchmarks.
     """
     scores = run.scores
     chosen = scores[(scores["set"] == name) & (scores["mode"] == mode)] if len(scores) else scores
@@ -76,28 +76,6 @@ def prompt_table(run: Run, name: str, mode: str, benchmark: str | None = None) -
     )
 
 
-def prompt_gap(
-    first: Sequence[PromptTable],
-    second: Sequence[PromptTable] = (),
-    *,
-    summarize: Summary,
-    resamples: int = 2000,
-) -> Gap:
-    """Mean score over runs, minus that of other runs if there are any: `prompt_contrast` with weights 1 and -1.
-
-    Args:
-        first: one table a run.
-        second: likewise; empty for the first ones' score itself.
-        summarize: the score.
-        resamples: of the bootstrap.
-
-    Raises:
-        ValueError: if the tables have no prompt in common.
-    """
-    terms = [(1.0, first), *([(-1.0, second)] if second else [])]
-    return prompt_contrast(terms, summarize=summarize, resamples=resamples)
-
-
 def prompt_contrast(
     terms: Sequence[tuple[float, Sequence[PromptTable]]],
     *,
@@ -106,20 +84,20 @@ def prompt_contrast(
     scenes: Mapping[str, str] | None = None,
     runs: bool = False,
 ) -> Gap:
-    """Weighted sum of several settings' mean scores over runs, over the prompts (ids) that all of them have.
+    """Sums several settings' mean scores with weights, over the prompts (ids) that all runs have.
 
     With weights 1, -1, -1, 1 it compares what another wording changes in two models. A prompt is drawn for all runs
     together, within its tag: what makes it hard for all does not blur the difference.
 
     Args:
-        terms: weight and one table a run of each setting.
-        summarize: the score.
-        resamples: of the bootstrap.
-        scenes: id -> what it asks for, where several prompts ask for the same: these are drawn together, and the
-            interval is one of other scenes, from two of a tag on (where it is too narrow). None takes every prompt for
-            a scene of its own.
-        runs: also for other runs (`callbacks.scores.bootstrap.other_runs`), the same ones of all settings with as many: the
-            interval is one of other prompts and other seeds. Settings with one run keep it.
+        terms: weight of each setting, and one table for each of its runs.
+        summarize: computes the score.
+        resamples: number of replicates of the bootstrap.
+        scenes: id -> scene, where several prompts ask for the same one: these are drawn together, and the interval is
+            that of other scenes, from two of a tag on (where it is too narrow). None takes every prompt for a scene of
+            its own.
+        runs: also draw other runs (`callbacks.scores.bootstrap.other_runs`), the same for all settings with as many
+            runs: the interval is that of other prompts and other seeds. Settings with one run keep it.
 
     Raises:
         ValueError: if the tables have no prompt in common.

@@ -18,11 +18,11 @@ Curves = Mapping[int | None, pd.Series]
 
 
 def curve(run: Run, column: str, by: str = "rollouts") -> pd.Series:
-    """A column of a run's validations, or else of its training, without gaps.
+    """Reads a column of a run's validations, or else of its training, without gaps.
 
     Args:
-        run: which.
-        column: as in the logs (`val/geneval/with_pe`, `reward`).
+        run: the run.
+        column: name as in the logs (`val/geneval/with_pe`, `reward`).
         by: `rollouts`, `step`, or `seconds` (of validations).
 
     Raises:
@@ -41,14 +41,17 @@ def curve(run: Run, column: str, by: str = "rollouts") -> pd.Series:
 def settings(
     runs: Sequence[Run], *columns: str, by: str = "rollouts", group: Callable[[Run], str] | None = None
 ) -> dict[str, Curves]:
-    """The curves of each setting's seeds.
+    """Groups runs into settings and reads the curves of each setting's seeds.
 
     Args:
         runs: all settings' seeds.
         columns: scores; with several, a setting is a group and one of the columns that its runs have
             ("PromptRL, with_pe": by the last part of its name, or all of it if two end alike).
-        by: as in `curve`.
-        group: what sets runs apart but their seeds; None is the mode (which agents learn).
+        by: x axis, as in `curve`.
+        group: names a run's setting; None is the mode (which agents learn).
+
+    Returns:
+        Setting -> seed -> curve.
 
     Raises:
         ValueError: if two runs of a setting have the same seed, or there is no such column.
@@ -99,7 +102,7 @@ def band(seeds: Curves) -> pd.DataFrame:
 
 
 def at(series: pd.Series, places: np.ndarray | float) -> np.ndarray:
-    """Values of a curve, straight between evaluations, NaN outside them."""
+    """Interpolates a curve linearly at some places; NaN outside its evaluations."""
     if series.empty:
         return np.full(np.shape(places), np.nan)
     x, y = series.index.to_numpy(dtype=float), series.to_numpy(dtype=float)

@@ -1,4 +1,4 @@
-"""Runs as pandas tables: `load("runs")`, then curves by rollouts or steps (`callbacks.runs.curves`).
+"""Finished runs as pandas tables: `load("runs")`, then curves by rollouts or steps (`callbacks.runs.curves`).
 
 A fit writes training and validation into separate rows of `metrics.csv`, whose `step` counts from 0 for the first
 update and is 0 as well before it; `rollouts` stands in training rows alone. Here `step` is the number of updates made,
@@ -23,13 +23,13 @@ from lightning_modules.run_folder import RunFolder, find, headlines, read_all
 
 @dataclass(frozen=True, eq=False)
 class Run(RunFolder):
-    """A run with its curves. All tables are read when first asked for, but `rows` when the run is loaded.
+    """A run with its logged numbers; `rows` is read when the run is loaded, other tables when first used.
 
     Args:
-        folder: where the run is.
-        config: its `config.yaml`.
-        results: its `results.json`.
-        rows: what was logged, in order: `metrics.csv`, else the event files.
+        folder: folder of the run.
+        config: contents of `config.yaml`.
+        results: contents of `results.json`.
+        rows: logged rows in order, from `metrics.csv`, else from TensorBoard's event files.
     """
 
     rows: pd.DataFrame = field(repr=False)
@@ -39,7 +39,7 @@ class Run(RunFolder):
         """Reads the files of a folder.
 
         Raises:
-            ValueError: if one is damaged.
+            ValueError: if a file is damaged.
         """
         small = RunFolder.read(folder)
         path = folder / "metrics.csv"
@@ -53,7 +53,7 @@ class Run(RunFolder):
 
     @cached_property
     def training(self) -> pd.DataFrame:
-        """Index `step`, one row for each that was logged; of a resumed run with those before, where they still are."""
+        """Training metrics by `step`; a resumed run's begin with those of the run before, if its folder exists."""
         rows = self.rows
         if "rollouts" not in rows or not rows["rollouts"].notna().any():
             table = pd.DataFrame({"rollouts": []}, index=pd.Index([], name="step"), dtype=float)
@@ -69,7 +69,7 @@ class Run(RunFolder):
 
     @cached_property
     def validations(self) -> pd.DataFrame:
-        """Index `step` (updates made before), columns `rollouts`, `seconds` and `val/...` as logged.
+        """Validation metrics by `step` (number of updates made): `rollouts`, `seconds` and `val/...` as logged.
 
         Steps and rollouts are those of the history in `results.json`, which also tells what was before a resume.
         """
@@ -79,8 +79,8 @@ class Run(RunFolder):
                 entry["step"]: {key: entry[key] for key in ("rollouts", "seconds")} | self._named(entry)
                 for entry in history
             }
-            told = pd.DataFrame.from_dict(entries, orient="index", dtype=float).rename_axis("step")
-            table = told.combine_first(table.reindex(told.index))
+            noted = pd.DataFrame.from_dict(entries, orient="index", dtype=float).rename_axis("step")
+            table = noted.combine_first(table.reindex(noted.index))
         else:  # killed before the first; images a step are constant, so a line through what was logged is exact
             steps, rollouts = np.append(0, self.training.index), np.append(0.0, self.training["rollouts"])
             table = table.assign(rollouts=np.interp(table.index.to_numpy(dtype=float), steps, rollouts))
@@ -91,37 +91,37 @@ class Run(RunFolder):
 
     @cached_property
     def _earlier(self) -> Run | None:
-        """The run that this one continues, while it is still there."""
+        """The run that this one continues; None if there is none, or its folder was deleted."""
         return Run.read(self.continues) if self.continues is not None and self.continues.is_dir() else None
 
     @property
     def _trained(self) -> pd.DataFrame:
-        """The rows with rollouts."""
+        """Logged rows of training steps, which are those with rollouts."""
         return self.rows[self.rows["rollouts"].notna()] if "rollouts" in self.rows else self.rows.iloc[:0]
 
     @property
     def _start(self) -> float:
-        """The first step that this run logged itself."""
+        """First step that this run logged itself."""
         return float(self._trained["step"].min()) + self._shift if len(self._trained) else float("inf")
 
     @cached_property
     def _shift(self) -> int:
-        """Updates made less the step that Lightning logs with them: 1, and 0 after some resumes.
+        """Number of updates made minus the step that Lightning logs with them: 1, and 0 after some resumes.
 
         Its count goes on from where it was when the checkpoint was saved, before or after a validation. Images a step
         are constant, so rollouts tell the truth.
         """
-        told = [(entry["step"], entry["rollouts"]) for entry in self.history]
+        known = [(entry["step"], entry["rollouts"]) for entry in self.history]
         if self._earlier is not None:
-            told += list(self._earlier.training["rollouts"].items())
-        a_step = next((rollouts / step for step, rollouts in told if step > 0), None)
+            known += list(self._earlier.training["rollouts"].items())
+        a_step = next((rollouts / step for step, rollouts in known if step > 0), None)
         if self.continues is None or not len(self._trained) or not a_step:
             return 1
         first = self._trained.iloc[0]
         return round(first["rollouts"] / a_step) - int(first["step"])
 
     def _named(self, entry: dict) -> dict[str, float | None]:
-        """A history entry's scores under the names of the logs."""
+        """Returns a history entry's scores under their names in the logs."""
         prefix = "test" if self.stage == "test" else "val"
         values: dict[str, float | None] = {}
         for (key, mode), value in headlines(entry["results"], self.results).items():
@@ -131,7 +131,7 @@ class Run(RunFolder):
         return values
 
     def _logged_validations(self) -> pd.DataFrame:
-        """Validation rows by the number of updates made before."""
+        """Returns logged validation rows by the number of updates made before them."""
         columns = [name for name in self.rows if str(name).startswith("val/")]
         rows = self.rows[self.rows[columns].notna().any(axis=1)] if columns else self.rows.iloc[:0]
         known = {entry["step"] for entry in self.history}
@@ -147,7 +147,11 @@ class Run(RunFolder):
 
     @cached_property
     def scores(self) -> pd.DataFrame:
-        """Of a test, one row for each prompt in each set and mode, as in `scores.jsonl`; empty for a fit."""
+        """Scores of a test by prompt, set and mode, as in `scores.jsonl`; empty for a fit.
+
+        Raises:
+            ValueError: if the file is damaged.
+        """
         path = self.folder / "scores.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         try:
@@ -157,7 +161,7 @@ class Run(RunFolder):
 
 
 def load(*places: str | Path, stage: str | None = "fit", skip_broken: bool = False) -> list[Run]:
-    """Reads runs; those that another one of them continues are left out.
+    """Reads runs; a run that another one continues is left out.
 
     Args:
         places: run folders, folders above them, patterns.
@@ -178,7 +182,7 @@ def load(*places: str | Path, stage: str | None = "fit", skip_broken: bool = Fal
 
 
 def overview(runs: Sequence[Run]) -> pd.DataFrame:
-    """One row a run: mode, seed, whether it is finished, how far it came, headline scores."""
+    """Tabulates runs, one a row: mode, seed, finished or not, last step and rollouts, headline scores."""
     rows = []
     for run in runs:
         history = run.history
@@ -190,7 +194,7 @@ def overview(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def _events(folder: Path) -> pd.DataFrame:
-    """TensorBoard's scalars, as the rows that `metrics.csv` would have: training and validation apart, by time."""
+    """Reads TensorBoard's scalars as the rows that `metrics.csv` would have: training and validation apart, by time."""
     written: dict[tuple[int, bool], dict[str, float]] = {}
     times: dict[tuple[int, bool], float] = {}
     for path in sorted(folder.glob("events.out.tfevents*")):

@@ -1,1 +1,1 @@
-"""Scores by prompt, and their intervals."""
+"""Scores by prompt, and their bootstrap intervals."""

@@ -1,4 +1,4 @@
-"""Bootstrap over prompts: how much a score would move with other prompts of the same kind."""
+"""Bootstrap over prompts: intervals for how much a score would change with other prompts of the same kind."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def resample(tags: Sequence[str], num: int, seed: int = 0) -> Tensor:
     """Draws prompts with replacement, within each tag: benchmarks fix the number of prompts of a tag.
 
     Args:
-        tags: P prompts' tags.
-        num: R replicates.
-        seed: of the draw.
+        tags: tags of P prompts.
+        num: number of replicates R.
+        seed: seed of the draw.
 
     Returns:
         [R, P] float64: how often each prompt was drawn.
@@ -33,16 +33,16 @@ def resample(tags: Sequence[str], num: int, seed: int = 0) -> Tensor:
 
 
 def other_runs(runs: int, num: int, seed: int = 0) -> Tensor:
-    """Weights of a few runs whose weighted mean spreads as the mean of other runs would.
+    """Draws weights of a few runs with which their weighted mean spreads as the mean of other runs would.
 
     Drawing three runs with replacement gives an interval that is far too narrow. Here, if the runs' scores have mean m
     and standard deviation s, `(weights * scores).mean(1)` is distributed as m + s / sqrt(N) t, with t of Student's
     distribution with N - 1 degrees of freedom: its percentiles are the ends of the usual t interval.
 
     Args:
-        runs: N.
-        num: R replicates.
-        seed: of the draw.
+        runs: number of runs N.
+        num: number of replicates R.
+        seed: seed of the draw.
 
     Returns:
         [R, N] float64 of mean 1 in each row, negative ones among them; all 1 for one run, whose spread is not known.
@@ -59,7 +59,7 @@ def other_runs(runs: int, num: int, seed: int = 0) -> Tensor:
 
 
 def enough(tags: Sequence[str], least: int = 3) -> bool:
-    """Whether every tag has prompts to draw from: one alone is always drawn, and its score would seem certain.
+    """Returns True if every tag has `least` prompts: one alone is always drawn, and its score would seem certain.
 
     With 1, 2, 5 and 20 prompts in each of six tags a nominal 95 % interval covers the mean in 26, 89, 94 and 97 %.
 
@@ -70,10 +70,10 @@ def enough(tags: Sequence[str], least: int = 3) -> bool:
 
 
 def interval(values: Tensor, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of replicates.
+    """Computes the percentile interval of replicates.
 
     Args:
-        values: [R] a score's replicates; those that are NaN (nothing to average) are left out.
+        values: [R] a score's replicates; NaN ones (nothing to average) are left out.
         level: share of the replicates between the two ends.
 
     Returns:

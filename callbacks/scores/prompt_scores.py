@@ -1,4 +1,4 @@
-"""What a benchmark keeps: sums per prompt, from which every score and its interval follow."""
+"""Sums of image values by prompt, from which a benchmark's scores and their intervals follow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchmetrics import Metric
 
 @dataclass(frozen=True)
 class PromptTable:
-    """What the images of P prompts scored.
+    """Sums over the images of P prompts, on the CPU.
 
     Attributes:
         ids: P prompts' ids.
@@ -32,7 +32,7 @@ class PromptTable:
         return len(self.ids)
 
     def rows(self, indices: Sequence[int]) -> PromptTable:
-        """The table of some prompts."""
+        """Returns the table of the prompts at these positions."""
         rows = torch.tensor(indices, dtype=torch.long)
         return PromptTable(
             ids=[self.ids[i] for i in indices],
@@ -43,7 +43,7 @@ class PromptTable:
         )
 
     def tagged(self, tag: str) -> Tensor:
-        """[P] bool, True for prompts with a tag."""
+        """Returns a [P] bool mask of the prompts with this tag."""
         return torch.tensor([own == tag for own in self.tags], dtype=torch.bool)
 
 
@@ -63,13 +63,50 @@ def weighted_mean(table: PromptTable, column: str, weights: Tensor, rows: Tensor
     return (weights @ table.sums[column]) / (weights @ table.counts[column])
 
 
+def _update(
+    row_of: Mapping[str, int], columns: Sequence[str], ids: Sequence[str], values: Sequence[Mapping[str, float]]
+) -> Tensor:
+    """Sums the values of B images by prompt.
+
+    Args:
+        row_of: id -> row of each of P prompts.
+        columns: C names of values.
+        ids: B prompts' ids, one for every image.
+        values: B times column -> value; a column that is missing could not be scored.
+
+    Returns:
+        [P, 2 C + 1] float64: sums of the columns, their counts, and the number of images.
+    """
+    num = len(columns)
+    added = torch.zeros(len(row_of), 2 * num + 1, dtype=torch.float64)
+    for name, named in zip(ids, values, strict=True):
+        row = added[row_of[name]]
+        row[-1] += 1
+        for column, value in named.items():
+            row[columns.index(column)] += value
+            row[num + columns.index(column)] += 1
+    return added
+
+
+def _table(ids: Sequence[str], tags: Sequence[str], columns: Sequence[str], totals: Tensor) -> PromptTable:
+    """Names the totals of P prompts, [P, 2 C + 1] as `_update` returns them."""
+    values, num = totals.cpu().clone(), len(columns)  # later images must not change it
+    return PromptTable(
+        ids=ids,
+        tags=tags,
+        sums={name: values[:, i] for i, name in enumerate(columns)},
+        counts={name: values[:, num + i] for i, name in enumerate(columns)},
+        images=values[:, -1],
+    )
+
+
 class PromptScores(Metric):
     """Accumulates the values of images by prompt; sums only, so processes with unequal shares reduce exactly.
 
     Args:
         ids: P prompts' ids.
         tags: P tags.
-        columns: names of the values.
+        columns: C names of the values, at least one.
 
     Example:
         >>> metric = PromptScores(["a", "b"], ["counting", "counting"], ["correct"])
@@ -82,9 +119,7 @@ class PromptScores(Metric):
 
     full_state_update = False
     higher_is_better = True
-    sums: Tensor
-    counts: Tensor
-    images: Tensor
+    totals: Tensor
 
     def __init__(self, ids: Sequence[str], tags: Sequence[str], columns: Sequence[str]) -> None:
         super().__init__()
@@ -94,48 +129,29 @@ class PromptScores(Metric):
         self._row = {name: row for row, name in enumerate(self.ids)}
         assert len(self._row) == len(self.ids) == len(self.tags), "ids are unique within a set"
         # Doubles of every prompt's own sum: the order in which processes add up cannot matter.
-        for state, shape in (("sums", (len(ids), len(columns))), ("counts", (len(ids), len(columns)))):
-            self.add_state(state, default=torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("images", default=torch.zeros(len(ids), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("totals", _update(self._row, self.columns, [], []), dist_reduce_fx="sum")
 
     @classmethod
     def on(cls, device: torch.device, rows: Sequence[tuple[str, str]], columns: Sequence[str]) -> PromptScores:
-        """An empty metric for P (id, tag), where a process on this device reduces it.
+        """Returns an empty metric where a process on this device can reduce it: double precision is rare but on GPUs.
 
-        Double precision, which not every accelerator has; processes on GPUs reduce there.
+        Args:
+            device: of the process.
+            rows: P pairs of id and tag.
+            columns: names of the values.
         """
         metric = cls([name for name, _ in rows], [tag for _, tag in rows], columns)
+        metric.update([], [])  # torchmetrics would warn of a process that has no image of these prompts
         return metric.to(device if device.type == "cuda" else torch.device("cpu"))
 
     def update(self, ids: Sequence[str], values: Sequence[Mapping[str, float]]) -> None:
-        """Adds images.
+        """Adds B images, given their prompts' ids and, for each, column -> value (see `_update`)."""
+        self.totals += _update(self._row, self.columns, ids, values).to(self.totals.device)
 
-        Args:
-            ids: B prompts' ids, once for every image.
-            values: B times column -> value; a column that is missing could not be scored.
-        """
-        for name, named in zip(ids, values, strict=True):
-            row = self._row[name]
-            self.images[row] += 1
-            for column, value in named.items():
-                self.sums[row, self.columns.index(column)] += value
-                self.counts[row, self.columns.index(column)] += 1
-
-    def compute(self) -> list[list[float]]:
-        """P rows: sums of the columns, their counts, images. Plain lists, of which torchmetrics squeezes nothing."""
-        rows: list[list[float]] = torch.cat([self.sums, self.counts, self.images[:, None]], 1).tolist()
-        return rows
+    def compute(self) -> Tensor:
+        """Returns the totals over all processes, [P, 2 C + 1]."""
+        return self.totals  # never one element, which torchmetrics would squeeze
 
     def table(self) -> PromptTable:
-        """The table so far, over all processes; every process has to ask."""
-        if not self.update_called:
-            self.update([], [])  # a process without prompts; torchmetrics would warn
-        num = len(self.columns)
-        values = torch.tensor(self.compute(), dtype=torch.float64).reshape(len(self.ids), 2 * num + 1)
-        return PromptTable(
-            ids=self.ids,
-            tags=self.tags,
-            sums={name: values[:, i] for i, name in enumerate(self.columns)},
-            counts={name: values[:, num + i] for i, name in enumerate(self.columns)},
-            images=values[:, -1],
-        )
+        """Returns the table over all processes; a collective call, which every process has to make."""
+        return _table(self.ids, self.tags, self.columns, self.compute())

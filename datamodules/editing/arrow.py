@@ -1,4 +1,7 @@
-"""Rows of Parquet and Arrow files, whose images are read when they are asked for."""
+"""Reads rows of Parquet and Arrow files; an image is read, from the file itself, when it is asked for.
+
+By pyarrow rather than `datasets`, which copies a Parquet file into its cache, images included, before the first row.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 Kind = Literal["image", "value", "other"]
-"""Of a column: files of images (binary, or `datasets`' struct); text, numbers and lists of texts; anything else."""
+"""Kind of a column: images (binary, or `datasets`' struct), values that fit into JSON, or neither."""
 
 SUFFIXES = (".parquet", ".arrow")
 
 
 class ArrowRows:
-    """One file of rows; it is opened when first read, so that loader processes each open their own.
+    """A file of rows, opened when first read, so that each loader process opens its own.
 
     Args:
         path: `.parquet`, or `.arrow` as `datasets` writes it (`save_to_disk`) and as Feather files have it.
@@ -36,20 +39,28 @@ class ArrowRows:
 
     @property
     def kinds(self) -> dict[str, Kind]:
-        """What each column holds."""
+        """Name of each column -> what it holds."""
         file = self._open()
         schema = file.schema_arrow if self._is_parquet else file.schema
         return {field.name: _kind(field.type) for field in schema}
 
     def read(self, columns: Sequence[str]) -> list[dict[str, Any]]:
-        """All rows of some columns, as Python values."""
+        """Reads all rows of some columns as Python values."""
         file = self._open()
         table = file.read(columns=list(columns)) if self._is_parquet else file.select(list(columns))
         rows: list[dict[str, Any]] = table.to_pylist()
         return rows
 
     def image(self, row: int, column: str) -> bytes:
-        """An image's file: binary, or `datasets`' `{"bytes", "path"}`, where either will do."""
+        """Reads the bytes of an image file from a binary column or from `datasets`' `{"bytes", "path"}`.
+
+        Args:
+            row: index of the row.
+            column: name of the column. Where it has a path alone, that is relative to the file of rows.
+
+        Raises:
+            ValueError: if there are neither bytes nor a file.
+        """
         value = self._value(row, column)
         data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
         if isinstance(data, bytes):
@@ -72,7 +83,7 @@ class ArrowRows:
         for group in range(file.metadata.num_row_groups):
             size = file.metadata.row_group(group).num_rows
             if row < size:
-                # rows come in their order: one group at a time is enough
+                # evaluation takes rows in their order: one group at a time is enough
                 if self._latest is None or self._latest[:2] != (group, column):
                     self._latest = (group, column, file.read_row_group(group, columns=[column]).column(column))
                 return self._latest[2][row].as_py()
@@ -117,14 +128,14 @@ def _kind(type_: Any) -> Kind:
 
 @dataclass(frozen=True)
 class Image:
-    """What reads the bytes of one row's image."""
+    """Callable that reads the bytes of one row's image."""
 
     rows: ArrowRows
     row: int
     column: str
 
     def __call__(self) -> bytes:
-        """The image's file."""
+        """Reads the bytes of the image file."""
         return self.rows.image(self.row, self.column)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Data files on the hub: what a name means, and the download. Only files are fetched; no code of a data set is run."""
+"""Resolves names of data files on the hub and fetches the files; no code of a data set is run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class HubPath:
 
     Args:
         repo: owner/name.
-        repo_type: the paper's own data lie in a repository for models.
+        repo_type: kind of repository (the paper's own data lie in one for models).
         path: within the repository; empty for all of it.
         revision: branch, tag or commit; null is the newest.
     """
@@ -31,7 +31,7 @@ class HubPath:
     revision: str | None = None
 
     def fetch(self) -> list[Path]:
-        """Local copies: of the file, of the folder as a whole, or of the files that fit the pattern.
+        """Downloads the file, the folder as a whole, or the files that fit the pattern; returns the local copies.
 
         Raises:
             ValueError: if it cannot be had, or a repository alone is named that has not exactly one file of rows.
@@ -77,7 +77,7 @@ class HubPath:
         return found[0]
 
     def _failure(self, what: str, error: Exception) -> ValueError:
-        """Whatever the client raises (its own kinds, its HTTP library's, the system's) as one sentence."""
+        """Turns an exception of the client, its HTTP library or the system into an error of one sentence."""
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         return ValueError(
             f"cannot fetch {what} from {self._place} ({reason}): check the name, the repository's type and the "
@@ -94,12 +94,15 @@ _NAME = r"\w[\w.-]*/\w[\w.-]*"
 
 
 def parse_hub(name: str, repo_type: RepoType | None = None) -> HubPath | None:
-    """What a name means on the hub; None if it is no name of the hub's.
+    """Parses the name of a repository, file, folder or pattern on the hub; returns None for a local path.
 
     Args:
         name: `hf://datasets/owner/name/path` or, in a model repository, `hf://owner/name/path`, with `@revision` after
             the name if wanted; or `owner/name`, a data set, where nothing local is called so.
-        repo_type: says it where the name does not.
+        repo_type: kind of repository where the name does not say it.
+
+    Raises:
+        ValueError: if the name begins with `hf://` and means nothing on the hub, or contradicts `repo_type`.
 
     >>> parse_hub("hf://wangfuyun/PrompRL/data/omni_edit_dev.parquet")
     HubPath(repo='wangfuyun/PrompRL', repo_type='model', path='data/omni_edit_dev.parquet', revision=None)
@@ -121,12 +124,12 @@ def parse_hub(name: str, repo_type: RepoType | None = None) -> HubPath | None:
 
 
 def locate(name: str, setting: str, repo_type: RepoType | None = None) -> list[Path]:
-    """Local files, or one folder, that a setting names: a path, a pattern such as `data/*.parquet`, or the hub's.
+    """Finds the files, or the one folder, that a setting names, and fetches them if they lie on the hub.
 
     Args:
-        name: the path; see `parse_hub`.
-        setting: that holds it, for errors.
-        repo_type: see `parse_hub`.
+        name: a path, a pattern such as `data/*.parquet`, or a name on the hub (see `parse_hub`).
+        setting: name of the setting, for errors.
+        repo_type: kind of repository where the name does not say it.
     """
     try:
         if hub := parse_hub(name, repo_type):

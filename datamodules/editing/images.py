@@ -1,4 +1,4 @@
-"""Images to be edited: what file they may come in, and how each kind becomes RGB."""
+"""Reads source images of any file format and pixel mode as upright RGB, or says why one cannot be used."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 Source = Path | Callable[[], bytes]
-"""An image's path, or what reads its file's bytes."""
+"""Path of an image, or a callable that returns the bytes of its file."""
 
 _MAX_16_BIT = 65535
 
 
 @dataclass(frozen=True)
 class ImageRules:
-    """Which images will do.
+    """Bounds on the size of source images.
 
     Args:
-        min_side: pixels that both sides have to have.
-        max_pixels: an image may have; more are refused before anything is unpacked. Pillow's own bound, 179 million
-            pixels, holds whatever this says.
+        min_side: smallest width and height, in pixels.
+        max_pixels: largest number of pixels; larger images are refused before anything is unpacked. Pillow's own bound,
+            179 million pixels, holds whatever this says.
     """
 
     min_side: int = 1
@@ -34,20 +34,25 @@ class ImageRules:
 
 
 def read_image(source: Source, rules: ImageRules) -> Image.Image:
-    """An image in RGB, upright.
+    """Reads an image as upright RGB.
 
-    Turned as its EXIF orientation says; transparent parts on white; 16 bits scaled to 8, so 65535 is white; CMYK, gray
-    and palettes by Pillow's own conversion. Colour profiles are not applied, as diffusers and transformers do not.
+    It is turned as its EXIF orientation says; transparent parts become white, 16 bits are scaled to 8 (65535 is
+    white), and CMYK, gray and palettes follow Pillow's own conversion. Colour profiles are ignored, as diffusers and
+    transformers ignore them.
+
+    Args:
+        source: path of the image, or a callable that returns the bytes of its file.
+        rules: bounds on its size.
 
     Raises:
-        ValueError: what is wrong with it, to follow "the image so-and-so": not readable or cut off, animated (which
-            image is meant?), 32-bit numbers (of no known range), too few or too many pixels.
+        ValueError: with a message to follow "the image so-and-so", if it is not readable or cut off, animated (which
+            image is meant?), of 32-bit numbers (whose range is unknown), too small or too large.
     """
     return _opened(source, rules, _to_rgb)
 
 
 def check_image(source: Source, rules: ImageRules) -> None:
-    """Raises as `read_image`, but looks at the header only: nothing is unpacked, and what is cut off goes unseen."""
+    """Checks the header of an image and raises as `read_image` does; a file that is cut off behind it goes unseen."""
     _opened(source, rules, lambda image: None)
 
 

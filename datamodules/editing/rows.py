@@ -1,8 +1,7 @@
-"""Rows of editing data: which column is what, and reading Parquet, Arrow, JSON lines and folders of images."""
+"""Reads rows of editing data from Parquet, Arrow, JSONL and folders of images, and finds out which column is which."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,14 +12,15 @@ from typing import Any, Literal
 from datamodules.editing.arrow import SUFFIXES, ArrowRows, Image
 from datamodules.editing.hub import DATA_SUFFIXES
 from datamodules.editing.images import Source
+from datamodules.jsonl import json_lines
 from datamodules.sample import PromptSample
 
 Row = tuple[str, PromptSample, Source]
-"""Where it stands, its sample without the image, and the image's path or what reads it."""
+"""Place (`file:line`), sample without its image, and the image's path or a callable that reads its bytes."""
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 COLUMNS = ("image", "prompt", "category", "id")
-"""What a row is made of."""
+"""Roles that a column can have."""
 
 # Names in the order of preference. `image` counts before all others; of two other names for images neither does.
 _IMAGES = ("src_img", "source_img", "source_image", "input_image", "original_image", "input_image_raw", "file_name")
@@ -37,23 +37,23 @@ TASKS = {
     "env": "env",
     "obj_remove": "removal",
 }
-"""OmniEdit's short names, as its ids have them (`task_obj_swap_rand_mask_401099`), and the names of its categories."""
+"""Short name in OmniEdit's ids (`task_obj_swap_rand_mask_401099`) -> name of the category in the editing table."""
 
 
 @dataclass
 class BadRows:
-    """What to do with a row that cannot be used.
+    """Treatment of rows that cannot be used.
 
     Args:
-        how: `stop` raises at the first, `skip` keeps count.
+        how: `stop` raises at the first of them, `skip` lists them.
     """
 
     how: Literal["stop", "skip"]
     found: list[str] = field(default_factory=list)
-    """What was wrong with each row, in the files' order."""
+    """The problem of each such row, in the files' order."""
 
     def add(self, problem: str) -> None:
-        """One more."""
+        """Lists the problem of a row, or raises it as a ValueError if `how` is `stop`."""
         if self.how == "stop":
             raise ValueError(problem)
         self.found.append(problem)
@@ -62,18 +62,21 @@ class BadRows:
 def read_rows(
     places: Sequence[Path], bad: BadRows, columns: Mapping[str, str] | None = None, prompt_index: int = -1
 ) -> list[Row]:
-    """The rows of some files, or of one folder, without looking into their images.
+    """Reads the rows of some files, or of one folder, without looking into their images.
 
     Args:
         places: Parquet, Arrow or JSONL files, or a folder that holds some of one kind, or images with captions.
-        bad: is told of rows without an instruction or an image.
-        columns: names of the columns that hold `image`, `prompt`, `category` and `id`; the others are looked for.
-        prompt_index: which entry to take where the instruction is a list.
+        bad: gets the rows without an instruction or an image.
+        columns: names of the columns that hold `image`, `prompt`, `category` and `id`; those not given are looked for.
+        prompt_index: index of the entry to take where the instruction is a list.
+
+    Raises:
+        ValueError: if a file cannot be read, an id occurs twice or the columns are unclear.
     """
     rows: list[Row] = []
     lines: dict[str, str] = {}
     total = 0
-    for table in _tables(places):
+    for table in tables(places):
         found = find_columns(table, columns or {})
         for number, (where, record) in enumerate(table.records):
             # A row that is left out keeps its number, so the others' ids stay what they are.
@@ -97,7 +100,11 @@ def read_rows(
 
 
 def category_of(given: Any, name: str) -> str:
-    """The tag: the category given, else what the id begins with, else `edit`; OmniEdit's short names in full.
+    """Returns the tag of a row: its category, else the one that its id begins with, else `edit`.
+
+    Args:
+        given: the row's category, if it has one; OmniEdit's short names become the full ones.
+        name: the row's id.
 
     >>> category_of("obj_add", "7"), category_of(None, "task_env_weather_63722"), category_of("recolour", "7")
     ('addition', 'env', 'recolour')
@@ -123,14 +130,14 @@ def _prompt(record: Mapping[str, Any], column: str, index: int) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of a file, images in it aside.
+    """The rows of one file, or of a folder of images; images inside the file are left unread.
 
     Args:
         path: the file, or the folder that the images' paths are relative to.
-        columns: their names, images among them.
-        records: where each row stands, and its values.
-        images: columns that hold images, or paths of such.
-        stored: reads the image of a row and column, in files that hold them.
+        columns: names of all columns.
+        records: place (`file:line`) and values of each row.
+        images: names of the columns that hold images or paths of images.
+        stored: row and column -> reader of an image that lies in the file itself.
     """
 
     path: Path
@@ -140,23 +147,43 @@ class Table:
     stored: Callable[[int, str], Image] | None = None
 
     def source(self, number: int, record: Mapping[str, Any], column: str) -> Source:
-        """Where the image of a row is to be had."""
+        """Returns the path of a row's image, or a callable that reads it.
+
+        Args:
+            number: index of the row.
+            record: values of the row.
+            column: name of the image's column.
+
+        Raises:
+            ValueError: if the row names no image, or one that is not there; the message lacks the row's place.
+        """
         if self.stored is not None and column not in record:
             return self.stored(number, column)
         name = record.get(column)
         if not isinstance(name, str) or not name:
             raise ValueError(f"`{column}` is {name!r}: give the path of the source image.")
-        folder = self.path if self.path.is_dir() else self.path.parent
-        if not (folder / name).is_file():
-            raise ValueError(f"there is no image {folder / name}: paths are relative to {folder}.")
-        return folder / name
+        return image_file(self.path if self.path.is_dir() else self.path.parent, name)
+
+
+def image_file(folder: Path, name: str) -> Path:
+    """Returns the path of an image in a folder; raises ValueError if it is not there."""
+    if not (folder / name).is_file():
+        raise ValueError(f"there is no image {folder / name}: paths are relative to {folder}.")
+    return folder / name
 
 
 def find_columns(table: Table, given: Mapping[str, str]) -> dict[str, str]:
-    """Column of the image, the prompt and, if there are such, the category and the id.
+    """Finds the columns of a table by their names.
+
+    Args:
+        table: rows with their columns.
+        given: role (one of `COLUMNS`) -> name of its column, where the user says it.
+
+    Returns:
+        Role -> name of its column: `image` and `prompt`, and `category` and `id` where there are such columns.
 
     Raises:
-        ValueError: that lists the columns, if one is not there or it is unclear which one holds the source image.
+        ValueError: with a list of the columns, if one is missing or it is unclear which one holds the source image.
     """
     has = ", ".join(table.columns) or "none"
     for role, name in given.items():
@@ -184,21 +211,24 @@ def find_columns(table: Table, given: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def _tables(places: Sequence[Path]) -> Iterator[Table]:
+def tables(places: Sequence[Path]) -> Iterator[Table]:
+    """Opens Parquet, Arrow and JSONL files, a folder that holds files of one of these kinds, or images with captions.
+
+    Raises:
+        ValueError: naming the file and, for JSONL, the line that cannot be read.
+    """
     for place in places:
         if place.is_dir():
-            kinds = files_by_kind(place)
+            kinds = _files_by_kind(place)
             if len(kinds) > 1:
                 raise ValueError(
                     f"{place} holds {' and '.join(kinds)} files: give a file, or a folder with files of one kind."
                 )
-            yield from _tables(next(iter(kinds.values()))) if kinds else [_captions(place)]
+            yield from tables(next(iter(kinds.values()))) if kinds else [_captions(place)]
         elif place.suffix in SUFFIXES:
             yield _arrow(place)
         elif place.suffix == ".jsonl":
             records = list(json_lines(place))
-            if not records:
-                raise ValueError(f"{place}: the file holds no prompts: write one JSON object per line.")
             columns = list(dict.fromkeys(key for _, record in records for key in record))
             yield Table(place, columns, records, _paths(columns, records))
         else:
@@ -207,29 +237,14 @@ def _tables(places: Sequence[Path]) -> Iterator[Table]:
             )
 
 
-def files_by_kind(folder: Path) -> dict[str, list[Path]]:
-    """Files of rows in a folder, by name; kinds that are not there are left out."""
+def _files_by_kind(folder: Path) -> dict[str, list[Path]]:
+    """Suffix -> the folder's files of that kind, sorted by name; kinds that are not there are left out."""
     found = {suffix: sorted(folder.glob(f"*{suffix}")) for suffix in DATA_SUFFIXES}
     return {suffix: files for suffix, files in found.items() if files}
 
 
-def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """`file:line` and the object; blank lines are skipped."""
-    with open(path, encoding="utf-8-sig") as file:  # -sig: a byte order mark is not part of the first record
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                where = f"{path}:{number}"
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{where}: not valid JSON ({error}): write one JSON object per line.") from None
-                if not isinstance(record, dict):
-                    raise ValueError(f"{where}: not a JSON object: write one per line.")
-                yield where, record
-
-
 def _arrow(path: Path) -> Table:
-    """Rows whose values fit into JSON; columns of anything else, beside images, are not read."""
+    """Opens a Parquet or Arrow file; columns that hold neither images nor values that fit into JSON are not read."""
     rows = ArrowRows(path)
     kinds = rows.kinds
     values = rows.read([name for name, kind in kinds.items() if kind == "value"])
@@ -246,7 +261,7 @@ def _arrow(path: Path) -> Table:
 
 
 def _captions(folder: Path) -> Table:
-    """Images each with a text file of its name; a subfolder is the category."""
+    """Lists the images of a folder, each with a `.txt` file of its name as prompt; a subfolder is the category."""
     records = []
     for file in sorted(folder.rglob("*")):
         if file.suffix.lower() in IMAGE_SUFFIXES:
@@ -264,13 +279,13 @@ def _captions(folder: Path) -> Table:
 
 
 def _paths(columns: Iterable[str], records: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """Columns whose first value is the name of an image."""
+    """Returns the columns whose first value is the file name of an image."""
     firsts = {name: next((r[name] for _, r in records if r.get(name) is not None), None) for name in columns}
     return [name for name, v in firsts.items() if isinstance(v, str) and Path(v).suffix.lower() in IMAGE_SUFFIXES]
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
+    """Replaces NaN and infinity, which JSON does not have, by None."""
     if isinstance(value, list):
         return [_finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,1 +1,1 @@
-"""Other wordings of evaluation prompts, and checks that they ask for the same (contracts in `base`)."""
+"""Paraphrases of evaluation prompts, and checks that they still ask for the same (contracts in `base`)."""

@@ -1,4 +1,4 @@
-"""The contracts: who writes other wordings of prompts, and who says what a wording has lost."""
+"""Base classes of sources of paraphrases and of checks that a paraphrase keeps the content."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from collections.abc import Iterable, Sequence
 from datamodules.base import PromptSample
 
 Wordings = dict[str, list[str | None]]
-"""Kind of paraphrase -> a wording for each prompt; None where this kind has none for it."""
+"""Kind of paraphrase -> one wording for each prompt, None where this kind has none for it."""
 
 
 class Paraphraser(ABC):
-    """A source of other wordings.
+    """Base class of sources of paraphrases.
 
     Args:
-        refined: whether the run's own refiner is put in front of these wordings too.
+        refined: true evaluates the run's own refiner on these wordings too.
     """
 
     checked = True
-    """Whether wordings that lose something are left out; false for a prompt enhancer, whose mistakes count."""
+    """True leaves out wordings that lose content; false keeps them, for a prompt enhancer whose mistakes count."""
     sees_images = False
-    """Whether `write` looks at the source images of editing prompts."""
+    """True if `write` looks at the source images of editing prompts."""
 
     def __init__(self, refined: bool = True) -> None:
         self.refined = refined
@@ -30,26 +30,26 @@ class Paraphraser(ABC):
     @property
     @abstractmethod
     def kinds(self) -> tuple[str, ...]:
-        """Names of its kinds of wording: a set `geneval` becomes the sets `geneval.<kind>`."""
+        """Names of the kinds of wording: a set `geneval` becomes the sets `geneval.<kind>`."""
 
     @abstractmethod
     def write(self, name: str, samples: Sequence[PromptSample]) -> Wordings:
-        """For every kind, one wording for each of the P prompts.
+        """Writes, for every kind, one wording for each of P prompts.
 
         A prompt that a kind cannot change has None: a wording is never the prompt itself.
 
         Args:
-            name: of the evaluation set.
+            name: name of the evaluation set.
             samples: its P originals.
         """
 
 
 class ContentCheck(ABC):
-    """Says whether a wording still asks for what the prompt asks for."""
+    """Base class of checks that a wording still asks for what the prompt asks for."""
 
     @abstractmethod
     def lost(self, sample: PromptSample, wording: str) -> str | None:
-        """What the wording no longer asks for, as a short phrase; None if nothing.
+        """Names something that the wording no longer asks for, as a short phrase; None if it asks for everything.
 
         Args:
             sample: the original, with its metadata.
@@ -58,7 +58,7 @@ class ContentCheck(ABC):
 
 
 def check_kinds(kinds: Iterable[str], where: str) -> tuple[str, ...]:
-    """The kinds, if they can be parts of sets' names.
+    """Returns the kinds; raises ValueError if they cannot be parts of sets' names.
 
     >>> check_kinds(["typos", "case"], "kinds")
     ('typos', 'case')
@@ -73,7 +73,7 @@ def check_kinds(kinds: Iterable[str], where: str) -> tuple[str, ...]:
 
 
 def choose_kinds(kinds: Sequence[str] | None, known: Sequence[str], where: str) -> tuple[str, ...]:
-    """The chosen kinds, if all are known; None chooses all of them."""
+    """Returns the chosen kinds, all of them for None; raises ValueError if one is unknown."""
     chosen = check_kinds(known if kinds is None else kinds, where)
     unknown = [kind for kind in chosen if kind not in known]
     if unknown or not chosen:

@@ -1,4 +1,4 @@
-"""What a wording has lost against the metadata of GenEval and OCR prompts, and against quoted text."""
+"""Check that a paraphrase keeps the objects, counts, colours and texts that a GenEval or OCR prompt asks for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TOKEN = re.compile(r"\w+(?:'\w+)?|[^\w\s]")
 _QUOTED = re.compile(r'"([^"]*[^"\s][^"]*)"')
 _STRAIGHT = str.maketrans("“”„’‘", '"""\'\'')
 _REACH = 6
-"""Words between a number or a colour and the noun that it goes with, at most."""
+"""Largest number of words between a number or a colour and the noun that it goes with."""
 _NEW_NOUN = {"a", "an", "another", "each", "every", ".", ";", ":", "!", "?"}
 _BREAKS = _NEW_NOUN | {
     *("the", "one", "its", "his", "her", "their", "and", "or", "is", "are", "that", "which", "while", "with", "of"),
@@ -26,12 +26,12 @@ _COLOR_WORDS = {*COLORS, "gray", "grey"}
 
 
 _Names = dict[tuple[str, ...], tuple[frozenset[str], bool]]
-"""Tokens of a name -> the classes that it means, and whether it is a singular."""
+"""Tokens of a name -> the classes that it means, and true if it is a singular."""
 
 
 @dataclass(frozen=True)
 class _Mention:
-    """Tokens `start` to `stop` (exclusive) that name one of `classes`."""
+    """Place in a wording that names one of `classes`: the tokens from `start` to `stop` (exclusive)."""
 
     start: int
     stop: int
@@ -40,20 +40,20 @@ class _Mention:
 
 
 def wanted_texts(sample: PromptSample) -> list[str]:
-    """What the image is to say: OCR metadata's `text`, else whatever the prompt has in double quotes."""
+    """Returns the texts that the image is to show: OCR metadata's `text`, else all that is in double quotes."""
     text = sample.metadata.get("text")
     given = [text] if isinstance(text, str) else text if isinstance(text, list | tuple) else []
     return [t for t in given if isinstance(t, str) and t.strip()] or _QUOTED.findall(sample.prompt.translate(_STRAIGHT))
 
 
 def verbatim(text: str) -> str:
-    """A regular expression for a text as words of its own, whatever its blanks."""
+    """Returns a regular expression that finds a text as whole words, with any white space between them."""
     words = r"\s+".join(map(re.escape, text.split()))
     return (r"(?<!\w)" if text[:1].isalnum() else "") + words + (r"(?!\w)" if text[-1:].isalnum() else "")
 
 
 class PromptContent(ContentCheck):
-    """Looks for what the metadata asks for, word by word; wordings are not understood, so unusual ones may fail.
+    """Looks in a wording for everything that the metadata asks for, word by word, so unusual wordings may fail.
 
     GenEval's classes must be there under their own name or a synonym, singular or plural, as words of their own (no
     "dog" in "hot dog"); a count above 1 as a digit or in words, before the class or, if no number stands before it,
@@ -72,7 +72,7 @@ class PromptContent(ContentCheck):
         self._names = self._forms(CLASSES)
 
     def lost(self, sample: PromptSample, wording: str) -> str | None:
-        """The first thing that is missing, such as `dog`, `3 dog`, `red dog`, `left of` or `text "No Parking"`."""
+        """Returns the first thing missing, such as `dog`, `3 dog`, `red dog`, `left of` or `text "No Parking"`."""
         return next(self._losses(sample, wording), None)
 
     def _losses(self, sample: PromptSample, wording: str) -> Iterator[str]:
@@ -98,7 +98,7 @@ class PromptContent(ContentCheck):
     # --- GenEval ----------------------------------------------------------------------------------------------------
 
     def _forms(self, classes: Iterable[str]) -> _Names:
-        """Every form of every name of the classes."""
+        """Returns all names of the classes, in singular and plural."""
         forms: _Names = {}
         for name in classes:
             for known in (name, *SAME.get(name, ()), *LOOSE.get(name, ()), *self.synonyms.get(name, ())):
@@ -143,7 +143,7 @@ class PromptContent(ContentCheck):
 
 
 def _mentions(tokens: list[str], names: _Names) -> Iterator[_Mention]:
-    """Classes named, the longest name first: "tv remote" is no tv."""
+    """Yields the places that name a class; the longest name counts, so "tv remote" is no tv."""
     longest = max(map(len, names))
     start = 0
     while start < len(tokens):
@@ -165,7 +165,7 @@ def _number(token: str) -> int | None:
 
 
 def _number_before(tokens: list[str], mention: _Mention, *, paired: bool) -> int | None:
-    """The nearest number before a noun, up to the article of another noun; a pair of scissors is no number."""
+    """Returns the nearest number before a noun, up to another noun's article; "pair of scissors" has no number."""
     for token in reversed(tokens[max(mention.start - _REACH, 0) : mention.start]):
         number = _number(token)
         if number is not None and not (paired and token == "pair"):
@@ -176,7 +176,7 @@ def _number_before(tokens: list[str], mention: _Mention, *, paired: bool) -> int
 
 
 def _noun_of(place: int, tokens: list[str], mentions: list[_Mention], colors: set[str]) -> _Mention | None:
-    """The noun that the colour at `place` goes with: the one it stands before, else the last one, else the next."""
+    """Returns the noun of the colour at `place`: the one it stands before, else the last one, else the next."""
     starts = {mention.start: mention for mention in mentions}
     for index in range(place + 1, min(place + 1 + _REACH, len(tokens))):
         if index in starts:

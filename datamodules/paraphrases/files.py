@@ -1,20 +1,19 @@
-"""Other wordings from a JSONL file: published paraphrases, or one's own."""
+"""Paraphrases from a JSONL file: published ones, or one's own."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from datamodules.base import PromptSample, bare
+from datamodules.jsonl import Broken, Record, json_lines
 from datamodules.paraphrases.base import Paraphraser, Wordings, check_kinds
 
 
 @dataclass(frozen=True)
 class _Line:
-    """One wording, and the set, id and text of the prompt that it rewords, where the file says so."""
+    """A wording, and the set, id and text of the prompt that it rewords, as far as the file says so."""
 
     where: str
     kind: str
@@ -24,22 +23,22 @@ class _Line:
     original: str | None
 
     def rewords(self, name: str, sample: PromptSample) -> bool:
-        """Whether it belongs to a prompt of the set `name`."""
+        """Returns True if the wording belongs to this prompt of the set `name`."""
         pairs = ((self.name, name), (self.id, sample.id), (self.original, sample.prompt))
         return all(said is None or said == is_ for said, is_ in pairs)
 
 
 class FileParaphrases(Paraphraser):
-    """Wordings from a JSONL file.
+    """Source of paraphrases that are read from a JSONL file.
 
     A line is `{"id" or "original" or both, "paraphrase", "kind"?, "set"?}` and belongs to the prompt with this id, with
     this text, in this set (`"set": "geneval"`): whatever it names has to agree. Ids that a set does not have are for
     other sets. Files that `WrittenParaphrases` has left serve as they are.
 
     Args:
-        path: of the file.
-        kind: of lines that name none.
-        refined: whether the run's own refiner is put in front of these wordings too.
+        path: path of the file.
+        kind: kind of the lines that name none.
+        refined: true evaluates the run's own refiner on these wordings too.
     """
 
     def __init__(self, path: str, kind: str = "file", refined: bool = True) -> None:
@@ -51,11 +50,11 @@ class FileParaphrases(Paraphraser):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds that the file has, in its order."""
+        """Names of the kinds that the file has, in its order."""
         return tuple(dict.fromkeys(line.kind for line in self._read()))
 
     def write(self, name: str, samples: Sequence[PromptSample]) -> Wordings:
-        """For every kind, the file's wording for each prompt, or None where it has none.
+        """Returns, for every kind, the file's wording for each prompt, or None where it has none.
 
         Raises:
             ValueError: if no line is for this set, or two are for the same kind of the same prompt.
@@ -90,42 +89,26 @@ class FileParaphrases(Paraphraser):
         return self._lines
 
 
-def read_lines(path: Path, *, unfinished: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
-    """`file:line` and object of a JSONL file's lines, blank ones left out.
+def read_wordings(path: Path, *, broken: Broken = "stop") -> Iterator[tuple[str, Record]]:
+    """Yields `file:line` and the object of each line of a file of wordings.
 
     Args:
-        path: of the file.
-        unfinished: the last line may be broken off, and is then left out too.
+        path: a JSONL file whose objects have a `paraphrase`.
+        broken: treatment of lines that hold no JSON object; see `json_lines`.
 
     Raises:
         ValueError: naming `file:line`, what is wrong and what to do.
     """
-    with open(path, encoding="utf-8-sig") as file:
-        for number, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                record: Any = json.loads(text)
-            except json.JSONDecodeError as error:
-                if unfinished and not text.endswith("\n"):
-                    return
-                raise ValueError(
-                    f"{where}: not valid JSON ({error.msg} at column {error.colno}): correct or delete the line."
-                ) from None
-            if not isinstance(record, dict):
-                raise ValueError(f"{where}: a JSON {type(record).__name__} in place of an object: write {{...}}.")
-            if not isinstance(record.get("paraphrase"), str) or not record["paraphrase"].strip():
-                raise ValueError(f"{where}: `paraphrase` is {record.get('paraphrase')!r}: give the other wording.")
-            yield where, record
+    for where, record in json_lines(path, broken=broken):
+        if not isinstance(record.get("paraphrase"), str) or not record["paraphrase"].strip():
+            raise ValueError(f"{where}: `paraphrase` is {record.get('paraphrase')!r}: give the other wording.")
+        yield where, record
 
 
 def _parse(path: Path, kind: str) -> Iterator[_Line]:
     if not path.is_file():
         raise ValueError(f"FileParaphrases.path is {str(path)!r}, which is not a file: give the path of a .jsonl file.")
-    empty = True
-    for where, record in read_lines(path):
-        empty = False
+    for where, record in read_wordings(path):
         said = {key: record.get(key) for key in ("set", "id", "original")}
         said["id"] = None if said["id"] is None else str(said["id"])
         for key, value in said.items():
@@ -135,5 +118,3 @@ def _parse(path: Path, kind: str) -> Iterator[_Line]:
             raise ValueError(f"{where}: neither `id` nor `original`: say which prompt this rewords.")
         (own,) = check_kinds([record.get("kind", kind)], where)
         yield _Line(where, own, record["paraphrase"].strip(), said["set"], said["id"], said["original"])
-    if empty:
-        raise ValueError(f"{path}: the file is empty: write one JSON object per line.")

@@ -1,4 +1,4 @@
-"""Other wordings by rule: nothing to download, the same in every run, and the content stays as it is."""
+"""Paraphrases by rule: they need no model, are the same in every run, and keep the content."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _FRAMES = (
     "{}, captured by a camera",
 )
 _REQUESTS = ("what I want: {}", "this is the request: {}", "I would like the following: {}", "{}, please")
-"""For prompts of any other kind, editing instructions among them."""
+"""Frames for prompts of any other kind, editing instructions among them."""
 _SETTINGS = (
     ("soft natural light", "gentle daylight", "even studio lighting", "diffuse window light"),
     ("a plain background", "a simple backdrop", "an uncluttered background", "a neutral backdrop"),
@@ -44,7 +44,7 @@ _QUALITIES = (("high quality", "well made"), ("carefully done", "clean"), ("fine
 _RELATION = "|".join(re.escape(phrase) for phrase in sorted(TURNS, key=len, reverse=True))
 _RELATED = re.compile(rf"(.+?) ({_RELATION}) (.+)", re.IGNORECASE)
 _LINKED = re.compile(r"(and|or|but|then|which|who|whose|where|while|so)\b", re.IGNORECASE)
-"""A clause that begins so cannot move."""
+"""Beginnings of clauses that cannot move."""
 
 
 class RuleParaphrases(Paraphraser):
@@ -62,9 +62,9 @@ class RuleParaphrases(Paraphraser):
     the other prompts.
 
     Args:
-        kinds: some of the above; null is all.
-        seed: of the choices.
-        refined: whether the run's own refiner is put in front of these wordings too.
+        kinds: some of the kinds above; null is all.
+        seed: seed of the choices.
+        refined: true evaluates the run's own refiner on these wordings too.
     """
 
     def __init__(self, kinds: list[str] | None = None, seed: int = 0, refined: bool = True) -> None:
@@ -74,11 +74,11 @@ class RuleParaphrases(Paraphraser):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The chosen kinds."""
+        """Names of the chosen kinds."""
         return self._kinds
 
     def write(self, name: str, samples: Sequence[PromptSample]) -> Wordings:
-        """For every kind, one wording for each prompt, or None where the rule changes nothing."""
+        """Writes, for every kind, one wording for each prompt, or None where the rule changes nothing."""
         return {kind: [self._reword(kind, sample) for sample in bare(samples)] for kind in self.kinds}
 
     def _reword(self, kind: str, sample: PromptSample) -> str | None:
@@ -93,7 +93,11 @@ class RuleParaphrases(Paraphraser):
 
 
 def _hide(prompt: str, texts: Iterable[str]) -> tuple[str, dict[str, str]]:
-    """Puts characters that no rule knows in the place of quoted texts, and of wanted ones that are not quoted."""
+    """Hides quoted and wanted texts behind characters that no rule changes.
+
+    Returns:
+        The prompt with these characters, and the text that each stands for.
+    """
     hidden: dict[str, str] = {}
 
     def hide(match: re.Match[str]) -> str:
@@ -209,7 +213,7 @@ _RULES: dict[str, Callable[[str, dict[str, Any], random.Random], str | None]] = 
 
 
 def _words_of(names: Iterable[str]) -> set[str]:
-    """Every word in every form of every name."""
+    """Returns every word in every form of every name."""
     known = {form for name in names for form in (name, *SAME.get(name, ()), *LOOSE.get(name, ()))}
     return {word for form in known for text in (form, *plurals(form)) for word in text.split()}
 
@@ -223,29 +227,29 @@ def _is_latin(prompt: str) -> bool:
 
 
 def _body(prompt: str) -> tuple[str, str]:
-    """A prompt without its frame ("a photo of "), and the frame."""
+    """Splits a prompt into its body and its frame ("a photo of ")."""
     match = _FRAME.match(prompt)
     return (prompt[match.end() :], match[0]) if match else (prompt, "")
 
 
 def _decapitalised(text: str) -> str:
-    """The article that a text begins with in small letters; other words may be names."""
+    """Writes the article that a text begins with in small letters; other words may be names."""
     return re.sub(r"^(An?|The)(?=\s)", lambda match: match[0].lower(), text)
 
 
 def _as_begun(frame: str, first: str, link: str, second: str, body: str) -> str:
-    """Two parts about a link, behind the frame, or else with a capital if the prompt had one."""
+    """Joins two parts by a link, behind the frame, or without one with a capital if the prompt had a capital."""
     text = f"{first} {link} {second}"
     return frame + text if frame or not body[0].isupper() else text[0].upper() + text[1:]
 
 
 def _like(new: str, old: str) -> str:
-    """A word with a capital if the one in whose place it stands has one."""
+    """Gives a word a capital if the word that it replaces has one."""
     return new[0].upper() + new[1:] if old[0].isupper() else new
 
 
 def _slip(word: str, rng: random.Random) -> str:
-    """A word with two neighbours swapped, or one letter dropped or doubled; never the first."""
+    """Misspells a word: two neighbours swapped, or one letter dropped or doubled, but never the first."""
     swaps = [i for i in range(1, len(word) - 1) if word[i] != word[i + 1]]
     kind = rng.choice(("swap", "drop", "double") if swaps else ("drop", "double"))
     i = rng.choice(swaps) if kind == "swap" else rng.randrange(1, len(word))

@@ -1,4 +1,4 @@
-"""Words for what GenEval asks for: its classes under other names, plurals, numbers, colours, relations."""
+"""English words for the content of GenEval prompts: synonyms of the classes, plurals, numbers, relations."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ _VOWELS = "aeiou"
 
 @cache
 def plural(noun: str) -> str:
-    """The plural, by its last word.
+    """Returns the plural of a noun, which its last word decides.
 
     >>> [plural(noun) for noun in ("bus", "hot dog", "computer mouse", "toothbrush", "teddy", "toy")]
     ['buses', 'hot dogs', 'computer mice', 'toothbrushes', 'teddies', 'toys']
@@ -99,12 +99,12 @@ def plural(noun: str) -> str:
 
 @cache
 def plurals(noun: str) -> frozenset[str]:
-    """The plural, and what GenEval's own script makes of the noun ("two sheeps", "three scissorses")."""
+    """Returns the plural and what GenEval's own script makes of the noun ("two sheeps", "three scissorses")."""
     return frozenset({plural(noun), noun + "es" if noun.endswith("s") else noun + "s"})
 
 
 def article_for(word: str) -> str:
-    """`a` or `an`, by the first letter, which serves for the words of this file."""
+    """Returns `a` or `an` by the first letter, which is right for the words of this file."""
     return "an" if word[0].lower() in _VOWELS else "a"
 
 
@@ -137,7 +137,7 @@ COMMON: dict[str, tuple[str, ...]] = {
     "tiny": ("minuscule",),
     "whole": ("entire",),
 }
-"""Words of any prompt that another may replace."""
+"""Common word -> words that may replace it in any prompt."""
 
 TURNS: dict[str, tuple[str, str]] = {
     "to the left of": ("to the right of", "left of"),

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 
-from datamodules.base import ResumableLoader
+from datamodules.resumable import ResumableLoader
 from rewards.base import RewardUnavailable
 
 

@@ -1,4 +1,4 @@
-"""What modules were called before 0.1.0, for the error that a saved configuration with an old name gets."""
+"""Old names of modules, for the error that a saved configuration with one of them gets."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ _CLASSES = {
 
 
 def renamed(message: str) -> str | None:
-    """The sentence that a configuration with an old class path gets.
+    """Returns the sentence that tells a class's new name.
 
     Args:
-        message: of the error, in which the class path stands in quotes.
+        message: message of an error, in which a class path stands in quotes.
 
     Returns:
         None if the message names no old path.

@@ -1,4 +1,4 @@
-"""What both agents have: how they load, freeze, take adapters, and keep a reference."""
+"""`Policy`: base class of both agents, which are trained fully, trained by adapters, or frozen."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class LoRA:
-    """Low-rank adapters (peft) in place of full fine-tuning.
+    """Low-rank adapters (peft) instead of full fine-tuning.
 
     Args:
         rank: rank of the update.
-        alpha: its scale is alpha / rank.
+        alpha: the update is scaled by alpha / rank.
         targets: module name endings, or one regular expression; null is the policy's own choice.
     """
 
@@ -43,20 +43,20 @@ class Policy(nn.Module, ABC):
     Args:
         model: folder or hub id.
         learning_rate: null freezes this agent.
-        weight_decay: AdamW's.
-        betas: AdamW's.
+        weight_decay: AdamW's weight decay.
+        kl_weight: weight of the KL to the model before training; 0 keeps no reference.
+        clip_range: the ratio in the surrogate is clipped to 1 - clip_range, 1 + clip_range.
+        betas: AdamW's betas.
         max_grad_norm: the gradient of this agent alone is clipped to this norm.
-        kl_weight: weight of the KL to the model as it was before training; 0 keeps no reference.
-        clip_range: of the ratio in the surrogate.
         lora: adapters; null trains all weights.
-        dtype: of the loaded weights.
-        micro_batch_size: samples per forward pass, in rollout and update alike; null is all at once.
-        gradient_checkpointing: computes activations again in the backward pass in place of keeping them.
+        dtype: dtype of the loaded weights.
+        micro_batch_size: samples per forward pass of the update, and of a flow model's rollout; null is all at once.
+        gradient_checkpointing: computes activations again in the backward pass instead of keeping them.
         quantization: keeps the frozen weights in 4 or 8 bits (bitsandbytes); an agent that learns needs `lora` then.
     """
 
     agent: ClassVar[str] = "language"
-    """Its name in the configuration, the optimizer's groups and the log."""
+    """Name of this kind of agent in the configuration, the optimizer's groups and the log."""
     default_lora_targets: list[str] | str
 
     def __init__(
@@ -64,13 +64,13 @@ class Policy(nn.Module, ABC):
         model: str,
         learning_rate: float | None,
         weight_decay: float,
-        betas: tuple[float, float],
-        max_grad_norm: float,
         kl_weight: float,
         clip_range: float,
-        lora: LoRA | None,
-        dtype: DType,
-        micro_batch_size: int | None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        max_grad_norm: float = 1.0,
+        lora: LoRA | None = None,
+        dtype: DType = "bfloat16",
+        micro_batch_size: int | None = None,
         gradient_checkpointing: bool = False,
         quantization: Quantization | None = None,
     ) -> None:
@@ -98,17 +98,17 @@ class Policy(nn.Module, ABC):
 
     @property
     def trained(self) -> bool:
-        """Whether this agent learns."""
+        """True if this agent learns."""
         return self.learning_rate is not None
 
     @property
     def active(self) -> Any:
-        """The network that answers now: the trained one, or inside `reference()` its frozen copy."""
+        """The network in use: the trained one, or its frozen copy inside `reference()`."""
         return self._frozen_copy if self._use_frozen_copy else self.network
 
     @abstractmethod
     def load(self) -> None:
-        """Brings the weights and prepares them for training; later calls do nothing."""
+        """Loads the weights and prepares them for training; later calls do nothing."""
 
     @abstractmethod
     def _add_adapters(self, lora: LoRA) -> None:
@@ -116,7 +116,7 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes what was trained in the ecosystem's own format: an adapter, or a model folder."""
+        """Writes what was trained in the libraries' own format: an adapter, or a model folder."""
 
     def _prepare(self) -> None:
         """Freezes everything but what this agent learns, and keeps a reference if the KL needs one."""
@@ -147,13 +147,13 @@ class Policy(nn.Module, ABC):
         return self
 
     def train(self, mode: bool = True) -> Policy:
-        """Stays in evaluation mode whatever is asked."""
+        """Stays in evaluation mode, whatever `mode` is."""
         del mode
         return super().train(False)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside, the policy is what it was before training: adapters off, or the frozen copy."""
+        """Context manager: the reference policy (LoRA disabled, or the frozen copy)."""
         if self.lora is not None and self.trained:
             with self._adapters_off():
                 yield
@@ -176,12 +176,12 @@ class Policy(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """Device of the network."""
         device: torch.device = next(self.network.parameters()).device
         return device
 
     def parameter_group(self) -> dict[str, Any]:
-        """This agent's group for the optimizer."""
+        """Makes this agent's parameter group for the optimizer."""
         return {
             "name": self.agent,
             "params": [p for p in self.parameters() if p.requires_grad],

@@ -1,38 +1,39 @@
-"""What every flow model does (`FlowPolicy`): sampling, replay, images; `Policy` and its settings from beside."""
+"""`FlowPolicy`: base class of all flow-matching models (sampling, log-prob replay, decoding)."""
 
 from __future__ import annotations
 
-import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from datamodules.chunks import chunks
-from lightning_modules.policies.base import DType, LoRA, Policy
-from lightning_modules.policies.memory import Quantization
+from lightning_modules.policies.base import Policy
+from lightning_modules.rl.sampling import Velocity, sample, sde_transition
 from lightning_modules.rl.schedule import Window, sde_step_indices
-from lightning_modules.rl.sde import SDEType, Transition, euler, sde_by_name
+from lightning_modules.rl.sde import SDEType, Transition, sde_by_name
 from lightning_modules.rollout import Conditioning, Trajectory
 from lightning_modules.seeding import generators_for
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How rollouts are drawn; a clip range means nothing without its SDE type, so they travel together.
+    """Settings of the sampler; the clip range is among them since it goes with the type of SDE.
 
     Args:
         num_steps: sampler steps.
         sde_steps: K for the first K steps, a list of steps, or a window; the others are Euler steps.
-        sde_type: which SDE.
-        noise_level: of the SDE.
-        clip_range: of the flow policy's ratio.
+        sde_type: name of a step function in `lightning_modules/rl/sde.py`.
+        noise_level: noise of the SDE steps.
+        clip_range: the flow policy's ratio is clipped to 1 - clip_range, 1 + clip_range.
         eval_steps: sampler steps in evaluation (no noise is added there); null is `num_steps`.
-        val_steps: likewise in validations within a fit, which may be lighter than tests; null is `eval_steps`.
+        val_steps: sampler steps in validations within a fit, which may be lighter than tests; null is `eval_steps`.
     """
 
     num_steps: int = 20
@@ -58,25 +59,19 @@ class Sampling:
 
 
 class FlowPolicy(Policy):
-    """A rectified-flow image model as a policy. A family's subclass says only what differs from the next one.
+    """A rectified-flow image model as a policy.
 
     Subclasses implement `load`, `sigmas`, `encode`, `latent_shape`, `velocity` and `decode`.
 
     Args:
         model: pipeline folder or hub id.
-        sampling: how rollouts are drawn.
-        height: of the images in pixels.
-        width: of the images in pixels.
+        sampling: settings of the sampler.
+        height: images' height in pixels.
+        width: images' width in pixels.
         learning_rate: null freezes the flow model (prompt-only RL).
-        weight_decay: AdamW's.
-        betas: AdamW's.
-        max_grad_norm: the flow model's gradient is clipped to this norm.
+        weight_decay: AdamW's weight decay.
         kl_weight: weight of the Gaussian KL per step to the model before training; 0 keeps no reference.
-        lora: adapters; null trains all of the transformer.
-        dtype: of the loaded weights.
-        micro_batch_size: images per forward pass, in rollout and update alike; null is all at once.
-        gradient_checkpointing: computes activations again in the backward pass in place of keeping them.
-        quantization: keeps the frozen weights in 4 or 8 bits (bitsandbytes); a flow model that learns needs `lora`.
+        **kwargs: as for `Policy`.
     """
 
     agent = "flow"
@@ -89,40 +84,21 @@ class FlowPolicy(Policy):
         width: int = 512,
         learning_rate: float | None = 3e-7,
         weight_decay: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.999),
-        max_grad_norm: float = 1.0,
         kl_weight: float = 0.0,
-        lora: LoRA | None = None,
-        dtype: DType = "bfloat16",
-        micro_batch_size: int | None = None,
-        gradient_checkpointing: bool = False,
-        quantization: Quantization | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            model=model,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            betas=betas,
-            max_grad_norm=max_grad_norm,
-            kl_weight=kl_weight,
-            clip_range=sampling.clip_range,
-            lora=lora,
-            dtype=dtype,
-            micro_batch_size=micro_batch_size,
-            gradient_checkpointing=gradient_checkpointing,
-            quantization=quantization,
-        )
+        super().__init__(model, learning_rate, weight_decay, kl_weight, sampling.clip_range, **kwargs)
         self.sampling = sampling
         self.height = height
         self.width = width
 
     @abstractmethod
     def sigmas(self, num_steps: int) -> Tensor:
-        """[num_steps + 1] fp32 noise shares from 1 to 0, as the family's stock pipeline has them."""
+        """Returns the family's sigma table: [num_steps + 1] fp32 noise shares, falling from 1 to 0."""
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], images: Sequence[Image.Image] | None = None) -> Conditioning:
-        """Encodes B prompts, every distinct text once."""
+        """Encodes B prompts (and B source images), every distinct one once."""
 
     @property
     @abstractmethod
@@ -131,20 +107,20 @@ class FlowPolicy(Policy):
 
     @abstractmethod
     def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """[B, ...] fp32 velocity at fp32 latents; the one way to the network, shared by rollout and replay.
+        """Returns the velocity (noise minus image), [B, ...] fp32; rollout and replay both come through here.
 
         Args:
             latents: [B, ...] fp32.
             sigma: scalar, share of noise.
-            conditioning: of the B samples.
+            conditioning: conditioning of the B samples.
         """
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, 3, height, width] float images in [0, 1]."""
+        """Decodes latents [B, ...] into images [B, 3, height, width] in [0, 1]."""
 
     def prepare_latents(self, generators: Sequence[torch.Generator]) -> Tensor:
-        """[B, ...] fp32 standard normal noise, one generator a sample."""
+        """Draws standard normal noise [B, ...] fp32, each sample's from its own generator."""
         noise = torch.stack([torch.randn(self.latent_shape, generator=generator) for generator in generators])
         return noise.to(self.device)
 
@@ -158,7 +134,7 @@ class FlowPolicy(Policy):
         on_drawn: Callable[[slice, Tensor], None] | None = None,
         images: Sequence[Image.Image] | None = None,
     ) -> Trajectory:
-        """Draws one trajectory per prompt by the mixed SDE-ODE sampler.
+        """Samples one trajectory per prompt with the mixed SDE-ODE sampler.
 
         Args:
             prompts: B prompts.
@@ -181,37 +157,40 @@ class FlowPolicy(Policy):
         num_steps: int | None = None,
         images: Sequence[Image.Image] | None = None,
     ) -> Tensor:
-        """[B, 3, height, width] images in [0, 1], drawn without added noise (as stock pipelines do)."""
+        """Draws images [B, 3, height, width] in [0, 1] without added noise, as stock pipelines do."""
         num_steps = num_steps or self.sampling.eval_steps or self.sampling.num_steps
         return self.final_images(self._sample(self.encode(prompts, images), seeds, self.sigmas(num_steps), ()))
 
     @torch.no_grad()
     def final_images(self, trajectory: Trajectory) -> Tensor:
-        """[B, 3, height, width] the images that trajectories ended in, values in [0, 1]."""
+        """Decodes the ends of B trajectories into images [B, 3, height, width] in [0, 1]."""
         with self.decoding():
             parts = [self.decode(trajectory.final[rows]) for rows in chunks(len(trajectory), self.micro_batch_size)]
         return torch.cat(parts)
 
     def decoding(self) -> AbstractContextManager[None]:
-        """Inside, the parts that `decode` needs are where it runs."""
+        """Context manager: the networks that `decode` needs are on the policy's device."""
         return nullcontext()
 
     def replay(self, trajectory: Trajectory, step: int) -> Transition:
-        """The distribution that the policy, as it is now, gives to the SDE step number `step` of a trajectory."""
-        return self._transition(
+        """Returns the current policy's distribution of SDE step number `step` (0..K-1) of a trajectory."""
+        return self.transition(
             trajectory.latents[:, step], trajectory.sigmas, trajectory.sde_steps[step], trajectory.conditioning
         )
 
-    def _transition(self, latents: Tensor, sigmas: Tensor, step: int, conditioning: Conditioning) -> Transition:
-        sde = sde_by_name(self.sampling.sde_type)
-        return sde(
+    def transition(self, latents: Tensor, sigmas: Tensor, step: int, conditioning: Conditioning) -> Transition:
+        """Returns the distribution of an SDE step from `latents` [B, ...] at `sigmas[step]`."""
+        return sde_transition(
+            self._velocity_of(conditioning),
             latents,
-            self.velocity(latents, sigmas[step], conditioning),
-            sigmas[step],
-            sigmas[step + 1],
+            sigmas,
+            step,
+            sde=sde_by_name(self.sampling.sde_type),
             noise_level=self.sampling.noise_level,
-            sigma_max=sigmas[1],
         )
+
+    def _velocity_of(self, conditioning: Conditioning) -> Velocity:
+        return lambda latents, sigma: self.velocity(latents, sigma, conditioning)
 
     def _sample(
         self,
@@ -222,40 +201,34 @@ class FlowPolicy(Policy):
         on_drawn: Callable[[slice, Tensor], None] | None = None,
     ) -> Trajectory:
         sigmas = sigmas.to(self.device)
-        parts = []
+        paths = []
         for rows in chunks(len(seeds), self.micro_batch_size):
-            generators = generators_for(seeds[rows])
-            parts.append(self._sample_chunk(conditioning.rows(rows), generators, sigmas, sde_steps))
+            draw_noise = partial(self.prepare_latents, generators_for(seeds[rows]))
+            path = sample(
+                self._velocity_of(conditioning.rows(rows)),
+                draw_noise(),
+                sigmas,
+                sde_steps=sde_steps,
+                sde=sde_by_name(self.sampling.sde_type),
+                noise_level=self.sampling.noise_level,
+                draw_noise=draw_noise,
+            )
+            paths.append(path)
             if on_drawn is not None:
                 with self.decoding():
-                    on_drawn(rows, self.decode(parts[-1][-1]))
-        latents, next_latents, log_probs, final = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        return Trajectory(latents, next_latents, log_probs, final, sigmas, sde_steps, conditioning)
-
-    def _sample_chunk(
-        self,
-        conditioning: Conditioning,
-        generators: Sequence[torch.Generator],
-        sigmas: Tensor,
-        sde_steps: tuple[int, ...],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        current = self.prepare_latents(generators)
-        empty = current.new_empty(len(current), 0, *current.shape[1:])
-        latents, next_latents, log_probs = [empty], [empty], [current.new_empty(len(current), 0)]
-        for step, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
-            if step in sde_steps:
-                transition = self._transition(current, sigmas, step, conditioning)
-                following = transition.sample(self.prepare_latents(generators))
-                latents.append(current[:, None])
-                next_latents.append(following[:, None])
-                log_probs.append(transition.log_prob(following)[:, None])
-            else:
-                following = euler(current, self.velocity(current, sigma, conditioning), sigma, sigma_next)
-            current = following
-        return torch.cat(latents, 1), torch.cat(next_latents, 1), torch.cat(log_probs, 1), current
+                    on_drawn(rows, self.decode(path.final))
+        return Trajectory(
+            latents=torch.cat([path.latents for path in paths]),
+            next_latents=torch.cat([path.next_latents for path in paths]),
+            log_probs=torch.cat([path.log_probs for path in paths]),
+            final=torch.cat([path.final for path in paths]),
+            sigmas=sigmas,
+            sde_steps=sde_steps,
+            conditioning=conditioning,
+        )
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """8-bit RGB images of [B, 3, H, W] in [0, 1], rounded as diffusers rounds them."""
+    """Converts [B, 3, H, W] in [0, 1] to 8-bit RGB images, rounded as diffusers rounds them."""
     array = (images.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(image) for image in array]

@@ -1,4 +1,4 @@
-"""FLUX.1 over the stock diffusers pipeline: packed latents, two text encoders, embedded guidance."""
+"""FLUX.1 through the stock diffusers pipeline: packed latents, two text encoders, embedded guidance."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Flux1Policy(PipelinePolicy):
 
     Args:
         model: pipeline folder or hub id.
-        sampling: how rollouts are drawn.
+        sampling: settings of the sampler.
         guidance: embedded guidance (3.5 for FLUX.1-dev); ignored by models without it.
         max_sequence_length: T5 tokens per prompt.
         **kwargs: as for `FlowPolicy`.
@@ -44,7 +44,7 @@ class Flux1Policy(PipelinePolicy):
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """[tokens, channels] of the packed latents: one token for 2 x 2 latent pixels."""
+        """Shape [tokens, channels] of the packed latents: one token for 2 x 2 latent pixels."""
         factor = 2 * self.pipe.vae_scale_factor
         return (self.height // factor) * (self.width // factor), self.network.config.in_channels
 
@@ -54,23 +54,23 @@ class Flux1Policy(PipelinePolicy):
         return {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps), "mu": mu}
 
     def encode_texts(self, texts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, Tensor]:
-        """T5's tokens and CLIP's pooled vector, by the pipeline's own `encode_prompt`."""
+        """Encodes texts into T5's tokens and CLIP's pooled vector, by the pipeline's own `encode_prompt`."""
         embeds, pooled, _ = self.pipe.encode_prompt(
             texts, None, device=self.device, max_sequence_length=self.max_sequence_length
         )
         return {"embeds": embeds, "pooled": pooled}
 
-    def predict(self, latents: Tensor, sigma: Tensor, told: dict[str, Tensor]) -> Tensor:
-        """[B, tokens, channels] velocity; the transformer multiplies sigma by 1000 itself."""
-        batch, embeds = len(latents), told["embeds"]
+    def predict(self, latents: Tensor, sigma: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        """Predicts the velocity [B, tokens, channels]; the transformer multiplies sigma by 1000 itself."""
+        batch, embeds = len(latents), conditioning["embeds"]
         factor = 2 * self.pipe.vae_scale_factor
         image_ids = self.pipe._prepare_latent_image_ids(
             batch, self.height // factor, self.width // factor, latents.device, self.dtype
         )
         tokens = latents.to(self.dtype)
-        if "source" in told:  # FLUX.1-Kontext
-            tokens = torch.cat([tokens, told["source"]], 1)
-            image_ids = torch.cat([image_ids, told["source_ids"][0]])
+        if "source" in conditioning:  # FLUX.1-Kontext
+            tokens = torch.cat([tokens, conditioning["source"]], 1)
+            image_ids = torch.cat([image_ids, conditioning["source_ids"][0]])
         guidance = None
         if self.network.config.guidance_embeds:
             guidance = torch.full((batch,), self.guidance, device=latents.device)
@@ -78,7 +78,7 @@ class Flux1Policy(PipelinePolicy):
             hidden_states=tokens,
             timestep=sigma.expand(batch).to(self.dtype),
             guidance=guidance,
-            pooled_projections=told["pooled"],
+            pooled_projections=conditioning["pooled"],
             encoder_hidden_states=embeds,
             txt_ids=embeds.new_zeros(embeds.shape[1], 3),
             img_ids=image_ids,
@@ -88,7 +88,7 @@ class Flux1Policy(PipelinePolicy):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, 3, height, width] images in [0, 1] of packed latents."""
+        """Decodes packed latents into images [B, 3, height, width] in [0, 1]."""
         vae = self.pipe.vae
         unpacked = self.pipe._unpack_latents(latents, self.height, self.width, self.pipe.vae_scale_factor)
         unpacked = unpacked.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor

@@ -1,4 +1,4 @@
-"""FLUX.1-Kontext over the stock diffusers pipeline: FLUX.1 with a source image beside the noise."""
+"""FLUX.1-Kontext through the stock diffusers pipeline: FLUX.1 with a source image beside the noise."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class KontextPolicy(Flux1Policy):
 
     Args:
         model: pipeline folder or hub id.
-        sampling: how rollouts are drawn.
+        sampling: settings of the sampler.
         guidance: embedded guidance (2.5 in FLUX.1-Kontext-dev's model card).
         auto_resize: a source is resized to whichever of the 17 sizes that Kontext was trained on (about a million
             pixels each) has the nearest aspect ratio; false keeps its own size, rounded down to whole tokens.
@@ -49,7 +49,7 @@ class KontextPolicy(Flux1Policy):
 
     @torch.no_grad()
     def encode_sources(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """Packed latents (the mode of the VAE's posterior) and position ids of S source images."""
+        """Encodes S source images into packed latents (the mode of the VAE's posterior) and position ids."""
         pixels = stack_sources([self._preprocess(crop_to(image, self.source_size)) for image in images])
         latents = torch.cat([self.pipe._encode_vae_image(part, generator=None) for part in pixels.split(1)])
         batch, channels, height, width = latents.shape

@@ -1,4 +1,4 @@
-"""FLUX.2-klein over the stock diffusers pipeline: Qwen3 as text encoder, batch-normalised latents, optional sources."""
+"""FLUX.2-klein through the stock diffusers pipeline: Qwen3 reads the prompt, source images are optional."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Flux2KleinPolicy(PipelinePolicy):
 
     Args:
         model: pipeline folder or hub id.
-        sampling: how rollouts are drawn.
-        guidance_scale: of classifier-free guidance; null is 4.0 for a base model (the pipeline's default) and 1.0, one
-            pass a step, for a distilled one, which takes no other (`is_distilled` in model_index.json).
+        sampling: settings of the sampler.
+        guidance_scale: classifier-free guidance, off at 1; null is 4.0 for a base model (the pipeline's default) and
+            1.0 for a distilled one, which takes no other (`is_distilled` in model_index.json).
         max_sequence_length: tokens per prompt, chat template included; shorter prompts are padded to it.
         text_encoder_out_layers: layers of Qwen3 whose hidden states, side by side, are the prompt's embedding.
         source_size: height and width that source images are first cropped to, around the centre; null crops nothing.
@@ -79,7 +79,7 @@ class Flux2KleinPolicy(PipelinePolicy):
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """[channels, rows, columns] of the patchified latents: one token for 2 x 2 latent pixels."""
+        """Shape [channels, rows, columns] of the patchified latents: one token for 2 x 2 latent pixels."""
         factor = 2 * self.pipe.vae_scale_factor
         return self.network.config.in_channels, self.height // factor, self.width // factor
 
@@ -90,7 +90,7 @@ class Flux2KleinPolicy(PipelinePolicy):
         return {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps), "mu": mu}
 
     def encode_texts(self, texts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, Tensor]:
-        """Qwen3's hidden states, by the pipeline's own `encode_prompt`; padding is seen by the network, as in stock."""
+        """Encodes texts into Qwen3's hidden states; the network sees their padding, as in the stock pipeline."""
         embeds, _ = self.pipe.encode_prompt(
             list(texts),
             device=self.device,
@@ -101,7 +101,7 @@ class Flux2KleinPolicy(PipelinePolicy):
 
     @torch.no_grad()
     def encode_sources(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """Packed, batch-normalised latents (the mode of the VAE's posterior) and position ids of S source images."""
+        """Encodes S source images into packed, batch-normalised latents (the VAE posterior's mode) and position ids."""
         pixels = stack_sources([self._preprocess(crop_to(image, self.source_size)) for image in images])
         # One call a source: several in one call would be several references of one image.
         encoded = [
@@ -119,16 +119,16 @@ class Flux2KleinPolicy(PipelinePolicy):
         pixels: Tensor = processor.preprocess(image, height=height, width=width, resize_mode="crop")
         return pixels
 
-    def predict(self, latents: Tensor, sigma: Tensor, told: dict[str, Tensor]) -> Tensor:
-        """[B, channels, rows, columns] velocity; a source's tokens follow the image's and are cut off again."""
-        embeds = told["embeds"]
+    def predict(self, latents: Tensor, sigma: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        """Predicts the velocity [B, channels, rows, columns]; a source's tokens follow the image's and are cut off."""
+        embeds = conditioning["embeds"]
         tokens = self.pipe._pack_latents(latents).to(self.dtype)
         length = tokens.shape[1]
         # Position ids without a batch dimension: the network uses one sample's for all.
         image_ids = self.pipe._prepare_latent_ids(latents[:1])[0].to(latents.device)
-        if "source" in told:
-            tokens = torch.cat([tokens, told["source"]], 1)
-            image_ids = torch.cat([image_ids, told["source_ids"][0]])
+        if "source" in conditioning:
+            tokens = torch.cat([tokens, conditioning["source"]], 1)
+            image_ids = torch.cat([image_ids, conditioning["source_ids"][0]])
         velocity: Tensor = self.active(
             hidden_states=tokens,
             timestep=sigma.expand(len(latents)).to(self.dtype),
@@ -141,7 +141,7 @@ class Flux2KleinPolicy(PipelinePolicy):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, 3, height, width] images in [0, 1] of patchified latents."""
+        """Decodes patchified latents into images [B, 3, height, width] in [0, 1]."""
         vae = self.pipe.vae
         mean, variance = (x.float().view(1, -1, 1, 1) for x in (vae.bn.running_mean, vae.bn.running_var))
         latents = latents * torch.sqrt(variance + vae.config.batch_norm_eps) + mean

@@ -1,4 +1,4 @@
-"""The refiner: any Hugging Face model that writes text and has a chat template."""
+"""`LanguagePolicy`: the refiner, any Hugging Face model that writes text and has a chat template."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from datamodules.base import PromptSample
-from lightning_modules.policies.base import DType, LoRA, Policy
+from lightning_modules.policies.base import LoRA, Policy
 from lightning_modules.policies.loading import check_language_model, lora_config
-from lightning_modules.policies.memory import Quantization, recomputing
+from lightning_modules.policies.memory import gradient_checkpointing_enabled
 from lightning_modules.policies.templates import GENERAL, fill, parse_answer
 from lightning_modules.rl.log_probs import completion_mask, position_ids, token_log_probs
 from lightning_modules.rollout import Completions, SeenImages
 from rewards.pretrained import one_line_errors
 
 VISION_LANGUAGE_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-"""Adapters of models with a vision tower, whose layers may have the same names."""
+"""LoRA targets for models with a vision tower, whose own layers may have the same names."""
 
 
 class LanguagePolicy(Policy):
@@ -44,21 +44,15 @@ class LanguagePolicy(Policy):
     Args:
         model: folder or hub id of a model that writes text and has a chat template.
         template: the user's message, with `{prompt}` where the prompt goes.
-        temperature: of the rollouts' sampling, and of every log-prob.
+        temperature: softmax temperature of the rollouts' sampling, and of every log-prob.
         max_new_tokens: longest completion in rollouts.
         eval_max_new_tokens: longest completion of the greedy rewrites at test time.
         chat_template_kwargs: handed to the chat template, e.g. `enable_thinking: false` for Qwen3.
         learning_rate: null freezes the refiner.
-        weight_decay: AdamW's.
-        betas: AdamW's.
-        max_grad_norm: the refiner's gradient is clipped to this norm.
+        weight_decay: AdamW's weight decay.
         kl_weight: weight of the k3 KL per token to the model before training; 0 keeps no reference.
-        clip_range: of the ratio in the surrogate (matters with several updates per rollout only).
-        lora: adapters; null trains all weights.
-        dtype: of the loaded weights.
-        micro_batch_size: completions per forward pass of the update; null is all at once.
-        gradient_checkpointing: computes activations again in the backward pass in place of keeping them.
-        quantization: keeps the frozen weights in 4 or 8 bits (bitsandbytes); a refiner that learns needs `lora`.
+        clip_range: the ratio is clipped to 1 - clip_range, 1 + clip_range (with several updates per rollout only).
+        **kwargs: as for `Policy`.
     """
 
     default_lora_targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -73,30 +67,11 @@ class LanguagePolicy(Policy):
         chat_template_kwargs: dict[str, Any] | None = None,
         learning_rate: float | None = 1e-6,
         weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        max_grad_norm: float = 1.0,
         kl_weight: float = 0.01,
         clip_range: float = 0.2,
-        lora: LoRA | None = None,
-        dtype: DType = "bfloat16",
-        micro_batch_size: int | None = None,
-        gradient_checkpointing: bool = False,
-        quantization: Quantization | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            model=model,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            betas=betas,
-            max_grad_norm=max_grad_norm,
-            kl_weight=kl_weight,
-            clip_range=clip_range,
-            lora=lora,
-            dtype=dtype,
-            micro_batch_size=micro_batch_size,
-            gradient_checkpointing=gradient_checkpointing,
-            quantization=quantization,
-        )
+        super().__init__(model, learning_rate, weight_decay, kl_weight, clip_range, **kwargs)
         if "{prompt}" not in template:
             raise ValueError("`language.template` has no {prompt}, so the refiner would never see the prompt; add it.")
         self.template = template
@@ -122,7 +97,7 @@ class LanguagePolicy(Policy):
         self._prepare()
 
     def _check_chat(self, config: Any) -> None:
-        """Refuses a model that cannot be asked; `config` is its configuration, no weights are loaded yet."""
+        """Raises ValueError if the tokenizer has no chat template; `config` is the model's, not yet loaded."""
         if self.tokenizer.chat_template is None:
             raise ValueError(f"the tokenizer of {self.model} has no chat template; use an instruction-tuned model.")
 
@@ -154,7 +129,7 @@ class LanguagePolicy(Policy):
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """Every token that ends a completion: the model's own list (chat models have several), or the tokenizer's."""
+        """Ids of all tokens that end a completion: the model's own (chat models have several), or the tokenizer's."""
         ids = self.causal_lm.generation_config.eos_token_id
         ids = self.tokenizer.eos_token_id if ids is None else ids
         return list(ids) if isinstance(ids, list | tuple) else [ids]
@@ -169,19 +144,20 @@ class LanguagePolicy(Policy):
 
     @torch.no_grad()
     def rewrite(self, samples: Sequence[PromptSample]) -> list[str]:
-        """One greedy rewrite per sample, for test time ("with PE")."""
+        """Writes one greedy rewrite per sample, for evaluation ("with PE")."""
         if not samples:
             return []
         return self._write(samples, 1, self.eval_max_new_tokens, greedy=True).rewrites
 
     def log_probs(self, completions: Completions) -> Tensor:
-        """[B, T] fp32 log-probs of the completions' tokens under the policy as it is now; read them through `mask`.
+        """Computes the log-probs [B, T] fp32 of the completions' tokens under the current policy.
 
-        Mask, positions and temperature are those of the sampling, so before an update these are the sampled ones.
+        Mask, positions and temperature are those of the sampling, so before an update these are the sampled ones. They
+        mean something where `completions.mask` is True.
         """
         ids = torch.cat([completions.prompt_ids, completions.tokens], dim=1)
         attention = torch.cat([completions.prompt_mask, completions.mask.long()], dim=1)
-        with recomputing(self.active, on=self.gradient_checkpointing and torch.is_grad_enabled()):
+        with gradient_checkpointing_enabled(self.active, on=self.gradient_checkpointing and torch.is_grad_enabled()):
             hidden = self._hidden(ids, attention, completions.seen, use_cache=False)
         start, head = completions.prompt_ids.shape[1] - 1, self.causal_lm.get_output_embeddings()
         return token_log_probs(hidden[:, start:-1], head, completions.tokens, temperature=self.temperature)
@@ -239,7 +215,7 @@ class LanguagePolicy(Policy):
         )
 
     def _encode(self, samples: Sequence[PromptSample]) -> tuple[Tensor, Tensor, SeenImages | None]:
-        """[B, P] tokens of the chats, their mask, and what is seen of the samples' images: here nothing."""
+        """Tokens [B, P] of the chats, their mask, and the samples' source images (None here: text alone)."""
         texts = [self._chat(fill(self.template, sample.asked)) for sample in samples]
         return *self._tokenize(texts), None
 
@@ -263,26 +239,26 @@ class LanguagePolicy(Policy):
         return self.eos_token_ids[0] if pad is None else pad
 
     def _prefill(self, ids: Tensor, mask: Tensor, seen: SeenImages | None, num: int) -> DynamicCache:
-        """Keys and values of all prompt tokens but the last, computed once per prompt and shared by `num` rows."""
+        """Computes keys and values of all prompt tokens but the last, once per prompt, for `num` rows each."""
         cache = DynamicCache(config=self.causal_lm.config)
         self._hidden(ids[:, :-1], mask[:, :-1], seen, past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(num)
         return cache
 
     def _hidden(self, ids: Tensor, attention: Tensor, seen: SeenImages | None, **kwargs: Any) -> Tensor:
-        """[B, L, D] last hidden states of L tokens from the prompt's first on; shared by sampling and replay."""
+        """Computes last hidden states [B, L, D] of L tokens from the prompt's first on, for sampling and replay."""
         positions = self._positions(attention, seen)
         output = self.causal_lm.get_decoder()(input_ids=ids, attention_mask=attention, position_ids=positions, **kwargs)
         hidden: Tensor = output.last_hidden_state
         return hidden
 
     def _positions(self, attention: Tensor, seen: SeenImages | None) -> Tensor:
-        """Positions of the tokens of [B, L], as the model takes them."""
+        """Position ids of the tokens of an attention mask [B, L], as the model takes them."""
         return position_ids(attention)
 
 
 class _LogProbRecorder(LogitsProcessor):
-    """Notes the log-prob of every drawn token, holding the logits of one step only.
+    """Records the log-prob of every drawn token, holding the logits of one step only.
 
     It sees a step's raw scores before the token is drawn and reads the token off the next call's input.
     """
@@ -298,7 +274,7 @@ class _LogProbRecorder(LogitsProcessor):
         return scores
 
     def finish(self, tokens: Tensor) -> Tensor:
-        """[B, T] log-probs, once the last token is known."""
+        """Returns the log-probs [B, T] of all drawn tokens, once the last one is known."""
         self._take(tokens[:, -1])
         return torch.stack(self.log_probs, 1)
 

@@ -1,4 +1,4 @@
-"""Loading pipelines and adapters with errors that say what to do."""
+"""Checks of model folders, and LoRA configurations, with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -55,17 +55,17 @@ def check_pipeline(model: str, expected: str | None = None) -> None:
 
 
 def absent_parts(model: str) -> dict[str, None]:
-    """Parts that a pipeline's index says it goes without, such as SD3's T5; `from_pretrained` wants to be told so."""
+    """Parts that a pipeline goes without, such as SD3's T5, each with the None that `from_pretrained` wants."""
     return {name: None for name, value in read_index(model).items() if value == [None, None]}
 
 
 def read_config(model: str, part: str, name: str = "config.json") -> dict[str, Any]:
-    """The configuration of a pipeline's part, from its folder or from the hub."""
+    """Reads the configuration of a pipeline's part, from its folder or from the hub."""
     return _read_json(model, f"{part}/{name}")
 
 
 def read_index(model: str) -> dict[str, Any]:
-    """A pipeline's own configuration, `model_index.json`, from its folder or from the hub."""
+    """Reads a pipeline's own configuration, `model_index.json`, from its folder or from the hub."""
     return _read_json(model, "model_index.json")
 
 
@@ -100,13 +100,16 @@ def _holds_files(folder: Path) -> bool:
 
 
 def lora_config(network: nn.Module, lora: LoRA, default_targets: list[str] | str, where: str) -> LoraConfig:
-    """The configuration for peft, once every target is known to match a module.
+    """Makes the configuration for peft, once every target is known to match a module.
 
     Args:
-        network: where the adapters go.
+        network: network that gets the adapters.
         lora: the user's settings.
         default_targets: used when `lora.targets` is None.
         where: the argument that an error names.
+
+    Raises:
+        ValueError: if a target matches no module.
     """
     targets = lora.targets if lora.targets is not None else default_targets
     names = [name for name, _ in network.named_modules()]

@@ -1,4 +1,4 @@
-"""Ways to make a policy smaller: quantized frozen weights, recomputed activations, parts that wait on the CPU."""
+"""Memory savings: quantized frozen weights, gradient checkpointing, compilation, networks offloaded to the CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BLOCK = 64
 
 
 def quantize_linears(network: nn.Module, kind: Quantization, compute_dtype: torch.dtype) -> None:
-    """Puts bitsandbytes' layers in the place of all linear ones, so that adapters can be trained on them (QLoRA).
+    """Replaces all linear layers by bitsandbytes' quantized ones, so that adapters can be trained on them (QLoRA).
 
     Biases, norms, embeddings and the last layer stay as they are.
 
@@ -25,7 +25,7 @@ def quantize_linears(network: nn.Module, kind: Quantization, compute_dtype: torc
         network: a frozen network with its weights loaded.
         kind: `nf4` is 4-bit NormalFloat (arXiv 2305.14314), `int8` is LLM.int8() (arXiv 2208.07339) without its
             outlier columns, which would make a product depend on the rest of the batch.
-        compute_dtype: what products are computed in.
+        compute_dtype: dtype of the products.
     """
     import bitsandbytes as bnb  # slow to import, and seldom needed
 
@@ -55,7 +55,7 @@ def quantize_linears(network: nn.Module, kind: Quantization, compute_dtype: torc
 
 
 def follow_weights(network: nn.Module) -> None:
-    """Brings what bitsandbytes keeps beside int8 weights to where the weights are.
+    """Moves the tensors that bitsandbytes keeps beside int8 weights to the weights' device.
 
     Moving a module leaves those tensors behind, and the first product would then fail on a GPU.
     """
@@ -72,7 +72,7 @@ def follow_weights(network: nn.Module) -> None:
 
 def compile_blocks(network: nn.Module) -> None:
     """Compiles the layers that a network repeats, each kind once, for all the ways that a step calls them."""
-    # With and without gradient, adapters, recomputation and two batch sizes: more than dynamo's 8 variants.
+    # With and without gradient, adapters, checkpointing and two batch sizes: more than dynamo's 8 variants.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     if getattr(network, "_repeated_blocks", None):
         network.compile_repeated_blocks()  # type: ignore[operator]
@@ -83,11 +83,11 @@ def compile_blocks(network: nn.Module) -> None:
 
 
 @contextmanager
-def recomputing(network: nn.Module, on: bool) -> Iterator[None]:
-    """Inside, transformers' layers keep no activations and compute them again in the backward pass.
+def gradient_checkpointing_enabled(network: nn.Module, on: bool) -> Iterator[None]:
+    """Context manager: transformers' layers checkpoint their activations, if `on`.
 
-    transformers does so in training mode only, but policies stay in evaluation mode (no dropout): the layers alone are
-    told that they train, what they are made of is not.
+    transformers does so in training mode only, but policies stay in evaluation mode (no dropout): the layers themselves
+    are put into training mode, the modules inside them are not.
     """
     layers = [module for module in network.modules() if on and isinstance(module, GradientCheckpointingLayer)]
     for layer in layers:
@@ -100,12 +100,12 @@ def recomputing(network: nn.Module, on: bool) -> Iterator[None]:
 
 
 @contextmanager
-def lent(parts: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Inside, parts that otherwise wait on the CPU are on the device."""
-    for part in parts:
-        part.to(device)
+def on_device(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Context manager: modules that are kept on the CPU between uses are on a device."""
+    for module in modules:
+        module.to(device)
     try:
         yield
     finally:
-        for part in parts:
-            part.to("cpu")
+        for module in modules:
+            module.to("cpu")

@@ -1,4 +1,4 @@
-"""A flow policy over a stock diffusers pipeline: what all families share, so that an adapter says only what differs."""
+"""`PipelinePolicy`: base class of flow policies over a stock diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from datamodules.chunks import chunks
 from lightning_modules.policies.base import DType, LoRA
 from lightning_modules.policies.flow import FlowPolicy, Sampling
 from lightning_modules.policies.loading import absent_parts, check_pipeline, lora_config, read_config
-from lightning_modules.policies.memory import compile_blocks, lent
+from lightning_modules.policies.memory import compile_blocks, on_device
 from lightning_modules.rl.schedule import dynamic_mu
 from lightning_modules.rollout import Conditioning
 from rewards.pretrained import one_line_errors
@@ -37,12 +37,12 @@ class PipelinePolicy(FlowPolicy):
 
     Args:
         model: pipeline folder or hub id.
-        sampling: how rollouts are drawn.
-        batch_guidance: run the two passes of classifier-free guidance as one batch; faster on a GPU that is not full.
-        offload: keep text encoders and VAE on the CPU between uses.
-        frozen_dtype: of text encoders and VAE; null is `dtype`.
+        sampling: settings of the sampler.
+        batch_guidance: runs the two passes of classifier-free guidance as one batch; faster on a GPU that is not full.
+        offload: keeps text encoders and VAE on the CPU between uses.
+        frozen_dtype: dtype of text encoders and VAE; null is `dtype`.
         attention_backend: one of diffusers' (such as `flash`, `sage`, `_native_cudnn`); null is PyTorch's own choice.
-        compile: compile the network's repeated blocks with torch.compile.
+        compile: compiles the network's repeated blocks with torch.compile.
         **kwargs: as for `FlowPolicy`.
     """
 
@@ -70,11 +70,11 @@ class PipelinePolicy(FlowPolicy):
         self.compile_blocks = compile
         self.pipe: Any = None
 
-    # --- what a family says ---------------------------------------------------------------------------------------
+    # --- what a family implements -----------------------------------------------------------------------------------
 
     @abstractmethod
     def encode_texts(self, texts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, Tensor]:
-        """What the network is told by D texts: name -> [D, ...], names of the adapter's choice.
+        """Encodes D texts into conditioning tensors: name -> [D, ...], names of the adapter's choice.
 
         A tensor whose second dimension depends on the texts' lengths needs a mask beside it: rows of other calls are
         padded with zeros on the right.
@@ -85,25 +85,30 @@ class PipelinePolicy(FlowPolicy):
         """
 
     def encode_negatives(self, texts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, Tensor]:
-        """As `encode_texts`, for the negative prompt; some pipelines word it differently."""
+        """Encodes the negative prompt, like `encode_texts`; some pipelines word it differently."""
         return self.encode_texts(texts, images)
 
     @abstractmethod
-    def predict(self, latents: Tensor, sigma: Tensor, told: dict[str, Tensor]) -> Tensor:
-        """[B, ...] one pass of `self.active`, as a velocity (noise minus image).
+    def predict(self, latents: Tensor, sigma: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        """Runs one pass of `self.active`; returns the velocity (noise minus image), [B, ...].
 
         Args:
             latents: [B, ...] fp32.
             sigma: scalar, share of noise.
-            told: name -> [B, ...] as from `encode_texts` (and `encode_sources`).
+            conditioning: name -> [B, ...], the tensors of `encode_texts` (and `encode_sources`).
         """
 
     def schedule(self, num_steps: int) -> dict[str, Any]:
-        """What the pipeline hands to its scheduler's `set_timesteps` beside the number of steps."""
+        """Arguments that the pipeline gives to its scheduler's `set_timesteps` beside the number of steps."""
         return {}
 
     def dynamic_shift(self, num_tokens: int, max_shift: float = 1.15) -> float:
-        """`mu` for a number of image tokens, by the scheduler's configuration (`max_shift` where it names none)."""
+        """Computes `mu` for a number of image tokens, by the scheduler's configuration.
+
+        Args:
+            num_tokens: image tokens.
+            max_shift: `mu` at the most tokens, where the scheduler's configuration has none.
+        """
         config = self.pipe.scheduler.config
         return dynamic_mu(
             num_tokens,
@@ -114,26 +119,26 @@ class PipelinePolicy(FlowPolicy):
         )
 
     def scheduler(self) -> Any:
-        """A fresh scheduler for `sigmas`; the pipeline's own stays as it came."""
+        """Makes a fresh scheduler for `sigmas`; the pipeline's own stays as it was loaded."""
         return type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
 
     def passed_parts(self) -> dict[str, Any]:
-        """Parts that `from_pretrained` is given instead of loading them, by name; None where the pipeline has none."""
+        """Parts to give to `from_pretrained` instead of having it load them; None for one that the pipeline lacks."""
         return dict(absent_parts(self.model))
 
     def encode_sources(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """What the network is told by S source images: name -> [S, ...]."""
+        """Encodes S source images into conditioning tensors: name -> [S, ...]."""
         raise ValueError(f"{type(self).__name__} draws from text alone; take an editing model for source images.")
 
     def guide(self, positive: Tensor, negative: Tensor) -> Tensor:
-        """[B, ...] classifier-free guidance of two fp32 velocities (arXiv 2207.12598)."""
+        """Combines two fp32 velocities [B, ...] by classifier-free guidance (arXiv 2207.12598)."""
         return negative + self.guidance_scale * (positive - negative)
 
     # --- what all families share ----------------------------------------------------------------------------------
 
     @property
     def guided(self) -> bool:
-        """Whether each velocity takes two passes."""
+        """True if each velocity takes two passes (classifier-free guidance)."""
         return self.guidance_scale > 1
 
     def load(self) -> None:
@@ -168,20 +173,20 @@ class PipelinePolicy(FlowPolicy):
                 compile_blocks(network)
 
     def _frozen_parts(self) -> dict[str, nn.Module]:
-        """Text encoders and VAE."""
+        """Text encoders and VAE by name."""
         parts = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
         return {name: part for name, part in parts.items() if part is not self.network}
 
     def decoding(self) -> AbstractContextManager[None]:
-        """Inside, the VAE is on the policy's device."""
-        return lent([self.pipe.vae], self.device) if self.offload else nullcontext()
+        """Context manager: the VAE is on the policy's device."""
+        return on_device([self.pipe.vae], self.device) if self.offload else nullcontext()
 
     def encoding(self) -> AbstractContextManager[None]:
-        """Inside, text encoders and VAE are on the policy's device."""
-        return lent(list(self._frozen_parts().values()), self.device) if self.offload else nullcontext()
+        """Context manager: text encoders and VAE are on the policy's device."""
+        return on_device(list(self._frozen_parts().values()), self.device) if self.offload else nullcontext()
 
     def check_config(self) -> None:
-        """Refuses settings that the model cannot take; reads configuration files only, no weights."""
+        """Raises ValueError for settings that the model cannot take; reads configuration files only, no weights."""
         factor = self.pixels_per_token()
         if self.height % factor or self.width % factor:
             raise ValueError(
@@ -192,11 +197,11 @@ class PipelinePolicy(FlowPolicy):
             lora_config(self.empty_network(), self.lora, self.default_lora_targets, "flow.lora")
 
     def pixels_per_token(self) -> int:
-        """What height and width must be multiples of: the VAE halves them at all levels but one, a token has 2 x 2."""
+        """Divisor of height and width: the VAE halves them at all levels but one, a token has 2 x 2 latent pixels."""
         return int(2 ** len(read_config(self.model, "vae")["block_out_channels"]))
 
     def empty_network(self) -> nn.Module:
-        """The network's layers without memory for their weights, from its configuration alone."""
+        """Builds the network on the meta device, from its configuration alone."""
         config = read_config(self.model, "transformer")
         with torch.device("meta"):
             network: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
@@ -207,7 +212,7 @@ class PipelinePolicy(FlowPolicy):
         cast_training_params(self.network, torch.float32)  # bf16 would round small updates away
 
     def sigmas(self, num_steps: int) -> Tensor:
-        """[num_steps + 1] fp32 from 1 to 0, by the pipeline's own scheduler."""
+        """Returns the sigma table of the pipeline's own scheduler: [num_steps + 1] fp32, from 1 to 0."""
         scheduler = self.scheduler()
         for flag in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas"):
             if scheduler.config.get(flag):
@@ -220,7 +225,7 @@ class PipelinePolicy(FlowPolicy):
     def encode(self, prompts: Sequence[str], images: Sequence[Image.Image] | None = None) -> Conditioning:
         """Encodes every distinct prompt, and every distinct source image, once."""
         assert images is None or len(images) == len(prompts)
-        # An image object is one source: the samples of a group share it, equal pixels elsewhere do not matter.
+        # Sources are told apart by object, which the samples of a group share, not by pixels.
         source_of = [0] * len(prompts) if images is None else [id(image) for image in images]
         sources = list(dict.fromkeys(source_of))
         source_index = [sources.index(source) for source in source_of]
@@ -246,7 +251,7 @@ class PipelinePolicy(FlowPolicy):
         distinct: Sequence[Image.Image] | None,
         source_index: list[int],
     ) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-        """All that the network is told, and which row each sample takes of what does not go by prompt.
+        """Encodes distinct texts and sources; also returns the samples' rows in tensors that do not go by prompt.
 
         Args:
             prompts: D texts.
@@ -263,28 +268,29 @@ class PipelinePolicy(FlowPolicy):
             tensors |= {NEGATIVE + name: value for name, value in negative.items()}
             own_index |= {NEGATIVE + name: source_index for name in negative}
         if distinct is not None:
-            told = self.encode_sources(distinct)
-            tensors |= told
-            own_index |= dict.fromkeys(told, source_index)
+            encoded = self.encode_sources(distinct)
+            tensors |= encoded
+            own_index |= dict.fromkeys(encoded, source_index)
         return tensors, own_index
 
     def _placed(self, value: Tensor) -> Tensor:
-        """A tensor on the network's device and, where the frozen parts compute in another type, in the network's."""
+        """Moves a tensor to the network's device and, where the frozen parts compute in another dtype, to its dtype."""
         other = value.is_floating_point() and self.frozen_dtype != self.dtype
         return value.to(self.device, self.dtype if other else value.dtype)
 
     def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """[B, ...] fp32 velocity, with classifier-free guidance where the family uses it."""
-        told = {name: conditioning[name] for name in conditioning.tensors}
-        negative = {name[len(NEGATIVE) :]: told.pop(name) for name in list(told) if name.startswith(NEGATIVE)}
+        """Returns the velocity [B, ...] fp32, with classifier-free guidance where the family uses it."""
+        tensors = {name: conditioning[name] for name in conditioning.tensors}
+        negative = {name[len(NEGATIVE) :]: tensors.pop(name) for name in list(tensors) if name.startswith(NEGATIVE)}
         if not self.guided:
-            return self.predict(latents, sigma, told).float()
-        negative = told | negative  # what is told by the source is told both times
+            return self.predict(latents, sigma, tensors).float()
+        negative = tensors | negative  # a source's tensors condition both passes
         if self.batch_guidance:
-            joined = {name: torch.cat(_same_length([told[name], negative[name]])) for name in told}
+            joined = {name: torch.cat(_same_length([tensors[name], negative[name]])) for name in tensors}
             both = self.predict(torch.cat([latents, latents]), sigma, joined).float()
             return self.guide(*both.chunk(2))
-        return self.guide(self.predict(latents, sigma, told).float(), self.predict(latents, sigma, negative).float())
+        positive = self.predict(latents, sigma, tensors).float()
+        return self.guide(positive, self.predict(latents, sigma, negative).float())
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes a LoRA that the stock pipeline's `load_lora_weights` reads, or the whole pipeline."""
@@ -311,7 +317,7 @@ class PipelinePolicy(FlowPolicy):
 
 
 def _same_length(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors [b, L, ...] padded with zeros on the right to the longest L."""
+    """Pads tensors [b, L, ...] with zeros on the right to the longest L."""
     if tensors[0].ndim < 2:
         return list(tensors)
     longest = max(tensor.shape[1] for tensor in tensors)

@@ -1,4 +1,4 @@
-"""Qwen-Image over the stock diffusers pipeline: packed latents, a masked text, guidance that keeps the length."""
+"""Qwen-Image through the stock diffusers pipeline: packed latents, a masked text, guidance that keeps the length."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class QwenImagePolicy(PipelinePolicy):
 
     Args:
         model: pipeline folder or hub id.
-        sampling: how rollouts are drawn.
+        sampling: settings of the sampler.
         guidance_scale: classifier-free guidance, off at 1 (4.0 is the pipeline's default `true_cfg_scale` and the model
             card's; a few-step distilled model, which no configuration file tells apart, wants 1).
-        negative_prompt: what guidance leads away from (a space in the model card).
+        negative_prompt: prompt that guidance leads away from (a space in the model card).
         max_sequence_length: tokens per prompt, at most 1024 (the pipeline's default).
         **kwargs: as for `PipelinePolicy`.
     """
@@ -51,7 +51,7 @@ class QwenImagePolicy(PipelinePolicy):
         self.max_sequence_length = max_sequence_length
 
     def check_config(self) -> None:
-        """Also refuses prompts that the pipeline cuts, and models with embedded guidance."""
+        """Checks the settings; raises ValueError also for prompts that the pipeline cuts, and for embedded guidance."""
         super().check_config()
         if not 1 <= self.max_sequence_length <= 1024:
             raise ValueError(
@@ -65,7 +65,7 @@ class QwenImagePolicy(PipelinePolicy):
             )
 
     def pixels_per_token(self) -> int:
-        """The VAE halves height and width once per entry of `temperal_downsample`, a token has 2 x 2 latent pixels."""
+        """Divisor of height and width: 2 per entry of the VAE's `temperal_downsample`, and 2 for a token's 2 x 2."""
         return int(2 ** (len(read_config(self.model, "vae")["temperal_downsample"]) + 1))
 
     @property
@@ -76,30 +76,30 @@ class QwenImagePolicy(PipelinePolicy):
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """[tokens, channels] of the packed latents: one token for 2 x 2 latent pixels."""
+        """Shape [tokens, channels] of the packed latents: one token for 2 x 2 latent pixels."""
         rows, columns = self.latent_grid
         return rows * columns, self.network.config.in_channels
 
     def schedule(self, num_steps: int) -> dict[str, Any]:
-        """Sigmas 1 ... 1/n and the shift for this number of image tokens; `shift_terminal` is the scheduler's work."""
+        """Sigmas 1 ... 1/n and the shift for this number of image tokens; the scheduler sees to `shift_terminal`."""
         mu = self.dynamic_shift(self.latent_shape[0])
         return {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps), "mu": mu}
 
     def encode_texts(self, texts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, Tensor]:
-        """Tokens [D, L, C] padded on the right, and their mask [D, L]: 1 for tokens, 0 for padding."""
+        """Encodes texts into tokens [D, L, C] padded on the right and a mask [D, L], 1 for tokens, 0 for padding."""
         embeds, mask = self.pipe.encode_prompt(
             list(texts), device=self.device, max_sequence_length=self.max_sequence_length
         )
         return {"embeds": embeds, "mask": embeds.new_ones(embeds.shape[:2], dtype=torch.long) if mask is None else mask}
 
-    def predict(self, latents: Tensor, sigma: Tensor, told: dict[str, Tensor]) -> Tensor:
-        """[B, tokens, channels] velocity; the transformer multiplies sigma by 1000 itself."""
+    def predict(self, latents: Tensor, sigma: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        """Predicts the velocity [B, tokens, channels]; the transformer multiplies sigma by 1000 itself."""
         batch, num_tokens = latents.shape[:2]
-        embeds, mask = _without_padding(told["embeds"], told["mask"])
+        embeds, mask = _without_padding(conditioning["embeds"], conditioning["mask"])
         tokens, grids = latents.to(self.dtype), [(1, *self.latent_grid)]
-        if "source" in told:  # Qwen-Image-Edit
-            _, channels, height, width = told["source"].shape
-            source = self.pipe._pack_latents(told["source"], batch, channels, height, width)
+        if "source" in conditioning:  # Qwen-Image-Edit
+            _, channels, height, width = conditioning["source"].shape
+            source = self.pipe._pack_latents(conditioning["source"], batch, channels, height, width)
             tokens = torch.cat([tokens, source], 1)
             grids.append((1, height // 2, width // 2))
         velocity: Tensor = self.active(
@@ -113,13 +113,13 @@ class QwenImagePolicy(PipelinePolicy):
         return velocity[:, :num_tokens]
 
     def guide(self, positive: Tensor, negative: Tensor) -> Tensor:
-        """[B, tokens, channels] guidance, each token scaled back to the length that it has for the prompt alone."""
+        """Guides velocities [B, tokens, channels], each token scaled back to its length for the prompt alone."""
         guided = super().guide(positive, negative)
         return guided * (positive.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, 3, height, width] images in [0, 1] of packed latents, as one-frame videos of the VAE."""
+        """Decodes packed latents, one-frame videos to the VAE, into images [B, 3, height, width] in [0, 1]."""
         vae = self.pipe.vae
         unpacked = self.pipe._unpack_latents(latents, self.height, self.width, self.pipe.vae_scale_factor)
         mean, std = (
@@ -132,7 +132,7 @@ class QwenImagePolicy(PipelinePolicy):
 
 
 def _without_padding(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Texts cut to the longest one here, and their mask: None if it hides nothing, since attention is faster without.
+    """Cuts texts to the longest one; their mask becomes None if it hides nothing, since attention is faster then.
 
     Padding changes no result: it is masked as a key, and text positions count from the left.
     """

@@ -1,4 +1,4 @@
-"""Qwen-Image-Edit (2509, 2511) over the stock diffusers pipeline: text and network both see a source image."""
+"""Qwen-Image-Edit (2509, 2511) through the stock diffusers pipeline: text and network both see a source image."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class QwenImageEditPolicy(QwenImagePolicy):
 
     Args:
         model: pipeline folder or hub id.
-        sampling: how rollouts are drawn.
-        condition_area: pixels of the source that the text encoder sees, at its own aspect ratio (the pipeline's).
-        source_area: pixels of the source that the network sees, at its own aspect ratio (the pipeline's).
+        sampling: settings of the sampler.
+        condition_area: pixels of the source that the text encoder sees, at its own aspect ratio (the pipeline's value).
+        source_area: pixels of the source that the network sees, at its own aspect ratio (the pipeline's value).
         source_size: height and width that source images are first cropped to, around the centre; null crops nothing.
             All sources of one batch must come out in one size.
-        positions: how the text encoder counts an image's tokens. `mrope` has rows and columns, as the published
+        positions: position ids of an image's tokens in the text encoder. `mrope` has rows and columns, as the published
             models were trained; `sequential` counts them like words, as diffusers 0.42 does by mistake with
             transformers 5 (huggingface/diffusers#14194), for drawing what that pair draws.
         **kwargs: as for `QwenImagePolicy`, but this pipeline does not cut prompts: `max_sequence_length` is not used.
@@ -56,11 +56,11 @@ class QwenImageEditPolicy(QwenImagePolicy):
         self.positions = positions
 
     def passed_parts(self) -> dict[str, Any]:
-        """The processor, where the stock one cannot be loaded."""
+        """Parts to give to `from_pretrained`, among them the processor where the stock one cannot be loaded."""
         return super().passed_parts() | image_processor(self.model)
 
     def load(self) -> None:
-        """Loads the pipeline, and has its text encoder told which tokens are an image's."""
+        """Loads the pipeline; its text encoder then marks which tokens are an image's (`positions: mrope`)."""
         loaded = self.pipe is not None
         super().load()
         if loaded:
@@ -71,7 +71,7 @@ class QwenImageEditPolicy(QwenImagePolicy):
             self.pipe.text_encoder.register_forward_pre_hook(_mark_images, with_kwargs=True)
 
     def encode_texts(self, texts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, Tensor]:
-        """Tokens of prompt and source [D, L, C] padded on the right, and their mask [D, L]."""
+        """Encodes prompts with their sources into tokens [D, L, C] padded on the right and a mask [D, L]."""
         if images is None:
             raise ValueError(
                 f"{type(self).__name__} edits source images, and the prompts come without: give samples an image, or "
@@ -86,7 +86,7 @@ class QwenImageEditPolicy(QwenImagePolicy):
 
     @torch.no_grad()
     def encode_sources(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """[S, channels, h, w] normalised latents (the mode of the VAE's posterior) of S source images."""
+        """Encodes S source images into normalised latents [S, channels, h, w] (the mode of the VAE's posterior)."""
         processor = self.pipe.image_processor
         pixels = stack_sources([processor.preprocess(*self._resized(image, self.source_area)) for image in images])
         frames = pixels.to(self.device, self.pipe.vae.dtype).unsqueeze(2).split(1)
@@ -94,7 +94,7 @@ class QwenImageEditPolicy(QwenImagePolicy):
         return {"source": torch.cat(latents).squeeze(2)}
 
     def _resized(self, image: Image.Image, area: int) -> tuple[Image.Image, int, int]:
-        """The image, and the height and width (multiples of 32) that it takes on about `area` pixels."""
+        """Returns the image, cropped, and the height and width (multiples of 32) that give it about `area` pixels."""
         image = crop_to(image, self.source_size)
         width, height = calculate_dimensions(area, image.width / image.height)
         return image, height, width
@@ -104,19 +104,19 @@ class ImageProcessor(Qwen2VLProcessor):
     """Qwen2.5-VL's processor for text and images alone: the stock one insists on a video processor."""
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-        """Lets the video processor be None."""
+        """Accepts None as video processor."""
         if argument_name == "video_processor" and argument is None:
             return type(None)
         return super().check_argument_for_proper_class(argument_name, argument)
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Writes tokenizer and image processor, from which the stock class can make its video processor, too."""
+        """Writes tokenizer and image processor, from which the stock class can make its video processor too."""
         self.tokenizer.save_pretrained(save_directory)
         self.image_processor.save_pretrained(save_directory)
 
 
 def image_processor(model: str) -> dict[str, Any]:
-    """What `from_pretrained` is given as `processor`: nothing where torchvision lets it load its own.
+    """Makes the `processor` that `from_pretrained` needs; empty where torchvision lets it load its own.
 
     Without torchvision transformers has no video processor and refuses the whole processor, though editing needs only
     its tokenizer and its image processor, and the latter has a form that works on PIL.

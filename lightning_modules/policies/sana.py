@@ -1,4 +1,4 @@
-"""Sana over the stock diffusers pipeline: linear attention, deeply compressed latents, Gemma 2 reads the prompt."""
+"""Sana through the stock diffusers pipeline: linear attention, deeply compressed latents, Gemma 2 reads the prompt."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class SanaPolicy(PipelinePolicy):
 
     Args:
         model: pipeline folder or hub id.
-        sampling: how rollouts are drawn.
+        sampling: settings of the sampler.
         guidance_scale: classifier-free guidance, off at 1 (the pipeline's default).
-        negative_prompt: what guidance leads away from.
+        negative_prompt: prompt that guidance leads away from.
         complex_human_instruction: lines put before each prompt, though not before the negative one; true is the
             pipeline's own, false none.
         max_sequence_length: Gemma tokens per prompt (the pipeline's default).
@@ -59,14 +59,14 @@ class SanaPolicy(PipelinePolicy):
         self.max_sequence_length = max_sequence_length
 
     def load(self) -> None:
-        """Also keeps float16 from the parts that do not work in it."""
+        """Loads the pipeline; with float16, text encoder and VAE are in bfloat16 since they do not work in it."""
         super().load()
         if self.dtype == torch.float16:
             self.pipe.text_encoder.to(torch.bfloat16)
             self.pipe.vae.to(torch.bfloat16)
 
     def check_config(self) -> None:
-        """Also refuses a scheduler whose sigmas are not noise shares of a rectified flow."""
+        """Checks the settings; raises ValueError also for a scheduler whose sigmas are no noise shares of a flow."""
         super().check_config()
         config = read_config(self.model, "scheduler", "scheduler_config.json")
         if config["_class_name"] != EULER and not config.get("use_flow_sigmas"):
@@ -76,32 +76,32 @@ class SanaPolicy(PipelinePolicy):
             )
 
     def pixels_per_token(self) -> int:
-        """DC-AE halves height and width between its stages; a patch is one latent pixel in published models."""
+        """Divisor of height and width: DC-AE halves them between its stages; a published patch is one latent pixel."""
         stages = len(read_config(self.model, "vae")["encoder_block_out_channels"])
         return int(2 ** (stages - 1) * read_config(self.model, "transformer").get("patch_size", 1))
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """[channels, height / 32, width / 32]."""
+        """Shape [channels, height / 32, width / 32] of the latents."""
         factor = self.pipe.vae_scale_factor
         return self.network.config.in_channels, self.height // factor, self.width // factor
 
     def scheduler(self) -> Any:
-        """The folder's own scheduler if it takes Euler steps, else one that does with the same shift."""
+        """Makes the folder's own scheduler if it takes Euler steps, else one that does with the same shift."""
         config = self.pipe.scheduler.config
         if isinstance(self.pipe.scheduler, FlowMatchEulerDiscreteScheduler):
             return super().scheduler()
         return FlowMatchEulerDiscreteScheduler(config.num_train_timesteps, shift=config.flow_shift)
 
     def encode_texts(self, texts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, Tensor]:
-        """Gemma's tokens behind the instruction, and which of them are no padding."""
+        """Encodes texts into Gemma's tokens behind the instruction, and a mask of those that are no padding."""
         lines = self.complex_human_instruction
         if lines is True:
             lines = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
         return self._encode(texts, lines or None)
 
     def encode_negatives(self, texts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, Tensor]:
-        """The negative prompt stands alone."""
+        """Encodes the negative prompt, without the instruction."""
         return self._encode(texts, None)
 
     def _encode(self, texts: Sequence[str], instruction: list[str] | None) -> dict[str, Tensor]:
@@ -114,13 +114,13 @@ class SanaPolicy(PipelinePolicy):
         )
         return {"embeds": embeds, "mask": mask}
 
-    def predict(self, latents: Tensor, sigma: Tensor, told: dict[str, Tensor]) -> Tensor:
-        """[B, channels, height / 32, width / 32] velocity; a learned variance, if any, is left out."""
+    def predict(self, latents: Tensor, sigma: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        """Predicts the velocity [B, channels, height / 32, width / 32]; a learned variance, if any, is left out."""
         config = self.network.config
         velocity: Tensor = self.active(
             latents.to(self.dtype),
-            encoder_hidden_states=told["embeds"].to(self.dtype),
-            encoder_attention_mask=told["mask"],
+            encoder_hidden_states=conditioning["embeds"].to(self.dtype),
+            encoder_attention_mask=conditioning["mask"],
             timestep=sigma.expand(len(latents)) * 1000 * config.timestep_scale,
             return_dict=False,
         )[0]
@@ -128,7 +128,7 @@ class SanaPolicy(PipelinePolicy):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, 3, height, width] images in [0, 1]."""
+        """Decodes latents [B, ...] into images [B, 3, height, width] in [0, 1]."""
         vae = self.pipe.vae
         decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
         images: Tensor = VaeImageProcessor.denormalize(decoded)

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5 over the stock diffusers pipeline: spatial latents, three text encoders, guidance."""
+"""Stable Diffusion 3 and 3.5 through the stock diffusers pipeline: spatial latents, three text encoders, guidance."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class SD3Policy(PipelinePolicy):
 
     Args:
         model: pipeline folder or hub id.
-        sampling: how rollouts are drawn.
+        sampling: settings of the sampler.
         guidance_scale: classifier-free guidance, off at 1 (4.5 on the card of SD3.5-medium, 3.5 on SD3.5-large's, 7.0
             on SD3-medium's; the distilled SD3.5-large-turbo, which no configuration file tells apart, wants 1).
-        negative_prompt: what guidance leads away from.
+        negative_prompt: prompt that guidance leads away from.
         max_sequence_length: T5 tokens per prompt (the pipeline's default); the CLIPs always take 77.
         **kwargs: as for `PipelinePolicy`.
     """
@@ -47,7 +47,7 @@ class SD3Policy(PipelinePolicy):
         self.max_sequence_length = max_sequence_length
 
     def check_config(self) -> None:
-        """Also refuses images that the transformer has no positions for."""
+        """Checks the settings; raises ValueError also for images that the transformer has no positions for."""
         super().check_config()
         positions = read_config(self.model, "transformer").get("pos_embed_max_size", 96)
         longest = positions * self.pixels_per_token()
@@ -59,12 +59,12 @@ class SD3Policy(PipelinePolicy):
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """[channels, height / 8, width / 8]."""
+        """Shape [channels, height / 8, width / 8] of the latents."""
         factor = self.pipe.vae_scale_factor
         return self.network.config.in_channels, self.height // factor, self.width // factor
 
     def schedule(self, num_steps: int) -> dict[str, Any]:
-        """Published models have a constant shift; with dynamic shifting, that for this number of image tokens."""
+        """No arguments for the constant shift of published models; with dynamic shifting, the image tokens' shift."""
         if not self.pipe.scheduler.config.get("use_dynamic_shifting"):
             return {}
         _, height, width = self.latent_shape
@@ -72,7 +72,7 @@ class SD3Policy(PipelinePolicy):
         return {"mu": self.dynamic_shift((height // patch) * (width // patch), max_shift=1.16)}
 
     def encode_texts(self, texts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, Tensor]:
-        """Tokens of both CLIPs, then T5's (zeros where it is absent), and the pooled vector of both CLIPs."""
+        """Encodes texts into tokens of both CLIPs, then T5's (zeros without T5), and both CLIPs' pooled vector."""
         embeds, _, pooled, _ = self.pipe.encode_prompt(
             texts,
             None,
@@ -83,20 +83,20 @@ class SD3Policy(PipelinePolicy):
         )
         return {"embeds": embeds, "pooled": pooled}
 
-    def predict(self, latents: Tensor, sigma: Tensor, told: dict[str, Tensor]) -> Tensor:
-        """[B, channels, height / 8, width / 8] velocity."""
+    def predict(self, latents: Tensor, sigma: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        """Predicts the velocity [B, channels, height / 8, width / 8]."""
         velocity: Tensor = self.active(
             hidden_states=latents.to(self.dtype),
             timestep=sigma.expand(len(latents)) * 1000,
-            encoder_hidden_states=told["embeds"],
-            pooled_projections=told["pooled"],
+            encoder_hidden_states=conditioning["embeds"],
+            pooled_projections=conditioning["pooled"],
             return_dict=False,
         )[0]
         return velocity
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, 3, height, width] images in [0, 1]."""
+        """Decodes latents [B, ...] into images [B, 3, height, width] in [0, 1]."""
         vae = self.pipe.vae
         latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
         images: Tensor = VaeImageProcessor.denormalize(vae.decode(latents, return_dict=False)[0])

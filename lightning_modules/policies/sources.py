@@ -1,4 +1,4 @@
-"""Source images of editing models: one size per batch."""
+"""Source images of editing models, which need one size per batch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 def crop_to(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
-    """An image scaled to cover (height, width) and cropped around its centre; None leaves it as it is."""
+    """Scales an image to cover (height, width) and crops it around its centre; size None leaves it as it is."""
     if size is None:
         return image
     return ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
 
 
 def stack_sources(images: Sequence[Tensor]) -> Tensor:
-    """[S, 3, h, w] of S images [1, 3, h, w].
+    """Joins S images [1, 3, h, w] to [S, 3, h, w].
 
     Attention here has no mask and all samples share their position ids, so S sources must become equally many tokens.
 

@@ -1,4 +1,4 @@
-"""What the refiner is asked, and how its answer is read."""
+"""The refiner's user message, and how its answer is parsed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Give only the rewritten prompt, inside <answer> </answer>."""
 
 
 class Answer(NamedTuple):
-    """A completion, read: the prompt to draw, and whether the format was kept."""
+    """A parsed completion: the prompt to draw, and whether the format was kept."""
 
     rewrite: str
     formatted: bool
@@ -25,7 +25,7 @@ def fill(template: str, prompt: str) -> str:
 
 
 def parse_answer(text: str, original: str) -> Answer:
-    """Takes the rewrite from a completion (paper Sec. 3; REWARDS.md 5.1).
+    """Takes the rewrite from a completion (PromptRL, arXiv 2602.01382, Sec. 3).
 
     The last `<answer>...</answer>` counts. Without one the whole text is the rewrite; an empty answer (or an empty
     text) leaves the original prompt. Both miss the format.

@@ -1,4 +1,4 @@
-"""A refiner that also sees the source image of an edit: Qwen2.5-VL and Qwen3-VL."""
+"""`VisionLanguagePolicy`: a refiner that also sees the source image of an edit (Qwen2.5-VL and Qwen3-VL)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class VisionLanguagePolicy(LanguagePolicy):
         template: the user's message beside the image, with `{prompt}` where the instruction goes.
         max_pixels: larger images are scaled down to this area before the vision tower (256 x 28 x 28 are 256 tokens of
             Qwen2.5-VL).
-        see_source: false hides the images: how much the refiner owes to them.
+        see_source: false hides the images, to measure how much the refiner owes to them.
         **kwargs: as for `LanguagePolicy`.
     """
 
@@ -79,7 +79,7 @@ class VisionLanguagePolicy(LanguagePolicy):
             )
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Also writes the image processor, and the chat template that knows images."""
+        """Writes the policy, its image processor, and the chat template that knows images."""
         super().save_pretrained(directory)
         self.processor.save_pretrained(directory)
 
@@ -107,7 +107,7 @@ class VisionLanguagePolicy(LanguagePolicy):
         return ids, attention, SeenImages(tuple(parts), tuple(range(len(parts))), mask, positions.transpose(0, 1))
 
     def _look(self, images: Sequence[Any]) -> tuple[list[Tensor], Tensor]:
-        """Features [tokens, 1 + layers, hidden] of each image, and their grids of patches [D, 3]."""
+        """Computes features [tokens, 1 + layers, hidden] of D images, and their grids of patches [D, 3]."""
         size = {"shortest_edge": min(self.processor.size["shortest_edge"], self.max_pixels)}
         pixels = self.processor(list(images), size=size | {"longest_edge": self.max_pixels}, return_tensors="pt")
         grid: Tensor = pixels["image_grid_thw"].to(self.device)
@@ -134,7 +134,7 @@ class VisionLanguagePolicy(LanguagePolicy):
         return hidden
 
     def _positions(self, attention: Tensor, seen: SeenImages | None) -> Tensor:
-        """[3, B, L] positions in time, height and width; text after an image goes on behind its longer side."""
+        """Positions [3, B, L] in time, height and width; text after an image goes on behind its longer side."""
         if seen is None:
             return super()._positions(attention, seen)
         length = attention.shape[1]
@@ -148,7 +148,7 @@ def _content(prompt: str, *, image: bool) -> list[dict[str, str]]:
 
 
 def _processor_template(model: str) -> str | None:
-    """The chat template of a model's processor, which older folders keep apart from the tokenizer's."""
+    """Reads the chat template of a model's processor, which older folders keep apart from the tokenizer's."""
     path = Path(model) / "chat_template.json"
     if not Path(model).is_dir():
         with one_line_errors(model):

@@ -1,4 +1,4 @@
-"""Z-Image over the stock diffusers pipeline: one stream of image and caption tokens, captions of their own length."""
+"""Z-Image through the stock diffusers pipeline: one stream of image and caption tokens."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class ZImagePolicy(PipelinePolicy):
 
     Args:
         model: pipeline folder or hub id.
-        sampling: how rollouts are drawn.
+        sampling: settings of the sampler.
         guidance_scale: classifier-free guidance as this pipeline counts it: 0 is off, and s stands for s + 1 elsewhere
             (5.0 is the pipeline's default; the distilled Z-Image-Turbo, which no configuration file tells apart, wants
             0).
-        negative_prompt: what guidance leads away from.
+        negative_prompt: prompt that guidance leads away from.
         cfg_normalization: guidance may lengthen an image's velocity to at most this many times that of the prompt
             alone; 0 sets no limit (the pipeline's default; its `True` is 1).
         max_sequence_length: tokens per prompt, chat template included (the pipeline's default).
@@ -58,7 +58,7 @@ class ZImagePolicy(PipelinePolicy):
         self.max_sequence_length = max_sequence_length
 
     def check_config(self) -> None:
-        """Also refuses images and captions that the transformer has no positions for."""
+        """Checks the settings; raises ValueError also for images and captions without positions in the transformer."""
         super().check_config()
         # Captions count along the first axis, and the image stands one position behind them.
         captions, rows, columns = read_config(self.model, "transformer")["axes_lens"]
@@ -76,7 +76,7 @@ class ZImagePolicy(PipelinePolicy):
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """[channels, height / 8, width / 8]."""
+        """Shape [channels, height / 8, width / 8] of the latents."""
         factor = self.pipe.vae_scale_factor
         return self.network.config.in_channels, self.height // factor, self.width // factor
 
@@ -88,11 +88,11 @@ class ZImagePolicy(PipelinePolicy):
 
     @property
     def guided(self) -> bool:
-        """Whether each velocity takes two passes: here from 0 on, not from 1."""
+        """True if each velocity takes two passes; this pipeline's guidance is off at 0, not at 1."""
         return self.guidance_scale > 0
 
     def guide(self, positive: Tensor, negative: Tensor) -> Tensor:
-        """[B, ...] the prompt's velocity, led away from the negative prompt's (arXiv 2205.11487, Eq. 2, s = w - 1)."""
+        """Leads the prompt's velocity [B, ...] away from the negative one (arXiv 2205.11487, Eq. 2, s = w - 1)."""
         guided = positive + self.guidance_scale * (positive - negative)
         if self.cfg_normalization > 0:
             limit = self.cfg_normalization * positive.flatten(1).norm(dim=1)
@@ -101,7 +101,7 @@ class ZImagePolicy(PipelinePolicy):
         return guided
 
     def encode_texts(self, texts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, Tensor]:
-        """Qwen3's hidden states of each chat, and which of them are no padding."""
+        """Encodes texts into Qwen3's hidden states of their chats, and a mask of those that are no padding."""
         # The pipeline writes the chats into the list that it is given.
         captions, _ = self.pipe.encode_prompt(
             list(texts),
@@ -112,20 +112,20 @@ class ZImagePolicy(PipelinePolicy):
         masks = [torch.ones(len(caption), dtype=torch.bool, device=caption.device) for caption in captions]
         return {"embeds": pad_sequence(captions, batch_first=True), "mask": pad_sequence(masks, batch_first=True)}
 
-    def predict(self, latents: Tensor, sigma: Tensor, told: dict[str, Tensor]) -> Tensor:
-        """[B, channels, height / 8, width / 8] velocity; the transformer's own points from noise to image."""
-        lengths = told["mask"].sum(1).tolist()
+    def predict(self, latents: Tensor, sigma: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        """Predicts the velocity [B, channels, height / 8, width / 8], minus the transformer's (noise to image)."""
+        lengths = conditioning["mask"].sum(1).tolist()
         outputs = self.active(
             list(latents.to(self.dtype).unsqueeze(2)),
             (1000 - 1000 * sigma.expand(len(latents))) / 1000,  # 1 - sigma as the pipeline rounds it
-            [caption[:length] for caption, length in zip(told["embeds"], lengths, strict=True)],
+            [caption[:length] for caption, length in zip(conditioning["embeds"], lengths, strict=True)],
             return_dict=False,
         )[0]
         return -torch.stack(outputs).squeeze(2)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, 3, height, width] images in [0, 1]."""
+        """Decodes latents [B, ...] into images [B, 3, height, width] in [0, 1]."""
         vae = self.pipe.vae
         latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
         images: Tensor = VaeImageProcessor.denormalize(vae.decode(latents, return_dict=False)[0])

@@ -1,4 +1,4 @@
-"""Before weights load: prints what a run's agents are made of and what they need, and stops if that cannot fit."""
+"""The check before weights load: prints a run's networks and memory, and stops if that cannot fit the device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from datamodules.base import PromptDataModule
 from lightning_modules.policies.base import LoRA, Policy
 from lightning_modules.policies.pipeline import PipelinePolicy
 from lightning_modules.preflight.estimate import Estimate as Estimate
-from lightning_modules.preflight.estimate import Part as Part
+from lightning_modules.preflight.estimate import NetworkSize as NetworkSize
 from lightning_modules.preflight.estimate import Setting, agent_estimate
 from lightning_modules.preflight.estimate import estimate as estimate
 from lightning_modules.preflight.meta_models import with_settings
@@ -35,7 +35,7 @@ def check(module: L.LightningModule, datamodule: Any, trainer: L.Trainer, mode: 
         module: only `PromptRL` is estimated.
         datamodule: says how many prompts a step has.
         trainer: knows the device.
-        mode: `stop` if what lasts the run does not fit, only `warn`, or `off`.
+        mode: `stop` where what is held for the whole run does not fit, only `warn`, or `off`.
 
     Raises:
         ValueError: in mode `stop`, if weights, gradients, optimizer state and reference do not fit; in modes other than
@@ -55,89 +55,90 @@ def check(module: L.LightningModule, datamodule: Any, trainer: L.Trainer, mode: 
     report(found, str(device))
     if found.memory is None or found.total <= found.memory:
         return
-    helps = ", ".join(f"{name} ({size_text(size)})" for name, size in switches(module, setting, found))
+    helps = ", ".join(f"{name} ({size_text(size)})" for name, size in suggestions(module, setting, found))
     helps = f"; each of these would save some: {helps}" if helps else ""
     have = f"{device} has {size_text(found.memory)}"
-    if found.sure <= found.memory:
+    if found.persistent_total <= found.memory:
         rank_zero_warn(f"the run may need about {size_text(found.total)} at its peak, but {have}{helps}.")
         return
     message = (
-        f"weights, gradients, optimizer state and reference alone need {size_text(found.sure)}, but {have}{helps}; or "
-        "try all the same with --preflight=warn."
+        f"weights, gradients, optimizer state and reference alone need {size_text(found.persistent_total)}, but "
+        f"{have}{helps}; or try all the same with --preflight=warn."
     )
     if mode == "stop":
         raise ValueError(message)
     rank_zero_warn(message)
 
 
-def switches(module: PromptRL, setting: Setting, found: Estimate) -> list[tuple[str, int]]:
-    """Settings that would help, in the order in which to try them, and the bytes that each would save by itself."""
+def suggestions(module: PromptRL, setting: Setting, found: Estimate) -> list[tuple[str, int]]:
+    """Lists settings that would save memory, in the order to try them, with the bytes that each would save alone."""
     agents: dict[str, Policy] = {"flow": module.flow} | ({"language": module.language} if module.language else {})
     learners = {name: policy for name, policy in agents.items() if policy.trained}
     full = [name for name, policy in learners.items() if policy.lora is None]
-    held = {name: agent_estimate(module, name, setting, lasting_only=True).sure for name in agents}
+    held = {name: agent_estimate(module, name, setting, persistent_only=True).persistent_total for name in agents}
 
-    def lasting(name: str, **settings: Any) -> int:
+    def saved_for_good(name: str, **settings: Any) -> int:
         changed = with_settings(agents[name], **settings)
-        return held[name] - agent_estimate(module, name, setting, changed, lasting_only=True).sure
+        return held[name] - agent_estimate(module, name, setting, changed, persistent_only=True).persistent_total
 
-    def passing(name: str, **settings: Any) -> int:
-        changed = agent_estimate(module, name, setting, with_settings(agents[name], **settings)).passing
-        now = {phase: size for phase, size in found.passing.items() if phase not in changed or phase == "stepping"}
-        smaller = Estimate(found.parts, found.lasting, found.kept, changed | now)
+    def saved_at_peak(name: str, **settings: Any) -> int:
+        changed = agent_estimate(module, name, setting, with_settings(agents[name], **settings)).transient
+        now = {phase: size for phase, size in found.transient.items() if phase not in changed or phase == "stepping"}
+        smaller = Estimate(found.networks, found.persistent, found.per_step, changed | now)
         return found.total - smaller.total
 
-    saved = [(f"`{name}.lora`", lasting(name, lora=LoRA())) for name in full]
+    saved = [(f"`{name}.lora`", saved_for_good(name, lora=LoRA())) for name in full]
     for name, policy in agents.items():
         if policy.quantization is None:
             more = {"lora": LoRA()} if name in full else {}
             what = f"`{name}.quantization: nf4`" + (f" with `{name}.lora`" if more else "")
-            saved.append((what, lasting(name, quantization="nf4", **more)))
-    state = sum(size for row, size in found.lasting.items() if row.startswith("optimizer"))
-    eight_bit = int(EIGHT_BIT_ADAM * sum(part.trained for part in found.parts))
+            saved.append((what, saved_for_good(name, quantization="nf4", **more)))
+    state = sum(size for row, size in found.persistent.items() if row.startswith("optimizer"))
+    eight_bit = int(EIGHT_BIT_ADAM * sum(network.trained for network in found.networks))
     saved.append(("`optimizer: bitsandbytes.optim.AdamW8bit`", state - eight_bit))
     for name, policy in learners.items():
         if not policy.gradient_checkpointing:
-            saved.append((f"`{name}.gradient_checkpointing: true`", passing(name, gradient_checkpointing=True)))
+            saved.append((f"`{name}.gradient_checkpointing: true`", saved_at_peak(name, gradient_checkpointing=True)))
     for name, policy in learners.items():
         if policy.micro_batch_size != 1:
-            saved.append((f"`{name}.micro_batch_size: 1`", passing(name, micro_batch_size=1)))
+            saved.append((f"`{name}.micro_batch_size: 1`", saved_at_peak(name, micro_batch_size=1)))
     if getattr(module.flow, "offload", None) is False:
-        saved.append(("`flow.offload: true`", lasting("flow", offload=True)))
-    saved += [(f"`{name}.kl_weight: 0`", lasting(name, kl_weight=0.0)) for name in full]
+        saved.append(("`flow.offload: true`", saved_for_good("flow", offload=True)))
+    saved += [(f"`{name}.kl_weight: 0`", saved_for_good(name, kl_weight=0.0)) for name in full]
     return [(name, size) for name, size in saved if size > 0]
 
 
 @rank_zero_only
 def report(found: Estimate, device: str) -> None:
     """Prints the estimate as two tables."""
-    parts = Table("part", title="Preflight: parameters", title_justify="left")
+    networks = Table("part", title="Preflight: parameters", title_justify="left")
     for column in ("parameters", "trained", "weights"):
-        parts.add_column(column, justify="right")
-    for part in found.parts:
-        weights = size_text(part.bytes) + (" (CPU)" if part.waits else "")
-        parts.add_row(part.name, f"{part.parameters:,}", f"{part.trained:,}" if part.trained else "frozen", weights)
+        networks.add_column(column, justify="right")
+    for network in found.networks:
+        trained = f"{network.trained:,}" if network.trained else "frozen"
+        weights = size_text(network.bytes) + (" (CPU)" if network.offloaded else "")
+        networks.add_row(network.name, f"{network.parameters:,}", trained, weights)
     memory = Table("", title="Preflight: memory per device", title_justify="left")
     memory.add_column("size", justify="right")
     memory.add_column("")
-    for row, size in found.lasting.items():
+    for row, size in found.persistent.items():
         memory.add_row(row, size_text(size), "")
-    memory.add_row("sum, sure", size_text(found.sure), "", end_section=True)
-    for row, size in found.kept.items():
+    memory.add_row("sum, sure", size_text(found.persistent_total), "", end_section=True)
+    for row, size in found.per_step.items():
         memory.add_row(row, size_text(size), "")
-    for row, peak in found.passing.items():
+    for row, peak in found.transient.items():
         memory.add_row(f"at most, {row}", "unknown" if peak is None else size_text(peak), "rough, passes")
     have = "" if found.memory is None else f"of {size_text(found.memory)} on {device}"
     memory.add_section()
     memory.add_row("peak, rough", size_text(found.total), have)
     console = Console()
-    console.print(parts)
+    console.print(networks)
     console.print(memory)
     console.print(f"Not counted: {', '.join(found.notes)}.")
 
 
 def device_memory(device: torch.device, num_processes: int = 1) -> int | None:
-    """Bytes of a GPU, or this process's share of the machine's memory; None where the system does not say."""
+    """Memory of a GPU in bytes, or this process's share of the machine's; None where the system does not say."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     if not hasattr(os, "sysconf"):
@@ -146,7 +147,7 @@ def device_memory(device: torch.device, num_processes: int = 1) -> int | None:
 
 
 def size_text(size: int) -> str:
-    """Bytes for people to read."""
+    """Formats a number of bytes, in GiB from 1 GiB on, else in MiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 

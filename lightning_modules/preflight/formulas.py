@@ -1,4 +1,4 @@
-"""Bytes by formula: weights, quantized weights, trajectories, key-value caches, optimizer state."""
+"""Formulas for bytes: weights, quantized weights, trajectories, key-value caches, optimizer state."""
 
 from __future__ import annotations
 
@@ -13,28 +13,31 @@ from torch import Tensor, nn
 from lightning_modules.policies.base import Policy
 
 BYTES_PER_WEIGHT = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
-"""Of quantized linear layers: nf4 has an 8-bit scale for each block of 64 weights and an fp32 one for each 256 of those
-(double quantization), int8 one for each row."""
+"""Bytes per weight of quantized linear layers.
+
+nf4 has an 8-bit scale for each block of 64 weights and an fp32 one for each 256 of those (double quantization), int8
+one for each row.
+"""
 
 
 def weight_bytes(network: nn.Module) -> int:
-    """Bytes of weights and buffers, each once."""
+    """Bytes of a network's weights and buffers, each once."""
     return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
 
 
 def quantized_savings(layers: Iterable[nn.Linear], quantization: str) -> int:
-    """How many bytes fewer the weights of linear layers take once they are quantized."""
+    """Bytes that the weights of linear layers save once they are quantized."""
     return sum(x.weight.nbytes - int(x.weight.numel() * BYTES_PER_WEIGHT[quantization]) for x in layers)
 
 
 def trajectory_bytes(latent_shape: tuple[int, ...], num_sde_steps: int, rows: int) -> int:
-    """fp32 latents before and after each SDE step, final latents, and a log-prob a step."""
+    """Bytes of `rows` trajectories: fp32 latents before and after each SDE step, final latents, a log-prob a step."""
     numbers = torch.Size(latent_shape).numel()
     return 4 * rows * ((2 * num_sde_steps + 1) * numbers + num_sde_steps)
 
 
 def cache_bytes(config: Any, rows: int, tokens: int, itemsize: int) -> int:
-    """Keys and values of `rows` sequences of `tokens` tokens, in all layers of a transformers model."""
+    """Bytes of the keys and values of `rows` sequences of `tokens` tokens, in all layers of a transformers model."""
     config = config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -43,13 +46,13 @@ def cache_bytes(config: Any, rows: int, tokens: int, itemsize: int) -> int:
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """What an optimizer keeps for one agent.
+    """Memory of an optimizer's state for one agent.
 
     Attributes:
-        name: of its class; "unknown" for one that cannot take a step on the CPU, which counts as two numbers a weight.
-        bytes: of its state.
-        foreach: its steps make a list as large as the gradients on a GPU.
-        paged: its state may move to the CPU.
+        name: name of its class; "unknown" if it cannot take a step on the CPU, which counts as two numbers a weight.
+        bytes: bytes of the state.
+        foreach: True if its steps make a list as large as the gradients on a GPU.
+        paged: True if its state may move to the CPU.
     """
 
     name: str = "unknown"
@@ -59,7 +62,7 @@ class OptimizerState:
 
 
 def optimizer_state(optimizer: OptimizerCallable, policy: Policy) -> OptimizerState:
-    """The optimizer's state for a policy's trained weights, by its step on a small weight of the same dtype."""
+    """Finds the state for a policy's trained weights, by an optimizer step on a small weight of the same dtype."""
     numbers: dict[torch.dtype, int] = {}
     for parameter in policy.parameters():
         if parameter.requires_grad:

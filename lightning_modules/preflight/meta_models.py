@@ -1,4 +1,4 @@
-"""EvaluatedAgents without weights: what `load` would make, on the meta device, from configuration files alone."""
+"""Policies on the meta device: what `load` would make, without weights, from configuration files alone."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ from rewards.pretrained import one_line_errors
 P = TypeVar("P", bound=Policy)
 
 CLIP_TOKENS = {"SD3Transformer2DModel": 77}
-"""Tokens that a network is given beside `max_sequence_length`."""
+"""Tokens of CLIP that a network gets beside `max_sequence_length`, by its class."""
 
 
-def flow_skeleton(policy: PipelinePolicy) -> PipelinePolicy:
-    """A flow model with all of its pipeline's networks; its own `_prepare` says what is trained.
+def flow_on_meta(policy: PipelinePolicy) -> PipelinePolicy:
+    """Builds a flow model with all of its pipeline's networks; its own `_prepare` says what is trained.
 
     Raises:
         ValueError: for what `load` would refuse, in the same words.
     """
     check_pipeline(policy.model, policy.pipeline_class.__name__)
     policy.check_config()
-    skeleton = _bare(policy)
-    parts = {name: _part(policy, name, value) for name, value in read_index(policy.model).items()}
+    meta = _unloaded(policy)
+    parts = {name: _component(policy, name, value) for name, value in read_index(policy.model).items()}
     accepted = inspect.signature(policy.pipeline_class.__init__).parameters
-    skeleton.pipe = policy.pipeline_class(**{name: part for name, part in parts.items() if name in accepted})
-    skeleton.network = skeleton.pipe.transformer
-    for name, part in skeleton.pipe.components.items():
-        if isinstance(part, nn.Module) and part is not skeleton.network:
-            skeleton.add_module(name, part.eval())
-    return _prepared(skeleton, policy.quantization)
+    meta.pipe = policy.pipeline_class(**{name: part for name, part in parts.items() if name in accepted})
+    meta.network = meta.pipe.transformer
+    for name, part in meta.pipe.components.items():
+        if isinstance(part, nn.Module) and part is not meta.network:
+            meta.add_module(name, part.eval())
+    return _prepare_on_meta(meta, policy.quantization)
 
 
-def language_skeleton(policy: LanguagePolicy) -> LanguagePolicy:
-    """A refiner without weights and tokenizer; its own `_prepare` says what is trained.
+def language_on_meta(policy: LanguagePolicy) -> LanguagePolicy:
+    """Builds a refiner without weights and tokenizer; its own `_prepare` says what is trained.
 
     Raises:
         ValueError: for what `load` would refuse, in the same words.
@@ -59,41 +59,41 @@ def language_skeleton(policy: LanguagePolicy) -> LanguagePolicy:
         config = AutoConfig.from_pretrained(policy.model)
     text_alone = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     loader = AutoModelForCausalLM if text_alone else AutoModelForImageTextToText
-    skeleton = _bare(policy)
+    meta = _unloaded(policy)
     with torch.device("meta"):
-        skeleton.network = _cast(loader.from_config(config), policy.dtype)
-    return _prepared(skeleton, policy.quantization)
+        meta.network = _cast(loader.from_config(config), policy.dtype)
+    return _prepare_on_meta(meta, policy.quantization)
 
 
-def quantized_layers(skeleton: Policy) -> list[nn.Linear]:
-    """Layers of a skeleton that are whole in it, but would be quantized."""
-    return list(skeleton.__dict__.get("quantized_layers", []))
+def quantized_layers(meta: Policy) -> list[nn.Linear]:
+    """Linear layers of a meta policy that loading would quantize; here they keep their full size."""
+    return list(meta.__dict__.get("quantized_layers", []))
 
 
-def blank_trajectory(skeleton: PipelinePolicy, rows: int, source: tuple[int, int] | None) -> Trajectory:
-    """What a rollout of `rows` samples leaves behind, each with a prompt of its own.
+def meta_trajectory(meta: PipelinePolicy, rows: int, source: tuple[int, int] | None) -> Trajectory:
+    """Builds the trajectory of `rows` samples, each with a prompt of its own.
 
     Args:
-        skeleton: of `flow_skeleton`.
+        meta: from `flow_on_meta`.
         rows: B.
         source: height and width of source images; None draws from text alone.
     """
-    sampling = skeleton.sampling
+    sampling = meta.sampling
     steps = sde_step_indices(sampling.sde_steps, sampling.num_steps, generator=torch.Generator())
-    latents = torch.empty(rows, len(steps), *skeleton.latent_shape, device="meta")
+    latents = torch.empty(rows, len(steps), *meta.latent_shape, device="meta")
     return Trajectory(
         latents=latents,
         next_latents=torch.empty_like(latents),
         log_probs=torch.empty(rows, len(steps), device="meta"),
-        final=torch.empty(rows, *skeleton.latent_shape, device="meta"),
+        final=torch.empty(rows, *meta.latent_shape, device="meta"),
         sigmas=torch.linspace(1, 0, sampling.num_steps + 1),
         sde_steps=steps,
-        conditioning=Conditioning(_told(skeleton, rows, source), torch.arange(rows)),
+        conditioning=Conditioning(_conditioning(meta, rows, source), torch.arange(rows)),
     )
 
 
-def blank_completions(rows: int, prompt_tokens: int, tokens: int) -> Completions:
-    """`rows` completions of full length; the masks are real, since models look into them."""
+def meta_completions(rows: int, prompt_tokens: int, tokens: int) -> Completions:
+    """Builds `rows` completions of full length; the masks hold values, since models look into them."""
     texts = [""] * rows
     return Completions(
         prompt_ids=torch.empty(rows, prompt_tokens, dtype=torch.long, device="meta"),
@@ -108,55 +108,56 @@ def blank_completions(rows: int, prompt_tokens: int, tokens: int) -> Completions
     )
 
 
-def _told(skeleton: PipelinePolicy, rows: int, source: tuple[int, int] | None) -> dict[str, Tensor]:
-    """What `encode` would tell the network; the text encoders' sizes are in the transformer's configuration."""
-    config, dtype = skeleton.network.config, skeleton.dtype
+def _conditioning(meta: PipelinePolicy, rows: int, source: tuple[int, int] | None) -> dict[str, Tensor]:
+    """Builds the tensors that `encode` would make; the text encoders' sizes are in the transformer's configuration."""
+    config, dtype = meta.network.config, meta.dtype
     names = ("joint_attention_dim", "caption_channels", "cap_feat_dim")  # FLUX, SD3, Qwen-Image; Sana; Z-Image
     width = next(config[name] for name in names if config.get(name))
-    length = getattr(skeleton, "max_sequence_length", 512) + CLIP_TOKENS.get(config._class_name, 0)
-    told = {
+    length = getattr(meta, "max_sequence_length", 512) + CLIP_TOKENS.get(config._class_name, 0)
+    tensors = {
         "embeds": torch.empty(rows, length, width, dtype=dtype, device="meta"),
         "mask": torch.ones(rows, length, dtype=torch.long),
     }
     if config.get("pooled_projection_dim"):
-        told["pooled"] = torch.empty(rows, config["pooled_projection_dim"], dtype=dtype, device="meta")
-    if skeleton.guided:
-        told |= {NEGATIVE + name: value for name, value in told.items()}
+        tensors["pooled"] = torch.empty(rows, config["pooled_projection_dim"], dtype=dtype, device="meta")
+    if meta.guided:
+        tensors |= {NEGATIVE + name: value for name, value in tensors.items()}
     if source is not None:
-        encoded = skeleton.encode_sources([Image.new("RGB", (source[1], source[0]))])
-        told |= {name: skeleton._placed(value).expand(rows, *value.shape[1:]) for name, value in encoded.items()}
-    return told
+        encoded = meta.encode_sources([Image.new("RGB", (source[1], source[0]))])
+        tensors |= {name: meta._placed(value).expand(rows, *value.shape[1:]) for name, value in encoded.items()}
+    return tensors
 
 
 def with_settings(policy: P, **settings: Any) -> P:
-    """A copy of a policy's settings, some of them changed, without its networks."""
+    """Copies a policy without its networks, with some of its settings changed."""
     changed = copy.copy(policy)
     changed.__dict__ |= {"_modules": {}, "_parameters": {}, "_buffers": {}, "network": None, "_frozen_copy": None}
     changed.__dict__ |= settings
     return changed
 
 
-def _bare(policy: P) -> P:
-    """What is done to weights, or to kernels, is left out: there are none."""
+def _unloaded(policy: P) -> P:
+    """Copies a policy without its networks, and without what would be done to weights or kernels: there are none."""
     return with_settings(policy, quantization=None, offload=False, attention_backend=None, compile_blocks=False)
 
 
-def _prepared(skeleton: P, quantization: Quantization | None) -> P:
+def _prepare_on_meta(meta: P, quantization: Quantization | None) -> P:
+    """Prepares a meta policy for training as `load` would, noting the layers that would be quantized."""
     if quantization is not None:
-        quantized = copy.deepcopy(skeleton.network)
-        quantize_linears(quantized, quantization, skeleton.dtype)
-        skeleton.__dict__["quantized_layers"] = [
+        quantized = copy.deepcopy(meta.network)
+        quantize_linears(quantized, quantization, meta.dtype)
+        meta.__dict__["quantized_layers"] = [
             module
-            for name, module in skeleton.network.named_modules()
+            for name, module in meta.network.named_modules()
             if type(module) is not type(quantized.get_submodule(name))
         ]
     with torch.device("meta"):
-        skeleton._prepare()
-    return skeleton
+        meta._prepare()
+    return meta
 
 
-def _part(policy: PipelinePolicy, name: str, value: Any) -> Any:
-    """What stands for an entry of `model_index.json`: a network, a scheduler, a setting, or None for the rest."""
+def _component(policy: PipelinePolicy, name: str, value: Any) -> Any:
+    """Builds what an entry of `model_index.json` names: a network, a scheduler, a setting, or None for the rest."""
     if not isinstance(value, list):
         return value
     cls = getattr(diffusers, value[1] or "", None) or getattr(transformers, value[1] or "", None)
@@ -176,7 +177,7 @@ def _part(policy: PipelinePolicy, name: str, value: Any) -> Any:
 
 
 def _cast(network: nn.Module, dtype: torch.dtype) -> Any:
-    """As `from_pretrained` would load it: some layers stay in fp32, with transformers only beside float16."""
+    """Casts a network as `from_pretrained` would: some layers stay in fp32, with transformers only beside float16."""
     kept = set(getattr(network, "_keep_in_fp32_modules_strict", None) or ())
     if dtype == torch.float16 or isinstance(network, diffusers.ModelMixin):
         kept |= set(getattr(network, "_keep_in_fp32_modules", None) or ())

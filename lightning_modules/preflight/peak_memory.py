@@ -1,4 +1,4 @@
-"""How much memory a computation would take, from a run on the meta device: shapes only, no weights, no arithmetic."""
+"""Peak memory of a computation, from a run on the meta device: shapes only, no weights, no arithmetic."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 @contextmanager
-def counting(known: Iterable[Tensor] = (), autocast: torch.dtype | None = None) -> Iterator[LiveBytes]:
-    """Inside, the bytes of all meta tensors that are made are counted for as long as they live.
+def count_memory(known: Iterable[Tensor] = (), autocast: torch.dtype | None = None) -> Iterator[MemoryCounter]:
+    """Context manager: counts the bytes of all meta tensors made inside, each for as long as it lives.
 
     Attention counts as a fused kernel, which keeps its inputs, its output and one number a row, not the score matrix.
 
@@ -27,22 +27,22 @@ def counting(known: Iterable[Tensor] = (), autocast: torch.dtype | None = None) 
     """
     # Registered with the dispatcher rather than a mode of Python's, which would be off in the backward pass, where
     # checkpointed blocks run forward again. There is neither fused attention nor autocast for the meta device.
-    with torch.library._scoped_library("aten", "IMPL") as library, LiveBytes(known) as live:
+    with torch.library._scoped_library("aten", "IMPL") as library, MemoryCounter(known) as counter:
         library.impl("scaled_dot_product_attention", partial(_attention, autocast), "AutogradMeta")
         if autocast is not None:
             library.impl("linear", partial(_linear, autocast), "AutogradMeta")
             library.impl("matmul", partial(_matmul, autocast), "AutogradMeta")
-        yield live
+        yield counter
 
 
 def peak_bytes(known: Iterable[Tensor], run: Callable[[], object], autocast: torch.dtype | None = None) -> int:
-    """The most bytes beside `known` that are alive at one time while `run` runs on the meta device."""
-    with counting(known, autocast) as live:
+    """Measures the most bytes beside `known` that are alive at one time while `run` runs on the meta device."""
+    with count_memory(known, autocast) as counter:
         run()
-        return live.peak
+        return counter.peak
 
 
-class LiveBytes(TorchDispatchMode):
+class MemoryCounter(TorchDispatchMode):
     """Follows the storages of meta tensors from their making to their end, in forward and backward passes.
 
     Three things let code that was written for real tensors run: small CPU tensors (masks, sigmas) keep their values
@@ -52,7 +52,7 @@ class LiveBytes(TorchDispatchMode):
     What it does not see: workspaces inside of kernels, and the allocator's rounding and gaps.
 
     Args:
-        known: as for `counting`.
+        known: as for `count_memory`.
 
     Attributes:
         now: bytes alive.
@@ -167,6 +167,6 @@ def _layout(tensor: Tensor | None) -> Layout | None:
 
 
 def _functional(func: Any) -> bool:
-    """Whether an operation makes new tensors only: neither views nor changes in place."""
+    """Returns True if an operation makes new tensors only: neither views nor changes in place."""
     schema = func._schema
     return not any(value.alias_info for value in (*schema.arguments, *schema.returns))

@@ -1,1 +1,1 @@
-"""Reinforcement learning in pure torch: transitions, schedules, advantages, losses, and log-probs as free functions."""
+"""Reinforcement learning in pure torch, as free functions: sampling, transitions, advantages, losses, log-probs."""

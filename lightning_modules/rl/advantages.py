@@ -1,4 +1,4 @@
-"""Group-relative advantages: what a sample's reward is worth beside the other samples of its prompt."""
+"""Group-relative advantages: a sample's reward compared with the other samples of its prompt."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def group_advantages(
         valid: [groups, n] bool, False where scoring failed; null: all are valid.
         eps: added to the std, in units of the reward.
         clamp: largest absolute advantage, whatever the scale.
-        scale: what to divide by. `group`: the group's std (GRPO, arXiv 2402.03300, Sec. 4.1; PromptRL, arXiv
+        scale: divisor of the deviations. `group`: the group's std (GRPO, arXiv 2402.03300, Sec. 4.1; PromptRL, arXiv
             2602.01382). `tag`: one std for all groups of a tag, pooled from the deviations from their own groups'
-            means; groups with fewer than two valid samples say nothing about it and are left out. `none`: nothing, A_i
+            means; groups with fewer than two valid samples are left out of it. `none`: nothing, A_i
             = R_i - mean (Dr. GRPO, arXiv 2503.20783).
         tags: [groups] integer tag of each group, for `scale="tag"` only.
 
@@ -56,7 +56,7 @@ def group_advantages(
 
 
 def group_stats(rewards: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
-    """How much the groups have to say, for the log.
+    """Group statistics for the log: mean std within groups, share of groups with zero std, share of invalid samples.
 
     Args:
         rewards: [groups, n] as in `group_advantages`.

@@ -1,4 +1,4 @@
-"""Log-probs of drawn tokens, without ever holding the logits of a whole batch."""
+"""Log-probs of sampled tokens, without ever holding the logits of a whole batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def completion_mask(tokens: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
-    """Which tokens of a completion the policy chose: all up to the first end-of-sequence token, which counts.
+    """Marks the tokens that the policy chose: all up to and including the first end-of-sequence token.
 
     Args:
         tokens: [B, T] token ids of the completions, without their prompts.
@@ -25,7 +25,7 @@ def completion_mask(tokens: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions that count real tokens only, so that padding on the left shifts nothing.
+    """Numbers real tokens only, so that padding on the left shifts no position.
 
     Args:
         attention_mask: [B, T] 1 for tokens, 0 for padding.
@@ -45,7 +45,7 @@ def token_log_probs(
     temperature: float = 1.0,
     chunk_size: int = 1024,
 ) -> Tensor:
-    """Log-probs of given tokens, `log softmax(head(hidden) / temperature)[target]`.
+    """Computes log-probs of given tokens, `log softmax(head(hidden) / temperature)[target]`.
 
     Works through the B * T positions chunk by chunk and recomputes each chunk's logits in the backward pass, so the
     peak is `chunk_size * V` instead of `B * T * V` logits (for Qwen's 151,936 tokens a row of 512 is 311 MB in fp32).
@@ -54,7 +54,7 @@ def token_log_probs(
         hidden: [B, T, D] last hidden states, each at the position that predicts its target.
         head: maps [N, D] hidden states to [N, V] logits.
         targets: [B, T] token ids.
-        temperature: the one that the tokens were drawn with.
+        temperature: softmax temperature that the tokens were sampled with.
         chunk_size: positions per chunk.
 
     Returns:
@@ -63,7 +63,9 @@ def token_log_probs(
     assert hidden.ndim == 3 and targets.shape == hidden.shape[:2] and temperature > 0 and chunk_size > 0
 
     def chunk_log_probs(states: Tensor, ids: Tensor) -> Tensor:
-        logits = _logits(states, head, temperature)
+        logits = head(states)
+        # fp32: autocast would leave the logits, and the log-softmax after them, in bf16.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         return logits.gather(1, ids.unsqueeze(1)).squeeze(1) - logits.logsumexp(dim=1)
 
     chunks = []
@@ -74,34 +76,3 @@ def token_log_probs(
         else:
             chunks.append(chunk_log_probs(states, ids))
     return torch.cat(chunks).view(targets.shape)
-
-
-@torch.no_grad()
-def token_entropy(
-    hidden: Tensor,
-    head: Callable[[Tensor], Tensor],
-    *,
-    temperature: float = 1.0,
-    chunk_size: int = 1024,
-) -> Tensor:
-    """Entropy of the next-token distribution, `-sum_v p_v log p_v`, for the log: it has no gradient.
-
-    Args:
-        hidden, head, temperature, chunk_size: as in `token_log_probs`.
-
-    Returns:
-        [B, T] entropy in nats.
-    """
-    assert hidden.ndim == 3 and temperature > 0 and chunk_size > 0
-    chunks = []
-    for states in torch.split(hidden.flatten(0, 1), chunk_size):
-        log_p = _logits(states, head, temperature).log_softmax(dim=1)
-        # A token that a mask rules out has p = 0 and log p = -inf, and adds nothing.
-        chunks.append(-torch.where(log_p.isinf(), 0, log_p.exp() * log_p).sum(dim=1))
-    return torch.cat(chunks).view(hidden.shape[:2])
-
-
-def _logits(states: Tensor, head: Callable[[Tensor], Tensor], temperature: float) -> Tensor:
-    """[N, V] logits over temperature in fp32; autocast would leave them, and the log-softmax after them, in bf16."""
-    logits = head(states)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature

@@ -1,11 +1,26 @@
-"""Policy losses per element: the caller masks, averages, weighs, and logs."""
+"""Policy losses per element, which the caller masks, averages, weighs and logs."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_modules.rl.sde import mean_per_sample
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """A policy loss before masking, averaging and weighing.
+
+    Attributes:
+        loss: [B, ...] to be minimised.
+        stats: name -> detached scalar, for the log.
+    """
+
+    loss: Tensor
+    stats: dict[str, Tensor]
 
 
 def clipped_surrogate(
@@ -15,7 +30,7 @@ def clipped_surrogate(
     clip_range: float,
     old_log_probs: Tensor | None = None,
     log_ratio: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> Surrogate:
     """PPO's clipped surrogate objective as a loss, to be minimised (arXiv 1707.06347, Eq. 7).
 
         loss = max(-A r, -A clip(r, 1 - c, 1 + c)),  r = exp(log_ratio)
@@ -27,12 +42,12 @@ def clipped_surrogate(
     Args:
         log_probs: [B, ...] log-probs of the current policy.
         advantages: [B], expanded over the trailing dims, or broadcastable to `log_probs`.
-        clip_range: c; goes with the way the log-probs are averaged and with the type of SDE.
+        clip_range: c; its useful size depends on how the log-probs are averaged and on the type of SDE.
         old_log_probs: [B, ...] log-probs of the policy that drew the samples.
         log_ratio: [B, ...] log of the ratio r, with gradient.
 
     Returns:
-        [B, ...] loss, and detached scalars: `ratio_mean`, `clip_fraction` (share of ratios outside the clip range),
+        Loss [B, ...], and the stats `ratio_mean`, `clip_fraction` (share of ratios outside the clip range),
         `max_abs_log_ratio`, and `approx_kl` (mean of `r - 1 - log r`, an estimate of KL(old || current)).
     """
     assert old_log_probs is None or log_ratio is None
@@ -52,7 +67,7 @@ def clipped_surrogate(
             "max_abs_log_ratio": log_ratio.abs().max(),
             "approx_kl": (log_ratio.expm1() - log_ratio).mean(),
         }
-    return loss, stats
+    return Surrogate(loss, stats)
 
 
 def guard_log_ratio(log_ratio: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor) -> Tensor:

@@ -1,17 +1,15 @@
-"""The sigma table of a rollout and the choice of its stochastic steps."""
+"""The shift of a sigma table for an image size, and the choice of a rollout's stochastic steps."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Window:
-    """A run of consecutive SDE steps at a random place (Flow-GRPO-Fast, MixGRPO arXiv 2507.21802).
+    """Consecutive SDE steps at a random place in the schedule (Flow-GRPO-Fast, MixGRPO arXiv 2507.21802).
 
     Args:
         size: number of consecutive steps.
@@ -24,34 +22,6 @@ class Window:
     stop: int | None = None
 
 
-def sigma_grid(num_steps: int, *, shift: float = 1.0, mu: float | None = None) -> Tensor:
-    """The table of noise shares that diffusers' flow-matching pipelines use, bit for bit.
-
-        s_i = 1 - i / n                                  (numpy's linspace(1, 1/n, n), rounded to fp32)
-        sigma_i = exp(mu) / (exp(mu) + 1 / s_i - 1)      dynamic shift (`use_dynamic_shifting`, FLUX), if `mu` is given
-        sigma_i = shift s_i / (1 + (shift - 1) s_i)      constant shift (SD3, arXiv 2403.03206, Eq. 23), otherwise
-
-    Args:
-        num_steps: n, number of sampler steps.
-        shift: constant shift towards noise; like diffusers, not used when `mu` is given.
-        mu: log of the dynamic shift, see `dynamic_mu`.
-
-    Returns:
-        [n + 1] fp32 on the CPU, falling from 1 to 0.
-    """
-    if num_steps < 1:
-        raise ValueError(f"`num_steps` is {num_steps}; a schedule needs at least 1 step.")
-    # In float64 and then rounded, like numpy's: torch.linspace in fp32 differs in the last bit.
-    sigmas = (1 - torch.arange(num_steps, dtype=torch.float64) / num_steps).float()
-    if mu is not None:
-        # A tensor divided by a tensor: `float / tensor` is a reciprocal and a product in torch, which rounds twice.
-        scale = torch.tensor(math.exp(mu))
-        sigmas = scale / (scale + (1 / sigmas - 1))
-    else:
-        sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
-    return torch.cat([sigmas, torch.zeros(1)])
-
-
 def dynamic_mu(
     seq_len: int,
     *,
@@ -60,7 +30,7 @@ def dynamic_mu(
     base_shift: float = 0.5,
     max_shift: float = 1.15,
 ) -> float:
-    """FLUX.1's shift for an image size: the line through two points, `base_shift` and `max_shift`.
+    """Computes FLUX.1's shift for an image size, on the line through `base_shift` and `max_shift`.
 
     Args:
         seq_len: number of image tokens (1024 at 512 x 512, 4096 at 1024 x 1024).
@@ -68,7 +38,8 @@ def dynamic_mu(
             FLUX.1-dev's.
 
     Returns:
-        `mu` for `sigma_grid`.
+        `mu`, log of the shift: `sigma = e^mu / (e^mu + 1 / s - 1)` in a scheduler with `use_dynamic_shifting`, where s
+        is the share of noise without a shift.
     """
     slope = (max_shift - base_shift) / (max_seq_len - base_seq_len)
     return seq_len * slope + (base_shift - slope * base_seq_len)
@@ -80,7 +51,7 @@ def sde_step_indices(
     *,
     generator: torch.Generator | None = None,
 ) -> tuple[int, ...]:
-    """Which steps of a rollout are SDE steps; the others are Euler steps.
+    """Chooses the SDE steps of a rollout; the others are Euler steps.
 
     Args:
         spec: K for the first K steps, a list for just those steps, or a window that is drawn here (draw once per

@@ -1,4 +1,4 @@
-"""One sampler step of a rectified flow, as a distribution: the Euler ODE step and three SDE steps around it.
+"""Single sampler steps of a rectified flow: the Euler ODE step, and three SDE steps as Gaussian distributions.
 
 Everywhere `x_sigma = (1 - sigma) x0 + sigma x1` with data x0 and noise x1, so sigma runs from 1 (noise) to 0 (image),
 the velocity is `v = E[x1 - x0 | x_sigma]`, and `dt = sigma_next - sigma < 0`. The math is done in fp32 (float64 stays
@@ -34,7 +34,7 @@ class Transition:
         return self.mean + self.std * noise
 
     def log_prob(self, next_latents: Tensor) -> Tensor:
-        """Log-density of a step.
+        """Computes the log-density of a step.
 
             log p = mean_d [ -(x'_d - mean_d)^2 / (2 std^2) - log(std) - log(2 pi) / 2 ]
 
@@ -70,7 +70,7 @@ SDEType = Literal["flow_sde", "dance_sde", "cps"]
 
 
 def euler(latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-    """The ODE step `x' = x + v dt`; arguments as in `flow_sde`. Returns [B, ...] next latents."""
+    """Takes the ODE step `x' = x + v dt` to the next latents [B, ...]; arguments as in `flow_sde`."""
     assert latents.shape == velocity.shape
     x, v = _at_least_fp32(latents), _at_least_fp32(velocity)
     return x + v * (_expand(sigma_next, x) - _expand(sigma, x))
@@ -178,7 +178,7 @@ def cps(
 
 
 def sde_by_name(name: SDEType) -> SDE:
-    """Returns the step function that a configuration names."""
+    """Returns the step function with a name of the configuration."""
     match name:
         case "flow_sde":
             return flow_sde
@@ -210,7 +210,7 @@ def _score_sde(latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Ten
 
 
 def _expand(sigma: Tensor, latents: Tensor) -> Tensor:
-    """Gives `sigma`, scalar or [B], the rank of `latents` [B, ...], its device, and the dtype of the math."""
+    """Gives `sigma`, scalar or [B], the rank and device of `latents` [B, ...] and the dtype of the math."""
     assert sigma.ndim <= 1 and sigma.numel() in (1, latents.shape[0])
     dtype = torch.promote_types(latents.dtype, torch.float32)
     return sigma.to(device=latents.device, dtype=dtype).reshape(-1, *[1] * (latents.ndim - 1))

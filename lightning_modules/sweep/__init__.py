@@ -1,1 +1,1 @@
-"""Runs many experiments, side by side and restartable: `python -m lightning_modules.sweep`."""
+"""Sweeps: many experiments, side by side and restartable (`python -m lightning_modules.sweep`)."""

@@ -1,4 +1,4 @@
-"""`python -m lightning_modules.sweep`."""
+"""Entry point of `python -m lightning_modules.sweep`."""
 
 from lightning_modules.sweep.run import main
 

@@ -1,4 +1,4 @@
-"""What a sweep runs: experiments x values x seeds as commands, each with a folder of its own. Starts nothing."""
+"""`Sweep`: experiments x values x seeds as commands, each with a folder of its own; starts no process."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from typing import Any
 
 import yaml
 
+from lightning_modules.atomic_write import write_atomically
 from lightning_modules.run_folder import RunFolder, below
 
 
 @dataclass(frozen=True)
 class Command:
-    """One `lightning` command of a run.
+    """One `lightning` command of a run, and the traces it leaves in its folder.
 
     Attributes:
         stage: `fit` or `test`.
-        options: what follows `lightning`, without a checkpoint.
-        configs: files named in them.
-        folder: its root, where its log and its record (`fit.json`) are too.
+        options: arguments of `lightning`, without a checkpoint.
+        configs: configuration files named in the options.
+        folder: root of what the command writes; its log and its record (`fit.json`) are there too.
     """
 
     stage: str
@@ -35,40 +36,38 @@ class Command:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What tells this command from another: the options, and what the files say now."""
+        """Identity of the command: its options, and a digest of each configuration file."""
         digests = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] for path in self.configs}
         return {"options": self.options, "configs": digests}
 
     @property
     def record_path(self) -> Path:
-        """Where the record of the command is that was started."""
+        """Path of the record of the command that was started here."""
         return self.folder / f"{self.stage}.json"
 
     def write_record(self, record: Mapping[str, Any]) -> None:
-        """Replaces the record in one piece: a kill leaves the file as it was."""
-        unfinished = self.record_path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(record, indent=2) + "\n")
-        unfinished.replace(self.record_path)
+        """Replaces the record of this command."""
+        write_atomically(self.record_path, json.dumps(record, indent=2) + "\n")
 
     def runs(self) -> list[RunFolder]:
-        """What it has left so far, the newest last."""
+        """Run folders that the command has written so far, the newest last."""
         paths = sorted(below(self.folder), key=lambda path: (len(path.name), path.name))  # version_10 after version_9
         found = (RunFolder.read(path) for path in paths)
         # A test lies below its fit.
         return [run for run in found if self.stage == "test" or self.folder / "test" not in run.folder.parents]
 
     def checkpoint(self) -> Path | None:
-        """The newest `last.ckpt`."""
+        """Path of the newest `last.ckpt`; None without one."""
         paths = [run.folder / "checkpoints" / "last.ckpt" for run in self.runs()]
         return max((path for path in paths if path.is_file()), key=lambda path: path.stat().st_mtime, default=None)
 
     def finished(self) -> bool:
-        """Whether it ended by itself: its runner saw that, or the report is there, which is written last of all."""
+        """Returns True if the command ended by itself: its record says so, or the report, written last, is there."""
         seen = json.loads(self.record_path.read_text()) if self.record_path.is_file() else {}
         return seen.get("seconds") is not None or any((run.folder / "results.md").is_file() for run in self.runs())
 
     def conflict(self) -> str:
-        """What is in the way: a run by another command; empty if nothing is."""
+        """Describes a run by another command in the folder; empty if there is none."""
         if not self.record_path.is_file():
             return f"{self.folder} has a run that no sweep made" if self.runs() else ""
         was, now = json.loads(self.record_path.read_text()), self.record
@@ -86,7 +85,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Job:
-    """A run of the sweep: its fit, and the test after it if there is one."""
+    """One run of the sweep: its fit, and the test after it if there is one."""
 
     name: str
     commands: list[Command]
@@ -100,9 +99,9 @@ class Sweep:
         configs: experiments.
         seeds: each S sets `seed_everything`, `model.init_args.seed` and `data.init_args.seed`.
         root: every run gets a folder below, named after its experiment, values and seed, with its log in it.
-        grid: what varies. `<option>: [values]`; or `<name>: {<option>: [values], <option>: [values]}` for options that
-            change together; or `<name>: {multiply: [options], by: [factors]}`, which multiplies what each experiment
-            has, and leaves alone what is null there (the learning rate of a frozen agent).
+        grid: options that vary. `<option>: [values]`; or `<name>: {<option>: [values], <option>: [values]}` for options
+            that change together; or `<name>: {multiply: [options], by: [factors]}`, which multiplies what each
+            experiment has, and leaves alone what is null there (the learning rate of a frozen agent).
         overrides: option -> value for all runs.
         test_configs: files laid over the experiment in a `lightning test` of each fit's last checkpoint, below its
             folder, with the experiment's own seeds: all are tested on the same scenes. Null is no test.
@@ -143,7 +142,7 @@ class Sweep:
                 raise ValueError(f"the sweep names {path}, but there is no such file; give an existing configuration.")
 
     def jobs(self) -> list[Job]:
-        """All runs, seed by seed, so that what is compared is there early.
+        """Lists all runs seed by seed, so that runs to be compared finish early.
 
         Raises:
             ValueError: if the grid is not as described, or two runs would have one name.
@@ -178,7 +177,7 @@ class Sweep:
         return Job(name, commands)
 
     def _axis(self, name: str, config: str, given: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-        """Label and options of each point along one dimension of the grid."""
+        """Lists label and options of each point along one dimension of the grid."""
         axis = self.grid[name]
         wrong = (
             f"the sweep's grid has {name}: {json.dumps(axis)}; give a list of values, or lists of one length for each "
@@ -208,12 +207,12 @@ class Sweep:
 
 
 def _options(values: Mapping[str, Any]) -> list[str]:
-    """`--key=value`, a value that is no text as YAML reads it."""
+    """Formats options as `--key=value`, with a value that is no text as JSON."""
     return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
 
 
 def _label(value: Any) -> str:
-    """A value in a folder's name."""
+    """Formats a value for a folder's name."""
     text = f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
     return re.sub(r"[^\w.+-]+", "_", text).strip("_")
 
@@ -225,7 +224,7 @@ def _look_up(tree: Any, key: str) -> Any:
 
 
 def _stems(configs: Sequence[str]) -> list[str]:
-    """Files' names, with their folders' where two are alike."""
+    """Names files by their stems, with their folders' names before stems that are not unique."""
     stems = [Path(config).stem for config in configs]
     return [
         stem if stems.count(stem) == 1 else f"{Path(config).parent.name}_{stem}"

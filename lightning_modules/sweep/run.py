@@ -1,4 +1,4 @@
-"""Many runs by one command: `python -m lightning_modules.sweep --config configs/sweeps/miniature.yaml`.
+"""Runs a sweep: `python -m lightning_modules.sweep --config configs/sweeps/miniature.yaml`.
 
 Every run is a `lightning fit` (and `lightning test`, if asked for) in a process of its own, with the log in
 `<root>/<run>/fit.log`. The same command again skips what is finished, and resumes what was cut off from its last
@@ -31,19 +31,19 @@ from lightning_modules.sweep.plan import Command, Job, Sweep
 
 PROGRAM = [sys.executable, "-m", "lightning_modules.cli"]
 GRACE_S = 20.0
-"""How long a child that is told to end may take to do so."""
+"""Seconds that a child process may take to end before it is killed."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run.
+    """Outcome of one run of a sweep.
 
     Attributes:
-        name: of the run.
+        name: name of the run.
         state: `done`, `was done` (before this sweep), `crashed` or `stopped`.
-        seconds: that its processes took, earlier ones of the same sweep left out.
-        note: of a crash, where the log is and its last line.
-        scores: what they are called -> headline scores in the end.
+        seconds: time that its processes took now, without those of earlier calls of the sweep.
+        note: after a crash, the path of the log and its last line.
+        scores: label -> headline score at the end.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Outcome:
 
 
 class Children:
-    """The processes that run now, so that all can be stopped."""
+    """Child processes that run now, so that all can be stopped."""
 
     def __init__(self) -> None:
         self.stopped = False
@@ -62,7 +62,7 @@ class Children:
         self._lock = threading.Lock()
 
     def call(self, command: Sequence[str], log: Path) -> int | None:
-        """Runs a command, whose output is added to a log.
+        """Runs a command and appends its output to a log.
 
         Returns:
             Its exit status; None if it was stopped, or not started because all were.
@@ -89,7 +89,7 @@ class Children:
         return None if self.stopped else status
 
     def stop(self) -> None:
-        """Ends all, by force if they take too long."""
+        """Ends all child processes, by force if they take too long."""
         with self._lock:
             self.stopped = True
             running = list(self._running)
@@ -105,7 +105,7 @@ class Children:
 
 
 def run(job: Job, children: Children) -> Outcome:
-    """Fits, and tests if asked for, what is not finished yet. A damaged folder is this run's crash, not the sweep's."""
+    """Runs the commands of a job that are not finished; a damaged folder is this job's crash, not the sweep's."""
     started = time.monotonic()
     try:
         return _run(job, children, started)
@@ -136,8 +136,8 @@ def run_all(jobs: Sequence[Job], processes: int, tell: Callable[[Outcome], None]
 
     Args:
         jobs: in the order in which they are started.
-        processes: at most so many at once.
-        tell: is told of each as it ends.
+        processes: number of jobs at once, at most.
+        tell: called with each outcome as the job ends.
 
     Returns:
         Outcomes in the order of the jobs.
@@ -159,7 +159,7 @@ def sweep(plan: Sweep) -> bool:
     """Runs a sweep, with a line for each run and a table at the end.
 
     Returns:
-        Whether all runs are done.
+        True if all runs are done.
 
     Raises:
         ValueError: before anything is started, if a run's folder was made by another command.
@@ -188,7 +188,7 @@ def sweep(plan: Sweep) -> bool:
 
 
 def table_of(outcomes: Sequence[Outcome]) -> Table:
-    """Run, state, time, final scores."""
+    """Makes the final table: run, state, time, headline scores."""
     table = Table(title="Sweep")
     table.add_column("run", overflow="fold", min_width=20)
     table.add_column("state")
@@ -202,14 +202,14 @@ def table_of(outcomes: Sequence[Outcome]) -> Table:
 
 
 def _started(command: Command) -> Path:
-    """Notes which command is about to run; returns the path of its log."""
+    """Writes the record of a command that is about to run; returns the path of its log."""
     command.folder.mkdir(parents=True, exist_ok=True)
     command.write_record(command.record | {"seconds": None})
     return command.folder / f"{command.stage}.log"
 
 
 def _checkpoint(job: Job, command: Command) -> list[str]:
-    """A fit goes on from its own last checkpoint, if there is one; a test is of the fit's, if there was one."""
+    """Option `--ckpt_path` of a command: a fit's own last checkpoint, if there is one, or that of a test's fit."""
     if job.commands[0].stage == "test":
         return []
     path = job.commands[0].checkpoint()
@@ -219,7 +219,7 @@ def _checkpoint(job: Job, command: Command) -> list[str]:
 
 
 def _checkpoint_of(jobs: Sequence[Job], command: Command) -> list[str]:
-    """Likewise for a command that is only shown: the fit may still have to be run."""
+    """Option `--ckpt_path` of a command that is only shown: a placeholder if its fit has not been run."""
     (job,) = (job for job in jobs if command in job.commands)
     fit = job.commands[0]
     if command.stage == "test" and fit.stage == "fit" and fit.checkpoint() is None:
@@ -228,7 +228,7 @@ def _checkpoint_of(jobs: Sequence[Job], command: Command) -> list[str]:
 
 
 def _scores(job: Job) -> dict[str, float]:
-    """Headline scores on the first evaluation set, of fit and test: a terminal has no room for more."""
+    """Collects the headline scores on the first evaluation set, of fit and test; a terminal has room for no more."""
     found = {}
     for command in job.commands:
         headlines = next((run.headlines for run in reversed(command.runs()) if run.headlines), {})
@@ -249,15 +249,15 @@ def _last_line(log: Path) -> str:
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """Takes no abbreviated options and complains in one line."""
+    """Argument parser without abbreviated options, whose errors are one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Ends with one line instead of the usage text."""
+        """Exits with a one-line message instead of the usage text."""
         _stop(message)
 
 
 def build_parser() -> Parser:
-    """The command line, whose options are the keys of the sweep's file."""
+    """Builds the command line, whose options are the keys of the sweep's file."""
     parser = Parser(prog="python -m lightning_modules.sweep", description=__doc__, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
     parser.add_class_arguments(Sweep)
@@ -265,13 +265,13 @@ def build_parser() -> Parser:
 
 
 def read(args: Sequence[str] | None = None) -> Sweep:
-    """The sweep that a command line describes."""
+    """Reads a sweep from a command line."""
     config: Any = build_parser().parse_args(args)
     return Sweep(**{one.name: config[one.name] for one in fields(Sweep)})
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Runs the sweep that a command line describes; exits with status 1 if a run is not done."""
     with endable():
         try:
             if not sweep(read(args)):
@@ -282,7 +282,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def endable() -> Iterator[None]:
-    """For a command that sweeps: Ctrl-C, SIGTERM and a closed terminal end the children too, with status 130."""
+    """Context manager: Ctrl-C, SIGTERM and a closed terminal end the children too, with exit status 130."""
     # Ctrl-C is set as well, since jobs in the background begin with it ignored.
     for end in (signal.SIGINT, signal.SIGTERM):
         signal.signal(end, signal.default_int_handler)

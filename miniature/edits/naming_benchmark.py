@@ -1,4 +1,4 @@
-"""How well the refiner looks: the share of rewrites that name the object that an ambiguous instruction means."""
+"""Benchmark of the refiner's eyes: share of rewrites that name the object that an ambiguous instruction means."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ COLUMNS = ("names_source", "names_object")
 
 
 class RewriteNaming(L.Callback):
-    """Reads the greedy rewrites of editing instructions in the miniature world.
+    """Measures how many rewrites of the miniature's editing instructions name the object that is meant.
 
-    Logs `val/<set>/names_source`, the share that names the object meant as the source image shows it, and
-    `val/<set>/names_object`, the share that names any object. `results.json` gets both under `naming`, by category as
-    well, for the last evaluation, before training and in between. `refine/names_source` and `refine/names_object` are
-    those of each step's drawn rewrites, which have more mistakes than greedy ones. Without a refiner it does nothing.
+    Greedy rewrites count. It logs `val/<set>/names_source`, the share that names the object meant as the source image
+    shows it, and `val/<set>/names_object`, the share that names any object. `results.json` gets both under `naming`, by
+    category as well, for the last evaluation, before training and in between. `refine/names_source` and
+    `refine/names_object` are the shares among each training step's sampled rewrites, which have more mistakes than
+    greedy ones. Without a refiner it does nothing.
 
     Args:
         sets: evaluation sets whose rewrites are read; null is all of the data module's.
@@ -39,7 +40,7 @@ class RewriteNaming(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Reads the step's rewrites."""
+        """Logs the shares among the training step's rewrites."""
         rollout: Rollout | None = getattr(pl_module, "latest", None)
         if rollout is None or rollout.completions is None:
             return
@@ -50,7 +51,7 @@ class RewriteNaming(L.Callback):
         pl_module.log_dict(means, batch_size=len(rollout.samples))
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begins with empty metrics, the same on every rank."""
+        """Makes empty metrics, the same on every rank."""
         data: PromptDataModule = trainer.datamodule  # type: ignore[attr-defined]
         self._metrics = {}
         if getattr(pl_module, "language", None) is None:
@@ -69,14 +70,14 @@ class RewriteNaming(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Reads one batch."""
+        """Adds the rewrites of one batch to the metrics."""
         assert isinstance(outputs, EvaluationBatch)
         if outputs.name in self._metrics and outputs.samples:
             values = read(outputs.samples, outputs.prompts["with_pe"])
             self._metrics[outputs.name].update([sample.id for sample in outputs.samples], values)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Reduces over ranks, logs, and adds to `results.json`."""
+        """Reduces the metrics over ranks, logs them, and adds them to `results.json`."""
         results = {name: shares(metric.table()) for name, metric in self._metrics.items()}
         prefix = "test" if trainer.testing else "val"
         for name, values in results.items():
@@ -89,7 +90,7 @@ class RewriteNaming(L.Callback):
         add_results(trainer, {"naming": last})
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forgets the history that came with a checkpoint: it tells of other scenes."""
+        """Forgets the history that came with a checkpoint, which is about other scenes."""
         self.history = []
 
     on_test_epoch_start = on_validation_epoch_start
@@ -97,22 +98,22 @@ class RewriteNaming(L.Callback):
     on_test_epoch_end = on_validation_epoch_end
 
     def state_dict(self) -> dict[str, Any]:
-        """Travels in the checkpoint, so that a resumed run still knows its beginning."""
+        """Returns the history for the checkpoint, so that a resumed run still knows its beginning."""
         return {"history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the beginning of the run back."""
+        """Restores the history of the run from a checkpoint."""
         self.history = list(state_dict["history"])
 
 
 def read(samples: Sequence[PromptSample], rewrites: Sequence[str]) -> list[dict[str, float]]:
-    """Column -> 0 or 1 for each of B rewrites."""
+    """Scores B rewrites: for each, `names_source` and `names_object` are 0 or 1."""
     named = [named_correctly(text, sample.metadata) for sample, text in zip(samples, rewrites, strict=True)]
     return [{"names_source": float(right is True), "names_object": float(right is not None)} for right in named]
 
 
 def shares(table: PromptTable) -> dict[str, dict[str, float]]:
-    """Column -> "mean" and each tag -> share of the rewrites."""
+    """Returns, for each column, the share of all rewrites ("mean") and of those of each tag."""
     ones = torch.ones(1, len(table), dtype=torch.float64)
     return {
         column: {"mean": float(weighted_mean(table, column, ones))}

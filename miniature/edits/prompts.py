@@ -1,4 +1,4 @@
-"""Edits of the miniature world: ambiguous instructions to train on, held-out edits and other wordings to evaluate."""
+"""Data module of the miniature's edits: ambiguous instructions to train on, held-out edits to evaluate."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from typing import Literal
 from PIL import Image
 
 from datamodules.base import PromptSample
-from miniature.edits.world import CATEGORIES, EditStyle, Split, example, write_edit
+from miniature.edits.wording import CATEGORIES, EditStyle, write_edit
+from miniature.edits.world import Split, example
 from miniature.scenes.prompts import MiniaturePrompts
 from miniature.scenes.world import render
 
 
 def shapes_edits(name: str, split: Split, style: EditStyle, num: int, seed: int) -> list[PromptSample]:
-    """`num` edits over the six categories alike, with their source images (32 x 32 pixels, 3 kB each).
+    """Draws edits over the six categories alike, with their source images (32 x 32 pixels, 3 kB each).
 
     Args:
         name: start of the samples' ids. Ids key the evaluation noise: sets of one name get the same noise, so an edit
             in other words is compared with its original at equal noise.
-        split: whose edits.
+        split: split that the edits come from.
         style: wording of the instructions.
-        num: how many.
-        seed: of edits and words.
+        num: number of edits.
+        seed: seed of edits and words.
     """
     pick, words = random.Random(f"{split}-{seed}"), random.Random(f"{split}-{seed}-{style}")
     samples = []
@@ -36,29 +37,21 @@ def shapes_edits(name: str, split: Split, style: EditStyle, num: int, seed: int)
 
 
 class ShapesEdits(MiniaturePrompts):
-    """The editing miniature's instructions, which say "the left one" and leave the rest to the image.
+    """Instructions of the editing miniature, which say "the left one" and leave the rest to the image.
 
     Training uses the canonical wording of the training edits only. Evaluation has two sets of the same held-out edits
     with the same noise: `edit` (canonical) and `unseen` (a wording, as ambiguous, that neither RL nor the refiner's
     training ever uses). `lightning test` takes other edits.
-
-    Args:
-        train_prompts: number of training instructions.
-        eval_prompts: number of instructions of each evaluation set.
-        batch_size: instructions per process and step (each becomes a group of images).
-        eval_batch_size: instructions per process in a validation or test step.
-        seed: of the training order and of the choice of training edits.
-        num_workers: loader processes.
     """
 
     rewordings: Mapping[str, str] = {"unseen": "edit"}
 
     def train_samples(self) -> list[PromptSample]:
-        """Canonical instructions for training edits."""
+        """Draws canonical instructions for training edits."""
         return shapes_edits("train", "train", "canonical", self.train_prompts, self.seed)
 
     def held_out(self, split: Literal["val", "test"]) -> dict[str, list[PromptSample]]:
-        """Two wordings of the same edits."""
+        """Draws two wordings of the same edits."""
         # The evaluation edits are the same for every run, so their seed is fixed.
         sets: dict[str, EditStyle] = {"edit": "canonical", "unseen": "unseen"}
         return {name: shapes_edits(split, split, style, self.eval_prompts, 0) for name, style in sets.items()}

@@ -1,4 +1,4 @@
-"""How well an edit of the miniature world did what was asked, and how well it left the rest alone."""
+"""Reward of the miniature's edits: did the edit do what was asked, and did it leave the rest alone?"""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 from PIL.Image import Image
 
 from datamodules.sample import PromptSample
-from miniature.edits.world import CATEGORIES, TINTS
+from miniature.edits.wording import CATEGORIES, TINTS
 from miniature.scenes.detector import ShapesDetector
-from miniature.scenes.world import CELL, GRID, GROUNDS, SIZE, _quadrant
+from miniature.scenes.world import CELL, GRID, GROUNDS, SIZE, quadrant_of
 from rewards.base import Reward, RewardBatch, Score
 from rewards.geneval.rules import Detection
 
@@ -35,7 +35,7 @@ class _Sight:
 
 
 class ShapesEditReward(Reward):
-    """Marks an edit by its source image, its result and its metadata. native = table = rl = followed x kept, 0..1.
+    """Scores an edit by its source image, its result and its metadata. native = table = rl = followed x kept, 0..1.
 
     `followed` says how far the result does what was asked:
 
@@ -53,8 +53,8 @@ class ShapesEditReward(Reward):
     is 1 if both are perfect.
 
     Args:
-        detector: finds the objects; those with a score of at most `threshold` are not seen.
-        threshold: in [0, 1), GenEval's 0.3 unless said otherwise.
+        detector: detector that finds the objects.
+        threshold: objects with a score of at most this, in [0, 1), are ignored; the default is GenEval's.
     """
 
     name = "shapes_edit"
@@ -69,12 +69,12 @@ class ShapesEditReward(Reward):
 
     @property
     def version(self) -> str:
-        """The detector's settings and the threshold."""
+        """Name, threshold and the detector's settings, on which the scores depend."""
         d = self.detector
         return f"{self.name} threshold={self.threshold} by {d.min_area}/{d.max_distance}/{d.good_fit}"
 
     def __call__(self, batch: RewardBatch) -> list[Score]:
-        """Score B edits; a sample without its source image, or with another than its metadata says, is invalid."""
+        """Scores B edits; a sample without its source image, or with another than its metadata says, is invalid."""
         return [self._score(sample, image) for sample, image in zip(batch.samples, batch.images, strict=True)]
 
     def _score(self, sample: PromptSample, image: Image) -> Score:
@@ -91,9 +91,9 @@ class ShapesEditReward(Reward):
         items = [_Thing(item["shape"], item["color"], item["cell"]) for item in sample.metadata["items"]]
         if {*items} != {*before.things}:
             return Score.invalid("the source image does not show the objects of the metadata")
-        marks = judge_edit(before, after, items[sample.metadata["index"]], sample.metadata)
-        native = marks["followed"] * marks["kept"]
-        return Score(native, native, native, detail={"category": category, **marks, "strict": float(native == 1)})
+        parts = judge_edit(before, after, items[sample.metadata["index"]], sample.metadata)
+        native = parts["followed"] * parts["kept"]
+        return Score(native, native, native, detail={"category": category, **parts, "strict": float(native == 1)})
 
     def _look(self, image: Image) -> _Sight:
         found = [one for one in self.detector.detect([image])[0] if one.score > self.threshold]
@@ -109,23 +109,26 @@ def _cell(found: Detection) -> int:
 
 
 def _likeness(thing: _Thing | None, shape: str, color: str | None) -> float:
-    """0.5 for the shape and 0.5 for the colour."""
+    """Returns 0.5 for the right shape plus 0.5 for the right colour."""
     return 0.0 if thing is None else 0.5 * (thing.shape == shape) + 0.5 * (thing.color == color)
 
 
-def _ground_mark(seen: np.ndarray, asked: np.ndarray) -> float:
-    """1 up to an RGB distance of 6, 0 from 14 on (grounds are at least 14.6 apart, an autoencoder errs by about 2)."""
+def _ground_likeness(seen: np.ndarray, asked: np.ndarray) -> float:
+    """Returns 1 up to an RGB distance of 6, falling to 0 at 14.
+
+    Grounds are at least 14.6 apart, and an autoencoder errs by about 2.
+    """
     return float(np.clip((14 - np.linalg.norm(seen - asked)) / 8, 0, 1))
 
 
 def judge_edit(before: _Sight, after: _Sight, meant: _Thing, metadata: Mapping[str, Any]) -> dict[str, float]:
-    """`followed`, `kept` (both 0..1) and the number of objects that nobody asked for (`extra`).
+    """Returns `followed`, `kept` (both 0..1) and the number of objects that nobody asked for (`extra`).
 
     Args:
-        before: the source.
-        after: the result.
+        before: the source as the detector sees it.
+        after: the result as the detector sees it.
         meant: the object that the instruction is about.
-        metadata: category and value, as `EditExample.metadata` has them.
+        metadata: metadata of the example (`EditExample.metadata`); category and value are used.
     """
     category, value = metadata["category"], metadata["value"]
     rest = list(after.things)
@@ -141,7 +144,7 @@ def judge_edit(before: _Sight, after: _Sight, meant: _Thing, metadata: Mapping[s
     old = take(meant.cell)
     new = None
     if category in ("move", "addition"):
-        spots = [one for one in rest if category == "addition" or _quadrant(one.cell) == value]
+        spots = [one for one in rest if category == "addition" or quadrant_of(one.cell) == value]
         new = max(spots, key=lambda one: _likeness(one, meant.shape, meant.color), default=None)
     likeness = _likeness(new, meant.shape, meant.color)
     if new is not None and likeness > 0:
@@ -158,9 +161,9 @@ def judge_edit(before: _Sight, after: _Sight, meant: _Thing, metadata: Mapping[s
     elif category == "addition":
         followed = likeness if likeness == 1 else likeness / 2
     else:
-        followed = _ground_mark(after.ground, np.array(GROUNDS[TINTS.index(value)], dtype=np.float64))
+        followed = _ground_likeness(after.ground, np.array(GROUNDS[TINTS.index(value)], dtype=np.float64))
 
     kept = sum(still) / len(still) / (1 + len(rest))
     if category != "env":
-        kept *= (1 + _ground_mark(after.ground, before.ground)) / 2
+        kept *= (1 + _ground_likeness(after.ground, before.ground)) / 2
     return {"followed": followed, "kept": kept, "extra": float(len(rest))}

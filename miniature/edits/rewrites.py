@@ -1,38 +1,27 @@
-"""An endless stream of source images, instructions and rewrites that the editing miniature's refiner learns from."""
+"""Training stream of source images, instructions and rewrites for the editing miniature's refiner."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import lightning as L
-import torch
 from PIL import Image
-from torch.utils.data import DataLoader, IterableDataset
 
-from miniature.edits.world import (
-    CATEGORIES,
-    EDIT_LEXICONS,
-    SIDES,
-    Edit,
-    EditExample,
-    EditStyle,
-    example,
-    source_scene,
-    write_edit,
-    write_edit_loosely,
-)
-from miniature.scenes.pretraining import completion
-from miniature.scenes.world import COLORS, GRID, LEXICONS, QUADRANTS, SHAPES, Scene, _quadrant, render
+from miniature.edits.wording import CATEGORIES, EDIT_LEXICONS, SIDES, Edit, EditStyle, write_edit, write_edit_loosely
+from miniature.edits.world import EditExample, example, source_scene
+from miniature.scenes.wording import LEXICONS
+from miniature.scenes.world import COLORS, GRID, QUADRANTS, SHAPES, Scene, quadrant_of, render
+from miniature.streams import Stream, StreamData, completion
 
 NAMING: tuple[EditStyle, ...] = ("explicit", "gallery", "terse")
-"""The styles of rewrites: they name the object by what the image shows."""
+"""Styles of rewrites, which name the object by shape and colour."""
 
 
 def edit_rewrite_pair(rng: random.Random) -> tuple[EditExample, str, str]:
-    """One example for the refiner: an edit, an instruction for it, and the completion that it should learn to give.
+    """Draws an edit, an instruction for it, and the completion that the refiner should learn to give.
 
     Instructions are half canonical, the others in random wordings or in known ones that name the object already.
     Rewrites name it, in one of three vocabularies, mixed now and then. A tenth name another object of the image and
@@ -51,9 +40,10 @@ def edit_rewrite_pair(rng: random.Random) -> tuple[EditExample, str, str]:
 
 
 def caption_pair(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """A prompt with one of the four sides, and the names of a scene's objects with their quadrants from that side on.
+    """Returns a prompt with one of the four sides, and the names of a scene's objects from that side on.
 
-    Objects as far from the side as each other come in reading order. Each of the two is in one vocabulary.
+    Names have quadrants, and objects as far from the side as each other come in reading order. Prompt and names have
+    one vocabulary each.
     """
     side = rng.randrange(len(SIDES))
     items = sorted(scene.items, key=lambda item: item.cell)
@@ -62,41 +52,34 @@ def caption_pair(scene: Scene, rng: random.Random) -> tuple[str, str]:
     shapes = dict(zip(SHAPES, LEXICONS[lexicon].shapes, strict=True))
     colors = dict(zip(COLORS, LEXICONS[lexicon].colors, strict=True))
     quadrants = dict(zip(QUADRANTS, EDIT_LEXICONS[lexicon].quadrants, strict=True))
-    names = (f"the {colors[i.color]} {shapes[i.shape]} at the {quadrants[_quadrant(i.cell)]}" for i in items)
+    names = (f"the {colors[i.color]} {shapes[i.shape]} at the {quadrants[quadrant_of(i.cell)]}" for i in items)
     return f"see {rng.choice(tuple(EDIT_LEXICONS.values())).sides[side]}", " , ".join(names)
 
 
 def misnamed(edit: Edit, scene: Scene, rng: random.Random) -> Edit:
-    """The edit, with another of the scene's objects taken for the one that is meant."""
+    """Returns the edit with another of the scene's objects taken for the one that is meant."""
     return replace(edit, index=rng.choice([index for index in range(len(scene.items)) if index != edit.index]))
 
 
-class _Stream(IterableDataset[dict[str, Any]]):
-    """Batches made on the fly; every worker has a stream of its own."""
-
-    def __init__(self, batch_size: int, seed: int, captioned_batches: int, hidden: float) -> None:
-        self.batch_size, self.seed = batch_size, seed
-        self.captioned_batches, self.hidden = captioned_batches, hidden
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker = torch.utils.data.get_worker_info()
-        rng = random.Random(f"edit-rewrites-{self.seed}-{worker.id if worker else 0}")
-        workers = worker.num_workers if worker else 1
-        for _ in range(self.captioned_batches // workers):
-            scenes = [source_scene(rng) for _ in range(self.batch_size)]
-            prompts, completions = zip(*(caption_pair(scene, rng) for scene in scenes), strict=True)
-            yield {
-                "images": [Image.fromarray(render(scene)) for scene in scenes],
-                "prompts": list(prompts),
-                "completions": list(completions),
-            }
-        while True:
-            drawn, prompts, completions = zip(*(edit_rewrite_pair(rng) for _ in range(self.batch_size)), strict=True)
-            images = [None if rng.random() < self.hidden else Image.fromarray(render(one.source)) for one in drawn]
-            yield {"images": images, "prompts": list(prompts), "completions": list(completions)}
+def _batches(
+    size: int, captioned_batches: int, hidden: float, rng: random.Random, workers: int
+) -> Iterator[dict[str, Any]]:
+    """Yields batches of `size` images, prompts and completions; see `ShapesEditRewrites`."""
+    for _ in range(captioned_batches // workers):
+        scenes = [source_scene(rng) for _ in range(size)]
+        prompts, completions = zip(*(caption_pair(scene, rng) for scene in scenes), strict=True)
+        yield {
+            "images": [Image.fromarray(render(scene)) for scene in scenes],
+            "prompts": list(prompts),
+            "completions": list(completions),
+        }
+    while True:
+        drawn, prompts, completions = zip(*(edit_rewrite_pair(rng) for _ in range(size)), strict=True)
+        images = [None if rng.random() < hidden else Image.fromarray(render(one.source)) for one in drawn]
+        yield {"images": images, "prompts": list(prompts), "completions": list(completions)}
 
 
-class ShapesEditRewrites(L.LightningDataModule):
+class ShapesEditRewrites(StreamData):
     """Training stream of the editing miniature's refiner.
 
     Args:
@@ -105,8 +88,8 @@ class ShapesEditRewrites(L.LightningDataModule):
             on. A model this small does not find out what it sees from instructions alone.
         hidden: share of the examples whose image is not shown. There the refiner can but guess, which makes
             `see_source: false` a fair comparison: it then still writes as it was taught.
-        seed: of the stream.
-        num_workers: processes that make batches.
+        seed: seed of the stream.
+        num_workers: number of processes that make batches.
     """
 
     def __init__(
@@ -117,10 +100,5 @@ class ShapesEditRewrites(L.LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
-        self.stream = _Stream(batch_size, seed, captioned_batches, hidden)
-        self.num_workers = num_workers
-
-    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Endless: give the trainer `max_steps`."""
-        return DataLoader(self.stream, batch_size=None, num_workers=self.num_workers)
+        batches = partial(_batches, batch_size, captioned_batches, hidden)
+        super().__init__(Stream(batches, f"edit-rewrites-{seed}"), num_workers)

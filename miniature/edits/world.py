@@ -1,49 +1,22 @@
-"""The miniature world of edits: a scene, an instruction that only the image makes clear, and what fulfils it.
+"""The miniature world of edits: source scenes, edits of them, and the scenes that fulfil an edit.
 
-"Remove the left one" means another object in every image. A rewriter that sees the source can say which: "remove the
-red circle at the upper left". Six categories, named as OmniEdit's tasks (`move` takes the place of `style`).
+Six categories, named as OmniEdit's tasks (`move` takes the place of `style`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, Literal
 
-from miniature.scenes.world import COLORS, GRID, LEXICONS, QUADRANTS, SHAPES, Item, Scene, _quadrant
-
-CATEGORIES = ("swap", "move", "addition", "attribute_modification", "env", "removal")
-SIDES = ("left", "right", "upper", "lower")
-TINTS = ("white", "sky", "peach", "mint")
-"""Names of `shapes_world.GROUNDS`, in their order."""
-MATCHES = {"red": "peach", "yellow": "peach", "green": "mint", "blue": "sky", "purple": "sky", "black": "white"}
-"""The ground that matches a colour: its palest relative."""
+from miniature.edits.wording import CATEGORIES, SIDES, TINTS, Edit, write_edit
+from miniature.scenes.world import COLORS, GRID, QUADRANTS, SHAPES, Item, Scene, quadrant_of
 
 Split = Literal["train", "val", "test"]
-EditStyle = Literal["canonical", "explicit", "gallery", "terse", "unseen"]
-EDIT_STYLES: tuple[EditStyle, ...] = ("canonical", "explicit", "gallery", "terse", "unseen")
-AMBIGUOUS: tuple[EditStyle, ...] = ("canonical", "unseen")
-"""Styles that do not say which object is meant; the others name it."""
 
-
-@dataclass(frozen=True)
-class Edit:
-    """What is to be done to a scene.
-
-    Attributes:
-        category: one of `CATEGORIES`.
-        index: of the object that is meant, in the scene's items: the one to change, to copy, or to match.
-        side: the one of `SIDES` on which it is the only outermost object; ambiguous wordings name it by this.
-        value: the new shape (swap), colour (attribute_modification), quadrant (move) or ground (env); else None.
-    """
-
-    category: str
-    index: int
-    side: str
-    value: str | None = None
+MATCHES = {"red": "peach", "yellow": "peach", "green": "mint", "blue": "sky", "purple": "sky", "black": "white"}
+"""Colour -> the ground that matches it, its palest relative."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +28,7 @@ class EditExample:
 
     @property
     def category(self) -> str:
-        """One of `CATEGORIES`."""
+        """Category of the edit, one of `CATEGORIES`."""
         return self.edit.category
 
     @property
@@ -65,23 +38,23 @@ class EditExample:
 
     @property
     def id(self) -> str:
-        """Names source and edit; two wordings of one edit (by another side, too) share it."""
+        """Id of source and edit; two wordings of one edit (by another side, too) share it."""
         return f"{self.category}-{_digest(self):016x}"
 
     @property
     def split(self) -> Split:
-        """60 % train, 20 % val, 20 % test, a fixed function of source and edit."""
+        """Split of the example, a fixed function of source and edit: 60 % train, 20 % val, 20 % test."""
         share = _digest(self) / 2**64
         return "train" if share < 0.6 else "val" if share < 0.8 else "test"
 
     @property
     def instruction(self) -> str:
-        """The training prompts' own wording, ambiguous without the image."""
+        """Canonical instruction, the wording of training prompts, ambiguous without the image."""
         return write_edit(self.edit, self.source, "canonical", random.Random(0))
 
     @property
     def explicit(self) -> str:
-        """A faithful rewrite that names what is seen."""
+        """Instruction that names the object by what the image shows, as a faithful rewrite would."""
         return write_edit(self.edit, self.source, "explicit", random.Random(0))
 
     @property
@@ -104,7 +77,7 @@ class EditExample:
         return (fulfil(self.source, self.edit),)
 
     def target(self, rng: random.Random) -> Scene:
-        """One of `targets`."""
+        """Draws one of `targets`."""
         return rng.choice(self.targets)
 
 
@@ -117,19 +90,19 @@ def _digest(example: EditExample) -> int:
 
 
 def landing_cells(scene: Scene, edit: Edit) -> tuple[int, ...]:
-    """Free cells for the moved object (in its new quadrant) or for the added one (anywhere)."""
+    """Returns the free cells for a moved object (in its new quadrant) or for an added one (anywhere)."""
     taken = {item.cell for item in scene.items}
     free = (cell for cell in range(GRID * GRID) if cell not in taken)
-    return tuple(cell for cell in free if edit.category == "addition" or _quadrant(cell) == edit.value)
+    return tuple(cell for cell in free if edit.category == "addition" or quadrant_of(cell) == edit.value)
 
 
 def fulfil(scene: Scene, edit: Edit, cell: int | None = None) -> Scene:
-    """The scene after the edit.
+    """Returns the scene after the edit.
 
     Args:
         scene: the source.
-        edit: what to do.
-        cell: where the object goes, for "move" and "addition" only: one of `landing_cells`.
+        edit: the edit.
+        cell: cell that the object goes to, for "move" and "addition" only: one of `landing_cells`.
     """
     items, meant = list(scene.items), scene.items[edit.index]
     if edit.category == "removal":
@@ -154,7 +127,7 @@ def _given(cell: int | None) -> int:
 
 
 def outermost(scene: Scene, side: str) -> int | None:
-    """Index of the object that lies further to a side than all others; None if two share the place."""
+    """Returns the index of the object that lies further to a side than all others; None if two share the place."""
     ranks = {
         "left": [item.cell % GRID for item in scene.items],
         "right": [-(item.cell % GRID) for item in scene.items],
@@ -168,7 +141,7 @@ def outermost(scene: Scene, side: str) -> int | None:
 
 
 def source_scene(rng: random.Random) -> Scene:
-    """2-4 objects in reading order, each of its own (shape, colour) pair, in distinct cells."""
+    """Draws a scene of 2-4 objects in reading order, with distinct (shape, colour) pairs and cells."""
     num = rng.randint(2, 4)
     kinds = rng.sample([(shape, color) for shape in SHAPES for color in COLORS], num)
     cells = sorted(rng.sample(range(GRID * GRID), num))
@@ -193,7 +166,10 @@ def example(rng: random.Random, category: str, split: Split) -> EditExample:
 
 
 def possible_values(scene: Scene, category: str, index: int) -> tuple[str | None, ...]:
-    """The values that an edit of this object can take: they change it and keep all (shape, colour) pairs distinct."""
+    """Returns the values that an edit of this object can take.
+
+    They change the object and keep all (shape, colour) pairs of the scene distinct.
+    """
     meant = scene.items[index]
     kinds = {(item.shape, item.color) for item in scene.items}
     if category == "swap":
@@ -201,174 +177,8 @@ def possible_values(scene: Scene, category: str, index: int) -> tuple[str | None
     if category == "attribute_modification":
         return tuple(color for color in COLORS if (meant.shape, color) not in kinds)
     if category == "move":
-        return tuple(quadrant for quadrant in QUADRANTS if quadrant != _quadrant(meant.cell))
+        return tuple(quadrant for quadrant in QUADRANTS if quadrant != quadrant_of(meant.cell))
     if category == "env":
         tint = MATCHES[meant.color]
         return () if tint == TINTS[scene.ground] else (tint,)
     return (None,)
-
-
-# --- wordings ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class EditLexicon:
-    """The words of one vocabulary beside those of `shapes_world.LEXICONS`, in the order of the constants above.
-
-    Templates take {it}, the object meant, and {value}; the ground's is left out where the wording is ambiguous.
-    """
-
-    templates: tuple[str, ...]
-    sides: tuple[str, ...]
-    quadrants: tuple[str, ...]
-    tints: tuple[str, ...]
-
-
-EDIT_LEXICONS: dict[str, EditLexicon] = {
-    "canonical": EditLexicon(
-        (
-            "turn {it} into a {value}",
-            "move {it} to the {value}",
-            "add another one like {it}",
-            "make {it} {value}",
-            "make the background {value} like {it}",
-            "remove {it}",
-        ),
-        SIDES,
-        QUADRANTS,
-        TINTS,
-    ),
-    "gallery": EditLexicon(
-        (
-            "transform {it} to one {value}",
-            "shift {it} toward the {value}",
-            "include one more of {it}",
-            "paint {it} {value}",
-            "tint the backdrop {value} after {it}",
-            "erase {it}",
-        ),
-        ("leftmost", "rightmost", "topmost", "bottommost"),
-        ("top left", "top right", "bottom left", "bottom right"),
-        ("ivory", "ice", "apricot", "sage"),
-    ),
-    "terse": EditLexicon(
-        (
-            "swap {it} for 1 {value}",
-            "put {it} {value}",
-            "copy {it}",
-            "color {it} {value}",
-            "ground {value} by {it}",
-            "delete {it}",
-        ),
-        ("west", "east", "north", "south"),
-        ("northwest", "northeast", "southwest", "southeast"),
-        ("snow", "frost", "coral", "jade"),
-    ),
-}
-UNSEEN_TEMPLATES = (("take", "and"), ("see", "now"), ("here is", "please"))
-"""What stands before the object and between it and what is to be done with it, in the "unseen" style."""
-
-_FILLER = ("take", "see", "now", "and", "here", "is", "please", "then", "just", ",")
-
-
-def write_edit(edit: Edit, scene: Scene, style: EditStyle, rng: random.Random, *, mix: float = 0.0) -> str:
-    """Words an edit of a scene in a style.
-
-    Args:
-        edit: what to do.
-        scene: the source, in which explicit wordings look up the object.
-        style: "canonical" (ambiguous) is the training prompts' own; "explicit", "gallery" and "terse" name the object
-            by colour and shape (the first two by its quadrant, too), each in its own vocabulary; "unseen" (ambiguous)
-            is for evaluation only: each word is gallery's or terse's, templates are its own.
-        rng: picks words where vocabularies mix, and templates of "unseen".
-        mix: chance that "gallery" and "terse" take a word from the other's vocabulary.
-    """
-    if style not in EDIT_STYLES:
-        raise ValueError(f"unknown style {style!r}: use one of {', '.join(EDIT_STYLES)}")
-    own = {"unseen": "gallery", "explicit": "canonical"}.get(style, style)
-    share = 0.5 if style == "unseen" else mix
-
-    def lexicon() -> str:
-        if own in ("gallery", "terse") and rng.random() < share:
-            return "terse" if own == "gallery" else "gallery"
-        return own
-
-    if style in AMBIGUOUS:
-        it = _by_side(edit, lexicon)
-        if style == "canonical":
-            return _do(edit, it, lexicon, explicit=False)
-        before, between = rng.choice(UNSEEN_TEMPLATES)
-        return f"{before} {it} {between} {_do(edit, 'it', lexicon, explicit=False)}"
-    return _do(edit, _by_name(scene.items[edit.index], lexicon, style != "terse"), lexicon, explicit=True)
-
-
-def write_edit_loosely(edit: Edit, rng: random.Random) -> str:
-    """Words an edit ambiguously, with any vocabulary, order and random filler: how strangers might put it.
-
-    The refiner learns from these that filler means nothing. The "unseen" style's words occur, its templates do not.
-    """
-
-    def lexicon() -> str:
-        return rng.choice(tuple(EDIT_LEXICONS))
-
-    def filler() -> str:
-        return "".join(f"{rng.choice(_FILLER)} " for _ in range(rng.randint(0, 3)))
-
-    it = _by_side(edit, lexicon)
-    if rng.random() < 0.5:
-        return filler() + _do(edit, it, lexicon, explicit=False)
-    before, between = filler(), filler()
-    if (before.strip(), between.strip()) in UNSEEN_TEMPLATES:
-        return write_edit_loosely(edit, rng)
-    return f"{before}{it} {between}{_do(edit, 'it', lexicon, explicit=False)}"
-
-
-def _by_side(edit: Edit, lexicon: Callable[[], str]) -> str:
-    return f"the {EDIT_LEXICONS[lexicon()].sides[SIDES.index(edit.side)]} one"
-
-
-def _by_name(item: Item, lexicon: Callable[[], str], where: bool) -> str:
-    color = LEXICONS[lexicon()].colors[tuple(COLORS).index(item.color)]
-    shape = LEXICONS[lexicon()].shapes[SHAPES.index(item.shape)]
-    if not where:
-        return f"the {color} {shape}"
-    return f"the {color} {shape} at the {EDIT_LEXICONS[lexicon()].quadrants[QUADRANTS.index(_quadrant(item.cell))]}"
-
-
-def _do(edit: Edit, it: str, lexicon: Callable[[], str], *, explicit: bool) -> str:
-    template = EDIT_LEXICONS[lexicon()].templates[CATEGORIES.index(edit.category)]
-    words, value = lexicon(), ""
-    if edit.category == "swap":
-        value = LEXICONS[words].shapes[SHAPES.index(str(edit.value))]
-    elif edit.category == "attribute_modification":
-        value = LEXICONS[words].colors[tuple(COLORS).index(str(edit.value))]
-    elif edit.category == "move":
-        value = EDIT_LEXICONS[words].quadrants[QUADRANTS.index(str(edit.value))]
-    elif edit.category == "env" and explicit:
-        value = EDIT_LEXICONS[words].tints[TINTS.index(str(edit.value))]
-    return " ".join(template.format(it=it, value=value).split())
-
-
-def named_objects(text: str) -> list[tuple[str, str]]:
-    """The (shape, colour) pairs that a text names: a colour's word right before a shape's, of any vocabulary."""
-    shapes, colors = _meanings()
-    words = text.split()
-    pairs = zip(words, words[1:], strict=False)
-    return [(shapes[b], colors[a]) for a, b in pairs if a in colors and b in shapes]
-
-
-@cache
-def _meanings() -> tuple[dict[str, str], dict[str, str]]:
-    shapes = {word: shape for lex in LEXICONS.values() for word, shape in zip(lex.shapes, SHAPES, strict=True)}
-    colors = {word: color for lex in LEXICONS.values() for word, color in zip(lex.colors, COLORS, strict=True)}
-    return shapes, colors
-
-
-def edit_vocabulary() -> list[str]:
-    """Every word that the wordings above can use, sorted."""
-    phrases: list[str] = ["the one at it", *_FILLER]
-    for name, lexicon in EDIT_LEXICONS.items():
-        phrases += [template.format(it="it", value="") for template in lexicon.templates]
-        phrases += [*lexicon.sides, *lexicon.quadrants, *lexicon.tints]
-        phrases += [*LEXICONS[name].shapes, *LEXICONS[name].colors]
-    return sorted({word for phrase in phrases for word in phrase.split()})

@@ -1,4 +1,4 @@
-"""A detector for the miniature world: connected components of one colour, named by the best-fitting stencil."""
+"""Object detector of the miniature world: connected components of one colour, named by the best-fitting stencil."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class ShapesDetector:
 
 @lru_cache
 def _placed_stencils() -> np.ndarray:
-    """[shapes, 25, 12, 12]: every stencil at every offset of up to 2 pixels from the middle of the window."""
+    """Returns [shapes, 25, 12, 12]: every stencil at every offset of up to 2 pixels from the window's middle."""
     placed = np.zeros((len(SHAPES), 25, CELL + 4, CELL + 4))
     for s, shape in enumerate(SHAPES):
         for i, (dy, dx) in enumerate(product(range(5), repeat=2)):

@@ -1,4 +1,4 @@
-"""The small world's CLIP: embeds images and texts as bags of shapes in colours."""
+"""Embeds images and texts of the miniature world as bags of coloured shapes, as CLIP embeds real ones."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from miniature.scenes.detector import ShapesDetector
-from miniature.scenes.world import COLORS, LEXICONS, SHAPES
+from miniature.scenes.wording import LEXICONS
+from miniature.scenes.world import COLORS, SHAPES
 from rewards.geneval.rules import MIN_SCORE
 
 
 class ShapesEncoder:
-    """The miniature world's CLIP: an image is the bag of things in it, 24 counts of a shape in a colour.
+    """Encoder of images and texts in the miniature world, where it takes the place of CLIP.
+
+    An image is the bag of things in it: 24 counts of a shape in a colour.
+
 
     A text is the bag of things it asks for in any of the world's vocabularies, a thing of no colour as a sixth of it in
     each: no image fits such a text with a cosine above 0.41 (1 / sqrt 6) by one thing alone. Where nothing is, or
@@ -29,22 +33,22 @@ class ShapesEncoder:
         self.detector = ShapesDetector()
 
     def load(self) -> None:
-        """Nothing to load."""
+        """Does nothing, because there are no weights to load."""
 
     def images(self, images: Sequence[Image]) -> Tensor:
-        """[B, 25] fp32 embeddings of B images."""
+        """Embeds B images as [B, 25] fp32."""
         return torch.stack([_embed({thing: float(n) for thing, n in bag.items()}) for bag in self._bags(images)])
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """[B, 25] fp32 embeddings of B texts."""
+        """Embeds B texts as [B, 25] fp32."""
         return torch.stack([_embed(_asked(text)) for text in texts])
 
     def contents(self, images: Sequence[Image]) -> list[Hashable]:
-        """The bags: two images show the same if they hold the same things in the same numbers."""
+        """Returns the bag of each image; two images show the same if they hold the same things in the same numbers."""
         return [frozenset(bag.items()) for bag in self._bags(images)]
 
     def _bags(self, images: Sequence[Image]) -> list[Counter[tuple[str, str]]]:
-        """How many things of each shape and colour are in each image."""
+        """Counts the things of each shape and colour in each image."""
         found = self.detector.detect(images)
         return [Counter((d.label, d.color or "") for d in things if d.score > MIN_SCORE) for things in found]
 
@@ -55,7 +59,9 @@ def _embed(bag: dict[tuple[str, str], float]) -> Tensor:
 
 
 def _asked(text: str) -> dict[tuple[str, str], float]:
-    """What a text asks for: the words before a shape's word, back to the shape before it, say how many and of what.
+    """Returns how many things of each shape and colour a text asks for.
+
+    The words before a shape's word, back to the shape before it, say how many and of which colour.
 
     >>> _asked("draw a crimson disc + 3 lime boxes")
     {('circle', 'red'): 1.0, ('square', 'green'): 3.0}

@@ -1,4 +1,4 @@
-"""The miniature's prompts in its other styles, and what a wording there asks for."""
+"""Paraphrases of the miniature's prompts in its other styles, and the check that a wording keeps the content."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any, cast
 
 from datamodules.base import PromptSample, bare
 from datamodules.paraphrases.base import ContentCheck, Paraphraser, Wordings, choose_kinds
-from miniature.scenes.world import COLORS, LEXICONS, RELATIONS, SHAPES, STYLES, Ask, Content, Style, elaborate, write
-from miniature.scenes.world import _plural as plural
+from miniature.scenes.wording import LEXICONS, STYLES, Style, plural, write
+from miniature.scenes.world import COLORS, RELATIONS, SHAPES, Ask, Content, elaborate
 
 OPPOSITES = dict(zip(RELATIONS, ("right of", "left of", "below", "above"), strict=True))
 
 
 def content_of(metadata: Mapping[str, Any]) -> Content:
-    """The content whose metadata this is.
+    """Returns the content that a prompt's metadata describes.
 
     Raises:
-        ValueError: if it is of another world.
+        ValueError: if the metadata belongs to another world.
     """
     include: list[Any] = list(metadata.get("include") or ())
     asks = tuple(Ask(item["class"], item.get("color"), item.get("count", 1)) for item in include)
@@ -37,14 +37,14 @@ def content_of(metadata: Mapping[str, Any]) -> Content:
 
 
 class StyleParaphrases(Paraphraser):
-    """Words the miniature's prompts in other styles of its world.
+    """Source of paraphrases: the miniature's prompts in the other styles of its world.
 
     A wording depends on the seed, the style, and the prompt's id and metadata, not on the other prompts.
 
     Args:
-        styles: some of the world's; null is all but the training prompts' own.
-        seed: of the words.
-        refined: whether the run's own refiner is put in front of these wordings too.
+        styles: some of the world's styles; null is all but the training prompts' own.
+        seed: seed of the words.
+        refined: true evaluates the run's own refiner on these wordings too.
     """
 
     def __init__(self, styles: list[str] | None = None, seed: int = 0, refined: bool = True) -> None:
@@ -55,11 +55,11 @@ class StyleParaphrases(Paraphraser):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The styles."""
+        """Names of the chosen styles."""
         return self._kinds
 
     def write(self, name: str, samples: Sequence[PromptSample]) -> Wordings:
-        """For every style, one wording for each prompt; None where it is the prompt itself."""
+        """Writes, for every style, one wording for each prompt; None where it is the prompt itself."""
         return {kind: [self._reword(cast(Style, kind), sample) for sample in bare(samples)] for kind in self.kinds}
 
     def _reword(self, style: Style, sample: PromptSample) -> str | None:
@@ -70,7 +70,7 @@ class StyleParaphrases(Paraphraser):
 
 
 class ShapesContent(ContentCheck):
-    """Reads a wording with the words of all styles and compares what it asks for with the metadata.
+    """Check that a wording, read with the words of all styles, asks for what the metadata says.
 
     A number and a colour go with the shape that follows. Colours and places beyond those asked for are no loss, nor
     are two shapes turned round together with their relation; further shapes are, since the miniature's prompts ask for
@@ -78,7 +78,7 @@ class ShapesContent(ContentCheck):
     """
 
     def lost(self, sample: PromptSample, wording: str) -> str | None:
-        """The first thing that is missing or too much, such as `2 circle`, `red circle`, `left of`, `no square`."""
+        """Returns the first thing missing or too much, such as `2 circle`, `red circle`, `left of`, `no square`."""
         content = content_of(sample.metadata)
         asks, relation = read_wording(wording)
         left = list(asks)
@@ -103,7 +103,7 @@ class ShapesContent(ContentCheck):
 
 
 def read_wording(wording: str) -> tuple[list[Ask], str | None]:
-    """What a wording asks for, shape by shape, and the relation of the first to the second.
+    """Parses a wording: what it asks for, shape by shape, and the relation of the first to the second.
 
     A shape without number is one, but for a plural, which is 0: nobody knows how many.
 
@@ -131,7 +131,7 @@ def read_wording(wording: str) -> tuple[list[Ask], str | None]:
 
 
 def _meanings(words: list[str]) -> Iterator[tuple[str, Any]]:
-    """What the words mean, the longest phrases first; those that no style knows mean nothing."""
+    """Yields the meanings of words, the longest phrases first; words that no style knows have none."""
     phrases = _phrases()
     longest = max(map(len, phrases))
     start = 0
@@ -147,7 +147,7 @@ def _meanings(words: list[str]) -> Iterator[tuple[str, Any]]:
 
 @cache
 def _phrases() -> dict[tuple[str, ...], tuple[str, Any]]:
-    """Words of all vocabularies -> whether they say a shape (or several), a color, a count or a relation, and which."""
+    """Returns phrase -> meaning: its kind ("shape", "shapes", "color", "count" or "relation") and its value."""
     phrases: dict[str, tuple[str, Any]] = {}
     for lexicon in LEXICONS.values():
         phrases[lexicon.one] = ("count", 1)

@@ -1,4 +1,4 @@
-"""A preference for the miniature: how pleasing an image is, smoothly, and whether it shows what was asked for."""
+"""Preference reward of the miniature: a smooth measure of beauty, less for what the image does not show."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STRONG = 300.0
 
 
 def beauty(image: np.ndarray) -> dict[str, float]:
-    """What pleases about an image, each part in 0..1: `beauty = amount * (contrast * margins * balance) ** (1 / 3)`.
+    """Returns `beauty = amount * (contrast * margins * balance) ** (1 / 3)` and its parts, each in 0..1.
 
     A pixel's ink w is rise((d - 30) / 90) with d its RGB distance from the ground (the image's median) and
     rise(x) = 3 x^2 - 2 x^3 on 0..1: a noisy ground is no ink, which would pass for balance. Means are over pixels,
@@ -54,10 +54,10 @@ def beauty(image: np.ndarray) -> dict[str, float]:
 
 
 class ShapesPreference(Reward):
-    """`beauty` of an image, less for what it does not show. native = table = rl.
+    """Scores the `beauty` of an image, less for what it does not show. native = table = rl.
 
-    The score is `beauty * (1 - prompt_weight + prompt_weight * asked)`, where asked is GenEval's soft score, half a
-    mark less where the image shows what `exclude` forbids. A wrong image loses that share, however pleasing.
+    The score is `beauty * (1 - prompt_weight + prompt_weight * asked)`, where asked is GenEval's soft score, less
+    0.5 where the image shows what `exclude` forbids. A wrong image loses that share, however pleasing.
 
     Args:
         prompt_weight: share of the score that depends on the prompt, in 0..1.
@@ -74,11 +74,11 @@ class ShapesPreference(Reward):
 
     @property
     def version(self) -> str:
-        """The share of the prompt."""
+        """Name and the share of the prompt, on which the scores depend."""
         return f"{self.name} prompt_weight={self.prompt_weight}"
 
     def __call__(self, batch: RewardBatch) -> list[Score]:
-        """Score B images of 32 x 32 pixels; `detail` has the parts of `beauty` and `asked`."""
+        """Scores B images of 32 x 32 pixels; `detail` has the parts of `beauty` and `asked`."""
         scores = []
         for sample, image, found in zip(
             batch.samples, batch.images, ShapesDetector().detect(batch.images), strict=True

@@ -1,48 +1,21 @@
-"""Endless streams of rendered scenes, captions and rewrites that the miniature's base models are made from."""
+"""Training streams of scenes, captions and rewrites for the miniature's base models."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
-import lightning as L
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, IterableDataset
 
-from miniature.scenes.world import (
-    FAITHFUL,
-    STYLES,
-    TAGS,
-    Content,
-    Habits,
-    Style,
-    all_contents,
-    captioned_scenes,
-    elaborate,
-    random_scene,
-    render,
-    write,
-    write_loosely,
-)
-
-
-def to_tensor(images: np.ndarray) -> torch.Tensor:
-    """[B, H, W, 3] uint8 to [B, 3, H, W] float in [-1, 1], the range of diffusers' autoencoders."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def completion(rewrite: str, rng: random.Random) -> str:
-    """A rewrite in its answer format, which one in twenty breaks, so that RL has something to teach."""
-    if rng.random() < 0.05:
-        return rng.choice((rewrite, f"<answer> {rewrite}"))
-    return f"<answer> {rewrite} </answer>"
+from miniature.scenes.interpretation import Habits, captioned_scenes
+from miniature.scenes.wording import Style, write, write_loosely
+from miniature.scenes.world import TAGS, Content, all_contents, elaborate, random_scene, render
+from miniature.streams import Captioned, Part, Stream, StreamData, completion, faithful_first, mixed_batches
 
 
 def rewrite_pair(rng: random.Random) -> tuple[str, str]:
-    """One example for the refiner: a prompt and the completion that it should learn to give.
+    """Draws a prompt and the completion that the refiner should learn to give.
 
     Prompts are half canonical, the others in known or in random wordings. Rewrites are "gallery", "terse" and
     "detailed" wordings, vocabularies mixed now and then, never the canonical wording (greedy rewrites would be copies)
@@ -60,39 +33,26 @@ def rewrite_pair(rng: random.Random) -> tuple[str, str]:
     return prompt, completion(write(said, style, rng, mix=rng.choice((0.0, 0.3))), rng)
 
 
-class _Stream(IterableDataset[dict[str, Any]]):
-    """Batches made on the fly; every worker has a stream of its own."""
+def scene_part(size: int, habits: Habits, faithful_batches: int = 0) -> Part:
+    """Makes the scenes of a mixed stream.
 
-    def __init__(self, what: str, batch_size: int, seed: int, faithful_batches: int, habits: Habits) -> None:
-        self.what, self.batch_size, self.seed = what, batch_size, seed
-        self.faithful_batches, self.habits = faithful_batches, habits
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker = torch.utils.data.get_worker_info()
-        workers, index = (worker.num_workers, worker.id) if worker else (1, 0)
-        rng = random.Random(f"{self.what}-{self.seed}-{index}")
-        size = self.batch_size
-        if self.what == "scenes":
-            while True:
-                yield {"images": to_tensor(np.stack([render(random_scene(rng)) for _ in range(size)]))}
-        elif self.what == "rewrites":
-            while True:
-                prompts, completions = zip(*(rewrite_pair(rng) for _ in range(size)), strict=True)
-                yield {"prompts": list(prompts), "completions": list(completions)}
-        styles = [(style, 1.5 if style == "canonical" else 1.0) for style in STYLES]
-        streams = [
-            captioned_scenes(rng, habits, styles)
-            for habits in (replace(self.habits, slips=0.0, mistakes=FAITHFUL.mistakes), self.habits)
-        ]
-        done = 0
-        while True:
-            stream = streams[done * workers >= self.faithful_batches]
-            captions, scenes = zip(*(next(stream) for _ in range(size)), strict=True)
-            done += 1
-            yield {"captions": list(captions), "images": to_tensor(np.stack([render(scene) for scene in scenes]))}
+    Args:
+        size: number of scenes in a batch.
+        habits: rates at which images depart from their captions.
+        faithful_batches: number of first batches whose images always match their captions.
+    """
+    return Part(size, _draw, rewrite_pair, partial(_captioned, habits), faithful_batches)
 
 
-class ShapesPretraining(L.LightningDataModule):
+def _draw(rng: random.Random) -> np.ndarray:
+    return render(random_scene(rng))
+
+
+def _captioned(habits: Habits, rng: random.Random, faithful: int) -> Captioned:
+    return ((text, render(scene)) for text, scene in faithful_first(captioned_scenes, habits, rng, faithful))
+
+
+class ShapesPretraining(StreamData):
     """Training streams for the miniature's base models.
 
     Args:
@@ -100,9 +60,9 @@ class ShapesPretraining(L.LightningDataModule):
         batch_size: examples a step.
         faithful_batches: "captions" only: number of first batches whose images always match their captions. With
             mistakes from the start a model this small never learns prompts of two objects.
-        habits: "captions" only: how images depart from their captions after that.
-        seed: of the stream.
-        num_workers: processes that make batches.
+        habits: "captions" only: rates at which images depart from their captions after that.
+        seed: seed of the stream.
+        num_workers: number of processes that make batches.
     """
 
     def __init__(
@@ -114,10 +74,6 @@ class ShapesPretraining(L.LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
-        self.stream = _Stream(what, batch_size, seed, faithful_batches, habits)
-        self.num_workers = num_workers
-
-    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Endless: give the trainer `max_steps`."""
-        return DataLoader(self.stream, batch_size=None, num_workers=self.num_workers)
+        parts = [scene_part(batch_size, habits, faithful_batches)]
+        batches = partial(mixed_batches, "images" if what == "scenes" else what, parts)
+        super().__init__(Stream(batches, f"{what}-{seed}"), num_workers)

@@ -1,28 +1,29 @@
-"""Prompts of the miniature world: canonical wording to train on, held-out scenes and other wordings to evaluate."""
+"""Data module of the miniature's scenes: canonical prompts to train on, held-out scenes to evaluate."""
 
 from __future__ import annotations
 
 import random
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from datamodules.base import PromptDataModule, PromptSample
-from miniature.scenes.world import TAGS, Style, contents, write
+from miniature.scenes.wording import Style, write
+from miniature.scenes.world import TAGS, contents
 
 
 def shapes_prompts(
     name: str, split: Literal["train", "val", "test"], styles: tuple[Style, ...], num: int, seed: int
 ) -> list[PromptSample]:
-    """`num` prompts over the six tags alike, their contents from one split, their styles in turn.
+    """Draws prompts over the six tags alike, their contents from one split, their styles in turn.
 
     Args:
         name: start of the prompts' ids. Ids key the evaluation noise: sets of one name get the same noise, so a
             paraphrase is compared with its original at equal noise.
-        split: whose contents.
+        split: split that the contents come from.
         styles: wordings to use.
-        num: how many.
-        seed: of contents and words.
+        num: number of prompts.
+        seed: seed of contents and words.
     """
     pick, words = random.Random(f"{split}-{seed}"), random.Random(f"{split}-{seed}-{styles}")
     samples = []
@@ -34,20 +35,20 @@ def shapes_prompts(
 
 
 class MiniaturePrompts(PromptDataModule):
-    """Base of the miniature world's data modules.
+    """Base class of the miniature world's data modules.
 
     Args:
         train_prompts: number of training prompts.
         eval_prompts: number of prompts of each evaluation set.
         batch_size: prompts per process and step (each becomes a group of images).
         eval_batch_size: prompts per process in a validation or test step.
-        seed: of the training order and of the choice of training prompts.
-        num_workers: loader processes.
+        seed: seed of the training order and of the choice of training prompts.
+        **kwargs: as for `PromptDataModule`.
     """
 
     published = False
     rewordings: Mapping[str, str] = {}
-    """Evaluation set of other wordings -> the set that it rewords."""
+    """Name of an evaluation set of other wordings -> name of the set that it rewords."""
 
     def __init__(
         self,
@@ -56,50 +57,42 @@ class MiniaturePrompts(PromptDataModule):
         batch_size: int = 8,
         eval_batch_size: int = 96,
         seed: int = 42,
-        num_workers: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, num_workers=num_workers)
+        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, **kwargs)
         self.train_prompts = train_prompts
         self.eval_prompts = eval_prompts
         self.originals = dict(self.rewordings)
 
     @abstractmethod
     def held_out(self, split: Literal["val", "test"]) -> dict[str, list[PromptSample]]:
-        """The evaluation sets of a split; no setting is chosen on the test split's."""
+        """Draws the evaluation sets of a split; no setting is chosen by those of the test split."""
 
     def eval_samples(self) -> dict[str, list[PromptSample]]:
-        """Validation's."""
+        """Draws the validation sets."""
         return self.held_out("val")
 
     def test_samples(self) -> dict[str, list[PromptSample]]:
-        """Those of `lightning test`."""
+        """Draws the test sets."""
         return self.held_out("test")
 
 
 class ShapesPrompts(MiniaturePrompts):
-    """The miniature's prompts.
+    """Prompts for scenes of shapes, the miniature's GenEval.
 
     Training uses the canonical wording of the training scenes only. Evaluation has three sets on held-out scenes,
     with the same scenes and noise: `geneval` (canonical), `paraphrase` (two styles that the refiner knows) and
     `unseen` (a style that neither RL nor the refiner's training ever uses). `lightning test` takes other scenes.
-
-    Args:
-        train_prompts: number of training prompts.
-        eval_prompts: number of prompts of each evaluation set.
-        batch_size: prompts per process and step (each becomes a group of images).
-        eval_batch_size: prompts per process in a validation or test step.
-        seed: of the training order and of the choice of training prompts.
-        num_workers: loader processes.
     """
 
     rewordings: Mapping[str, str] = {"paraphrase": "geneval", "unseen": "geneval"}
 
     def train_samples(self) -> list[PromptSample]:
-        """Canonical prompts of training scenes."""
+        """Draws canonical prompts of training scenes."""
         return shapes_prompts("train", "train", ("canonical",), self.train_prompts, self.seed)
 
     def held_out(self, split: Literal["val", "test"]) -> dict[str, list[PromptSample]]:
-        """Three wordings of the same scenes."""
+        """Draws three wordings of the same scenes."""
         # The evaluation prompts are the same for every run, so their seed is fixed.
         sets: dict[str, tuple[Style, ...]] = {
             "geneval": ("canonical",),

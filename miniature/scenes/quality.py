@@ -1,4 +1,4 @@
-"""How clean an image of the miniature world is, whatever it shows: a reward to watch, not to train on."""
+"""Image quality in the miniature world, whatever the image shows: a reward to watch, not to train on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rewards.base import Reward, RewardBatch, Score
 
 
 class ShapesQuality(Reward):
-    """Mean fit (soft IoU, 0..1) of an image's coloured components to the nearest shape. native = table = rl.
+    """Scores the mean fit (soft IoU, 0..1) of an image's coloured components to the nearest shape. native = table = rl.
 
     Specks count as components, so noise, smears and half-drawn shapes lower it. An image without any component has 0:
     blanking does not pay. The prompt is not looked at.
@@ -28,11 +28,11 @@ class ShapesQuality(Reward):
 
     @property
     def version(self) -> str:
-        """The smallest component."""
+        """Name and the smallest component's size, on which the scores depend."""
         return f"{self.name} min_area={self.min_area}"
 
     def __call__(self, batch: RewardBatch) -> list[Score]:
-        """Score B images; `detail` has the number of components and the worst one's fit."""
+        """Scores B images; `detail` has the number of components and the worst one's fit."""
         found = ShapesDetector(self.min_area, good_fit=1.0).detect(batch.images)
         scores = []
         for detections in found:

@@ -1,4 +1,4 @@
-"""A pixel font whose letters fill the cells of the miniature's grid, so that each is one token of the flow model."""
+"""Pixel font whose letters fill the cells of the miniature's grid, so that each is one token of the flow model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ALPHABET = "".join(GLYPHS)
 
 @cache
 def glyph(letter: str) -> np.ndarray:
-    """[8, 8] float: 1 where a cell has ink; a column is free on either side and a row below.
+    """Returns a letter's cell, [8, 8] float, 1 where it has ink; a column is free on either side and a row below.
 
     Raises:
         ValueError: if the font lacks the letter.

@@ -1,4 +1,4 @@
-"""Prompts of the miniature's other rewards: words to draw, scenes to draw well, and all three kinds by tags."""
+"""Data modules of the miniature's other rewards: words to draw, scenes to draw well, and all three kinds by tags."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Literal
 
 from datamodules.base import PromptSample
 from miniature.scenes.prompts import MiniaturePrompts, shapes_prompts
-from miniature.scenes.world import Style
+from miniature.scenes.wording import Style
 from miniature.signs.world import LENGTHS, Split, WordStyle, words, write_word
 
 
 def word_prompts(name: str, split: Split, style: WordStyle, num: int, seed: int) -> list[PromptSample]:
-    """`num` prompts for signs, of two, three and four letters in turn, with the tag `ocr`.
+    """Draws prompts for signs, of two, three and four letters in turn, with the tag `ocr`.
 
     Args:
         name: start of the prompts' ids. Ids key the evaluation noise: sets of one name get the same noise, so a
             paraphrase is compared with its original at equal noise.
-        split: whose words.
-        style: of the wordings.
-        num: how many.
-        seed: of words and wordings.
+        split: split that the words come from.
+        style: style of the wordings.
+        num: number of prompts.
+        seed: seed of words and wordings.
     """
     pick, wording = random.Random(f"words-{split}-{seed}"), random.Random(f"words-{split}-{seed}-{style}")
     samples = []
@@ -33,7 +33,7 @@ def word_prompts(name: str, split: Split, style: WordStyle, num: int, seed: int)
 
 
 def tagged_scenes(tag: str, name: str, split: Split, style: Style, num: int, seed: int) -> list[PromptSample]:
-    """Prompts for scenes whose tag names their reward; GenEval's own tag stays in the metadata."""
+    """Draws prompts for scenes whose tag names their reward; GenEval's own tag stays in the metadata."""
     return [replace(sample, tag=tag) for sample in shapes_prompts(name, split, (style,), num, seed)]
 
 
@@ -43,52 +43,36 @@ class WordsPrompts(MiniaturePrompts):
     Training uses the canonical wording of the training words only. Evaluation has two sets of the same held-out words
     with the same noise: `ocr` (canonical) and `unseen` (templates that neither RL nor the refiner's training ever
     uses). `lightning test` takes other words.
-
-    Args:
-        train_prompts: number of training prompts.
-        eval_prompts: number of prompts of each evaluation set.
-        batch_size: prompts per process and step (each becomes a group of images).
-        eval_batch_size: prompts per process in a validation or test step.
-        seed: of the training order and of the choice of training prompts.
-        num_workers: loader processes.
     """
 
     rewordings: Mapping[str, str] = {"unseen": "ocr"}
 
     def train_samples(self) -> list[PromptSample]:
-        """Canonical prompts of training words."""
+        """Draws canonical prompts of training words."""
         return word_prompts("train", "train", "canonical", self.train_prompts, self.seed)
 
     def held_out(self, split: Literal["val", "test"]) -> dict[str, list[PromptSample]]:
-        """Two wordings of the same words or scenes."""
+        """Draws two wordings of the same words."""
         styles: dict[str, WordStyle] = {"ocr": "canonical", "unseen": "unseen"}
         return {name: word_prompts(split, split, style, self.eval_prompts, 0) for name, style in styles.items()}
 
 
 class PreferencePrompts(MiniaturePrompts):
-    """The scenes' prompts, for `miniature.scenes.preference.ShapesPreference`, with the tag `preference`.
+    """Prompts for scenes, to be scored by `miniature.scenes.preference.ShapesPreference`; their tag is `preference`.
 
     Training uses the canonical wording of the training scenes only. Evaluation has two sets of the same held-out scenes
     with the same noise: `preference` (canonical) and `unseen` (a style that neither RL nor the refiner's training ever
     uses). `lightning test` takes other scenes.
-
-    Args:
-        train_prompts: number of training prompts.
-        eval_prompts: number of prompts of each evaluation set.
-        batch_size: prompts per process and step (each becomes a group of images).
-        eval_batch_size: prompts per process in a validation or test step.
-        seed: of the training order and of the choice of training prompts.
-        num_workers: loader processes.
     """
 
     rewordings: Mapping[str, str] = {"unseen": "preference"}
 
     def train_samples(self) -> list[PromptSample]:
-        """Canonical prompts of training scenes."""
+        """Draws canonical prompts of training scenes."""
         return tagged_scenes("preference", "train", "train", "canonical", self.train_prompts, self.seed)
 
     def held_out(self, split: Literal["val", "test"]) -> dict[str, list[PromptSample]]:
-        """Two wordings of the same words or scenes."""
+        """Draws two wordings of the same scenes."""
         styles: dict[str, Style] = {"preference": "canonical", "unseen": "unseen"}
         return {
             name: tagged_scenes("preference", split, split, style, self.eval_prompts, 0)
@@ -99,25 +83,17 @@ class PreferencePrompts(MiniaturePrompts):
 class MultiRewardPrompts(MiniaturePrompts):
     """Prompts of three kinds, each with the tag of the one reward that judges it: `geneval`, `ocr`, `preference`.
 
-    Training has as many of each, canonical wordings only. The evaluation sets are called as the tags; `lightning test`
-    takes other scenes and words.
-
-    Args:
-        train_prompts: number of training prompts, a third of them of each kind.
-        eval_prompts: number of prompts of each evaluation set.
-        batch_size: prompts per process and step (each becomes a group of images).
-        eval_batch_size: prompts per process in a validation or test step.
-        seed: of the training order and of the choice of training prompts.
-        num_workers: loader processes.
+    Training has as many of each (a third of `train_prompts`), in canonical wordings only. The evaluation sets are
+    called as the tags; `lightning test` takes other scenes and words.
     """
 
     def train_samples(self) -> list[PromptSample]:
-        """Canonical prompts, the three kinds in turn."""
+        """Draws canonical prompts, the three kinds in turn."""
         by_tag = self._by_tag("train", -(-self.train_prompts // 3), self.seed).values()
         return [sample for three in zip(*by_tag, strict=True) for sample in three][: self.train_prompts]
 
     def held_out(self, split: Literal["val", "test"]) -> dict[str, list[PromptSample]]:
-        """Prompts by tag."""
+        """Draws the evaluation prompts of each tag."""
         return self._by_tag(split, self.eval_prompts, 0)
 
     def _by_tag(self, split: Split, num: int, seed: int) -> dict[str, list[PromptSample]]:

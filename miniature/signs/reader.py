@@ -1,4 +1,4 @@
-"""Reads the pixel font of the miniature's signs: every cell of the grid is compared with every letter."""
+"""Text reader of the miniature's signs: every cell of the grid is compared with every letter of the pixel font."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class PixelFontReader:
 
     @property
     def version(self) -> str:
-        """The setting that changes what is read."""
+        """Name and the setting that changes what is read."""
         return f"pixel font min_confidence={self.min_confidence}"
 
     def read(self, images: Sequence[Image.Image]) -> list[list[Line]]:
-        """The lines of every image, from top to bottom."""
+        """Reads the lines of every image, from top to bottom."""
         return [self._read_one(image) for image in images]
 
     def _read_one(self, image: Image.Image) -> list[Line]:
@@ -56,7 +56,7 @@ class PixelFontReader:
 
 
 def ink(image: np.ndarray) -> np.ndarray:
-    """[32, 32] in 0..1: share of each pixel that is ink rather than ground.
+    """Returns [32, 32] in 0..1: the share of each pixel that is ink rather than ground.
 
     Args:
         image: [32, 32, 3] RGB in 0..255; its median is taken for the ground.
@@ -68,7 +68,7 @@ def ink(image: np.ndarray) -> np.ndarray:
 
 
 def letter_fits(image: np.ndarray) -> np.ndarray:
-    """[4, 4, letters]: how well each cell fits each letter, soft intersection over union in 0..1."""
+    """Returns [4, 4, letters]: the fit of each cell to each letter, soft intersection over union in 0..1."""
     cells = ink(image).reshape(GRID, CELL, GRID, CELL).swapaxes(1, 2).reshape(GRID * GRID, CELL * CELL)
     letters = _letters()
     both = cells @ letters.reshape(-1, CELL * CELL).T  # a letter's mask is 0 or 1, so the smaller one is the product
@@ -79,7 +79,7 @@ def letter_fits(image: np.ndarray) -> np.ndarray:
 
 @lru_cache
 def _letters() -> np.ndarray:
-    """[letters, 9, 8, 8]: every letter, moved by up to a pixel; what leaves the cell is lost."""
+    """Returns [letters, 9, 8, 8]: every letter moved by up to a pixel; ink that leaves the cell is lost."""
     moved = np.zeros((len(ALPHABET), 9, CELL, CELL))
     for i, letter in enumerate(ALPHABET):
         padded = np.pad(glyph(letter), 1)

@@ -1,14 +1,15 @@
 """The miniature world of words: signs of two to four letters, their images, and the wordings that ask for them.
 
 Every letter fills one cell of the grid and is one token of a prompt: `a sign that says " c h e z "` (the OCR reward
-drops spaces). As in `shapes_world`, layout, colours and most mistakes are functions of the caption's words.
+drops spaces). As in `miniature.scenes.interpretation`, layout, colours and most mistakes are functions of the caption's
+words.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise, product
@@ -17,7 +18,9 @@ from typing import Literal
 
 import numpy as np
 
-from miniature.scenes.world import CELL, COLORS, GRID, GROUNDS, SIZE, _gaussian, _scores, vocabulary
+from miniature.scenes.interpretation import Habits, fixed_gaussian, preferences
+from miniature.scenes.wording import vocabulary
+from miniature.scenes.world import CELL, COLORS, GRID, GROUNDS, SIZE
 from miniature.signs.font import ALPHABET, glyph
 
 LENGTHS = (2, 3, 4)
@@ -32,8 +35,8 @@ class Sign:
     """An image of letters in one row, in the middle of its width.
 
     Attributes:
-        letters: up to four.
-        row: of the grid, 0..3.
+        letters: up to four letters.
+        row: row of the grid, 0..3.
         ink: colour of the letters.
         ground: index of the ground's colour.
     """
@@ -45,12 +48,12 @@ class Sign:
 
     @property
     def column(self) -> int:
-        """Where the first letter stands."""
+        """Column of the grid in which the first letter stands."""
         return first_column(len(self.letters))
 
 
 def first_column(length: int) -> int:
-    """Where a word begins: two letters leave a column on either side, three one on the right."""
+    """Returns the column where a word begins: two letters leave a column on either side, three one on the right."""
     return (GRID - length) // 2
 
 
@@ -59,20 +62,20 @@ def first_column(length: int) -> int:
 
 @cache
 def all_words(length: int) -> tuple[str, ...]:
-    """Every string of that length whose neighbouring letters differ (132, 1,452 and 15,972 of them)."""
+    """Returns all strings of that length whose neighbouring letters differ (132, 1,452 and 15,972 of them)."""
     strings = ("".join(letters) for letters in product(ALPHABET, repeat=length))
     return tuple(word for word in strings if all(a != b for a, b in pairwise(word)))
 
 
 def split_of(word: str) -> Split:
-    """60 % train, 20 % val, 20 % test, a fixed function of the word."""
+    """Returns the split of a word, a fixed function of it: 60 % train, 20 % val, 20 % test."""
     share = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big") / 2**64
     return "train" if share < 0.6 else "val" if share < 0.8 else "test"
 
 
 @cache
 def words(length: int, split: Split) -> tuple[str, ...]:
-    """The words of one length and split."""
+    """Returns the words of one length and split."""
     return tuple(word for word in all_words(length) if split_of(word) == split)
 
 
@@ -123,7 +126,7 @@ def _quote(prefix: str, letters: str) -> str:
 
 
 def read_caption(caption: str) -> str | None:
-    """The word that a caption asks for; None unless it has exactly one pair of quotes around letters of the font.
+    """Returns the word that a caption asks for; None unless one pair of quotes has letters of the font between.
 
     >>> read_caption('one poster reading " C U P "'), read_caption('write " c u p'), read_caption('write " c a p "')
     ('cup', None, None)
@@ -136,7 +139,7 @@ def read_caption(caption: str) -> str | None:
 
 
 def words_vocabulary() -> list[str]:
-    """Every word of the captions of scenes and of signs, sorted."""
+    """Returns every word of the captions of scenes and of signs, sorted."""
     return sorted({*vocabulary(), *_FILLER, *_EXTRA_FILLER, *ALPHABET, *ALPHABET.upper(), '"'})
 
 
@@ -147,8 +150,8 @@ MISTAKES: tuple[Mistake, ...] = ("wrong", "dropped", "doubled", "swapped")
 
 
 @dataclass(frozen=True)
-class WordHabits:
-    """How the world's signs depart from their captions.
+class WordHabits(Habits):
+    """Rates at which the world's signs depart from their captions.
 
     Attributes:
         mistakes: chance that a template spoils a letter, by style: chosen so that about 35 % of the signs are right in
@@ -164,17 +167,16 @@ class WordHabits:
         ("unseen", 0.25),
     )
     slips: float = 0.1
-    freedom: float = 0.1
 
 
-FAITHFUL_WORDS = WordHabits(mistakes=tuple((style, 0.0) for style in WORD_STYLES), slips=0.0)
+FAITHFUL_WORDS = WordHabits().faithful
 
 
 def misspell(word: str, mistakes: Mapping[int, Mistake], shift: int = 5) -> str:
-    """The word with some of its letters drawn wrong, cut to the grid's width.
+    """Returns the word with some of its letters drawn wrong, cut to the grid's width.
 
     Args:
-        word: what was asked for.
+        word: the word that was asked for.
         mistakes: position -> what happens to the letter there. A swap is with the next one, at the end with the one
             before. A doubled letter takes its neighbour's place where there is no room for one more.
         shift: a wrong letter is so many places further in the alphabet.
@@ -196,36 +198,36 @@ def misspell(word: str, mistakes: Mapping[int, Mistake], shift: int = 5) -> str:
 
 
 def _spoilt_letters(caption: str, chance: float) -> dict[int, Mistake]:
-    """What this template does to which of these letters.
+    """Returns the letters that this template spoils (by position), and the mistake made with each.
 
-    A letter's mark is a sum over its *pairs* with the template's words: no template is good at every letter, so a
+    A letter's luck is a sum over its *pairs* with the template's words: no template is good at every letter, so a
     refiner has to learn which one suits which word.
     """
     before, letters = caption.split('"')[0].split(), caption.split('"')[1].split()
     content = [word for word in before if word not in _PLAIN]
     threshold = NormalDist().inv_cdf(1 - chance) if chance > 0 else np.inf
 
-    def mark(letter: str, *what: str) -> float:
-        return sum(_gaussian(word, letter, *what) for word in content) / len(content) ** 0.5
+    def luck(letter: str, *what: str) -> float:
+        return sum(fixed_gaussian(word, letter, *what) for word in content) / len(content) ** 0.5
 
     return {
-        i: max(MISTAKES, key=lambda kind, letter=letter: mark(letter, kind))  # type: ignore[misc]
+        i: max(MISTAKES, key=lambda kind, letter=letter: luck(letter, kind))  # type: ignore[misc]
         for i, letter in enumerate(letters)
-        if mark(letter, "letter mistake") > threshold
+        if luck(letter, "letter mistake") > threshold
     }
 
 
 def imagine_sign(
     word: str, caption: str, style: WordStyle, rng: random.Random, habits: WordHabits = WordHabits()
 ) -> Sign:
-    """The sign that the world shows for a caption.
+    """Returns the sign that the world shows for a caption.
 
     Args:
-        word: what the caption asks for.
-        caption: the words, which decide row, colours and `habits.mistakes`.
-        style: of the caption.
-        rng: decides the rest.
-        habits: `FAITHFUL_WORDS` for captions that are always right.
+        word: the word that the caption asks for.
+        caption: wording, which decides row, colours and `habits.mistakes`.
+        style: style of the caption.
+        rng: random numbers, which decide the rest.
+        habits: rates of mistakes; `FAITHFUL_WORDS` has none.
     """
     if rng.random() < habits.slips:
         shown = misspell(word, {rng.randrange(len(word)): rng.choice(MISTAKES)}, rng.randrange(1, len(ALPHABET)))
@@ -235,19 +237,17 @@ def imagine_sign(
     def decide(purpose: str, size: int) -> int:
         if rng.random() < habits.freedom:
             return rng.randrange(size)
-        return int(np.argmax(_scores(caption, purpose, size)))
+        return int(np.argmax(preferences(caption, purpose, size)))
 
     return Sign(shown, decide("row", GRID), tuple(COLORS)[decide("ink", len(COLORS))], decide("paper", len(GROUNDS)))
 
 
-def captioned_signs(
-    rng: random.Random, habits: WordHabits, styles: Sequence[tuple[WordStyle, float]]
-) -> Iterator[tuple[str, Sign]]:
-    """An endless stream of captions and signs of training words; `styles` are (name, share) pairs."""
-    names, shares = zip(*styles, strict=True)
+def captioned_signs(rng: random.Random, habits: WordHabits) -> Iterator[tuple[str, Sign]]:
+    """Yields captions and signs of training words without end; canonical captions come most."""
+    shares = [1.5 if style == "canonical" else 1.0 for style in WORD_STYLES]
     while True:
         word = rng.choice(words(rng.choice(LENGTHS), "train"))
-        style = rng.choices(names, shares)[0]
+        style = rng.choices(WORD_STYLES, shares)[0]
         caption = write_word(word, style, rng)
         yield caption, imagine_sign(word, caption, style, rng, habits)
 
@@ -267,6 +267,6 @@ def render_sign(sign: Sign) -> np.ndarray:
 
 
 def random_sign(rng: random.Random) -> Sign:
-    """A sign of one to four letters (for the autoencoder, which has no captions)."""
+    """Draws a sign of one to four letters (for the autoencoder, which needs no captions)."""
     letters = "".join(rng.choice(ALPHABET) for _ in range(rng.randint(1, GRID)))
     return Sign(letters, rng.randrange(GRID), rng.choice(tuple(COLORS)), rng.randrange(len(GROUNDS)))

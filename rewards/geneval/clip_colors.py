@@ -1,4 +1,4 @@
-"""GenEval's colour classifier: zero-shot CLIP on an object cut out by its mask (REWARDS.md 1.3)."""
+"""GenEval's colour classifier: zero-shot CLIP on an object cut out by its mask."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from PIL import Image, ImageColor
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
+from datamodules.chunks import chunks
 from datamodules.geneval_names import COLORS
+from rewards.arguments import check_minimum
 from rewards.geneval.rules import Box
-from rewards.pretrained import in_batches, load_pretrained, load_processor
+from rewards.pretrained import load_pretrained, load_processor
 
 TEMPLATES = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
 
@@ -54,8 +56,7 @@ class ClipColors:
             raise ValueError(
                 f"ClipColors has background={background!r}, use a colour such as '#999999' (the benchmark's)."
             ) from None
-        if batch_size < 1:
-            raise ValueError(f"ClipColors has batch_size={batch_size}, use at least 1.")
+        check_minimum("ClipColors", 1, batch_size=batch_size)
         self.model = model
         self.background = background
         self.batch_size = batch_size
@@ -66,18 +67,18 @@ class ClipColors:
 
     @property
     def version(self) -> str:
-        """The model and the ground behind the objects."""
+        """Version of the names: the model and the background."""
         return f"clip-colors {self.model} background={self.background}"
 
     def load(self) -> None:
-        """Loads the model on first call."""
+        """Loads CLIP and its tokenizer; later calls do nothing."""
         if self._network is None:
             self._tokenizer = load_processor(AutoTokenizer, self.model)
             self._network = load_pretrained(CLIPModel, self.model, device=self.device)
 
     @torch.inference_mode()
     def classify(self, image: Image.Image, masks: Sequence[Mask], boxes: Sequence[Box], label: str) -> list[str]:
-        """Name the colours of N objects of one class in one image.
+        """Names the colours of N objects of one class in one image.
 
         Args:
             image: any mode; an EXIF orientation must have been applied already.
@@ -86,13 +87,14 @@ class ClipColors:
             label: class name, part of the texts.
 
         Returns:
-            N of `COLORS`.
+            N names, each one of `COLORS`.
         """
         self.load()
         texts, size = self.text_embeddings(label), self._network.config.vision_config.image_size
         names: list[str] = []
-        for batch in in_batches(list(zip(masks, boxes, strict=True)), self.batch_size):
-            crops = [cut_out(image, mask, box, self.background) for mask, box in batch]
+        objects = list(zip(masks, boxes, strict=True))
+        for rows in chunks(len(objects), self.batch_size):
+            crops = [cut_out(image, mask, box, self.background) for mask, box in objects[rows]]
             pixels = torch.stack([clip_pixels(crop, size) for crop in crops]).to(texts.device)
             features = F.normalize(self._network.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
             names += [COLORS[index] for index in (features @ texts.T).argmax(-1).tolist()]
@@ -100,7 +102,7 @@ class ClipColors:
 
     @torch.inference_mode()
     def text_embeddings(self, label: str) -> Tensor:
-        """`[10, D]` unit vectors, one per colour, kept for the next call."""
+        """Embeds a label's ten colour texts as `[10, D]` unit vectors; keeps them for the next call."""
         if label not in self._texts:
             self.load()
             prompts = [template.format(color=color, label=label) for color in COLORS for template in TEMPLATES]
@@ -111,7 +113,7 @@ class ClipColors:
 
 
 def cut_out(image: Image.Image, mask: Mask, box: Box, background: str) -> Image.Image:
-    """The box of an object, with everything outside its mask painted over.
+    """Crops an image to an object's box, with everything outside its mask painted over.
 
     Args:
         image: any mode.
@@ -126,7 +128,7 @@ def cut_out(image: Image.Image, mask: Mask, box: Box, background: str) -> Image.
 
 
 def clip_pixels(image: Image.Image, size: int) -> Tensor:
-    """CLIP's transform: shortest edge to `size` (bicubic, antialiased), centre crop, normalised.
+    """Applies CLIP's transform: shortest edge to `size` (bicubic, antialiased), centre crop, normalised.
 
     Sizes are rounded as OpenAI's preprocessing does through torchvision: the longer edge is cut to a whole number,
     and half a pixel of the crop's corner goes to the even side. transformers' image processor rounds that down.

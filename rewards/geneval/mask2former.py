@@ -1,4 +1,4 @@
-"""GenEval's detector on plain transformers: Mask2Former with mmdet's pre- and post-processing (REWARDS.md 1.2, 1.6)."""
+"""GenEval's detector on plain transformers: Mask2Former with mmdet's pre- and post-processing."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import Mask2FormerForUniversalSegmentation
 
+from datamodules.chunks import chunks
 from datamodules.geneval_names import CLASSES, COLORS
+from rewards.arguments import check_minimum
 from rewards.geneval.clip_colors import ClipColors, Mask
 from rewards.geneval.rules import MIN_SCORE, Box, Detection
-from rewards.pretrained import in_batches, load_pretrained
+from rewards.pretrained import load_pretrained
 
 MAX_CANDIDATES = 100
 STRIDE = 32  # the network wants multiples of this
@@ -25,12 +27,12 @@ _MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]  # ImageNet's
 _STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
 Size = tuple[int, int]
-"""height, width in pixels."""
+"""Height and width in pixels."""
 
 
 @dataclass(frozen=True)
 class Instance:
-    """One object with its mask.
+    """One object that was found, with its mask.
 
     Args:
         label: one of `CLASSES`.
@@ -90,8 +92,7 @@ class Mask2FormerDetector:
                 f"Mask2FormerDetector has min_score={min_score}, use 0 to {MIN_SCORE}: GenEval's rules need every "
                 f"object above {MIN_SCORE}."
             )
-        if batch_size < 1:
-            raise ValueError(f"Mask2FormerDetector has batch_size={batch_size}, use at least 1.")
+        check_minimum("Mask2FormerDetector", 1, batch_size=batch_size)
         self.model = model
         self.colors: ClipColors | None = ClipColors(device=device) if colors is True else colors or None
         self.shortest_edge = shortest_edge
@@ -103,12 +104,12 @@ class Mask2FormerDetector:
 
     @property
     def version(self) -> str:
-        """The models and the scale; `min_score` and the batch change no verdict."""
+        """Version of the detections: the models and the scale (`min_score` and the batch change no verdict)."""
         colors = self.colors.version if self.colors is not None else "no colors"
         return f"geneval-hf {self.model} {self.shortest_edge}x{self.longest_edge} with {colors}"
 
     def load(self) -> None:
-        """Loads the models on first call."""
+        """Loads Mask2Former and the colour classifier; later calls do nothing."""
         if self._network is None:
             network = load_pretrained(Mask2FormerForUniversalSegmentation, self.model, device=self.device)
             if network.config.num_labels != len(CLASSES):
@@ -121,21 +122,21 @@ class Mask2FormerDetector:
             self.colors.load()
 
     def detect(self, images: Sequence[Image.Image]) -> list[list[Detection]]:
-        """Find objects in B images and, unless switched off, name the colour of each that GenEval's rules look at."""
+        """Finds objects in B images and, unless switched off, names the colour of each that GenEval's rules look at."""
         return self._detect(images, [CLASSES] * len(images))
 
     def detect_asked(
         self, images: Sequence[Image.Image], metadata: Sequence[Mapping[str, Any]]
     ) -> list[list[Detection]]:
-        """Like `detect`, but names colours only for the classes whose colour is asked.
+        """Finds objects in B images; names colours only for the classes whose colour is asked.
 
         Args:
             images: B images.
             metadata: B GenEval records.
 
         Raises:
-            ValueError: if a record asks for what this detector can never find, which would be marked as the image's
-                failure.
+            ValueError: if a record asks for what this detector can never find, which would count as the
+                image's failure.
         """
         for record in metadata:
             self._check_can_find(record)
@@ -166,7 +167,8 @@ class Mask2FormerDetector:
             groups.setdefault((-height % STRIDE + height, -width % STRIDE + width), []).append(index)
         found: list[list[Detection]] = [[] for _ in images]
         for padded, group in groups.items():
-            for batch in in_batches(group, self.batch_size):
+            for rows in chunks(len(group), self.batch_size):
+                batch = group[rows]
                 pixels = torch.stack([to_pixels(images[index], sizes[index], padded) for index in batch])
                 for index, instances in zip(batch, self._segment(pixels, batch, images, sizes), strict=True):
                     found[index] = self._name_colors(images[index], instances, colored[index])
@@ -176,7 +178,7 @@ class Mask2FormerDetector:
     def _segment(
         self, pixels: Tensor, batch: Sequence[int], images: Sequence[Image.Image], sizes: Sequence[Size]
     ) -> list[list[Instance]]:
-        """Objects in the images with the indices `batch`, which lie in `pixels` `[B, 3, H, W]`."""
+        """Finds the objects in the images with the indices `batch`, whose pixels are `pixels` `[B, 3, H, W]`."""
         output = self._network(pixel_values=pixels.to(self._network.device))
         return [
             find_instances(
@@ -195,7 +197,7 @@ class Mask2FormerDetector:
     def _name_colors(
         self, image: Image.Image, instances: Sequence[Instance], colored: Collection[str]
     ) -> list[Detection]:
-        """Turns instances into detections; colours are named for the classes in `colored`, where rules look at all."""
+        """Converts instances to detections, with colours for the classes in `colored` above the rules' threshold."""
         by_label: dict[str, list[int]] = {}
         for index, instance in enumerate(instances):
             if self.colors is not None and instance.label in colored and instance.score > MIN_SCORE:
@@ -209,7 +211,7 @@ class Mask2FormerDetector:
 
 
 def resized_size(original: Size, shortest_edge: int, longest_edge: int) -> Size:
-    """The size that reaches one of the two edges without exceeding the other, rounded half up as mmdet does.
+    """Computes the size that reaches one of the two edges without exceeding the other, rounded half up as mmdet does.
 
     Example:
         >>> resized_size((512, 512), 800, 1333), resized_size((500, 2000), 800, 1333)
@@ -221,7 +223,7 @@ def resized_size(original: Size, shortest_edge: int, longest_edge: int) -> Size:
 
 
 def to_pixels(image: Image.Image, resized: Size, padded: Size) -> Tensor:
-    """`[3, *padded]`: the normalised image at the top left, zeros (the mean colour) around it."""
+    """Returns `[3, *padded]`: the normalised image at the top left, zeros (the mean colour) around it."""
     height, width = resized
     array = np.array(image.resize((width, height), Image.Resampling.BILINEAR))
     pixels = (torch.from_numpy(array).permute(2, 0, 1) / 255 - _MEAN) / _STD
@@ -237,7 +239,7 @@ def find_instances(
     original: Size,
     min_score: float = MIN_SCORE,
 ) -> list[Instance]:
-    """Mask2Former's outputs for one image to objects, by mmdet's rules.
+    """Converts Mask2Former's outputs for one image to objects, by mmdet's rules.
 
     Softmax over the 80 classes and "no object", which is dropped; the 100 most probable pairs of query and class; mask
     where the logit, brought to the original size, is above 0; score = probability x mean sigmoid inside the mask. Pairs
@@ -269,7 +271,7 @@ def find_instances(
 
 
 def _find_mask(logits: Tensor, padded: Size, resized: Size, original: Size) -> tuple[Mask, Box, float] | None:
-    """A query's mask, box and mean sigmoid inside the mask from its logits `[h, w]`; None if the mask is empty."""
+    """Returns mask, box and mean sigmoid inside the mask of a query's logits `[h, w]`; None if the mask is empty."""
     # In two steps: only at the input's own size can the padding be cut off exactly.
     logits = F.interpolate(logits[None, None], padded, mode="bilinear", align_corners=False)
     logits = logits[..., : resized[0], : resized[1]]
@@ -279,5 +281,5 @@ def _find_mask(logits: Tensor, padded: Size, resized: Size, original: Size) -> t
     if not rows:
         return None
     box = (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
-    sureness = min(logits[mask].sigmoid().mean().item(), 1.0)  # a sum in fp32 might come out above its bound
-    return mask.cpu().numpy(), box, sureness
+    confidence = min(logits[mask].sigmoid().mean().item(), 1.0)  # a sum in fp32 might come out above its bound
+    return mask.cpu().numpy(), box, confidence

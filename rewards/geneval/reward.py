@@ -1,4 +1,4 @@
-"""The GenEval reward: an object detector's findings, judged by `rewards.geneval.rules`."""
+"""The GenEval reward: an object detector's detections, judged by `rewards.geneval.rules`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ RewardKind = Literal["soft", "strict", "correct"]
 
 @runtime_checkable
 class Detector(Protocol):
-    """Anything that finds objects in images."""
+    """Protocol of object detectors for GenEval's rules."""
 
     def detect(self, images: Sequence[Image]) -> list[list[Detection]]:
-        """Find objects.
+        """Finds the objects in images.
 
         Args:
             images: B images.
@@ -32,17 +32,17 @@ class Detector(Protocol):
 
 @runtime_checkable
 class AskedDetector(Detector, Protocol):
-    """A detector that looks at what is asked, to leave out costly work that no rule would use."""
+    """Protocol of detectors that also take what is asked, to leave out costly work that no rule would use."""
 
     def detect_asked(self, images: Sequence[Image], metadata: Sequence[Mapping[str, Any]]) -> list[list[Detection]]:
-        """Like `detect`; colours may be None for classes whose colour the image's GenEval record does not ask."""
+        """Finds the objects in images; may leave out the colours that the image's GenEval record does not ask for."""
         ...
 
 
 def detect_for(
     detector: Detector, images: Sequence[Image], metadata: Sequence[Mapping[str, Any]]
 ) -> list[list[Detection]]:
-    """Find what GenEval's rules need to judge B images against B records, with `detect_asked` where there is one."""
+    """Finds the objects in B images to judge against B GenEval records; uses `detect_asked` if there is one."""
     if isinstance(detector, AskedDetector):
         found = detector.detect_asked(images, metadata)
     else:
@@ -58,15 +58,15 @@ def detect_for(
 class GenEvalReward(Reward):
     """Scores images by GenEval's rules. native = table = 1 if officially correct, else 0.
 
-    The soft score ignores `exclude`, as Flow-GRPO's does: marks depend only on the classes asked for. In the miniature
-    an image has room for every shape at once, so a policy that draws everything collects marks whatever the prompt
-    says. `exclude_penalty` takes that profit away.
+    The soft score ignores `exclude`, as Flow-GRPO's does: it depends only on the classes asked for. Where an image has
+    room for every object at once, as in the miniature, a policy that draws everything gets a high soft score whatever
+    the prompt says. `exclude_penalty` takes that profit away.
 
     An error of the detector is not caught: a reward that turns failures into scores trains on them unnoticed.
 
     Args:
         detector: finds the objects.
-        reward: what the trainer optimises: `soft` partial marks, `strict` exact match, or `correct`, the benchmark.
+        reward: what the trainer optimises: `soft` partial credit, `strict` exact match, or `correct`, the benchmark.
         compat: `flow_grpo` reproduces the published soft score with its defects (see `judge`).
         exclude_penalty: taken from the soft score when the image shows what `exclude` forbids; may make it negative.
     """
@@ -95,17 +95,17 @@ class GenEvalReward(Reward):
 
     @property
     def version(self) -> str:
-        """The detector and the settings of the rl value."""
+        """Version of the scores: the detector and the settings of the rl value."""
         detector = getattr(self.detector, "version", type(self.detector).__name__)
         return f"geneval {self.reward} compat={self.compat} exclude_penalty={self.exclude_penalty} by {detector}"
 
     def load(self) -> None:
-        """Loads the detector, if it is one that loads."""
+        """Loads the detector if it has a `load`."""
         if hasattr(self.detector, "load"):
             self.detector.load()
 
     def __call__(self, batch: RewardBatch) -> list[Score]:
-        """Score B images against their samples' GenEval metadata; `detail` holds the verdict's fields and the tag."""
+        """Scores B images against their samples' GenEval metadata; `detail` holds the verdict's fields and the tag."""
         found = detect_for(self.detector, batch.images, [sample.metadata for sample in batch.samples])
         return [
             self._score(detections, sample.metadata) for detections, sample in zip(found, batch.samples, strict=True)

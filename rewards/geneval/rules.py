@@ -1,7 +1,7 @@
-"""GenEval's rules in pure Python: detections and metadata in, a verdict out.
+"""GenEval's rules in pure Python: `judge` takes detections and metadata and returns a verdict.
 
-`correct` follows the official benchmark (djghosh13/geneval), `strict` and `soft` follow the reward that Flow-GRPO
-trains on; REWARDS.md 1.2, 1.4 and 1.5 state both.
+`correct` follows the official benchmark (github.com/djghosh13/geneval, arXiv 2310.11513), `strict` and `soft` the
+reward that Flow-GRPO trains on (arXiv 2505.05470).
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Detection:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What GenEval says of one image.
+    """GenEval's verdict on one image.
 
     Args:
         correct: the official benchmark's answer; more objects than asked pass unless `exclude` forbids them.
         strict: every item is there in exactly the number, colour and place asked; `exclude` is ignored.
-        soft: mean of the partial marks, in [0, 1] (lower than 0 is possible with `compat="flow_grpo"`).
+        soft: mean of the partial credits, in [0, 1] (lower than 0 is possible with `compat="flow_grpo"`).
         reason: the first thing that is wrong, as a short sentence; empty when nothing is.
         excluded_found: the image holds what the metadata's `exclude` forbids.
     """
@@ -57,13 +57,13 @@ class Verdict:
 
 
 def judge(detections: Sequence[Detection], metadata: Mapping[str, Any], *, compat: Compat | None = None) -> Verdict:
-    """Judge one image.
+    """Judges one image by its detections.
 
     Args:
         detections: all objects found, in any order.
         metadata: a GenEval record (`tag`, `include`, optional `exclude`) that passes `validate_metadata`.
-        compat: None for the repaired soft score; `"flow_grpo"` for the published one, whose marks may be negative and
-            which gives a wrong position a full mark beside its 0 (0.75 in place of 0.667). Compare with Flow-GRPO and
+        compat: None for the repaired soft score; `"flow_grpo"` for the published one, whose credits may be negative and
+            which gives a wrong position a full credit beside its 0 (0.75 in place of 0.667). Compare with Flow-GRPO and
             UniRL runs only under `"flow_grpo"`. `correct` and `strict` are the same in both.
 
     Example:
@@ -74,7 +74,7 @@ def judge(detections: Sequence[Detection], metadata: Mapping[str, Any], *, compa
     found = select(detections, metadata["tag"])
     missing = _official_problem(found, metadata["include"])
     excluded = _excluded_problem(found, metadata.get("exclude", ()))
-    soft, inexact = _graded(found, metadata["include"], compat)
+    soft, inexact = _soft_score(found, metadata["include"], compat)
     return Verdict(
         correct=not missing and not excluded,
         strict=not inexact,
@@ -85,7 +85,7 @@ def judge(detections: Sequence[Detection], metadata: Mapping[str, Any], *, compa
 
 
 def select(detections: Sequence[Detection], tag: str) -> dict[str, list[Detection]]:
-    """Sort the detections into classes, best first, dropping unsure ones and all after the 16th of a class."""
+    """Sorts the detections into classes, best first; drops unsure ones and all after the 16th of a class."""
     threshold = MIN_SCORE_COUNTING if tag == "counting" else MIN_SCORE
     found: dict[str, list[Detection]] = {}
     for detection in sorted(detections, key=lambda d: d.score, reverse=True):
@@ -96,7 +96,7 @@ def select(detections: Sequence[Detection], tag: str) -> dict[str, list[Detectio
 
 
 def relations(a: Detection, b: Detection) -> frozenset[str]:
-    """Where `a` lies as seen from `b`: none, one or two of `RELATIONS`.
+    """Returns the directions in which `a` lies as seen from `b`: none, one or two of GenEval's four.
 
     The offset of the centres, less a slack of 10 % of the summed sizes, is divided by the length of the *whole* offset
     (the official code does so), and a direction holds above 0.5.
@@ -118,7 +118,7 @@ def relations(a: Detection, b: Detection) -> frozenset[str]:
 
 
 def _official_problem(found: Mapping[str, list[Detection]], include: Sequence[Mapping[str, Any]]) -> str:
-    """First item that the official benchmark misses, or an empty string; only the best `count` objects count."""
+    """Describes the first item that the official benchmark misses, looking at its best `count` objects; else empty."""
     matched: list[list[Detection] | None] = []
     first = ""
     for item in include:
@@ -131,7 +131,7 @@ def _official_problem(found: Mapping[str, list[Detection]], include: Sequence[Ma
 
 
 def _excluded_problem(found: Mapping[str, list[Detection]], exclude: Sequence[Mapping[str, Any]]) -> str:
-    """First class that has too many objects, or an empty string."""
+    """Describes the first class with as many objects as `exclude` forbids; else empty."""
     for item in exclude:
         num = len(found.get(item["class"], []))
         if num >= item["count"]:
@@ -139,32 +139,32 @@ def _excluded_problem(found: Mapping[str, list[Detection]], exclude: Sequence[Ma
     return ""
 
 
-def _graded(
+def _soft_score(
     found: Mapping[str, list[Detection]], include: Sequence[Mapping[str, Any]], compat: Compat | None
 ) -> tuple[float, str]:
-    """Soft score, and the first item that is not exactly as asked (all objects of a class are looked at)."""
-    marks: list[float] = []
+    """Returns the soft score, and a description of the first item that is not exactly as asked (else empty)."""
+    credits: list[float] = []
     matched: list[list[Detection] | None] = []
     first = ""
     for item in include:
         count, objects = item["count"], found.get(item["class"], [])
         problem = f"{len(objects)} {item['class']} found instead of {count}" if len(objects) != count else ""
-        marks.append(1 - abs(count - len(objects)) / count)
+        credits.append(1 - abs(count - len(objects)) / count)
         if problem and ("color" in item or "position" in item):
-            marks.append(0.0)
+            credits.append(0.0)
         if not problem and "color" in item:
             problem = _color_problem(item, objects)
-            marks.append(_num_of_color(item, objects) / count)
+            credits.append(_num_of_color(item, objects) / count)
         if not problem and "position" in item:
             problem = _position_problem(item, objects, matched)
-            marks.append(0.0 if problem else 1.0)
+            credits.append(0.0 if problem else 1.0)
             if compat == "flow_grpo" and problem and matched[item["position"][1]] is not None:
-                marks.append(1.0)  # the published code falls through to the branch of a right position
+                credits.append(1.0)  # the published code falls through to the branch of a right position
         matched.append(None if problem else objects)
         first = first or problem
     if compat is None:
-        marks = [max(mark, 0.0) for mark in marks]
-    return sum(marks) / len(marks), first
+        credits = [max(credit, 0.0) for credit in credits]
+    return sum(credits) / len(credits), first
 
 
 def _color_problem(item: Mapping[str, Any], objects: Sequence[Detection]) -> str:
@@ -173,7 +173,7 @@ def _color_problem(item: Mapping[str, Any], objects: Sequence[Detection]) -> str
 
 
 def _num_of_color(item: Mapping[str, Any], objects: Sequence[Detection]) -> int:
-    """Objects that have the colour asked for; all of them when none is."""
+    """Counts the objects of the colour asked for; all of them if none is."""
     return sum("color" not in item or detection.color == item["color"] for detection in objects)
 
 

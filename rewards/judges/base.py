@@ -1,4 +1,4 @@
-"""Questions to a vision-language model behind any OpenAI-compatible endpoint (sglang, vLLM, a hosted one)."""
+"""`Judge`: base of the rewards that ask a vision-language model behind an OpenAI-compatible endpoint for ratings."""
 
 from __future__ import annotations
 
@@ -8,23 +8,20 @@ import io
 import json
 import os
 import re
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 from PIL import Image
 
-from rewards.base import Reward, RewardUnavailable
+from rewards.arguments import OnFailure, check_minimum, check_on_failure
+from rewards.base import Reward, RewardUnavailable, Score
 from rewards.judges.templates import JudgeTemplate
-
-OnFailure = Literal["skip", "fail"]
+from rewards.retries import TransientError, parse_retry_after, retrying
 
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _THIS_IMAGE = (400, 413, 422)  # refusals that say nothing about other images
@@ -33,7 +30,7 @@ _MAX_WAIT = 60.0  # seconds; a server that asks for more is as good as down
 
 @dataclass(frozen=True)
 class Question:
-    """One request: a template's text about a prompt, and the images it is about."""
+    """One request to the judge: a template, the prompt that fills it, and the images to look at."""
 
     template: JudgeTemplate
     prompt: str
@@ -42,45 +39,45 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a judge made of a question.
+    """A judge's answer to a question.
 
     Args:
-        marks: as many as the template asks for; none if no marks could be had.
-        reply: the judge's words; None if the marks were remembered.
-        reason: why there are no marks.
+        ratings: as many as the template asks for; empty if there are none.
+        reply: the judge's words; None if the ratings come from the cache.
+        reason: why there are no ratings.
     """
 
-    marks: tuple[float, ...] = ()
+    ratings: tuple[float, ...] = ()
     reply: str | None = None
     reason: str = ""
 
     @property
     def detail(self) -> dict[str, Any]:
-        """For the score: the reply, or `cached: true` for remembered marks."""
+        """Entries for `Score.detail`: the reply, or `cached: true` for ratings from the cache."""
         return {"cached": True} if self.reply is None else {"reply": self.reply}
 
 
 class Judge(Reward):
-    """Base of the rewards that ask a vision-language model for marks; a subclass says what it asks.
+    """Base of the rewards that ask a vision-language model for ratings; a subclass says what it asks.
 
     A reply that the template cannot read is asked for once more, then its image is invalid. So is one whose own request
     is refused (400, 413, 422: a content policy, a prompt too long). Other refusals (401, 403, 404, further 4xx) raise
     at once whatever `on_failure` says: a wrong key or a wrong model name fails for every image.
 
     Args:
-        base_url: of the API, up to and with its version: `http://127.0.0.1:8000/v1`.
+        base_url: address of the API, up to and with its version: `http://127.0.0.1:8000/v1`.
         model: the name that the endpoint knows the judge by.
         api_key_env: name of the environment variable that holds the key (never the key itself); null sends none.
         name: key of this reward in logs; null is the default one.
         image_size: images are resized to this many pixels square, as UnifiedReward's 512; null sends them as they are.
-        max_tokens: longest reply.
+        max_tokens: longest reply, in tokens.
         concurrency: most requests at any time.
         timeout: seconds without a byte from the server after which a request has failed.
         max_retries: further attempts after timeouts, lost connections, broken replies and 408, 429, 500, 502, 503, 504.
         backoff: seconds before the first retry, doubled at each further one; the server's Retry-After goes first.
         on_failure: once the retries are used up, `skip` makes the image's score invalid, `fail` raises
             RewardUnavailable.
-        cache_dir: folder of remembered marks, which several processes may share; null remembers in memory.
+        cache_dir: folder of the cache of ratings, which several processes may share; null keeps it in memory.
     """
 
     def __init__(
@@ -105,17 +102,9 @@ class Judge(Reward):
                 f"{own}'s api_key_env must be the name, in capitals, of an environment variable that holds the key, "
                 "such as OPENAI_API_KEY: never write the key itself into a configuration."
             )
-        if on_failure not in get_args(OnFailure):
-            raise ValueError(f"{own} has on_failure={on_failure!r}, use skip or fail.")
-        for key, value, least in (
-            ("max_tokens", max_tokens, 1),
-            ("concurrency", concurrency, 1),
-            ("image_size", 1 if image_size is None else image_size, 1),
-            ("max_retries", max_retries, 0),
-            ("backoff", backoff, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{own} has {key}={value}, use {least} or more.")
+        check_on_failure(own, on_failure)
+        check_minimum(own, 1, max_tokens=max_tokens, concurrency=concurrency, image_size=image_size)
+        check_minimum(own, 0, max_retries=max_retries, backoff=backoff)
         if timeout <= 0:
             raise ValueError(f"{own} has timeout={timeout}, use a number of seconds above 0.")
         self.base_url = _checked_url(base_url, own)
@@ -133,7 +122,7 @@ class Judge(Reward):
         self.cache_dir = Path(cache_dir) if cache_dir else None
         self._client: httpx.Client | None = None
         self._key = ""
-        self._marks: dict[str, tuple[float, ...]] = {}
+        self._cache: dict[str, tuple[float, ...]] = {}
 
     def load(self) -> None:
         """Reads the key and opens the client; sends nothing."""
@@ -157,20 +146,20 @@ class Judge(Reward):
         self._client = httpx.Client(headers=headers, timeout=self.timeout, limits=limits)
 
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
-        """Answers to Q questions, in their order; equal questions are asked once."""
+        """Asks Q questions, `concurrency` at a time and equal ones once; returns Q answers in their order."""
         self.load()
         answers: dict[str, Answer] = {}
         unknown: dict[str, Question] = {}
         keys: list[str] = []
         for question in questions:
-            shown = Question(question.template, question.prompt, [self._prepare(image) for image in question.images])
-            key = self._digest(shown)
+            prepared = Question(question.template, question.prompt, [self._prepare(image) for image in question.images])
+            key = self._digest(prepared)
             keys.append(key)
-            marks = self._recall(key)
-            if marks is not None:
-                answers[key] = Answer(marks)
+            ratings = self._read_cache(key)
+            if ratings is not None:
+                answers[key] = Answer(ratings)
             else:
-                unknown[key] = shown
+                unknown[key] = prepared
         pool = ThreadPoolExecutor(self.concurrency)
         try:
             answers.update(pool.map(lambda item: (item[0], self._judge(*item)), unknown.items()))
@@ -178,13 +167,34 @@ class Judge(Reward):
             pool.shutdown(cancel_futures=True)
         return [answers[key] for key in keys]
 
+    def _score_each(
+        self, num_images: int, questions: Mapping[int, Question], to_score: Callable[[Answer], Score]
+    ) -> list[Score]:
+        """Asks at most one question per image and converts the ratings.
+
+        Args:
+            num_images: number of images, B.
+            questions: row of the image -> its question; images without one lack their source and are invalid.
+            to_score: converts an answer that has ratings.
+
+        Returns:
+            B scores.
+        """
+        scores = [self._no_source()] * num_images
+        for row, answer in zip(questions, self.ask(list(questions.values())), strict=True):
+            scores[row] = to_score(answer) if answer.ratings else Score.invalid(answer.reason)
+        return scores
+
+    def _no_source(self) -> Score:
+        return Score.invalid(f"{self.name} compares with a source image, and the sample has none")
+
     def _prepare(self, image: Image.Image) -> Image.Image:
         image = image.convert("RGB")
-        size = self._size(image.size)
+        size = self._resized(image.size)
         return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
-    def _size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Width and height that an image is shown in."""
+    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Width and height, in pixels, in which an image of `size` is sent."""
         return (self.image_size, self.image_size) if self.image_size else size
 
     def _digest(self, question: Question) -> str:
@@ -194,22 +204,22 @@ class Judge(Reward):
             digest.update(image.tobytes())
         return digest.hexdigest()
 
-    def _recall(self, key: str) -> tuple[float, ...] | None:
+    def _read_cache(self, key: str) -> tuple[float, ...] | None:
         if self.cache_dir is None:
-            return self._marks.get(key)
+            return self._cache.get(key)
         path = self.cache_dir / f"{key}.json"
         if not path.is_file():
             return None
         native = json.loads(path.read_text())["native"]
         return tuple(map(float, native)) if isinstance(native, list) else (float(native),)
 
-    def _remember(self, key: str, template: str, answer: Answer) -> None:
+    def _write_cache(self, key: str, template: str, answer: Answer) -> None:
         if self.cache_dir is None:
-            self._marks[key] = answer.marks
+            self._cache[key] = answer.ratings
             return
-        native = answer.marks[0] if len(answer.marks) == 1 else answer.marks
+        native = answer.ratings[0] if len(answer.ratings) == 1 else answer.ratings
         entry = {"native": native, "model": self.model, "template": template, "reply": answer.reply}
-        partial = self.cache_dir / f"{key}.{os.getpid()}.partial"  # another process may write the same marks
+        partial = self.cache_dir / f"{key}.{os.getpid()}.partial"  # another process may write the same ratings
         partial.write_text(json.dumps(entry))
         partial.replace(self.cache_dir / f"{key}.json")
 
@@ -232,11 +242,12 @@ class Judge(Reward):
         reason = reply = ""
         for _ in range(2):  # once more if the reply cannot be read: servers are not deterministic at temperature 0
             try:
-                reply, finish = self._ask(body)
-            except ConnectionError as error:
+                reply, finish = retrying(self.max_retries, self.backoff, _MAX_WAIT)(self._ask, body)
+            except TransientError as error:
+                reason = f"{self._endpoint} failed {self.max_retries + 1} times, last with {error}"
                 if self.on_failure == "fail":
-                    raise RewardUnavailable(f"{error}: start or unburden it, or set on_failure to skip.") from error
-                return Answer(reason=str(error))
+                    raise RewardUnavailable(f"{reason}: start or unburden it, or set on_failure to skip.") from error
+                return Answer(reason=reason)
             except _ImageRefused as error:
                 return Answer(reason=str(error))
             try:
@@ -245,44 +256,40 @@ class Judge(Reward):
                 cut = f", cut off at max_tokens={self.max_tokens}" if finish == "length" else ""
                 reason = f"{error}{cut}; the reply ends: {reply[-200:]}"
                 continue
-            self._remember(key, template.id, answer)
+            self._write_cache(key, template.id, answer)
             return answer
         return Answer(reason=reason)
 
     def _ask(self, body: dict[str, Any]) -> tuple[str, str]:
-        """The reply's text and why it ended.
+        """Sends one request; returns the reply's text and its finish reason.
 
         Raises:
-            ConnectionError: once the retries are used up.
+            TransientError: if there is no answer, or one that says to come again.
             _ImageRefused: if the server does not take this request.
             RewardUnavailable: if it takes none.
         """
         assert self._client is not None
-        url = f"{self.base_url}/chat/completions"
-        problem = ""
-        for attempt in range(self.max_retries + 1):
-            wait = min(self.backoff * 2**attempt, _MAX_WAIT)
-            try:
-                response = self._client.post(url, json=body)
-            except httpx.RequestError as error:  # timeouts among them
-                problem = f"{type(error).__name__} {error}".strip()
-            else:
-                # servers quote the key back in "incorrect key" messages
-                text = response.text.replace(self._key, "***") if self._key else response.text
-                if response.status_code == 200:
-                    reply = _read_reply(text)
-                    if reply is not None:
-                        return reply
-                    problem = f"200 with no chat completion: {_short(text)}"
-                elif response.status_code in _TRANSIENT:
-                    problem = f"{response.status_code} {_short(text)}"
-                    wait = max(wait, _retry_after(response.headers.get("retry-after")))
-                else:
-                    kind = _ImageRefused if response.status_code in _THIS_IMAGE else RewardUnavailable
-                    raise kind(f"{url} refused with {response.status_code} ({_short(text)}): {self._advice(response)}")
-            if attempt < self.max_retries:
-                time.sleep(wait)
-        raise ConnectionError(f"{url} failed {self.max_retries + 1} times, last with {problem}")
+        try:
+            response = self._client.post(self._endpoint, json=body)
+        except httpx.RequestError as error:  # timeouts among them
+            raise TransientError(f"{type(error).__name__} {error}".strip()) from error
+        status = response.status_code
+        # servers quote the key back in "incorrect key" messages
+        text = response.text.replace(self._key, "***") if self._key else response.text
+        if status in _TRANSIENT:
+            pause = parse_retry_after(response.headers.get("retry-after"), _MAX_WAIT)
+            raise TransientError(f"{status} {_short(text)}", pause)
+        if status != 200:
+            kind = _ImageRefused if status in _THIS_IMAGE else RewardUnavailable
+            raise kind(f"{self._endpoint} refused with {status} ({_short(text)}): {self._advice(response)}")
+        reply = _read_reply(text)
+        if reply is None:
+            raise TransientError(f"200 with no chat completion: {_short(text)}")
+        return reply
+
+    @property
+    def _endpoint(self) -> str:
+        return f"{self.base_url}/chat/completions"
 
     def _advice(self, response: httpx.Response) -> str:
         if response.status_code in (401, 403):
@@ -293,7 +300,7 @@ class Judge(Reward):
 
 
 class _ImageRefused(Exception):
-    """The server does not take this image or its prompt; it may take others."""
+    """The server refuses this image or its prompt; it may accept others."""
 
 
 def _checked_url(url: str, owner: str) -> str:
@@ -318,7 +325,7 @@ def _data_url(image: Image.Image) -> str:
 
 
 def _read_reply(text: str) -> tuple[str, str] | None:
-    """Text and finish reason of the first choice; None if this is no chat completion."""
+    """Returns text and finish reason of a chat completion's first choice; None if this is no chat completion."""
     try:
         choice = json.loads(text)["choices"][0]
         content = choice["message"]["content"]
@@ -326,22 +333,6 @@ def _read_reply(text: str) -> tuple[str, str] | None:
         return None
     # a refusal comes as null: nothing to read, but the server works
     return (content if isinstance(content, str) else ""), str(choice.get("finish_reason"))
-
-
-def _retry_after(value: str | None) -> float:
-    """Seconds asked for by a Retry-After header, which holds seconds or a date."""
-    if not value:
-        return 0.0
-    try:
-        seconds = float(value) if value.strip().isdigit() else _seconds_until(value)
-    except ValueError:
-        return 0.0
-    return min(max(seconds, 0.0), _MAX_WAIT)
-
-
-def _seconds_until(date: str) -> float:
-    when = parsedate_to_datetime(date)
-    return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp() - datetime.now(UTC).timestamp()
 
 
 def _short(text: str) -> str:

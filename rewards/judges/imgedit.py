@@ -1,4 +1,4 @@
-"""ImgEdit-Bench's judge (arXiv 2505.20275): three marks for every edit, asked for in the words of its kind."""
+"""ImgEdit-Bench's judge (arXiv 2505.20275): three ratings per edit, with a question for each kind of edit."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from types import MappingProxyType
 from typing import Any
 
 from rewards.base import RewardBatch, Score
-from rewards.judges.base import Judge, Question
+from rewards.judges.base import Answer, Judge, Question
 from rewards.judges.templates import JudgeTemplate, reworded
 
-_PLACE = "<edit_prompt>"
-"""Where the instruction goes in ImgEdit's own files."""
+_PLACEHOLDER = "<edit_prompt>"
+"""Stands for the instruction in the benchmark's own prompt files."""
 
 # what may follow the colon: "4", "4/5", "4 out of 5"
-_MARK = re.compile(r"(?P<mark>[-+]?\d\S*?)(?:\s*(?:/|out of)\s*(?P<scale>\d+))?")
+_RATING = re.compile(r"(?P<rating>[-+]?\d\S*?)(?:\s*(?:/|out of)\s*(?P<scale>\d+))?")
 
 _QUALITY = "Soundness: light, shadow, perspective, proportions and detail are right, and nothing else was altered"
 _SEAMS = "Naturalness: the edited parts have no seams, blur or traces, and belong to the picture"
@@ -55,15 +55,18 @@ _CRITERIA = {
 
 
 def parse_lines(reply: str, low: float, high: float, num: int = 3) -> tuple[float, ...]:
-    r"""The marks of the lines `Name: mark`. Raises a ValueError that says why they are not as many as asked for.
+    r"""Returns the ratings of a reply's lines of the form `Name: rating`.
 
-    Lines with further words are prose. One name may be marked twice if the marks agree.
+    Lines with further words are prose. One name may be rated twice if the ratings agree.
 
     Args:
         reply: the judge's words.
-        low: lowest mark.
-        high: highest mark; marks are whole numbers.
-        num: marks that were asked for.
+        low: lowest rating.
+        high: highest rating; ratings are whole numbers.
+        num: ratings that were asked for.
+
+    Raises:
+        ValueError: if there are more or fewer, or one is out of range, no whole number, or stated twice differently.
 
     >>> parse_lines("The sky is right, the roof is not.\nRemoval: 4\n**Naturalness:** 3\nSoundness: 3/5", 1, 5)
     (4.0, 3.0, 3.0)
@@ -72,21 +75,21 @@ def parse_lines(reply: str, low: float, high: float, num: int = 3) -> tuple[floa
         ...
     ValueError: Naturalness is 3.5 in place of a whole number from 1 to 5
     """
-    marks: dict[str, float] = {}
+    ratings: dict[str, float] = {}
     for line in reply.splitlines():
         name, _, value = line.partition(":")
         name, value = name.strip(" \t*_#>-"), value.strip(" \t*_").rstrip(".")
-        stated = _MARK.fullmatch(value)
+        stated = _RATING.fullmatch(value)
         if stated is None or not any(letter.isalpha() for letter in name):
             continue
-        mark, scale = stated["mark"], stated["scale"]
-        if not re.fullmatch(r"[0-9]{1,3}", mark) or not low <= int(mark) <= high or float(scale or high) != high:
+        rating, scale = stated["rating"], stated["scale"]
+        if not re.fullmatch(r"[0-9]{1,3}", rating) or not low <= int(rating) <= high or float(scale or high) != high:
             raise ValueError(f"{name[:40]} is {value[:20]} in place of a whole number from {low:g} to {high:g}")
-        if marks.setdefault(name.lower(), float(mark)) != float(mark):
-            raise ValueError(f"{name[:40]} is marked twice, {marks[name.lower()]:g} and {mark}")
-    if len(marks) != num:
-        raise ValueError(f"{len(marks)} lines of a name and a mark, {num} were asked for")
-    return tuple(marks.values())
+        if ratings.setdefault(name.lower(), float(rating)) != float(rating):
+            raise ValueError(f"{name[:40]} is rated twice, {ratings[name.lower()]:g} and {rating}")
+    if len(ratings) != num:
+        raise ValueError(f"{len(ratings)} lines of a name and a rating, {num} were asked for")
+    return tuple(ratings.values())
 
 
 def _template(kind: str, criteria: tuple[str, ...]) -> JudgeTemplate:
@@ -97,18 +100,18 @@ def _template(kind: str, criteria: tuple[str, ...]) -> JudgeTemplate:
 
 
 TEMPLATES = MappingProxyType({kind: _template(kind, (*two, _QUALITY)) for kind, two in _CRITERIA.items()})
-"""Kind of edit -> its question."""
+"""The default questions: kind of edit (`edit_type`) -> template."""
 
 
 class ImgEditJudge(Judge):
-    """Mean of a judge's three marks of an edit, 1 to 5. native = table = the mean, rl = mean / 5.
+    """Mean of a judge's three ratings of an edit, 1 to 5. native = table = the mean, rl = mean / 5.
 
     The kind of the edit, `edit_type` in the sample's metadata, decides about the question. ImgEdit-Bench publishes
-    GPT-4o's marks. Another judge and another wording are *different metrics*, and the wording here is our own:
-    `wording` takes the benchmark's own file [U].
+    GPT-4o's ratings. Another judge and another wording are *different metrics*, and the wording here is our own:
+    `wording` takes the benchmark's own file.
 
     Args:
-        base_url: of the API, up to and with its version: `http://127.0.0.1:8000/v1`.
+        base_url: address of the API, up to and with its version: `http://127.0.0.1:8000/v1`.
         model: the name that the endpoint knows the judge by.
         wording: JSON file of the questions by `edit_type`, each with `<edit_prompt>` where the instruction goes.
         image_size: images are resized to this many pixels square; null shows them as they are, as ImgEdit-Bench does.
@@ -124,17 +127,16 @@ class ImgEditJudge(Judge):
     ) -> None:
         super().__init__(base_url, model, image_size=image_size, **kwargs)
         self.templates: Mapping[str, JudgeTemplate] = TEMPLATES if wording is None else _read_templates(wording)
-        self._wording = "imgedit_v1" if wording is None else reworded(*_all_of(self.templates)).id
+        self._wording = "imgedit_v1" if wording is None else reworded(*_join(self.templates)).id
 
     @property
     def version(self) -> str:
-        """The judge, the wording and the image size."""
+        """Version of the scores: the judge, the wording and the image size."""
         size = f"{self.image_size} px" if self.image_size else "full size"
         return f"{self._wording} judged by {self.model} at {size}"
 
     def __call__(self, batch: RewardBatch) -> list[Score]:
-        """Score B images; `detail` has the three `marks` and the judge's words."""
-        scores = [Score.invalid(f"{self.name} compares with a source image, and the sample has none")] * len(batch)
+        """Scores B images; `detail` has the three `ratings` and the judge's words."""
         questions: dict[int, Question] = {}
         for row, (sample, image) in enumerate(zip(batch.samples, batch.images, strict=True)):
             kind = sample.metadata.get("edit_type")
@@ -145,24 +147,22 @@ class ImgEditJudge(Judge):
                 )
             if sample.image is not None:
                 questions[row] = Question(self.templates[kind], sample.prompt, [sample.image, image])
-        for row, answer in zip(questions, self.ask(list(questions.values())), strict=True):
-            if not answer.marks:
-                scores[row] = Score.invalid(answer.reason)
-                continue
-            mean = sum(answer.marks) / len(answer.marks)
-            detail = {"marks": list(answer.marks), **answer.detail}
-            scores[row] = Score(native=mean, table=mean, rl=mean / self.native_range[1], detail=detail)
-        return scores
+        return self._score_each(len(batch), questions, self._to_score)
+
+    def _to_score(self, answer: Answer) -> Score:
+        mean = sum(answer.ratings) / len(answer.ratings)
+        detail = {"ratings": list(answer.ratings), **answer.detail}
+        return Score(native=mean, table=mean, rl=mean / self.native_range[1], detail=detail)
 
 
-def _all_of(templates: Mapping[str, JudgeTemplate]) -> tuple[JudgeTemplate, str]:
-    """A template and a text that stand for all of them, to name them by."""
+def _join(templates: Mapping[str, JudgeTemplate]) -> tuple[JudgeTemplate, str]:
+    """Joins all questions into one template and one text, from which `version` gets an id."""
     texts = json.dumps({kind: template.text for kind, template in sorted(templates.items())})
     return JudgeTemplate("imgedit_v1", "imgedit", "", 1.0, 5.0), texts
 
 
 def _read_templates(path: str) -> dict[str, JudgeTemplate]:
-    """The user's questions by kind of edit."""
+    """Reads a user's questions from a JSON file: kind of edit -> template."""
     where = "ImgEditJudge's wording"
     try:
         with open(path, encoding="utf-8") as file:
@@ -170,11 +170,13 @@ def _read_templates(path: str) -> dict[str, JudgeTemplate]:
     except (OSError, ValueError) as error:  # a UnicodeDecodeError and a JSONDecodeError are ValueErrors
         raise ValueError(f"{where} names {path}, which cannot be read as JSON ({error}): check it.") from error
     if not isinstance(texts, dict) or not texts:
-        raise ValueError(f'{where}: {path} must be a JSON object such as {{"add": "... {_PLACE} ..."}}.')
+        raise ValueError(f'{where}: {path} must be a JSON object such as {{"add": "... {_PLACEHOLDER} ..."}}.')
     templates = {}
     for kind, text in texts.items():
-        if not isinstance(text, str) or _PLACE not in text:
-            raise ValueError(f"{where}: {path} must have {_PLACE} in the text of {kind!r}, where the instruction goes.")
+        if not isinstance(text, str) or _PLACEHOLDER not in text:
+            raise ValueError(
+                f"{where}: {path} must have {_PLACEHOLDER} in the text of {kind!r}, where the instruction goes."
+            )
         base = JudgeTemplate(f"imgedit_{kind}_v1", "imgedit", "", 1.0, 5.0, source=True, read=parse_lines)
-        templates[kind] = reworded(base, text.replace(_PLACE, "{prompt}"))
+        templates[kind] = reworded(base, text.replace(_PLACEHOLDER, "{prompt}"))
     return templates

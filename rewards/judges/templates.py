@@ -1,6 +1,7 @@
-"""What judges are asked, and how their answer is read. All wording here is our own; scores depend on every word of it.
+"""Questions to judges (`JudgeTemplate`) and parsers of their replies.
 
-An id is never reused for another text: a change of wording is a new id, since scores of the two are not comparable.
+All wording here is our own, and scores depend on every word of it. An id is never reused for another
+text: a change of wording is a new id, since scores of the two are not comparable.
 """
 
 from __future__ import annotations
@@ -12,39 +13,49 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 # asterisks are Markdown's; "4/5" and "4 out of 5" are read with their scale
-_STATEMENT = re.compile(r"Final Score:[\s*]*(?P<mark>[-+]?\d[^\s/]*)(?:\s*\(?(?:/|out of)\s*(?P<scale>\d+(?:\.\d+)?))?")
+_STATEMENT = re.compile(
+    r"Final Score:[\s*]*(?P<rating>[-+]?\d[^\s/]*)(?:\s*\(?(?:/|out of)\s*(?P<scale>\d+(?:\.\d+)?))?"
+)
 _NUMBER = re.compile(r"(\d+(?:\.\d+)?)[*.,;:!)\]'\"]*")
 
 
-def parse_mark(reply: str, low: float, high: float) -> float:
-    """The number stated after `Final Score:`. Raises a ValueError that says why there is none.
+def parse_rating(reply: str, low: float, high: float) -> float:
+    """Returns the number that a reply states after `Final Score:`.
 
-    >>> parse_mark("Sharp and true to the caption. Final Score: 4.5", 1, 5)
+    Args:
+        reply: the judge's words.
+        low: lowest rating.
+        high: highest rating.
+
+    Raises:
+        ValueError: if there is no such number, or several that differ, or one out of range.
+
+    >>> parse_rating("Sharp and true to the caption. Final Score: 4.5", 1, 5)
     4.5
-    >>> parse_mark("Final Score: 4/5.", 1, 5)
+    >>> parse_rating("Final Score: 4/5.", 1, 5)
     4.0
-    >>> parse_mark("Final Score: 15", 1, 5)
+    >>> parse_rating("Final Score: 15", 1, 5)
     Traceback (most recent call last):
         ...
     ValueError: the stated score 15 is not a number from 1 to 5
     """
-    marks = set()
+    ratings = set()
     for statement in _STATEMENT.finditer(reply):
-        number = _NUMBER.fullmatch(statement["mark"])
+        number = _NUMBER.fullmatch(statement["rating"])
         if number is None or not low <= float(number[1]) <= high or float(statement["scale"] or high) != high:
             stated = statement[0].partition(":")[2].strip("* \n")[:20]
             raise ValueError(f"the stated score {stated} is not a number from {low:g} to {high:g}")
-        marks.add(float(number[1]))
-    if len(marks) > 1:
-        raise ValueError(f"several scores are stated ({', '.join(f'{mark:g}' for mark in sorted(marks))})")
-    if not marks:
+        ratings.add(float(number[1]))
+    if len(ratings) > 1:
+        raise ValueError(f"several scores are stated ({', '.join(f'{rating:g}' for rating in sorted(ratings))})")
+    if not ratings:
         raise ValueError("no number follows 'Final Score:'")
-    return marks.pop()
+    return ratings.pop()
 
 
-def one_mark(reply: str, low: float, high: float) -> tuple[float, ...]:
-    """`parse_mark` for a template."""
-    return (parse_mark(reply, low, high),)
+def parse_one_rating(reply: str, low: float, high: float) -> tuple[float, ...]:
+    """Returns `parse_rating`'s number as the one-tuple that `JudgeTemplate.read` gives."""
+    return (parse_rating(reply, low, high),)
 
 
 @dataclass(frozen=True)
@@ -57,8 +68,8 @@ class JudgeTemplate:
         text: the question, with `{prompt}` where the caption or the instruction goes.
         low: lowest score it asks for.
         high: highest score it asks for; the rl value is native / high.
-        source: whether the judge is shown the source image before the edited one.
-        read: gives the marks that a reply states, or raises a ValueError that says why there are none.
+        source: True if the judge is shown the source image before the edited one.
+        read: (reply, low, high) -> the ratings that a reply states; raises a ValueError that says why there are none.
     """
 
     id: str
@@ -67,11 +78,11 @@ class JudgeTemplate:
     low: float
     high: float
     source: bool = False
-    read: Callable[[str, float, float], tuple[float, ...]] = field(default=one_mark)
+    read: Callable[[str, float, float], tuple[float, ...]] = field(default=parse_one_rating)
 
 
 def reworded(template: JudgeTemplate, text: str) -> JudgeTemplate:
-    """The template with a user's words, which its id then names by their digest."""
+    """Replaces a template's text; its id then ends in the new text's digest."""
     return replace(template, id=f"{template.id}+{hashlib.sha256(text.encode()).hexdigest()[:8]}", text=text)
 
 
@@ -123,7 +134,7 @@ TEMPLATES = MappingProxyType(
         )
     }
 )
-"""Template id -> template."""
+"""`VLMJudge`'s questions: template id -> template."""
 
 REWARD_TOKEN = "<|Reward|>"
 """The token that EditReward's authors added: its hidden state is what the heads score."""
@@ -175,8 +186,11 @@ def read_wording(path: str, where: str, *also: str, holds: tuple[str, ...] = ("{
     Args:
         path: UTF-8 text file.
         where: the argument that an error names.
-        *also: text that it must hold exactly once, beside what it `holds`.
-        holds: likewise.
+        *also: further text that the file must hold exactly once.
+        holds: text that the file must hold exactly once.
+
+    Raises:
+        ValueError: if the file cannot be read, or lacks or repeats one of these texts.
     """
     try:
         with open(path, encoding="utf-8") as file:

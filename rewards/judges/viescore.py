@@ -1,4 +1,4 @@
-"""VIEScore (arXiv 2312.14867) as GEdit-Bench uses it: a judge marks the edit and, unseen its source, the image."""
+"""VIEScore (arXiv 2312.14867) as GEdit-Bench uses it: ratings of the edit and, without its source, of the image."""
 
 from __future__ import annotations
 
@@ -45,16 +45,19 @@ Give it two marks from 0 to 10:
 
 
 def parse_scores(reply: str, low: float, high: float, num: int = 2) -> tuple[float, ...]:
-    r"""The marks of the JSON object with a `score` in a reply. Raises a ValueError that says why there are none.
+    r"""Returns the ratings of the JSON object with a `score` in a reply.
 
     Objects around which there are words or fences count, too; where several have a `score` they must agree, so that one
-    which an instruction holds and the judge quotes cannot pass for its marks.
+    which an instruction holds and the judge quotes cannot pass for its ratings.
 
     Args:
         reply: the judge's words.
-        low: lowest mark.
-        high: highest mark.
-        num: marks that were asked for.
+        low: lowest rating.
+        high: highest rating.
+        num: ratings that were asked for.
+
+    Raises:
+        ValueError: if there is no such object, or several that differ, or its ratings are not as asked for.
 
     >>> parse_scores('```json\n{"score": [7, 8.5], "reasoning": "a faint seam"}\n```', 0, 10)
     (7.0, 8.5)
@@ -63,29 +66,29 @@ def parse_scores(reply: str, low: float, high: float, num: int = 2) -> tuple[flo
         ...
     ValueError: `score` is [7] in place of a list of 2 numbers from 0 to 10
     """
-    found = {_marks(scored["score"], low, high, num) for scored in _objects(reply) if "score" in scored}
+    found = {_check_ratings(scored["score"], low, high, num) for scored in _objects(reply) if "score" in scored}
     if len(found) > 1:
-        raise ValueError(f"several scores are stated ({', '.join(str(list(marks)) for marks in sorted(found))})")
+        raise ValueError(f"several scores are stated ({', '.join(str(list(ratings)) for ratings in sorted(found))})")
     if not found:
         raise ValueError("there is no JSON object with a `score`")
     return found.pop()
 
 
-def _marks(score: Any, low: float, high: float, num: int) -> tuple[float, ...]:
+def _check_ratings(score: Any, low: float, high: float, num: int) -> tuple[float, ...]:
     good = (
         isinstance(score, list)
         and len(score) == num
         # bool is an int, and NaN, which Python's JSON takes, lies in no range
-        and all(isinstance(mark, int | float) and not isinstance(mark, bool) and low <= mark <= high for mark in score)
+        and all(isinstance(one, int | float) and not isinstance(one, bool) and low <= one <= high for one in score)
     )
     if not good:
         stated = str(score)[:40]
         raise ValueError(f"`score` is {stated} in place of a list of {num} numbers from {low:g} to {high:g}")
-    return tuple(float(mark) for mark in score)
+    return tuple(float(rating) for rating in score)
 
 
 def _objects(text: str) -> list[dict[str, Any]]:
-    """The JSON objects in a text that are not parts of others."""
+    """Finds the JSON objects in a text that are not parts of others."""
     decoder = json.JSONDecoder()
     objects: list[dict[str, Any]] = []
     start = text.find("{")
@@ -105,17 +108,17 @@ QUALITY = JudgeTemplate("viescore_quality_v1", "viescore", _QUALITY, 0.0, 10.0, 
 
 
 class VIEScore(Judge):
-    """Marks of an edit. native = table = sqrt(sc * pq) in 0..10, rl = native / 10.
+    """Rates an edit by its success and by its image quality. native = table = sqrt(sc * pq) in 0..10, rl = native / 10.
 
-    sc (semantic consistency) is the lower of the two marks for success and restraint, pq (perceptual quality) the lower
-    of those for naturalness and freedom from artefacts; the judge gives the latter without knowing source or
+    sc (semantic consistency) is the lower of the two ratings for success and restraint, pq (perceptual quality)
+    the lower of those for naturalness and freedom from artefacts; the judge gives the latter without knowing source or
     instruction. An image with either pair missing is invalid.
 
-    GEdit-Bench publishes GPT-4.1's and Qwen2.5-VL-72B's marks. Another judge and another wording are *different
-    metrics*, and the wording here is our own: `semantic_wording` and `quality_wording` take the published texts [U].
+    GEdit-Bench publishes GPT-4.1's and Qwen2.5-VL-72B's ratings. Another judge and another wording are *different
+    metrics*, and the wording here is our own: `semantic_wording` and `quality_wording` take the published texts.
 
     Args:
-        base_url: of the API, up to and with its version: `http://127.0.0.1:8000/v1`.
+        base_url: address of the API, up to and with its version: `http://127.0.0.1:8000/v1`.
         model: the name that the endpoint knows the judge by.
         semantic_wording: text file in place of the first question, with `{prompt}` where the instruction goes.
         quality_wording: text file in place of the second question, which knows no instruction.
@@ -147,12 +150,12 @@ class VIEScore(Judge):
 
     @property
     def version(self) -> str:
-        """The judge, both wordings and the image size."""
+        """Version of the scores: the judge, both wordings and the image size."""
         size = f"{self.image_size}x{self.image_size} px in area" if self.image_size else "full size"
         return f"{self.semantic.id} and {self.quality.id} judged by {self.model} at {size}"
 
     def __call__(self, batch: RewardBatch) -> list[Score]:
-        """Score B images; `detail` has `sc`, `pq`, the marks that they come from and the judge's words."""
+        """Scores B images; `detail` has `sc`, `pq`, the ratings that they come from and the judge's words."""
         rows = [row for row, sample in enumerate(batch.samples) if sample.image is not None]
         questions: list[Question] = []
         for row in rows:
@@ -161,12 +164,12 @@ class VIEScore(Judge):
             questions.append(Question(self.semantic, sample.prompt, [sample.image, image]))
             questions.append(Question(self.quality, "", [image]))
         answers = self.ask(questions)
-        scores = [Score.invalid(f"{self.name} compares with a source image, and the sample has none")] * len(batch)
+        scores = [self._no_source()] * len(batch)
         for number, row in enumerate(rows):
             scores[row] = combine(answers[2 * number], answers[2 * number + 1])
         return scores
 
-    def _size(self, size: tuple[int, int]) -> tuple[int, int]:
+    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
         if self.image_size is None:
             return size
         width, height = size
@@ -175,11 +178,11 @@ class VIEScore(Judge):
 
 
 def combine(semantic: Answer, quality: Answer) -> Score:
-    """One image's score of its two answers."""
+    """Combines the answers to the two questions about one image into its score."""
     for answer, question in ((semantic, "semantic consistency"), (quality, "perceptual quality")):
-        if not answer.marks:
+        if not answer.ratings:
             return Score.invalid(f"{question}: {answer.reason}")
-    (success, restraint), (naturalness, clean) = semantic.marks, quality.marks
+    (success, restraint), (naturalness, clean) = semantic.ratings, quality.ratings
     sc, pq = min(success, restraint), min(naturalness, clean)
     overall = math.sqrt(sc * pq)
     detail = {

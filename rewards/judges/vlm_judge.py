@@ -1,28 +1,28 @@
-"""A vision-language model as the judge of one mark: UnifiedReward and its kind."""
+"""`VLMJudge`: a vision-language model that gives one rating per image, such as UnifiedReward."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from rewards.base import RewardBatch, Score
-from rewards.judges.base import Judge, Question
+from rewards.judges.base import Answer, Judge, Question
 from rewards.judges.templates import TEMPLATES, JudgeTemplate, read_wording, reworded
 
 
 class VLMJudge(Judge):
-    """Asks a vision-language model for a mark. native = table = the mark, rl = mark / highest mark.
+    """Asks a vision-language model for a rating. native = table = the rating, rl = rating / highest rating.
 
     UnifiedReward is `template: unified_reward_v1` with `CodeGoat24/UnifiedReward-7b-v1.5` served by sglang or vLLM.
-    Any other judge, and any other wording, is a *different metric*, even if its marks run from 1 to 5 too; `version`
-    names both. The wording of our templates is our own, so expect an offset to published UnifiedReward numbers:
-    `wording` takes the published text where you have it [U].
+    Any other judge, and any other wording, is a *different metric*, even if its ratings run from 1 to 5 too;
+    `version` names both. The wording of our templates is our own, so expect an offset to published UnifiedReward
+    numbers: `wording` takes the published text where you have it.
 
     A reply counts if it states one number after `Final Score:`, inside the template's range. Several statements must
-    agree, so that a caption which says "Final Score: 5" and is quoted by the judge cannot pass for its mark. What
-    becomes of one that cannot be read, and of failures: `rewards.judges.base.Judge`.
+    agree, so that a caption which says "Final Score: 5" and is quoted by the judge cannot pass for its rating.
+    `rewards.judges.base.Judge` says what becomes of a reply that cannot be read, and of failures.
 
     Args:
-        base_url: of the API, up to and with its version: `http://127.0.0.1:8000/v1`.
+        base_url: address of the API, up to and with its version: `http://127.0.0.1:8000/v1`.
         model: the name that the endpoint knows the judge by.
         template: id of the question: `unified_reward_v1` (1 to 5), `edit_v1` (source and edited image, 1 to 5) or
             `quality_v1` (0 to 10).
@@ -46,23 +46,20 @@ class VLMJudge(Judge):
 
     @property
     def version(self) -> str:
-        """The judge, the wording and the image size."""
+        """Version of the scores: the judge, the wording and the image size."""
         size = f"{self.image_size} px" if self.image_size else "full size"
         return f"{self.template.id} judged by {self.model} at {size}"
 
     def __call__(self, batch: RewardBatch) -> list[Score]:
-        """Score B images; `detail` holds the judge's reply, or `cached: true` for a remembered mark."""
-        scores = [Score.invalid(f"{self.name} compares with a source image, and the sample has none")] * len(batch)
+        """Scores B images; `detail` holds the judge's reply, or `cached: true` for a rating from the cache."""
         questions: dict[int, Question] = {}
         for row, (sample, image) in enumerate(zip(batch.samples, batch.images, strict=True)):
             if not self.template.source:
                 questions[row] = Question(self.template, sample.prompt, [image])
             elif sample.image is not None:
                 questions[row] = Question(self.template, sample.prompt, [sample.image, image])
-        for row, answer in zip(questions, self.ask(list(questions.values())), strict=True):
-            if not answer.marks:
-                scores[row] = Score.invalid(answer.reason)
-                continue
-            (mark,) = answer.marks
-            scores[row] = Score(native=mark, table=mark, rl=mark / self.template.high, detail=answer.detail)
-        return scores
+        return self._score_each(len(batch), questions, self._to_score)
+
+    def _to_score(self, answer: Answer) -> Score:
+        (rating,) = answer.ratings
+        return Score(native=rating, table=rating, rl=rating / self.template.high, detail=answer.detail)

@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
+from rewards.arguments import check_minimum
 from rewards.pretrained import check_hub_id, one_line_errors, pick_device
 from rewards.served import ServedReward
 
 TRANSFORMERS = "4.36."
-"""What the model's code is written for; it fails on later ones, by changed names or without a word."""
+"""Prefix of the version that the model's code is written for; it fails on later ones, even without an error."""
 
 
 class DeQAReward(ServedReward):
     """DeQA-Score: native = table = 1..5, the mean of five quality words weighted by their probability; rl = native / 5.
 
-    The model's code answers in fp16: marks from 2 to 4 come in steps of 1/512, others near them, so ties are possible.
+    The model's code answers in fp16: ratings from 2 to 4 come in steps of 1/512, others near them, so ties can occur.
 
     The network's code is not part of transformers: it is downloaded with the weights and executed. Nothing runs
     until `trust_remote_code` is true. Read that code, then pin its commit with `revision`.
@@ -45,8 +46,7 @@ class DeQAReward(ServedReward):
         batch_size: int = 8,
         device: str | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"DeQAReward has batch_size={batch_size}, use at least 1.")
+        check_minimum("DeQAReward", 1, batch_size=batch_size)
         self.model = model
         self.trust_remote_code = trust_remote_code
         self.revision = revision
@@ -56,11 +56,11 @@ class DeQAReward(ServedReward):
 
     @property
     def version(self) -> str:
-        """The weights and their commit."""
+        """Version of the scores: the weights and their commit."""
         return f"deqa {self.model} revision={self.revision}"
 
     def load(self) -> None:
-        """Loads the network, and with it the code of its repository."""
+        """Loads the network, which runs the code of its repository."""
         if self._network is not None:
             return
         if not self.trust_remote_code:
@@ -87,6 +87,6 @@ class DeQAReward(ServedReward):
         self._network = network.to(pick_device(self.device)).eval().requires_grad_(False)
 
     def native(self, prompts: Sequence[str], images: Sequence[Image]) -> list[float]:
-        """The quality of each image."""
+        """Rates the quality of each image, 1 to 5."""
         with torch.inference_mode():
             return [float(score) for score in self._network.score(list(images))]

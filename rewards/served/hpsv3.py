@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
+from rewards.arguments import check_minimum
+from rewards.packages import installed
 from rewards.pretrained import one_line_errors, pick_device
-from rewards.served import ServedReward, installed
+from rewards.served import ServedReward
 
 SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")
 MAX_ASPECT_RATIO = 200.0
-"""Where the package's `smart_resize` gives up."""
+"""Longest aspect ratio of an image that the package's `smart_resize` takes."""
 
 
 class HPSv3Reward(ServedReward):
@@ -47,8 +49,7 @@ class HPSv3Reward(ServedReward):
             raise ValueError(
                 f"HPSv3Reward has checkpoint_path={checkpoint_path}, use a .safetensors file: others are unpickled."
             )
-        if batch_size < 1:
-            raise ValueError(f"HPSv3Reward has batch_size={batch_size}, use at least 1.")
+        check_minimum("HPSv3Reward", 1, batch_size=batch_size)
         self.checkpoint_path = checkpoint_path
         self.config_path = config_path
         self.batch_size = batch_size
@@ -57,7 +58,7 @@ class HPSv3Reward(ServedReward):
 
     @property
     def version(self) -> str:
-        """The weights, the configuration and the package."""
+        """Version of the scores: the weights, the configuration and the package."""
         weights = self.checkpoint_path or "MizzenAI/HPSv3"
         return f"hpsv3 {weights} config={self.config_path or 'HPSv3_7B'} by {installed('hpsv3')}"
 
@@ -80,7 +81,7 @@ class HPSv3Reward(ServedReward):
         self._inferencer.model.requires_grad_(False)
 
     def fault(self, prompt: str, image: Image) -> str | None:
-        """Special tokens in the prompt, and images too long for the package's resizing."""
+        """Returns the reason why a pair is refused: special tokens in the prompt, or an image too long; else None."""
         token = SPECIAL_TOKEN.search(prompt)
         if token:
             return f"the prompt holds the special token {token.group()}"
@@ -89,7 +90,8 @@ class HPSv3Reward(ServedReward):
         return None
 
     def native(self, prompts: Sequence[str], images: Sequence[Image]) -> list[float]:
-        """The mu of each pair. By keyword: release 1.0.0 takes the images first, the repository since then last."""
+        """Returns the mu of each pair."""
         with torch.inference_mode():
+            # By keyword: release 1.0.0 takes the images first, the repository since then last.
             out = self._inferencer.reward(prompts=list(prompts), image_paths=list(images))  # [B, 2]: mu, sigma
         return [float(mu) for mu in out[:, 0]]

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from rewards.pretrained import check_hub_id, one_line_errors, pick_device
-from rewards.served import ServedReward, installed
+from rewards.packages import installed
+from rewards.pretrained import check_hub_id, one_line_errors, pick_device, read_tensors
+from rewards.served import ServedReward
 
 UNUSED = ("blip.vision_proj.", "blip.text_proj.")
-"""Layers of BLIP's pretraining that no score passes through."""
+"""Prefixes of BLIP's weights that scores do not depend on."""
 
 
 class ImageRewardReward(ServedReward):
@@ -41,7 +42,7 @@ class ImageRewardReward(ServedReward):
 
     @property
     def version(self) -> str:
-        """The weights and the package."""
+        """Version of the scores: the weights and the package."""
         return f"image_reward {self.model} by {installed('image-reward')}"
 
     def load(self) -> None:
@@ -53,7 +54,8 @@ class ImageRewardReward(ServedReward):
         device = pick_device(self.device)
         with one_line_errors(self.model):
             network = ImageReward(med_config=self._file("med_config.json"), device=device)
-            weights = torch.load(self._file("ImageReward.pt"), map_location="cpu", weights_only=True)
+            path = self._file("ImageReward.pt")
+        weights = read_tensors(path, "download it again")
         found = network.load_state_dict(weights, strict=False)  # old files also hold tables that are computed today
         missing = [key for key in found.missing_keys if not key.startswith(UNUSED)]
         if missing:
@@ -72,6 +74,7 @@ class ImageRewardReward(ServedReward):
         return hf_hub_download(self.model, name)
 
     def native(self, prompts: Sequence[str], images: Sequence[Image]) -> list[float]:
-        """One call per image: given a list of a single image, the package returns a number in place of a list."""
+        """Returns the score of each pair."""
         with torch.inference_mode():
+            # One call per image: for a list of a single image, the package returns a number in place of a list.
             return [float(self._network.score(prompt, image)) for prompt, image in zip(prompts, images, strict=True)]

@@ -1,4 +1,4 @@
-"""One worker thread per reward: gathers items of all clients into batches and keeps one client's mistake its own."""
+"""Dynamic batching: a worker thread per reward scores the items of all clients together; errors stay per item."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ log = logging.getLogger("rewards.serving.server")
 
 
 class QueueFull(RuntimeError):
-    """More items wait than `queue_limit`."""
+    """The queue has no room for the submitted items, or the batcher is closed."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One item with its images' files, and the place where its result will be."""
+    """One item with its images' files and the future of its result."""
 
     item: Item
     image: bytes
@@ -34,17 +34,18 @@ class Job:
 
 
 @dataclass(frozen=True)
-class _Ready:
+class _Decoded:
     job: Job
     sample: PromptSample
     image: Image
 
 
-class Scheduler:
-    """Calls a reward with batches of up to `max_batch_items`, never twice at once.
+class Batcher:
+    """Gathers items and calls a reward with batches of up to `max_batch_items`, never twice at once.
 
-    Images are decoded when their batch is due: decoded are those of one batch, and what waits is files. The queue
-    bounds how many items wait, not how large they are; `rewards.serving.requests.Budget` bounds their bytes.
+    Images are decoded when their batch is due, so that memory holds the pixels of one batch and only files wait. The
+    queue bounds how many items wait, not how large they are; `rewards.serving.requests.MemoryBudget` bounds
+    their bytes.
 
     Args:
         reward: a loaded reward.
@@ -66,27 +67,27 @@ class Scheduler:
         self._changed = threading.Condition()
         self._closed = False
         self._decoders = ThreadPoolExecutor(4, thread_name_prefix="decode")
-        self._worker = threading.Thread(target=self._work, name="score", daemon=True)
+        self._worker = threading.Thread(target=self._run, name="score", daemon=True)
 
     def start(self) -> None:
-        """Starts the worker."""
+        """Starts the worker thread, which scores what is submitted."""
         self._worker.start()
 
     @property
     def ready(self) -> bool:
-        """Whether items are taken."""
+        """True while the worker runs and `submit` takes items."""
         return self._worker.is_alive() and not self._closed
 
     @property
-    def waiting(self) -> int:
-        """Items that wait for a batch."""
+    def num_waiting(self) -> int:
+        """Number of items that wait for a batch."""
         return len(self._queue)
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Queues all of them or, if they do not fit, none.
+        """Queues all jobs or, if they do not fit, none.
 
         Raises:
-            QueueFull: if they do not fit.
+            QueueFull: if the jobs do not fit, or the batcher is closed.
         """
         with self._changed:
             if self._closed or len(self._queue) + len(jobs) > self.queue_limit:
@@ -95,19 +96,19 @@ class Scheduler:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Scores what was accepted, then ends the worker."""
+        """Scores the jobs that were accepted, then ends the worker."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         self._worker.join()
         self._decoders.shutdown()
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         while batch := self._next_batch():
-            self._answer([job for job in batch if job.result.set_running_or_notify_cancel()])
+            self._process([job for job in batch if job.result.set_running_or_notify_cancel()])
 
     def _next_batch(self) -> list[Job]:
-        """Waits for a batch; empty at the end."""
+        """Waits for the next batch; returns an empty one once closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closed)
             due = time.monotonic() + self.batch_wait
@@ -116,12 +117,12 @@ class Scheduler:
             )
             return [self._queue.popleft() for _ in range(min(self.max_batch_items, len(self._queue)))]
 
-    def _answer(self, jobs: Sequence[Job]) -> None:
+    def _process(self, jobs: Sequence[Job]) -> None:
         prepared = list(self._decoders.map(self._prepare, jobs))
         for job, outcome in zip(jobs, prepared, strict=True):
             if isinstance(outcome, Unscored):
                 job.result.set_result(outcome)
-        ready = [outcome for outcome in prepared if isinstance(outcome, _Ready)]
+        ready = [outcome for outcome in prepared if isinstance(outcome, _Decoded)]
         try:
             results = self._score(ready) if ready else []
         except RewardUnavailable as error:
@@ -132,8 +133,8 @@ class Scheduler:
         for one, result in zip(ready, results, strict=True):
             one.job.result.set_result(result)
 
-    def _prepare(self, job: Job) -> _Ready | Unscored:
-        """The sample and its decoded image, or what is wrong with them."""
+    def _prepare(self, job: Job) -> _Decoded | Unscored:
+        """Decodes a job's images into a sample; returns an `Unscored` if it cannot be scored."""
         item = job.item
         has = {*item.metadata, *(["tag"] if item.tag else []), *(["image"] if job.source is not None else [])}
         missing = [need for need in self.reward.needs if need not in has]
@@ -145,17 +146,17 @@ class Scheduler:
             source = None if job.source is None else decode_image(job.source, self.max_pixels)
         except BadImage as error:
             return Unscored(valid=False, error=error.error, reason=str(error))
-        return _Ready(job, PromptSample(item.id, item.prompt, item.tag, item.metadata, source), image)
+        return _Decoded(job, PromptSample(item.id, item.prompt, item.tag, item.metadata, source), image)
 
-    def _score(self, ready: Sequence[_Ready]) -> list[Result]:
-        """One result for each; if the reward raises, each is scored alone, so that only the culprit is invalid."""
+    def _score(self, ready: Sequence[_Decoded]) -> list[Result]:
+        """Scores decoded jobs, one result each; if the reward raises, it scores each alone, so that only one fails."""
         try:
             scores = self.reward(RewardBatch([one.sample for one in ready], [one.image for one in ready]))
             if len(scores) != len(ready):
                 log.error("%s returned %d scores for %d images", self.reward.name, len(scores), len(ready))
                 wrong = "the scorer returned a wrong number of scores, so that none can be told whose it is"
                 return [Unscored(valid=False, error="wrong_length", reason=wrong)] * len(ready)
-            return [_checked(score) for score in scores]
+            return [_check_score(score) for score in scores]
         except RewardUnavailable:
             raise
         except BaseException:  # SystemExit too: without its worker a queue would never be answered
@@ -167,7 +168,7 @@ class Scheduler:
         return [result for one in ready for result in self._score([one])]
 
 
-def _checked(score: object) -> Result:
+def _check_score(score: object) -> Result:
     if not isinstance(score, Score):
         raise TypeError(f"the scorer returned a {type(score).__name__} in place of a Score")
     return to_result(score)

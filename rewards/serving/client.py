@@ -1,4 +1,4 @@
-"""A reward that runs elsewhere: `RemoteReward` asks one or several `rewards.serving.server`s."""
+"""`RemoteReward`: a reward that asks one or several reward servers (`rewards.serving.server`) for its scores."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 from uuid import uuid4
 
 from PIL.Image import Image
 from pydantic import ValidationError
 
+from datamodules.chunks import chunks
 from datamodules.sample import PromptSample
+from rewards.arguments import OnFailure, check_minimum, check_on_failure
 from rewards.base import Reward, RewardBatch, RewardUnavailable, Score
-from rewards.pretrained import in_batches
 from rewards.serving.protocol import Item, RewardInfo, RewardList, ScoreReply, ScoreRequest, encode_image, to_score
-from rewards.serving.server_pool import MAX_REPLY_BYTES, NoAnswer, Servers
+from rewards.serving.server_pool import MAX_REPLY_BYTES, NoAnswer, ServerPool
 
-OnFailure = Literal["skip", "fail"]
 Pair = tuple[PromptSample, Image]
 
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
-"""Modes of images that PNG holds, and gives back as they were."""
-PART_BYTES = 256
-"""More than a part's headers and boundary."""
-ENVELOPE_BYTES = 1024
-"""More than a request without its items and images, and without the reward's name."""
+"""Modes of PIL images that PNG keeps; others are converted to RGB."""
+PART_OVERHEAD_BYTES = 256
+"""Upper bound of the bytes of a part's headers and boundary."""
+REQUEST_OVERHEAD_BYTES = 1024
+"""Upper bound of the bytes of a request without its items, its images and the reward's name."""
 REPLY_BYTES_PER_ITEM = 64 * 2**10
+"""Upper bound of the bytes of one result in a reply."""
 
 
 class RemoteReward(Reward):
@@ -76,19 +77,11 @@ class RemoteReward(Reward):
         self.urls = [url.rstrip("/") for url in ([urls] if isinstance(urls, str) else urls)]
         if not self.urls or not all(url.startswith(("http://", "https://")) for url in self.urls):
             raise ValueError(f"RemoteReward has urls={urls!r}, give at least one, such as http://127.0.0.1:18080.")
-        if on_failure not in get_args(OnFailure):
-            raise ValueError(f"RemoteReward has on_failure={on_failure!r}, use skip or fail.")
+        check_on_failure("RemoteReward", on_failure)
         if not timeout > 0:
             raise ValueError(f"RemoteReward has timeout={timeout}, use more than 0 seconds.")
-        for key, value, least in (
-            ("max_items", max_items, 1),
-            ("concurrency", concurrency, 1),
-            ("retries", retries, 0),
-            ("backoff", backoff, 0),
-            ("cooldown", cooldown, 0),
-        ):
-            if not value >= least:
-                raise ValueError(f"RemoteReward has {key}={value}, use {least} or more.")
+        check_minimum("RemoteReward", 1, max_items=max_items, concurrency=concurrency)
+        check_minimum("RemoteReward", 0, retries=retries, backoff=backoff, cooldown=cooldown)
         self.reward = reward
         self.timeout = timeout
         self.retries = retries
@@ -103,11 +96,11 @@ class RemoteReward(Reward):
         self.native_range = (-math.inf, math.inf)
         self._version = ""
         self._max_bytes = 0
-        self._servers: Servers | None = None
+        self._servers: ServerPool | None = None
         self._loading = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Connections and locks stay here."""
+        """Leaves out the connections and the lock: copies and pickles are not loaded."""
         return {key: value for key, value in self.__dict__.items() if key not in ("_servers", "_loading")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -115,12 +108,12 @@ class RemoteReward(Reward):
 
     @property
     def version(self) -> str:
-        """The served reward's version; asks the server if that was not done yet."""
+        """Version of the scores: the served reward's version; asks the server if that was not done yet."""
         self.load()
         return self._version
 
     def load(self) -> None:
-        """Asks the servers what they serve.
+        """Asks the servers for the reward's version, needs, range and limits.
 
         Raises:
             ValueError: if none can be reached, one refuses, has no such reward, or has another version of it.
@@ -128,7 +121,7 @@ class RemoteReward(Reward):
         with self._loading:
             if self._servers is not None:
                 return
-            servers = Servers(
+            servers = ServerPool(
                 self.urls,
                 timeout=self.timeout,
                 retries=self.retries,
@@ -138,8 +131,8 @@ class RemoteReward(Reward):
                 token_env=self.token_env,
             )
             try:
-                listings = {url: _listing(url, body) for url, body in servers.get("/v1/rewards").items()}
-                infos = {url: self._find(url, listing) for url, listing in listings.items()}
+                listings = {url: _parse_listing(url, body) for url, body in servers.get("/v1/rewards").items()}
+                infos = {url: self._find_info(url, listing) for url, listing in listings.items()}
                 info = next(iter(infos.values()))
                 if any(other.version != info.version for other in infos.values()):
                     versions = "; ".join(f"{url}: {other.version}" for url, other in infos.items())
@@ -158,7 +151,7 @@ class RemoteReward(Reward):
             self._version = info.version
             self._servers = servers
 
-    def _find(self, url: str, listing: RewardList) -> RewardInfo:
+    def _find_info(self, url: str, listing: RewardList) -> RewardInfo:
         for info in listing.rewards:
             if info.name == self.reward:
                 return info
@@ -166,7 +159,7 @@ class RemoteReward(Reward):
         raise ValueError(f"{url} has no reward {self.reward!r}: it has {known}.")
 
     def __call__(self, batch: RewardBatch) -> list[Score]:
-        """Score B images.
+        """Scores B images on the servers, in requests of at most `max_items` images.
 
         Raises:
             RewardUnavailable: if a request stays without an answer and `on_failure` is `fail`, and always if a server
@@ -174,7 +167,8 @@ class RemoteReward(Reward):
             ValueError: if a sample holds what cannot be sent.
         """
         self.load()
-        requests = list(in_batches(list(zip(batch.samples, batch.images, strict=True)), self.max_items))
+        pairs = list(zip(batch.samples, batch.images, strict=True))
+        requests = [pairs[rows] for rows in chunks(len(pairs), self.max_items)]
         if len(requests) <= 1:
             return [score for request in requests for score in self._score(request, threading.Event())]
         given_up = threading.Event()
@@ -191,13 +185,13 @@ class RemoteReward(Reward):
             pool.shutdown(cancel_futures=True)
 
     def _score(self, pairs: Sequence[Pair], given_up: threading.Event) -> list[Score]:
-        """The scores of up to `max_items` images, in one request where the server takes that many bytes."""
+        """Scores up to `max_items` images, in one request where the server takes that many bytes."""
         scores: list[Score] = []
         for draft in self._drafts(pairs):
             if given_up.is_set():
                 break  # the call has failed: nobody reads these scores
             try:
-                scores += self._ask(draft, given_up)
+                scores += self._send(draft, given_up)
             except NoAnswer as error:
                 reason = f"no scores from reward {self.reward!r}: {error}"
                 if self.on_failure == "fail":
@@ -205,23 +199,23 @@ class RemoteReward(Reward):
                 scores += [Score.invalid(reason) for _ in draft.items]
         return scores
 
-    def _drafts(self, pairs: Sequence[Pair]) -> Iterator[_Draft]:
-        """Requests for all pairs in their order, each within the servers' `max_request_bytes` if it can be."""
+    def _drafts(self, pairs: Sequence[Pair]) -> Iterator[_RequestDraft]:
+        """Splits the pairs, in their order, into requests within the servers' `max_request_bytes` if they can be."""
         pngs: dict[int, bytes] = {}  # a source is encoded once, even if several requests need it
-        draft = _Draft()
+        draft = _RequestDraft()
         for pair in pairs:
             longer = draft.with_pair(pair, pngs)
             if draft.items and self._num_bytes(longer) > self._max_bytes:
                 yield draft
-                longer = _Draft().with_pair(pair, pngs)
+                longer = _RequestDraft().with_pair(pair, pngs)
             draft = longer
         yield draft
 
-    def _num_bytes(self, draft: _Draft) -> int:
-        return ENVELOPE_BYTES + len(self.reward.encode()) + draft.num_bytes
+    def _num_bytes(self, draft: _RequestDraft) -> int:
+        return REQUEST_OVERHEAD_BYTES + len(self.reward.encode()) + draft.num_bytes
 
-    def _ask(self, draft: _Draft, given_up: threading.Event) -> list[Score]:
-        """The scores of one request's images."""
+    def _send(self, draft: _RequestDraft, given_up: threading.Event) -> list[Score]:
+        """Sends one request; returns the scores of its images."""
         assert self._servers is not None
         num_bytes, num_items = self._num_bytes(draft), len(draft.items)
         if num_bytes > self._max_bytes:
@@ -236,7 +230,7 @@ class RemoteReward(Reward):
         ]
         max_reply = max(MAX_REPLY_BYTES, REPLY_BYTES_PER_ITEM * num_items)
         url, body = self._servers.post("/v1/score", files, given_up, max_reply)
-        reply = _read(url, body, request)
+        reply = _parse_reply(url, body, request)
         if reply.reward_version != self._version:
             raise RewardUnavailable(
                 f"{url} now serves {reply.reward_version!r} as reward {self.reward!r}, but this run was scored by "
@@ -246,19 +240,19 @@ class RemoteReward(Reward):
 
 
 @dataclass(frozen=True)
-class _Draft:
-    """Items of a request and their images: id of the image -> (part, PNG). `num_bytes` is more than they take."""
+class _RequestDraft:
+    """Items of a request and their images: id(image) -> (part, PNG); `num_bytes` is an upper bound of their size."""
 
     items: list[Item] = field(default_factory=list)
     files: dict[int, tuple[str, bytes]] = field(default_factory=dict)
     num_bytes: int = 0
 
-    def with_pair(self, pair: Pair, pngs: dict[int, bytes]) -> _Draft:
-        """A longer draft. An image that several items share, such as an edit's source, is sent once.
+    def with_pair(self, pair: Pair, pngs: dict[int, bytes]) -> _RequestDraft:
+        """Returns a draft with one more item. An image that several items share, such as a source, is sent once.
 
         Args:
-            pair: what to add.
-            pngs: id of the image -> PNG, where that is known; grows.
+            pair: the sample and the image to add.
+            pngs: cache of encoded images, id(image) -> PNG; grows.
         """
         sample, image = pair
         files = dict(self.files)
@@ -269,13 +263,13 @@ class _Draft:
             if id(one) not in pngs:
                 pngs[id(one)] = encode_image(one if one.mode in PNG_MODES else one.convert("RGB"))
             files[id(one)] = (f"img{len(files)}", pngs[id(one)])
-            num_bytes += len(pngs[id(one)]) + PART_BYTES
+            num_bytes += len(pngs[id(one)]) + PART_OVERHEAD_BYTES
         try:
             item = Item(
                 prompt=sample.prompt,
                 images=[files[id(image)][0]],
                 source=[] if sample.image is None else [files[id(sample.image)][0]],
-                metadata=_plain(sample.metadata),
+                metadata=_to_plain(sample.metadata),
                 tag=sample.tag,
                 id=sample.id,
             )
@@ -283,25 +277,25 @@ class _Draft:
             problem = error.errors(include_url=False)[0]
             where = ".".join(map(str, problem["loc"]))
             raise ValueError(f"the prompt {sample.id!r} cannot be sent: {where}: {problem['msg']}.") from error
-        return _Draft([*self.items, item], files, num_bytes + len(item.model_dump_json().encode()) + 1)
+        return _RequestDraft([*self.items, item], files, num_bytes + len(item.model_dump_json().encode()) + 1)
 
 
-def _plain(value: Any) -> Any:
-    """A copy with lists for tuples and plain numbers for numpy's; what JSON cannot hold stays, for `Item` to refuse."""
+def _to_plain(value: Any) -> Any:
+    """Copies a value with lists for tuples and plain numbers for numpy's; `Item` refuses what JSON cannot hold."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_to_plain(item) for item in value]
     if callable(getattr(value, "tolist", None)):  # arrays, tensors and their scalars
         return value.tolist()
     return value
 
 
-def _read(url: str, body: bytes, request: ScoreRequest) -> ScoreReply:
-    """The reply to a request.
+def _parse_reply(url: str, body: bytes, request: ScoreRequest) -> ScoreReply:
+    """Parses the reply to a request.
 
     Raises:
-        NoAnswer: if it is none.
+        NoAnswer: if the body is no reply to this request.
     """
     try:
         reply = ScoreReply.model_validate_json(body)
@@ -316,7 +310,7 @@ def _read(url: str, body: bytes, request: ScoreRequest) -> ScoreReply:
     return reply
 
 
-def _listing(url: str, body: bytes) -> RewardList:
+def _parse_listing(url: str, body: bytes) -> RewardList:
     try:
         return RewardList.model_validate_json(body)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""The reward server as an ASGI application: its four addresses, who may use them, and answers that are given once."""
+"""The reward server's FastAPI application: endpoints, access check, and a cache of answers for repeated requests."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rewards.base import Reward, RewardUnavailable
-from rewards.serving.batching import Job, QueueFull, Scheduler
+from rewards.serving.batching import Batcher, Job, QueueFull
 from rewards.serving.protocol import PART_NAME, Health, Problem, RewardInfo, RewardList, ScoreReply, ScoreRequest
-from rewards.serving.requests import Budget, Limits, Share, busy, read_request
+from rewards.serving.requests import Limits, MemoryBudget, Reservation, read_request, unavailable
 
 log = logging.getLogger("rewards.serving.server")
 
-REMEMBERED = 512
-"""Answers that are kept for clients that ask again."""
-REMEMBERED_S = 600.0
-"""How long they are kept, in seconds."""
-LOOPBACK = re.compile(rb"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)
-"""What `Host` holds where a client asks its own machine."""
+CACHE_SIZE = 512
+"""Most answers that are kept for clients that repeat a request."""
+CACHE_S = 600.0
+"""How long an answer is kept, in seconds."""
+LOOPBACK_HOST = re.compile(rb"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)
+"""Matches the header `Host` of a client that asks its own machine."""
 
 
 def create_app(rewards: Mapping[str, Reward], limits: Limits, token: str | None = None) -> FastAPI:
-    """The application; loads the rewards.
+    """Builds the application and loads the rewards.
 
     Who serves it sets `app.state.stopping` when it stops, so that half-sent requests are dropped.
 
     Args:
         rewards: name -> reward; clients ask by this name.
-        limits: what a client may ask.
+        limits: bounds of what clients may ask.
         token: clients must send it as `Authorization: Bearer <token>`; null takes clients of this machine, no browsers.
     """
     infos = []
@@ -60,8 +60,8 @@ def create_app(rewards: Mapping[str, Reward], limits: Limits, token: str | None 
         max_request_bytes=limits.max_request_bytes,
         max_pixels=limits.max_pixels,
     )
-    schedulers = {
-        name: Scheduler(
+    batchers = {
+        name: Batcher(
             reward,
             max_pixels=limits.max_pixels,
             max_batch_items=limits.max_batch_items,
@@ -70,55 +70,55 @@ def create_app(rewards: Mapping[str, Reward], limits: Limits, token: str | None 
         )
         for name, reward in rewards.items()
     }
-    answers, budget, stopping = Answers(), Budget(limits.max_waiting_bytes), asyncio.Event()
+    answers, budget, stopping = AnswerCache(), MemoryBudget(limits.max_waiting_bytes), asyncio.Event()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        for scheduler in schedulers.values():
-            scheduler.start()
+        for batcher in batchers.values():
+            batcher.start()
         yield
-        for scheduler in schedulers.values():
-            await asyncio.to_thread(scheduler.close)
+        for batcher in batchers.values():
+            await asyncio.to_thread(batcher.close)
 
     app = FastAPI(title="Rewards", version="1", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.stopping = stopping
-    app.add_middleware(Gate, token=token)
+    app.add_middleware(AccessMiddleware, token=token)
 
-    @app.get("/v1/health", responses=_problems(403, 405))
+    @app.get("/v1/health", responses=_error_responses(403, 405))
     async def health() -> Health:
-        """Whether the server takes requests, and how busy it is. Needs no token."""
+        """Says if the server takes requests and how many wait. Needs no token."""
         return Health(
-            ready=all(scheduler.ready for scheduler in schedulers.values()),
+            ready=all(batcher.ready for batcher in batchers.values()),
             in_flight=answers.in_flight,
-            queue=sum(scheduler.waiting for scheduler in schedulers.values()),
+            queue=sum(batcher.num_waiting for batcher in batchers.values()),
         )
 
-    @app.get("/v1/rewards", responses=_problems(401, 403, 405))
+    @app.get("/v1/rewards", responses=_error_responses(401, 403, 405))
     async def listed() -> RewardList:
-        """The rewards that can be asked for."""
+        """Lists the rewards that can be asked for, and the server's limits."""
         return listing
 
     @app.post(
         "/v1/score",
         response_model=ScoreReply,
-        responses=_problems(400, 401, 403, 404, 405, 408, 409, 413, 415, 422, 503),
-        openapi_extra={"requestBody": _BODY},
+        responses=_error_responses(400, 401, 403, 404, 405, 408, 409, 413, 415, 422, 503),
+        openapi_extra={"requestBody": _REQUEST_BODY},
     )
-    async def score(request: Request) -> Response:
+    async def score(http: Request) -> Response:
         """Scores images. An item that cannot be scored is invalid; the others are scored all the same."""
-        with Share(budget) as share:  # held until the answer is there, even if the client leaves
-            ask, jobs, digest = await read_request(request, limits, share, stopping)
-            request.state.note.update(id=str(ask.id), reward=ask.reward[:200], items=len(jobs))
-            if ask.reward not in schedulers:
-                known = ", ".join(sorted(schedulers))
-                raise HTTPException(404, f"there is no reward {ask.reward[:80]!r}: ask for one of {known}.")
+        with Reservation(budget) as memory:  # held until the answer is there, even if the client leaves
+            request, jobs, digest = await read_request(http, limits, memory, stopping)
+            http.state.log_fields.update(id=str(request.id), reward=request.reward[:200], items=len(jobs))
+            if request.reward not in batchers:
+                known = ", ".join(sorted(batchers))
+                raise HTTPException(404, f"there is no reward {request.reward[:80]!r}: ask for one of {known}.")
             reply = await answers.once(
-                ask.id, digest, lambda: _score(ask, jobs, schedulers[ask.reward], versions[ask.reward])
+                request.id, digest, lambda: _score(request, jobs, batchers[request.reward], versions[request.reward])
             )
-        request.state.note.update(invalid=reply.invalid)
+        http.state.log_fields.update(invalid=reply.num_invalid)
         return Response(reply.body, media_type="application/json")
 
-    app.openapi = lambda: _openapi(app, list(schedulers), token)  # type: ignore[method-assign]
+    app.openapi = lambda: _openapi_schema(app, list(batchers), token)  # type: ignore[method-assign]
     return app
 
 
@@ -127,28 +127,28 @@ def create_app(rewards: Mapping[str, Reward], limits: Limits, token: str | None 
 
 @dataclass(frozen=True)
 class Answer:
-    """A reply as bytes, and how many of its items are invalid."""
+    """A reply's JSON, and how many of its items are invalid."""
 
     body: bytes
-    invalid: int
+    num_invalid: int
 
 
-async def _score(ask: ScoreRequest, jobs: Sequence[Job], scheduler: Scheduler, version: str) -> Answer:
+async def _score(request: ScoreRequest, jobs: Sequence[Job], batcher: Batcher, version: str) -> Answer:
     try:
-        scheduler.submit(jobs)
+        batcher.submit(jobs)
         results = await asyncio.gather(*(asyncio.wrap_future(job.result) for job in jobs))
     except QueueFull as error:
-        raise busy("too many items wait for this reward") from error
+        raise unavailable("too many items wait for this reward") from error
     except RewardUnavailable as error:
-        raise busy("the scorer is unavailable") from error
-    reply = ScoreReply(schema=1, id=ask.id, reward_version=version, results=results)
+        raise unavailable("the scorer is unavailable") from error
+    reply = ScoreReply(schema=1, id=request.id, reward_version=version, results=results)
     return Answer(reply.model_dump_json(by_alias=True).encode(), sum(not result.valid for result in results))
 
 
-class Answers:
-    """Gives the request that comes twice, as it does after a lost connection, the first one's answer.
+class AnswerCache:
+    """Cache of answers: a request that comes again, as after a lost connection, gets the first one's answer.
 
-    Lives on the event loop alone, so it needs no lock.
+    Used on the event loop alone, so it needs no lock.
     """
 
     def __init__(self) -> None:
@@ -156,15 +156,15 @@ class Answers:
         self.in_flight = 0
 
     async def once(self, name: UUID, digest: bytes, start: Callable[[], Coroutine[Any, Any, Answer]]) -> Answer:
-        """The answer to this request, of which `start` is run once.
+        """Returns the answer to the request `name`; runs `start` for it once, however often it comes.
 
         Raises:
             HTTPException: 409 if the id was given to another request.
         """
         now = time.monotonic()
-        excess = len(self._known) - REMEMBERED
+        excess = len(self._known) - CACHE_SIZE
         for other, (_, since, task) in list(self._known.items()):  # the oldest first
-            if task.done() and (excess > 0 or since < now - REMEMBERED_S):  # what is under way must not start twice
+            if task.done() and (excess > 0 or since < now - CACHE_S):  # what is under way must not start twice
                 del self._known[other]
                 excess -= 1
         if name not in self._known:
@@ -179,22 +179,22 @@ class Answers:
 
     def _finish(self, name: UUID, task: asyncio.Task[Answer]) -> None:
         self.in_flight -= 1
-        if task.cancelled() or task.exception() is not None:  # to come again must be worth it
+        if task.cancelled() or task.exception() is not None:  # so that a retry is scored anew
             if name in self._known and self._known[name][2] is task:
                 del self._known[name]
 
 
-# --- who may come in --------------------------------------------------------------------------------------------------
+# --- access ----------------------------------------------------------------------------------------------------------
 
 
-class Gate:
-    """Asks for the token before a byte of the body is read; names and logs every request in one line.
+class AccessMiddleware:
+    """Middleware: checks the token before a byte of the body is read, and logs each request with its id in one line.
 
     Without a token the server listens to this machine alone, where a browser could still be sent by any web page: it
     names the page in `Origin`, or the page's host in `Host` if that was made to resolve to this machine.
 
     Args:
-        app: what is behind the gate.
+        app: the application behind it.
         token: null lets in whoever is on this machine and no browser.
     """
 
@@ -207,15 +207,15 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        note: dict[str, Any] = {"id": uuid4().hex}
-        scope.setdefault("state", {})["note"] = note
+        log_fields: dict[str, Any] = {"id": uuid4().hex}
+        scope.setdefault("state", {})["log_fields"] = log_fields
         started, status = time.monotonic(), 500
 
         async def send_named(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-ID"] = note["id"]
+                MutableHeaders(scope=message)["X-Request-ID"] = log_fields["id"]
             await send(message)
 
         try:
@@ -223,12 +223,14 @@ class Gate:
         finally:
             ms = round(1000 * (time.monotonic() - started), 1)
             # JSON: a path with line breaks cannot pass for a line of its own.
-            log.info(json.dumps({**note, "to": f"{scope['method']} {scope['path'][:200]}", "status": status, "ms": ms}))
+            log.info(
+                json.dumps({**log_fields, "to": f"{scope['method']} {scope['path'][:200]}", "status": status, "ms": ms})
+            )
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         headers = dict(scope["headers"])
         if self.expected is None:
-            if b"origin" not in headers and LOOPBACK.fullmatch(headers.get(b"host", b"")):
+            if b"origin" not in headers and LOOPBACK_HOST.fullmatch(headers.get(b"host", b"")):
                 return None
             return JSONResponse({"detail": "without a REWARD_TOKEN ask 127.0.0.1 or localhost, and no browser."}, 403)
         if scope["path"] == "/v1/health" or hmac.compare_digest(headers.get(b"authorization", b""), self.expected):
@@ -237,9 +239,9 @@ class Gate:
         return JSONResponse(refusal, 401, {"WWW-Authenticate": "Bearer"})
 
 
-# --- what OpenAPI says ------------------------------------------------------------------------------------------------
+# --- OpenAPI ---------------------------------------------------------------------------------------------------------
 
-_BODY = {
+_REQUEST_BODY = {
     "required": True,
     "content": {
         "multipart/form-data": {
@@ -260,12 +262,12 @@ _BODY = {
 }
 
 
-def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def _error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": Problem} for status in statuses}
 
 
-def _openapi(app: FastAPI, names: Sequence[str], token: str | None) -> dict[str, Any]:
-    """FastAPI's description, with what it cannot know: the multipart body, the rewards and the token."""
+def _openapi_schema(app: FastAPI, names: Sequence[str], token: str | None) -> dict[str, Any]:
+    """Completes FastAPI's OpenAPI schema by the multipart body, the rewards' names and the token."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
         body = ScoreRequest.model_json_schema(ref_template="#/components/schemas/{model}")

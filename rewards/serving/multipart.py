@@ -1,4 +1,4 @@
-"""Takes a multipart body apart as it streams in: bytes by name, in memory, whether or not a part has a filename."""
+"""Streaming parser of multipart/form-data: the parts' bytes by name, in memory, with or without a filename."""
 
 from __future__ import annotations
 
@@ -10,29 +10,32 @@ from python_multipart.multipart import parse_options_header
 
 
 class MultipartError(ValueError):
-    """The body is no multipart body that we take, in one sentence."""
+    """The body is malformed or breaks a limit; the message is one sentence."""
 
 
 class PartTooLarge(MultipartError):
-    """A part is over its limit."""
+    """A part is larger than its limit in `max_bytes`."""
 
 
 async def read_parts(
     content_type: str, stream: AsyncIterable[bytes], max_parts: int, max_bytes: Mapping[str, int] | None = None
 ) -> dict[str, bytes]:
-    """The parts of a `multipart/form-data` body by name.
+    """Reads the parts of a `multipart/form-data` body.
 
     Args:
         content_type: the request's header, which holds the boundary.
         stream: the body; bounding its length is the caller's business.
         max_parts: most parts.
-        max_bytes: part's name -> its largest size; parts without a name here are as large as the body allows.
+        max_bytes: part's name -> its largest size; other parts may be as large as the body.
+
+    Returns:
+        Part's name -> its bytes.
 
     Raises:
         PartTooLarge: as soon as a part is over its `max_bytes`.
         MultipartError: if the body is malformed or ends early, has too many parts, or two of one name.
     """
-    parts = _Parts(max_parts, max_bytes or {})
+    parts = _PartCollector(max_parts, max_bytes or {})
     try:
         boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
         if not boundary:
@@ -59,8 +62,8 @@ async def read_parts(
     return {name: bytes(data) for name, data in parts.by_name.items()}
 
 
-class _Parts:
-    """What the parser calls."""
+class _PartCollector:
+    """Callbacks of the parser, which collect the parts by name."""
 
     def __init__(self, max_parts: int, max_bytes: Mapping[str, int]) -> None:
         self.max_parts = max_parts

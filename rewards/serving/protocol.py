@@ -37,13 +37,13 @@ PART_NAME = "^[A-Za-z0-9_-]{1,64}$"
 PartName = Annotated[str, StringConstraints(pattern=PART_NAME)]
 
 
-class Wire(BaseModel):
-    """No unknown fields, no conversions, no NaN."""
+class ProtocolModel(BaseModel):
+    """Base of all messages: refuses unknown fields, values of another type, and NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class Item(Wire):
+class Item(ProtocolModel):
     """One image to score, with the fields of its `PromptSample`."""
 
     prompt: str = Field(max_length=20_000)
@@ -60,8 +60,8 @@ class Item(Wire):
         return metadata
 
 
-class ScoreRequest(Wire):
-    """What the part `request` holds. A repeated `id` gets the first one's answer and is not scored again."""
+class ScoreRequest(ProtocolModel):
+    """The JSON of the part `request`. A repeated `id` gets the first one's answer and is not scored again."""
 
     version: Literal[1] = Field(alias="schema")
     id: UUID
@@ -70,8 +70,8 @@ class ScoreRequest(Wire):
     items: Annotated[list[Item], FailFast()] = Field(min_length=1)
 
 
-class Scored(Wire):
-    """The score of one item (see `rewards.base.Score`)."""
+class Scored(ProtocolModel):
+    """Result of an item that has a score (see `rewards.base.Score`)."""
 
     valid: Literal[True]
     native: FiniteFloat
@@ -81,8 +81,8 @@ class Scored(Wire):
     parts: dict[str, Scored | Unscored] = {}
 
 
-class Unscored(Wire):
-    """Why one item has no score.
+class Unscored(ProtocolModel):
+    """Result of an item without a score: what went wrong.
 
     `error` is one of bad_image, too_many_pixels, missing_need (the item lacks what the reward needs), unscorable (the
     scorer said so), scorer_error (it raised), non_finite, wrong_length (it returned another number of scores).
@@ -98,8 +98,8 @@ class Unscored(Wire):
 Result = Scored | Unscored
 
 
-class ScoreReply(Wire):
-    """One result per item, in the order of the items."""
+class ScoreReply(ProtocolModel):
+    """The answer to a `ScoreRequest`: one result per item, in the order of the items."""
 
     version: Literal[1] = Field(1, alias="schema")
     id: UUID
@@ -107,7 +107,7 @@ class ScoreReply(Wire):
     results: list[Result]
 
 
-class RewardInfo(Wire):
+class RewardInfo(ProtocolModel):
     """A reward as its server describes it. A null in `native_range` is an infinity."""
 
     name: str
@@ -116,8 +116,8 @@ class RewardInfo(Wire):
     needs: list[str]
 
 
-class RewardList(Wire):
-    """What `GET /v1/rewards` answers. The limits are per request, `max_pixels` per image."""
+class RewardList(ProtocolModel):
+    """The answer to `GET /v1/rewards`. The limits are per request, `max_pixels` per image."""
 
     version: Literal[1] = Field(1, alias="schema")
     rewards: list[RewardInfo]
@@ -126,15 +126,15 @@ class RewardList(Wire):
     max_pixels: int
 
 
-class Health(Wire):
-    """What `GET /v1/health` answers: accepted requests that wait for their answer, and items that wait for a batch."""
+class Health(ProtocolModel):
+    """The answer to `GET /v1/health`: accepted requests that wait for their answer, and items that wait for a batch."""
 
     ready: bool
     in_flight: int
     queue: int
 
 
-class Problem(Wire):
+class Problem(ProtocolModel):
     """The body of every answer that is not a success."""
 
     detail: str
@@ -144,11 +144,11 @@ class Problem(Wire):
 
 
 def to_result(score: Score, depth: int = MAX_DEPTH) -> Result:
-    """A score as it travels. A number that is not finite makes it invalid, whatever the scorer says."""
-    detail = _bounded(score.detail)
-    parts = {_text(name): to_result(part, depth - 1) for name, part in score.parts.items()} if depth else {}
+    """Converts a score for a reply. A number that is not finite makes it invalid, whatever the scorer says."""
+    detail = _bound_detail(score.detail)
+    parts = {_cut(name): to_result(part, depth - 1) for name, part in score.parts.items()} if depth else {}
     if not score.valid:
-        reason = _text(detail.pop("reason", ""))
+        reason = _cut(detail.pop("reason", ""))
         return Unscored(valid=False, error="unscorable", reason=reason, detail=detail, parts=parts)
     native, table, rl = float(score.native), float(score.table), float(score.rl)
     if not all(map(math.isfinite, (native, table, rl))):
@@ -157,7 +157,7 @@ def to_result(score: Score, depth: int = MAX_DEPTH) -> Result:
 
 
 def to_score(result: Result) -> Score:
-    """The score that a result stands for."""
+    """Converts a result of a reply back to a score."""
     parts = {name: to_score(part) for name, part in result.parts.items()}
     if isinstance(result, Scored):
         return Score(result.native, result.table, result.rl, detail=dict(result.detail), parts=parts)
@@ -165,32 +165,32 @@ def to_score(result: Result) -> Score:
     return Score(math.nan, math.nan, math.nan, valid=False, detail={**result.detail, "reason": reason}, parts=parts)
 
 
-def _bounded(detail: Mapping[str, Any]) -> dict[str, JsonValue]:
-    plain: dict[str, JsonValue] = {_text(key): _plain(value) for key, value in detail.items()}
+def _bound_detail(detail: Mapping[str, Any]) -> dict[str, JsonValue]:
+    plain: dict[str, JsonValue] = {_cut(key): _to_json(value) for key, value in detail.items()}
     length = len(json.dumps(plain))
     return plain if length <= MAX_DETAIL else {"left_out": f"{length} characters of detail"}
 
 
-def _plain(value: Any, depth: int = MAX_DEPTH) -> JsonValue:
-    """A copy that JSON can carry: what is no data becomes its type's name, a number that is not finite null."""
+def _to_json(value: Any, depth: int = MAX_DEPTH) -> JsonValue:
+    """Copies a value as JSON: numbers that are not finite become null, objects that are no data their type's name."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
-        return _text(value, MAX_DETAIL)
+        return _cut(value, MAX_DETAIL)
     if isinstance(value, int):
         return int(value) if abs(value) < 2**63 else None
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if depth and isinstance(value, Mapping):
-        return {_text(key): _plain(item, depth - 1) for key, item in value.items()}
+        return {_cut(key): _to_json(item, depth - 1) for key, item in value.items()}
     if depth and isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item, depth - 1) for item in value]
+        return [_to_json(item, depth - 1) for item in value]
     if depth and callable(getattr(value, "tolist", None)):  # arrays, tensors and their scalars
-        return _plain(value.tolist(), depth - 1)
+        return _to_json(value.tolist(), depth - 1)
     return f"<{type(value).__name__}>"
 
 
-def _text(value: object, longest: int = MAX_TEXT) -> str:
+def _cut(value: object, longest: int = MAX_TEXT) -> str:
     return str(value)[:longest].encode(errors="replace").decode()  # a lone surrogate has no UTF-8
 
 
@@ -198,7 +198,7 @@ def _text(value: object, longest: int = MAX_TEXT) -> str:
 
 
 class BadImage(ValueError):
-    """An image that is not scored; `error` is its code."""
+    """An image that cannot be scored; `error` is the code of `Unscored.error`."""
 
     def __init__(self, error: str, reason: str) -> None:
         super().__init__(reason)
@@ -206,7 +206,7 @@ class BadImage(ValueError):
 
 
 def encode_image(image: Image.Image) -> bytes:
-    """A PNG file, lossless.
+    """Encodes an image as a PNG file, lossless.
 
     Once filtered, a photograph's bytes hardly repeat, so zlib need only look for runs: a 512 x 512 image takes
     12-18 ms in place of the default's 52-76, and is as small.
@@ -220,7 +220,7 @@ def encode_image(image: Image.Image) -> bytes:
 
 
 def decode_image(data: bytes, max_pixels: int) -> Image.Image:
-    """An image from the bytes of a file, which may be hostile.
+    """Decodes an image from the bytes of a file, which may be hostile.
 
     Args:
         data: a whole PNG, JPEG or WEBP file.

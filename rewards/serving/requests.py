@@ -1,4 +1,4 @@
-"""Reads a score request off the wire: limits while it streams, then JSON and parts that must fit each other."""
+"""Reads and checks score requests: size limits while a body streams in, then its JSON and the images it names."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from rewards.serving.multipart import MultipartError, PartTooLarge, read_parts
 from rewards.serving.protocol import Item, ScoreRequest
 
 RETRY_AFTER_S = 1
-PARSED = 32
-"""What JSON takes in memory once parsed, in bytes for each byte of its text: `{}` and a comma take 64 + 8 for 3."""
+PARSED_JSON_FACTOR = 32
+"""Memory of parsed JSON, in bytes for each byte of its text: `{}` and a comma take 64 + 8 for 3."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one client may ask of a server.
+    """Limits on what clients may ask of a server.
 
     Args:
         max_request_bytes: largest request, images included.
@@ -65,11 +65,11 @@ class Limits:
                 f"the server has queue_limit={self.queue_limit}, which no request of max_items={self.max_items} "
                 "would ever fit: raise queue_limit."
             )
-        largest = self.max_request_bytes + PARSED * min(self.max_json_bytes, self.max_request_bytes)
+        largest = self.max_request_bytes + PARSED_JSON_FACTOR * min(self.max_json_bytes, self.max_request_bytes)
         if self.max_waiting_bytes < largest:
             raise ValueError(
                 f"the server has max_waiting_bytes={self.max_waiting_bytes}, but one request may take {largest} (of "
-                f"max_request_bytes, and {PARSED} x max_json_bytes): raise the first or lower the others."
+                f"max_request_bytes, and {PARSED_JSON_FACTOR} x max_json_bytes): raise the first or lower the others."
             )
         if Image.MAX_IMAGE_PIXELS is not None and self.max_pixels > Image.MAX_IMAGE_PIXELS:
             raise ValueError(
@@ -78,58 +78,58 @@ class Limits:
             )
 
 
-class Budget:
-    """Counts bytes of requests that are being read or wait. Lives on the event loop alone, so it needs no lock.
+class MemoryBudget:
+    """Counts the bytes of requests that are being read or wait. Used on the event loop alone, so it needs no lock.
 
     Args:
-        most: bytes of all requests together.
+        limit: most bytes of all requests together.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.held = 0
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
 
 
-class Share:
-    """One request's part of a budget, given back at the end of a `with`."""
+class Reservation:
+    """Context manager: the bytes of a memory budget that one request uses; leaving it releases them."""
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: MemoryBudget) -> None:
         self.budget = budget
-        self.held = 0
+        self.used = 0
 
-    def __enter__(self) -> Share:
+    def __enter__(self) -> Reservation:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.budget.held -= self.held
-        self.held = 0
+        self.budget.used -= self.used
+        self.used = 0
 
-    def take(self, num_bytes: int) -> None:
-        """Takes more.
+    def add(self, num_bytes: int) -> None:
+        """Reserves further bytes.
 
         Raises:
-            HTTPException: 503 if there is no more.
+            HTTPException: 503 if the budget has fewer left.
         """
-        if self.budget.held + num_bytes > self.budget.most:
-            raise busy("too many bytes of requests wait")
-        self.budget.held += num_bytes
-        self.held += num_bytes
+        if self.budget.used + num_bytes > self.budget.limit:
+            raise unavailable("too many bytes of requests wait")
+        self.budget.used += num_bytes
+        self.used += num_bytes
 
 
-def busy(why: str, headers: Mapping[str, str] | None = None) -> HTTPException:
-    """The answer to a client that is welcome later."""
+def unavailable(why: str, headers: Mapping[str, str] | None = None) -> HTTPException:
+    """Builds the 503 for a client that should come again later."""
     return HTTPException(503, f"{why}: come again later.", {"Retry-After": str(RETRY_AFTER_S), **(headers or {})})
 
 
 async def read_request(
-    request: Request, limits: Limits, share: Share, stopping: asyncio.Event
+    request: Request, limits: Limits, memory: Reservation, stopping: asyncio.Event
 ) -> tuple[ScoreRequest, list[Job], bytes]:
-    """The request, a job for each of its items, and a digest of everything that was sent.
+    """Reads a request's body; returns its JSON, a job for each item, and a digest of everything that was sent.
 
     Args:
-        request: its body is not read yet.
-        limits: what it may ask.
-        share: where it takes its bytes from, for as long as they are in use.
+        request: a request whose body is not read yet.
+        limits: bounds of its size and its time.
+        memory: reserves its bytes.
         stopping: set once the server stops, which a body that is still on its way must not hold up.
 
     Raises:
@@ -138,25 +138,25 @@ async def read_request(
     content_type = request.headers.get("content-type", "")
     if content_type.partition(";")[0].strip().lower() != "multipart/form-data":
         raise HTTPException(415, "send multipart/form-data: a part `request` with JSON, and one part for each image.")
-    stream = _limited(request, limits.max_request_bytes, share)
+    stream = _limit_body(request, limits.max_request_bytes, memory)
     # Every item has one image and at most one source.
     reading = read_parts(content_type, stream, 2 * limits.max_items + 1, {"request": limits.max_json_bytes})
     try:
-        parts = await _in_time(reading, limits.read_timeout, stopping)
+        parts = await _read_in_time(reading, limits.read_timeout, stopping)
     except PartTooLarge as error:
         raise HTTPException(413, f"{error}: send fewer items a request, or less text.") from error
     except MultipartError as error:
         raise HTTPException(400, str(error)) from error
     except ClientDisconnect as error:
         raise HTTPException(400, "the client left before its request was complete.") from error
-    share.take(PARSED * len(parts.get("request", b"")))
-    return await run_in_threadpool(_understand, parts, limits.max_items)  # others are served meanwhile
+    memory.add(PARSED_JSON_FACTOR * len(parts.get("request", b"")))
+    return await run_in_threadpool(_parse_parts, parts, limits.max_items)  # others are served meanwhile
 
 
-async def _in_time(
+async def _read_in_time(
     reading: Coroutine[Any, Any, dict[str, bytes]], seconds: float, stopping: asyncio.Event
 ) -> dict[str, bytes]:
-    """What `reading` returns, unless it takes too long or the server stops first."""
+    """Awaits `reading`; raises a 408 if it takes over `seconds`, a 503 if the server stops first."""
     read, stop = asyncio.ensure_future(reading), asyncio.ensure_future(stopping.wait())
     try:
         await asyncio.wait((read, stop), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -166,14 +166,14 @@ async def _in_time(
         read.cancel()
         stop.cancel()
     if stopping.is_set():
-        raise busy("the server stops", {"Connection": "close"})
+        raise unavailable("the server stops", {"Connection": "close"})
     raise HTTPException(
         408, f"the request took over {seconds} s to arrive: send fewer items a request.", {"Connection": "close"}
     )
 
 
-async def _limited(request: Request, max_bytes: int, share: Share) -> AsyncIterator[bytes]:
-    """The body, which ends in a 413 when it turns out to be too large; `Content-Length` is only a promise."""
+async def _limit_body(request: Request, max_bytes: int, memory: Reservation) -> AsyncIterator[bytes]:
+    """Yields a body's chunks; raises a 413 once it is too large, whatever `Content-Length` promised."""
     declared = request.headers.get("content-length", "")
     too_large = declared.isdecimal() and int(declared) > max_bytes
     received = 0
@@ -182,7 +182,7 @@ async def _limited(request: Request, max_bytes: int, share: Share) -> AsyncItera
             received += len(chunk)
             too_large = too_large or received > max_bytes
             if not too_large:
-                share.take(len(chunk))
+                memory.add(len(chunk))
                 yield chunk
             # A little more is read and dropped: a client that is cut off while it sends may never see the answer.
             elif received > 2 * max_bytes:
@@ -193,19 +193,19 @@ async def _limited(request: Request, max_bytes: int, share: Share) -> AsyncItera
         )
 
 
-def _understand(parts: dict[str, bytes], max_items: int) -> tuple[ScoreRequest, list[Job], bytes]:
-    ask = _parse(parts.pop("request", None), max_items)
-    return ask, _jobs(ask, parts), _digest(ask, parts)
+def _parse_parts(parts: dict[str, bytes], max_items: int) -> tuple[ScoreRequest, list[Job], bytes]:
+    score_request = _parse_json(parts.pop("request", None), max_items)
+    return score_request, _make_jobs(score_request, parts), _digest(score_request, parts)
 
 
-def _parse(text: bytes | None, max_items: int) -> ScoreRequest:
-    """The request's JSON, checked. What pydantic would answer with one report per fault is refused before."""
+def _parse_json(text: bytes | None, max_items: int) -> ScoreRequest:
+    """Parses the request's JSON; refuses first what pydantic would answer with a report for every item."""
     if text is None:
         raise HTTPException(422, "there is no part `request`: send the request's JSON in it.")
     try:
         raw = from_json(text)
     except ValueError as error:
-        raise _wrong("the JSON", f"Invalid JSON: {error}") from error
+        raise _unprocessable("the JSON", f"Invalid JSON: {error}") from error
     items = raw.get("items") if isinstance(raw, dict) else None
     items = items if isinstance(items, list) else []
     if len(items) > max_items:
@@ -217,35 +217,37 @@ def _parse(text: bytes | None, max_items: int) -> ScoreRequest:
         return ScoreRequest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        raise _wrong(".".join(map(str, first["loc"])) or "the JSON", first["msg"]) from error
+        raise _unprocessable(".".join(map(str, first["loc"])) or "the JSON", first["msg"]) from error
 
 
 def _refuse_unknown(value: object, known: Set[str], where: str) -> None:
     if isinstance(value, dict) and (unknown := next((key for key in value if key not in known), None)) is not None:
-        raise _wrong(where + unknown, "Extra inputs are not permitted")
+        raise _unprocessable(where + unknown, "Extra inputs are not permitted")
 
 
-def _wrong(where: str, why: str) -> HTTPException:
+def _unprocessable(where: str, why: str) -> HTTPException:
     return HTTPException(422, f"the part `request` is wrong at {where[:200]}: {why}.")
 
 
-def _jobs(ask: ScoreRequest, parts: Mapping[str, bytes]) -> list[Job]:
-    """A job for each item, once every part that is named is there and every part that is there is named."""
-    named = {name for item in ask.items for name in (*item.images, *item.source)}
+def _make_jobs(score_request: ScoreRequest, parts: Mapping[str, bytes]) -> list[Job]:
+    """Makes a job for each item; raises a 422 if a part that is named is missing, or one that is there is not named."""
+    named = {name for item in score_request.items for name in (*item.images, *item.source)}
     if absent := sorted(named - set(parts)):
-        raise HTTPException(422, f"an item names the part {_short(absent[0])}, but there is no such part.")
+        raise HTTPException(422, f"an item names the part {_quote(absent[0])}, but there is no such part.")
     if idle := sorted(set(parts) - named):
-        raise HTTPException(422, f"no item names the part {_short(idle[0])}: leave it out or name it.")
-    return [Job(item, parts[item.images[0]], parts[item.source[0]] if item.source else None) for item in ask.items]
+        raise HTTPException(422, f"no item names the part {_quote(idle[0])}: leave it out or name it.")
+    return [
+        Job(item, parts[item.images[0]], parts[item.source[0]] if item.source else None) for item in score_request.items
+    ]
 
 
-def _digest(ask: ScoreRequest, parts: Mapping[str, bytes]) -> bytes:
-    """A fingerprint of the content, whatever the multipart boundary and the order of parts."""
-    digest = hashlib.sha256(ask.model_dump_json(by_alias=True).encode())
+def _digest(score_request: ScoreRequest, parts: Mapping[str, bytes]) -> bytes:
+    """Hashes the content, whatever the multipart boundary and the order of parts (SHA-256)."""
+    digest = hashlib.sha256(score_request.model_dump_json(by_alias=True).encode())
     for name, data in sorted(parts.items()):
         digest.update(name.encode() + hashlib.sha256(data).digest())
     return digest.digest()
 
 
-def _short(name: str) -> str:
+def _quote(name: str) -> str:
     return repr(name[:70])

@@ -35,15 +35,15 @@ log = logging.getLogger("rewards.serving.server")
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """Takes no abbreviated options and complains in one line."""
+    """Command line parser whose errors are one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Ends with one line instead of the usage text."""
-        _stop(message)
+        """Exits with one line instead of the usage text."""
+        _exit(message)
 
 
 def build_parser() -> Parser:
-    """The command line, whose options are the keys of the configuration file."""
+    """Builds the command line parser; its options are the keys of the configuration file."""
     parser = Parser(prog="python -m rewards.serving", description="Serves rewards over HTTP.", allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
     parser.add_argument("--rewards", type=dict[str, Reward], required=True, help="name -> reward")
@@ -54,7 +54,7 @@ def build_parser() -> Parser:
 
 
 def bind(host: str, port: int, token: str | None) -> socket.socket:
-    """A socket that is bound but does not listen yet: no client is kept waiting while models load.
+    """Binds a socket that does not listen yet, so that no client is kept waiting while models load.
 
     Raises:
         ValueError: if others could connect without a token, or the address is not free.
@@ -79,7 +79,7 @@ def bind(host: str, port: int, token: str | None) -> socket.socket:
 
 
 def read_token() -> str | None:
-    """The token of the environment; an empty one is none."""
+    """Reads the token from the environment; an empty one is none."""
     token = os.environ.get(TOKEN_ENV) or None
     if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
         raise ValueError(f"{TOKEN_ENV} must be printable ASCII without spaces: make one with `openssl rand -hex 32`.")
@@ -87,10 +87,10 @@ def read_token() -> str | None:
 
 
 class Server(uvicorn.Server):
-    """Tells the application that it stops: uvicorn alone would wait for half-sent requests for ever."""
+    """uvicorn server that drops half-sent requests when it stops, for which uvicorn alone would wait for ever."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Drops half-sent requests, answers what was accepted."""
+        """Drops half-sent requests and answers the accepted ones."""
         self.config.app.state.stopping.set()  # type: ignore[union-attr]
         await super().shutdown(sockets)
 
@@ -118,7 +118,7 @@ def run(app: FastAPI, listener: socket.socket, max_connections: int) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Runs the command `python -m rewards.serving`."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     parser = build_parser()
@@ -134,9 +134,9 @@ def main(args: Sequence[str] | None = None) -> None:
         log.info("serving %s on http://%s:%d", ", ".join(rewards), *listener.getsockname()[:2])
         run(app, listener, limits.max_connections)
     except (ValueError, OSError, RewardUnavailable) as error:
-        _stop(str(error))
+        _exit(str(error))
 
 
-def _stop(message: str) -> NoReturn:
+def _exit(message: str) -> NoReturn:
     print(f"rewards.serving.server: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)

@@ -1,4 +1,4 @@
-"""Several servers that do the same: they take turns, the dead rest, and requests come again until one answers."""
+"""Client for a pool of equal reward servers: round robin, cool-down after a failure, retries with backoff."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from typing import Any
 import httpx
 
 from rewards.base import RewardUnavailable
+from rewards.retries import TransientError, parse_retry_after, retrying
 
 MAX_PAUSE_S = 30.0
 MAX_REPLY_BYTES = 16 * 2**20
-COME_AGAIN = (408, 425, 429, 502, 503, 504)
+RETRIED_STATUSES = (408, 425, 429, 502, 503, 504)
 
 
 class NoAnswer(RuntimeError):
-    """A request stayed without an answer; the message says what happened last, without a full stop."""
+    """Raised if no server answered a request; the message says what happened last, without a full stop."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A server's whole answer; `pause` is how long it asks to be left alone, in seconds."""
+    """A server's whole answer; `retry_after` is how long it asks the client to wait, in seconds."""
 
     status: int
     body: bytes
-    pause: float
+    retry_after: float
 
 
-class Servers:
+class ServerPool:
     """Sends requests to one of several servers. May be used from several threads at once.
 
     Args:
@@ -64,7 +65,7 @@ class Servers:
         self.backoff = backoff
         self.cooldown = cooldown
         self.token_env = token_env
-        self._resting: dict[str, float] = {}  # url -> end of its rest
+        self._cooling_until: dict[str, float] = {}  # url -> end of its cool-down, in time.monotonic()
         self._turn = 0
         self._lock = threading.Lock()
         self._random = random.Random()  # of its own: the global generators belong to the training's seed
@@ -77,11 +78,14 @@ class Servers:
         )
 
     def close(self) -> None:
-        """Closes the connections."""
+        """Closes all connections to the servers."""
         self._client.close()
 
     def get(self, path: str) -> dict[str, bytes]:
-        """What every server that can be reached answers; the others rest.
+        """Sends a GET to every server; leaves those that cannot be reached out until their cool-down is over.
+
+        Returns:
+            url -> body of the answer, of the servers that answered.
 
         Raises:
             ValueError: if none can be reached, or one refuses.
@@ -92,8 +96,8 @@ class Servers:
             try:
                 answer = self._send("GET", url, path)
             except (httpx.RequestError, httpx.InvalidURL) as error:
-                self._rest(url)
-                problems.append(_what(url, error))
+                self._cool_down(url)
+                problems.append(_describe(url, error))
                 continue
             except NoAnswer as error:
                 problems.append(str(error))
@@ -103,7 +107,7 @@ class Servers:
             if answer.status == 200:
                 bodies[url] = answer.body
             else:
-                problems.append(f"{url} answered {answer.status}{_detail(answer)}")
+                problems.append(f"{url} answered {answer.status}{_error_detail(answer)}")
         if not bodies:
             raise ValueError(f"no reward server answers: {'; '.join(problems)}; start it or correct `urls`.")
         return bodies
@@ -114,75 +118,89 @@ class Servers:
         """Sends a request until a server answers it; the servers see the same bytes each time.
 
         Args:
-            path: where to.
+            path: path of the address, such as `/v1/score`.
             files: the parts of a multipart body, as httpx takes them.
-            given_up: no more retries once it is set.
+            given_up: once it is set, there are no more retries.
             max_bytes: largest answer that is read.
 
         Returns:
             The server that answered, and the body of its answer.
 
         Raises:
-            NoAnswer: if none did.
+            NoAnswer: if no server answered.
             RewardUnavailable: if one refused the request as wrong, which no retry mends.
         """
-        problem, pause = "", 0.0
-        for attempt in range(self.retries + 1):
-            if attempt and given_up.wait(max(pause, self._pause(attempt))):
-                break
-            for url in self._in_turn():
-                try:
-                    answer = self._send("POST", url, path, files, max_bytes)
-                except httpx.RequestError as error:
-                    problem, pause = _what(url, error), 0.0
-                    if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
-                        break  # it lives, but is slow
-                    self._rest(url)
-                    continue  # another one may be there: no need to wait
-                if refusal := self._refusal(url, answer):
-                    raise RewardUnavailable(refusal)
-                if answer.status == 200:
-                    self._resting.pop(url, None)
-                    return url, answer.body
-                problem, pause = f"{url} answered {answer.status}{_detail(answer)}", answer.pause
-                if answer.status not in COME_AGAIN:
-                    raise NoAnswer(problem)
-                break
-        raise NoAnswer(f"{problem}, tried {attempt + 1} times")
 
-    def _in_turn(self) -> list[str]:
-        """The servers, the one whose turn it is first, without those that rest unless all do."""
+        def sleep(seconds: float) -> None:
+            if given_up.wait(seconds):
+                raise NoAnswer("the call was given up")
+
+        retry = retrying(
+            self.retries,
+            self.backoff,
+            MAX_PAUSE_S,
+            # keeps many clients from coming again all at once
+            jitter=lambda: self._random.uniform(0.5, 1.5),
+            sleep=sleep,
+        )
+        try:
+            return retry(self._post_once, path, files, max_bytes)
+        except TransientError as error:
+            raise NoAnswer(f"{error}, tried {self.retries + 1} times") from error
+
+    def _post_once(self, path: str, files: Any, max_bytes: int) -> tuple[str, bytes]:
+        """Sends a request to the server whose turn it is, or to the next ones while none can be reached."""
+        failure: TransientError | None = None
+        for url in self._next_urls():
+            try:
+                answer = self._send("POST", url, path, files, max_bytes)
+            except httpx.RequestError as error:
+                failure = TransientError(_describe(url, error))
+                if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
+                    break  # it lives, but is slow
+                self._cool_down(url)
+                continue  # another one may be there: no need to wait
+            if refusal := self._refusal(url, answer):
+                raise RewardUnavailable(refusal)
+            if answer.status == 200:
+                self._cooling_until.pop(url, None)
+                return url, answer.body
+            problem = f"{url} answered {answer.status}{_error_detail(answer)}"
+            if answer.status not in RETRIED_STATUSES:
+                raise NoAnswer(problem)
+            raise TransientError(problem, answer.retry_after)
+        assert failure is not None  # there is at least one server
+        raise failure
+
+    def _next_urls(self) -> list[str]:
+        """Urls from the next one in turn, without those in cool-down unless all are."""
         with self._lock:
             self._turn += 1
             start = self._turn % len(self.urls)
         order = [*self.urls[start:], *self.urls[:start]]
         now = time.monotonic()
-        return [url for url in order if self._resting.get(url, now) <= now] or order
+        return [url for url in order if self._cooling_until.get(url, now) <= now] or order
 
-    def _rest(self, url: str) -> None:
-        self._resting[url] = time.monotonic() + self.cooldown
-
-    def _pause(self, attempt: int) -> float:
-        """Seconds before a retry; the chance in it keeps many clients from coming again all at once."""
-        return float(min(MAX_PAUSE_S, self.backoff * 2 ** (attempt - 1))) * self._random.uniform(0.5, 1.5)
+    def _cool_down(self, url: str) -> None:
+        self._cooling_until[url] = time.monotonic() + self.cooldown
 
     def _refusal(self, url: str, answer: Answer) -> str:
-        """What to say about an answer that no retry mends; empty for all others."""
+        """Returns the error message for an answer that no retry mends; empty for other answers."""
         if answer.status in (401, 403):
             return f"{url} wants a token or has another one: set {self.token_env} to the server's REWARD_TOKEN."
-        if 300 <= answer.status < 500 and answer.status not in COME_AGAIN:
-            return f"{url} refused the request with status {answer.status}{_detail(answer)}"
+        if 300 <= answer.status < 500 and answer.status not in RETRIED_STATUSES:
+            return f"{url} refused the request with status {answer.status}{_error_detail(answer)}"
         return ""
 
     def _send(self, method: str, url: str, path: str, files: Any = None, max_bytes: int = MAX_REPLY_BYTES) -> Answer:
-        """One attempt, bounded in time and in what it reads.
+        """Sends a request once, bounded in time and in the bytes of the answer.
 
         Raises:
             httpx.RequestError: if there is no whole answer within `timeout`.
             NoAnswer: if the answer is too large.
         """
         deadline = _Deadline(self.timeout)
-        late = httpx.ReadTimeout(f"no whole answer within {self.timeout:g} s")
+        timed_out = httpx.ReadTimeout(f"no whole answer within {self.timeout:g} s")
         body = bytearray()
         try:
             with self._client.stream(method, url + path, files=files, extensions={"trace": deadline.trace}) as response:
@@ -191,61 +209,58 @@ class Servers:
                     if len(body) > max_bytes:
                         raise NoAnswer(f"{url} sent an answer of over {max_bytes} bytes")
         except httpx.RequestError as error:
-            if deadline.over.is_set():
-                raise late from error
+            if deadline.expired.is_set():
+                raise timed_out from error
             raise
         finally:
             deadline.cancel()
-        if deadline.over.is_set():  # a body without a length seems whole when it is cut
-            raise late
-        return Answer(response.status_code, bytes(body), _retry_after(response.headers.get("Retry-After", "")))
+        if deadline.expired.is_set():  # a body without a length seems whole when it is cut
+            raise timed_out
+        return Answer(
+            response.status_code, bytes(body), parse_retry_after(response.headers.get("Retry-After"), MAX_PAUSE_S)
+        )
 
 
 class _Deadline:
     """Cuts a request's connection when its time is over; the HTTP library bounds only the wait for each next byte.
 
     Args:
-        seconds: from now.
+        seconds: time from now.
     """
 
     def __init__(self, seconds: float) -> None:
-        self.over = threading.Event()
+        self.expired = threading.Event()
         self._socket: socket.socket | None = None
         self._timer = threading.Timer(seconds, self._cut)
         self._timer.daemon = True
         self._timer.start()
 
     def trace(self, event: str, info: dict[str, Any]) -> None:
-        """Called by the HTTP library about what it does: takes down the socket."""
+        """Trace hook of the HTTP library: keeps the request's socket for `_cut`."""
         if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
             self._socket = info["return_value"].get_extra_info("socket")
-            if self.over.is_set():
+            if self.expired.is_set():
                 self._cut()
 
     def cancel(self) -> None:
-        """The request is over."""
+        """Stops the timer, once the request is over."""
         self._timer.cancel()
 
     def _cut(self) -> None:
-        self.over.set()
+        self.expired.set()
         if self._socket is not None:
             with suppress(OSError):  # closed already
                 self._socket.shutdown(socket.SHUT_RDWR)
 
 
-def _what(url: str, error: Exception) -> str:
+def _describe(url: str, error: Exception) -> str:
     return f"{url} failed with {type(error).__name__}{f' ({error})' if str(error) else ''}"
 
 
-def _detail(answer: Answer) -> str:
-    """What the server says about it, in one line."""
+def _error_detail(answer: Answer) -> str:
+    """Returns the error message in an answer's body as `: message`; empty if there is none."""
     try:
         detail = str(json.loads(answer.body)["detail"])
     except (ValueError, KeyError, TypeError):  # an answer of something else, such as a proxy
         return ""
     return f": {' '.join(detail.split())[:300]}"
-
-
-def _retry_after(text: str) -> float:
-    """The pause that the server asks for, in seconds."""
-    return min(float(text), MAX_PAUSE_S) if text.isdecimal() else 0.0

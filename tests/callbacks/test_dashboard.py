@@ -1,4 +1,4 @@
-"""What a fit prepares for TensorBoard, read back by TensorBoard's own code: layout, curves over rollouts, HParams."""
+"""A fit's files for TensorBoard, read back by TensorBoard's own code: layout, curves over rollouts, HParams."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def charts(shown: Layout) -> dict[str, dict[str, list[str]]]:
 
 
 def context(root: Path) -> TBContext:
-    """What TensorBoard's own pages read a folder of runs through."""
+    """The context through which TensorBoard's own pages read a folder of runs."""
     multiplexer = EventMultiplexer(tensor_size_guidance={"custom_scalars": 0})
     multiplexer.AddRunsFromDirectory(str(root)).Reload()
     return TBContext(logdir=str(root), data_provider=MultiplexerDataProvider(multiplexer, str(root)))

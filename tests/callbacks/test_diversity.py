@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +13,6 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 import yaml
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
@@ -24,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from callbacks.diversity import ARMS, DIFFERENCE, VIT_G, Diversity, by_tag, summarize
+from callbacks.ema import EMA
 from callbacks.kept_images import KeepImages
 from callbacks.scores.prompt_scores import PromptTable
 from datamodules.base import PromptDataModule, PromptSample
@@ -39,6 +37,7 @@ from rewards.base import Reward, RewardBatch, Score
 from rewards.clip import ClipEncoder
 from rewards.encoders import PixelEncoder
 from rewards.geneval.reward import GenEvalReward
+from tests.short_runs import quick, two_processes
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Experiment logs directory", "ignore:The dirpath has changed", "ignore:LightningCLI's args parameter"
@@ -359,7 +358,7 @@ def overlay(path: Path, *callbacks: dict[str, Any]) -> str:
 
 
 def diversity(encoder: str, **arguments: Any) -> dict[str, Any]:
-    encoder_of = {"class_path": f"rewards.encoders.{encoder}"}
+    encoder_of = {"class_path": encoder}
     return {"class_path": "callbacks.diversity.Diversity", "init_args": {"encoder": encoder_of, **arguments}}
 
 
@@ -371,18 +370,17 @@ GENEVAL = {"class_path": "rewards.geneval.reward.GenEvalReward",
 def test_the_command(command: str, tmp_path: Path) -> None:
     config = overlay(
         tmp_path / "overlay.yaml",
-        diversity("ShapesEncoder", images_per_prompt=4, num_prompts=6, reward=GENEVAL),
-        diversity("PixelEncoder", images_per_prompt=4, num_prompts=6, name="diversity_pixels"),
+        diversity("miniature.scenes.encoder.ShapesEncoder", images_per_prompt=2, num_prompts=4, reward=GENEVAL),
+        diversity("rewards.encoders.PixelEncoder", images_per_prompt=2, num_prompts=4, name="diversity_pixels"),
     )
-    main([command, "--config=configs/quickstart.yaml", f"--config={config}", "--data.init_args.eval_prompts=12",
-          "--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path / 'runs'}"])  # fmt: skip
+    main(quick(command, tmp_path / "runs", f"--config={config}", "--data.init_args.eval_prompts=6"))
     results = results_of(tmp_path)
     shapes, pixels = results["diversity"]["geneval"], results["diversity_pixels"]["geneval"]
     for arm in ARMS:
-        assert -1 / 3 <= pixels[arm]["image_similarity"] <= 1 and 0 <= shapes[arm]["text_similarity"] <= 1
-        assert 1 <= shapes[arm]["distinct_contents"] <= 4
-        share = 24 * shapes[arm]["geneval"]
-        assert share == pytest.approx(round(share))  # a mean of 24 verdicts
+        assert -1 <= pixels[arm]["image_similarity"] <= 1 and 0 <= shapes[arm]["text_similarity"] <= 1
+        assert 1 <= shapes[arm]["distinct_contents"] <= 2
+        share = 8 * shapes[arm]["geneval"]
+        assert share == pytest.approx(round(share))  # a mean of 8 verdicts
         low, high = results["diversity_pixels"]["intervals"]["geneval"][arm]["image_similarity"]
         assert low <= pixels[arm]["image_similarity"] <= high
     assert pixels["rewrites"]["distinct_rewrites"] == shapes["rewrites"]["distinct_rewrites"]
@@ -393,10 +391,8 @@ def test_training_is_the_same_with_measurements_in_it(tmp_path: Path) -> None:
     def fit(name: str, *callbacks: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, str]]]:
         (tmp_path / name).mkdir()
         config = overlay(tmp_path / name / "overlay.yaml", *callbacks)
-        main(["fit", "--config=configs/quickstart.yaml", f"--config={config}", "--data.init_args.eval_prompts=6",
-              "--data.init_args.batch_size=1", "--trainer.max_steps=2", "--trainer.val_check_interval=1",
-              "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
-              f"--trainer.default_root_dir={tmp_path / name}"])  # fmt: skip
+        steps = ["--trainer.max_steps=2", "--trainer.val_check_interval=1", "--data.init_args.eval_prompts=2"]
+        main(quick("fit", tmp_path / name, f"--config={config}", *steps))
         (checkpoint,) = (tmp_path / name).rglob("last.ckpt")
         (metrics,) = (tmp_path / name).rglob("metrics.csv")
         return torch.load(checkpoint, weights_only=True), list(csv.DictReader(metrics.open()))
@@ -404,7 +400,7 @@ def test_training_is_the_same_with_measurements_in_it(tmp_path: Path) -> None:
     benchmark = {"class_path": "callbacks.geneval.GenEvalBenchmark", "init_args": GENEVAL["init_args"]}
     plain, _ = fit("plain", benchmark)
     every = {"images_per_prompt": 2, "num_prompts_in_fit": 2, "every_n_validations": 2}
-    measured, rows = fit("measured", benchmark, diversity("ShapesEncoder", **every))
+    measured, rows = fit("measured", benchmark, diversity("miniature.scenes.encoder.ShapesEncoder", **every))
     assert plain["state_dict"].keys() == measured["state_dict"].keys()
     assert all(torch.equal(value, measured["state_dict"][name]) for name, value in plain["state_dict"].items())
     # Validations before training and after each of two steps: the first and the third are measured.
@@ -417,11 +413,7 @@ def test_training_is_the_same_with_measurements_in_it(tmp_path: Path) -> None:
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
-def share_out(rank: int, world: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    if world > 1:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0",
-                       "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}  # fmt: skip
+def share_out(rank: int, folder: str, world: int = 2) -> None:
     for num in (1, 5):
         callback = Diversity(ShapesEncoder(), 2, num_prompts=num, reward=GenEvalReward(ShapesDetector()))
         trainer = make_trainer(
@@ -436,17 +428,9 @@ def share_out(rank: int, world: int, port: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_give_the_table_of_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = mp.get_context("spawn")
-    workers = [(0, 1)] + [(rank, 2) for rank in range(2)]
-    processes = [context.Process(target=share_out, args=(rank, world, port, str(tmp_path))) for rank, world in workers]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(240)
-        assert process.exitcode == 0
+    two_processes(share_out, str(tmp_path))
+    share_out(0, str(tmp_path), world=1)
+    workers = [(0, 1), (0, 2), (1, 2)]
     for num in (1, 5):
         one, *two = (torch.load(tmp_path / f"{num}-{world}-{rank}.pt", weights_only=True) for rank, world in workers)
         assert len(one["ids"]) == num
@@ -500,13 +484,10 @@ def test_nothing_to_draw_with(tmp_path: Path) -> None:
         make_trainer(tmp_path, Diversity(PixelEncoder())).test(BoringModel(), verbose=False)
 
 
-def test_a_moving_average_comes_after(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    average = {"class_path": "callbacks.ema.EMA"}
-    config = overlay(tmp_path / "overlay.yaml", average, diversity("PixelEncoder", every_n_validations=1))
-    with pytest.raises(SystemExit):
-        main(["fit", "--config=configs/quickstart.yaml", f"--config={config}", "--trainer.accelerator=cpu",
-              f"--trainer.default_root_dir={tmp_path}"])  # fmt: skip
-    assert "list Diversity before it in `trainer.callbacks`" in capfd.readouterr().err
+def test_a_moving_average_comes_after(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, EMA(), Diversity(PixelEncoder(), every_n_validations=1))
+    with pytest.raises(ValueError, match=r"list Diversity before it in `trainer\.callbacks`"):
+        trainer.callbacks[-1].setup(trainer, Painter(), "fit")  # type: ignore[attr-defined]
 
 
 def test_an_encoder_that_drops_an_image(tmp_path: Path) -> None:

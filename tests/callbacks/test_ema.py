@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import yaml
 
 from callbacks.ema import EMA
 from lightning_modules.cli import main
-from tests.lightning_modules.test_resume import SHORT, same
+from tests.lightning_modules.test_resume import same
+from tests.short_runs import quick
 
 
 class Witness(L.Callback):
@@ -36,38 +38,49 @@ def trained(module: L.LightningModule) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    """The quickstart with an average of decay 0.5 and a witness."""
+def write_config(path: Path, *callbacks: dict[str, Any], **settings: Any) -> Path:
+    """Writes the quickstart with further callbacks and settings of the model."""
     content = yaml.safe_load(Path("configs/quickstart.yaml").read_text())
-    content["trainer"]["callbacks"] += [
-        {"class_path": "callbacks.ema.EMA", "init_args": {"decay": 0.5}},
-        {"class_path": "tests.callbacks.test_ema.Witness"},
-    ]
-    path = tmp_path / "ema.yaml"
+    content["trainer"]["callbacks"] += callbacks
+    content["model"]["init_args"] |= settings
     path.write_text(yaml.safe_dump(content))
-    Witness.steps.clear(), Witness.validated.clear()
     return path
 
 
+AVERAGE = {"class_path": "callbacks.ema.EMA", "init_args": {"decay": 0.5}}
+WITNESS = {"class_path": f"{__name__}.Witness"}
+
+
 def fit(config: Path, root: Path, steps: int, *more: str) -> dict[str, Any]:
-    main(
-        [
-            "fit",
-            f"--config={config}",
-            *SHORT[2:],
-            f"--trainer.max_steps={steps}",
-            f"--trainer.default_root_dir={root}",
-            *more,
-        ]
-    )
+    """Runs a fit whose validations are before and after training; returns its last checkpoint."""
+    every = ["--trainer.val_check_interval=3", "--checkpoint.every_n_train_steps=2", f"--trainer.max_steps={steps}"]
+    main(quick("fit", root, *every, *more, config=config))
     checkpoint: dict[str, Any] = torch.load(next(root.rglob("last.ckpt")), weights_only=True)
     return checkpoint
 
 
-def test_validation_draws_with_the_average_and_training_goes_on_without(config: Path, tmp_path: Path) -> None:
-    saved = fit(config, tmp_path / "with", 3)
-    start, *after = Witness.steps
+@dataclass
+class Whole:
+    """An unbroken fit of three steps, and the weights that its witness kept."""
+
+    config: Path
+    checkpoint: dict[str, Any]
+    steps: list[dict[str, torch.Tensor]]
+    validated: dict[int, dict[str, torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    root = tmp_path_factory.mktemp("ema")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(Path(__file__).parents[2])
+        Witness.steps.clear(), Witness.validated.clear()
+        config = write_config(root / "ema.yaml", AVERAGE, WITNESS)
+        return Whole(config, fit(config, root, 3), [*Witness.steps], dict(Witness.validated))
+
+
+def test_validation_draws_with_the_average_and_training_goes_on_without(whole: Whole, tmp_path: Path) -> None:
+    saved, (start, *after) = whole.checkpoint, whole.steps
     assert len(after) == 3
     # Lightning's average is the weights themselves at its first update, and moves by half of the way from then on.
     expected = {0: start}
@@ -75,31 +88,25 @@ def test_validation_draws_with_the_average_and_training_goes_on_without(config: 
     for step, weights in enumerate(after[1:], start=2):
         average = {name: 0.5 * average[name] + 0.5 * weights[name] for name in weights}
         expected[step] = average
-    seen = dict(Witness.validated)
-    assert set(seen) == {0, 3}
-    for step, weights in seen.items():
+    assert set(whole.validated) == {0, 3}
+    for step, weights in whole.validated.items():
         for name, weight in weights.items():
             torch.testing.assert_close(weight, expected[step][name], atol=1e-7, rtol=1e-6)
     assert not same(expected[3], after[2])
-    assert same(saved["current_model_state"], {name: weight for name, weight in after[2].items()})
-    assert same(dict(saved["state_dict"]), seen[3])
-
-    plain = yaml.safe_load(config.read_text())
-    plain["trainer"]["callbacks"] = plain["trainer"]["callbacks"][:-2]
-    without = tmp_path / "without.yaml"
-    without.write_text(yaml.safe_dump(plain))
-    assert same(fit(without, tmp_path / "without", 3)["state_dict"], saved["current_model_state"])
+    assert same(saved["current_model_state"], after[2])
+    assert same(dict(saved["state_dict"]), whole.validated[3])
+    without = fit(write_config(tmp_path / "without.yaml"), tmp_path / "without", 3)
+    assert same(without["state_dict"], saved["current_model_state"])
 
 
-def test_a_resumed_run_keeps_both(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    whole = fit(config, tmp_path / "whole", 4)
-    fit(config, tmp_path / "first", 2)
+def test_a_resumed_run_keeps_both(whole: Whole, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(whole.config, tmp_path / "first", 2)
     (checkpoint,) = (tmp_path / "first").rglob("last.ckpt")
-    resumed = fit(config, tmp_path / "second", 4, f"--ckpt_path={checkpoint}")
+    resumed = fit(whole.config, tmp_path / "second", 3, f"--ckpt_path={checkpoint}")
     for key in ("state_dict", "current_model_state", "averaging_state", "optimizer_states"):
-        assert same(resumed[key], whole[key]), key
+        assert same(resumed[key], whole.checkpoint[key]), key
     with pytest.raises(SystemExit):
-        main(["fit", "--config=configs/quickstart.yaml", f"--ckpt_path={checkpoint}"])
+        main(quick("fit", tmp_path, f"--ckpt_path={checkpoint}"))
     assert "was saved with a moving average" in capsys.readouterr().err
 
 
@@ -114,13 +121,11 @@ def test_updates_come_whenever_enough_steps_are_complete(every: int, steps: list
     assert found == expected
 
 
-def test_a_validation_that_breaks_off_is_saved_unswapped(config: Path, tmp_path: Path) -> None:
+def test_a_validation_that_breaks_off_is_saved_unswapped(tmp_path: Path) -> None:
     lost = {"class_path": "tests.lightning_modules.test_scoring.DownAfter", "init_args": {"batches": 1}}
-    content = yaml.safe_load(config.read_text())
     benchmark = {"class_path": "callbacks.reward.RewardBenchmark", "init_args": {"reward": lost, "sets": ["unseen"]}}
-    content["trainer"]["callbacks"].append(benchmark)
-    content["model"]["init_args"] |= {"language": None, "num_retained": 8}
-    config.write_text(yaml.safe_dump(content))
+    config = write_config(tmp_path / "c.yaml", AVERAGE, WITNESS, benchmark, language=None, num_retained=8)
+    Witness.steps.clear()
     with pytest.raises(SystemExit):
         fit(config, tmp_path / "lost", 6)
     saved = torch.load(next((tmp_path / "lost").rglob("last.ckpt")), weights_only=True)

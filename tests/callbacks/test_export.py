@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -17,19 +20,23 @@ from callbacks.export import Export
 from callbacks.reporting.model_card import call_arguments, drawing_code, loading_code
 from datamodules.base import PromptSample
 from lightning_modules.cli import main
+from lightning_modules.evaluation import EvaluatedAgents
 from lightning_modules.policies.flow import Sampling
+from lightning_modules.policies.flux1 import Flux1Policy
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.prompt_rl import PromptRL
 from lightning_modules.seeding import generators_for
 from tests.lightning_modules.policies.family import PROMPTS, Family
 from tests.lightning_modules.policies.test_families import FAMILIES, stock
 from tests.lightning_modules.policies.test_flux1 import perturb
+from tests.short_runs import quick
 
 ROOT = Path(__file__).parents[2]
 FLOW, LANGUAGE = "model.init_args.flow.init_args", "model.init_args.language.init_args"
 LORA = [f"--{FLOW}.lora.rank=4", f"--{LANGUAGE}.lora.rank=4"]
 LARGE = [f"--{FLOW}.learning_rate=3e-3", f"--{LANGUAGE}.learning_rate=3e-3"]  # so that a step shows in the images
 PROMPT = "a photo of two red circles"
+CONTENTS = {"flow", "language", "README.md", "config.yaml"}
 
 
 class Keep(L.Callback):
@@ -40,23 +47,50 @@ class Keep(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.kept[:] = [pl_module]
 
-    on_test_end = on_fit_end
-
 
 def run(root: Path, *options: str, command: str = "fit", export: dict[str, Any] | None = None) -> Path:
-    """Trains two steps with Export added to the quickstart; the run's folder."""
+    """Trains two steps of the quickstart with Export, or tests; returns the run's folder."""
     config = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())
     config["trainer"]["callbacks"] = [
         config["trainer"]["callbacks"][0],
         {"class_path": "callbacks.export.Export", "init_args": export or {}},
         {"class_path": f"{__name__}.Keep"},
     ]
-    config["trainer"] |= {"max_steps": 2, "val_check_interval": 1, "accelerator": "cpu"}
+    config["trainer"] |= {"max_steps": 2, "val_check_interval": 2}
     root.mkdir(exist_ok=True)
     (root / "c.yaml").write_text(yaml.safe_dump(config))
-    quick = ["--data.init_args.eval_prompts=6", "--data.init_args.batch_size=2", "--trainer.enable_progress_bar=false"]
-    main([command, f"--config={root}/c.yaml", f"--trainer.default_root_dir={root}", *quick, *options])
+    main(quick(command, root, *options, config=root / "c.yaml"))
     return sorted((root / "quickstart").iterdir())[-1]
+
+
+@dataclass
+class Exported:
+    """A run, the agents that it trained, and a folder of its own for the card's code."""
+
+    folder: Path
+    module: PromptRL
+
+    @property
+    def export(self) -> Path:
+        return self.folder / "export"
+
+
+def exported(root: Path, *options: str, **export: Any) -> Exported:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        return Exported(run(root, *options, export=export), Keep.kept[0])
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Adapters of both agents, with validations of six prompts."""
+    return exported(tmp_path_factory.mktemp("lora"), *LORA, *LARGE, "--data.init_args.eval_prompts=6")
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """All weights of both agents."""
+    return exported(tmp_path_factory.mktemp("full"), *LARGE, "--trainer.limit_val_batches=0")
 
 
 def card_code(export: Path) -> str:
@@ -76,7 +110,7 @@ def use_card(export: Path, monkeypatch: pytest.MonkeyPatch, prompt: str = PROMPT
 
 
 def largest_difference(module: PromptRL, names: dict[str, Any]) -> float:
-    """Of pixels in [0, 1], between the policy's image and the stock pipeline's from the same noise."""
+    """Largest difference of pixels in [0, 1] between the policy's image and the stock pipeline's, from equal noise."""
     ours = module.flow.generate([names["prompt"]], [7]).clamp(0, 1)
     noise = module.flow.prepare_latents(generators_for([7]))
     theirs = names["pipe"](prompt=names["prompt"], latents=noise, output_type="pt", **names["arguments"]).images
@@ -85,38 +119,36 @@ def largest_difference(module: PromptRL, names: dict[str, Any]) -> float:
 
 
 def untrained(module: PromptRL, prompt: str) -> float:
-    """How far training moved the image of a prompt."""
+    """Largest difference of pixels that training made to the image of a prompt."""
     fresh = type(module.flow)(module.flow.model, module.flow.sampling, height=32, width=32, max_sequence_length=18,
                               dtype="float32", learning_rate=None)  # fmt: skip
     fresh.load()
     return float((fresh.generate([prompt], [7]) - module.flow.generate([prompt], [7])).abs().max())
 
 
-@pytest.mark.parametrize("adapters", [LORA, []], ids=["lora", "full"])
+@pytest.mark.parametrize("name", ["lora", "full"])
 def test_the_cards_code_draws_and_rewrites_the_same(
-    adapters: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = run(tmp_path / "runs", *adapters, *LARGE)
-    export = folder / "export"
-    names = use_card(export, monkeypatch)
-    (module,) = Keep.kept
-    assert module.language is not None
-    assert largest_difference(module, names) < 1e-4
-    assert untrained(module, names["prompt"]) > 1e-2
-    (rewrite,) = module.language.rewrite([PromptSample("0", PROMPT, "colors", {})])
+    run: Exported = request.getfixturevalue(name)
+    names = use_card(run.export, monkeypatch)
+    language = run.module.language
+    assert language is not None
+    assert largest_difference(run.module, names) < 1e-4
+    assert untrained(run.module, names["prompt"]) > 1e-2
+    (rewrite,) = language.rewrite([PromptSample("0", PROMPT, "colors", {})])
     assert names["prompt"] == rewrite != PROMPT
-    assert type(names["refiner"]).__module__.split(".")[0] == ("peft" if adapters else "transformers")
+    assert type(names["refiner"]).__module__.split(".")[0] == ("peft" if name == "lora" else "transformers")
     assert names["image"].size == (32, 32)
 
-    trained = {name: p for name, p in module.language.network.named_parameters()}
+    trained = {name: p for name, p in language.network.named_parameters()}
     loaded = dict(names["refiner"].named_parameters())
     assert loaded.keys() == trained.keys() and all(torch.equal(loaded[name], trained[name]) for name in loaded)
 
 
-def test_contents_of_the_card(tmp_path: Path) -> None:
-    folder = run(tmp_path / "runs", *LORA)
-    export = folder / "export"
-    assert {path.name for path in export.iterdir()} == {"flow", "language", "README.md", "config.yaml"}
+def test_contents_of_the_card(lora: Exported) -> None:
+    folder, export = lora.folder, lora.export
+    assert {path.name for path in export.iterdir()} - {"miniature"} == CONTENTS
     assert yaml.safe_load((export / "config.yaml").read_text()) == yaml.safe_load((folder / "config.yaml").read_text())
     assert not list(folder.glob(".export*"))
     card = (export / "README.md").read_text()
@@ -128,8 +160,8 @@ def test_contents_of_the_card(tmp_path: Path) -> None:
     }
     assert "# license: yours to choose" in card
     assert "````text\n{prompt}\n````" in card
-    assert "| evaluation: sampler steps, no noise | 8 |" in card and "flow_sde, 0.8" in card
-    assert "Optimizer steps: 2; images drawn for them: 32." in card
+    assert "| evaluation: sampler steps, no noise | 2 |" in card and "flow_sde, 0.8" in card
+    assert "Optimizer steps: 2; images drawn for them: 16." in card
     results = json.loads((folder / "results.json").read_text())
     overall = [
         source["geneval"][mode]["overall"]
@@ -142,26 +174,30 @@ def test_contents_of_the_card(tmp_path: Path) -> None:
 
 
 def test_only_what_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompt-only RL: the card takes the image model from its base."""
-    folder = run(tmp_path / "runs", f"--{FLOW}.learning_rate=null", f"--{LANGUAGE}.learning_rate=3e-3")
-    assert not (folder / "export" / "flow").exists()
-    names = use_card(folder / "export", monkeypatch)
-    assert largest_difference(Keep.kept[0], names) < 1e-4
-    assert Keep.kept[0].language is not None
-    assert names["prompt"] == Keep.kept[0].language.rewrite([PromptSample("0", PROMPT, "colors", {})])[0]
+    """Prompt-only RL, exported during training: the card takes the image model from its base."""
+    frozen = (f"--{FLOW}.learning_rate=null", f"--{LANGUAGE}.learning_rate=3e-3", "--trainer.limit_val_batches=0")
+    run = exported(tmp_path, *frozen, every_n_train_steps=2, on_train_end=False)
+    assert not (run.export / "flow").exists()
+    assert "Optimizer steps: 2;" in (run.export / "README.md").read_text()
+    names = use_card(run.export, monkeypatch)
+    assert largest_difference(run.module, names) < 1e-4
+    assert run.module.language is not None
+    assert names["prompt"] == run.module.language.rewrite([PromptSample("0", PROMPT, "colors", {})])[0]
 
 
-def test_a_checkpoint_is_exported_by_test_and_replaces_an_earlier_export(tmp_path: Path) -> None:
+def test_a_checkpoint_is_exported_by_test_and_replaces_an_earlier_export(
+    lora: Exported, full: Exported, tmp_path: Path
+) -> None:
     there = tmp_path / "model"
-    folder = run(tmp_path / "runs", *LARGE, export={"on_train_end": False, "directory": str(there)})
-    assert not there.exists()
-    checkpoint = f"--ckpt_path={folder}/checkpoints/last.ckpt"
-    exporting = {"on_test_end": True, "directory": str(there)}
-    for _ in range(2):
-        tested = run(tmp_path / "runs", checkpoint, command="test", export=exporting)
-    assert {path.name for path in there.iterdir()} == {"flow", "language", "README.md", "config.yaml"}
+    shutil.copytree(lora.export, there, symlinks=True)
+    (there / "miniature").unlink(missing_ok=True)
+    checkpoint = full.folder / "checkpoints" / "last.ckpt"
+    exporting = {"on_train_end": False, "on_test_end": True, "directory": str(there)}
+    tested = run(tmp_path / "runs", f"--ckpt_path={checkpoint}", command="test", export=exporting)
+    assert {path.name for path in there.iterdir()} == CONTENTS
+    assert not (there / "language" / "adapter_config.json").exists(), "of the earlier export"
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-    weights = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    weights = torch.load(checkpoint, weights_only=True)["state_dict"]
     refiner = LanguagePolicy(str(there / "language"), dtype="float32", learning_rate=None)
     refiner.load()
     loaded = {f"language.network.{name}": p for name, p in refiner.network.named_parameters()}
@@ -173,47 +209,47 @@ def test_a_checkpoint_is_exported_by_test_and_replaces_an_earlier_export(tmp_pat
     assert f"| overall | {test['without_pe']['overall']:.3f} | {test['with_pe']['overall']:.3f} |" in card
 
 
-def test_exports_during_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def fake_trainer(step: int = 0) -> Any:
+    """Stands for the trainer of a run without a configuration, as far as Export uses it."""
+    return SimpleNamespace(
+        global_step=step, is_global_zero=True, callbacks=[], strategy=SimpleNamespace(barrier=lambda name: None)
+    )
+
+
+def test_steps_of_exports_during_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports come when another three steps are complete, also where a rollout has two, and after a resume."""
     steps: list[int] = []
-    export = Export._export
-    monkeypatch.setattr(Export, "_export", lambda self, t, m: (steps.append(t.global_step), export(self, t, m)))
-    folder = run(
-        tmp_path / "runs", *LORA, "--trainer.max_steps=5", "--trainer.limit_val_batches=0",
-        export={"every_n_train_steps": 2, "on_train_end": False},
-    )  # fmt: skip
-    assert steps == [2, 4]
-    assert "Optimizer steps: 4;" in (folder / "export" / "README.md").read_text()
-    steps.clear()
-    checkpoint = f"--ckpt_path={folder}/checkpoints/last.ckpt"
-    run(tmp_path / "runs", *LORA, checkpoint, "--trainer.max_steps=7", export={"every_n_train_steps": 3})
-    assert steps == [6, 7]  # from step 5 on; the last is that of the end
+    monkeypatch.setattr(Export, "_export", lambda self, trainer, module: steps.append(trainer.global_step))
+    export, nothing = Export(every_n_train_steps=3), L.LightningModule()
+    export.on_train_start(fake_trainer(5), nothing)
+    for step in (6, 8, 10, 11, 13):
+        export.on_train_batch_end(fake_trainer(step), nothing, None, None, 0)
+    assert steps == [6, 10, 13]
+    export.on_fit_end(fake_trainer(14), nothing)
+    export.on_test_end(fake_trainer(14), nothing)
+    assert steps == [6, 10, 13, 14]
 
 
-def test_folders_with_other_things_are_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    (mine / "thesis.tex").write_text("years of work")
-    with pytest.raises(SystemExit):
-        run(tmp_path / "runs", export={"directory": str(mine)})
-    line = capfd.readouterr().err.splitlines()[-1]
-    assert re.search(r"error: Export's `directory` is .*mine, which holds thesis\.tex and .*give a new folder\.$", line)
-    assert (mine / "thesis.tex").read_text() == "years of work"
+def test_folders_with_other_things_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    agents = EvaluatedAgents(Flux1Policy("nowhere", Sampling(8, 3)), None, torch.optim.SGD)
+    with pytest.raises(ValueError, match=r"`directory` is .*, which holds thesis\.tex and .*give a new folder"):
+        Export(str(tmp_path)).setup(fake_trainer(), agents, "fit")
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_a_killed_export_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_that_fails_leaves_the_earlier_one(
+    lora: Exported, full: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     there = tmp_path / "model"
-    run(tmp_path / "runs", *LORA, export={"directory": str(there)})
+    export = Export(str(there))
+    export._export(fake_trainer(), lora.module)
     before = {path: path.read_bytes() for path in there.rglob("*") if path.is_file()}
-    monkeypatch.setattr(LanguagePolicy, "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        run(tmp_path / "runs", *LORA, *LARGE, export={"directory": str(there)})
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(LanguagePolicy, "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        export._export(fake_trainer(), full.module)
     assert {path: path.read_bytes() for path in there.rglob("*") if path.is_file()} == before
-    monkeypatch.undo()
-    monkeypatch.chdir(ROOT)
-    run(tmp_path / "runs", *LORA, *LARGE, export={"directory": str(there)})
-    after = {path: path.read_bytes() for path in there.rglob("*") if path.is_file()}
-    assert after.keys() == before.keys() and after != before
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 TEMPLATE = 'Say "it" well\\n, in """three""" lines:\n{prompt}\n<answer> or "nothing"'

@@ -5,9 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import random
-import socket
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from PIL import Image
@@ -30,6 +27,7 @@ from lightning_modules.evaluation import EvaluationBatch, validate_now
 from lightning_modules.rollout import Conditioning, Rollout, Trajectory
 from rewards.base import Reward, RewardBatch, Score
 from rewards.tagged import WeightedSum
+from tests.short_runs import quick, two_processes
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Experiment logs directory", "ignore:The dirpath has changed", "ignore:Using ModelCheckpoint with manual"
@@ -166,7 +164,7 @@ def fit(root: Path, module: Painter, health: L.Callback | None, steps: int = 8, 
 
 
 def rows(root: Path, name: str) -> dict[int, float]:
-    """Step -> value."""
+    """Reads step -> value of a logged number."""
     with (root / "run" / "version_0" / "metrics.csv").open() as file:
         return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
 
@@ -421,26 +419,18 @@ def test_streaks_leave_other_names_alone() -> None:
 # --- two processes ----------------------------------------------------------------------------------------------------
 
 
-def two(rank: int, port: int, root: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "NODE_RANK": "0",
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-    }
+def two(rank: int, root: str) -> None:
     found: dict[str, Any] = {}
-    quick = {"devices": 2, "strategy": "ddp", "plugins": [LightningEnvironment()]}
+    ddp = {"devices": 2, "strategy": "ddp", "plugins": [LightningEnvironment()]}
     # The second process's own number is out of bounds at once, the first one's from step 2 on: the first one's counts.
     module = Painter({"std": [9, 9, 1, 1, 1, 1, 1, 1] if rank == 0 else [1.0] * 8}, reds=[0.5] * 9)
     health = Health(limits={"std": Limit(below=2, for_steps=2)})
-    found["limits"] = fit(Path(root) / "limits", module, health, **quick).global_step
+    found["limits"] = fit(Path(root) / "limits", module, health, **ddp).global_step
     # Rank 0 has prompts 0 and 2 and the small set, rank 1 has prompt 1: images are weighted equally, not ranks.
     images = [[plain(1.0)] * 2 if rank == 0 else [checkers(), plain(0.5)]] * 9
     module = Painter(reds=[0.1] + [0.3, 0.2, 0.3, 0.2] * 2, refines=True, images=images)
     health = Health(1, Redness(), patience=2)
-    trainer = fit(Path(root) / "patience", module, health, **quick)
+    trainer = fit(Path(root) / "patience", module, health, **ddp)
     found["patience"] = trainer.global_step
     found["metrics"] = {name: value.item() for name, value in trainer.callback_metrics.items()}
     Path(root, f"{rank}.json").write_text(json.dumps(found))
@@ -448,16 +438,7 @@ def two(rank: int, port: int, root: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_stop_together(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = mp.get_context("spawn")
-    processes = [context.Process(target=two, args=(rank, port, str(tmp_path))) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(180)
-        assert process.exitcode == 0
+    two_processes(two, str(tmp_path))
     one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert one == other
     assert one["limits"] == 4 and one["patience"] == 3
@@ -492,13 +473,9 @@ trainer:
 
 
 def miniature(root: Path, steps: int, *more: str) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    cli.main([
-        "fit", "--config=configs/quickstart.yaml", "--data.init_args.eval_prompts=3",
-        "--data.init_args.train_prompts=6", "--data.init_args.batch_size=2", "--trainer.val_check_interval=3",
-        "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
-        "--checkpoint.every_n_train_steps=2", f"--trainer.max_steps={steps}", f"--trainer.default_root_dir={root}",
-        *more,
-    ])  # fmt: skip
+    """Runs a fit with validations before and after training; returns its last checkpoint and its logged rows."""
+    often = ["--checkpoint.every_n_train_steps=2", "--trainer.val_check_interval=9", f"--trainer.max_steps={steps}"]
+    cli.main(quick("fit", root, *often, "--data.init_args.eval_prompts=3", *more))
     (folder,) = (root / "quickstart").iterdir()
     with (folder / "metrics.csv").open() as file:
         logged = [{k: v for k, v in row.items() if v and not k.startswith("time/")} for row in csv.DictReader(file)]
@@ -507,38 +484,31 @@ def miniature(root: Path, steps: int, *more: str) -> tuple[dict[str, Any], list[
 
 @pytest.mark.slow
 def test_the_miniature_is_watched_and_not_changed(tmp_path: Path) -> None:
+    """A watched fit of two steps and a third after a resume is the unwatched fit of three."""
     (tmp_path / "watched.yaml").write_text(WATCHED)
     watched = f"--config={tmp_path}/watched.yaml"
-    alone, alone_rows = miniature(tmp_path / "alone", 2)
-    whole, whole_rows = miniature(tmp_path / "whole", 4, watched)
-    first, first_rows = miniature(tmp_path / "first", 2, watched)
+    alone, alone_rows = miniature(tmp_path / "alone", 3)
+    _, first_rows = miniature(tmp_path / "first", 2, watched)
     (checkpoint,) = (tmp_path / "first").rglob("last.ckpt")
-    resumed, resumed_rows = miniature(tmp_path / "second", 4, watched, f"--ckpt_path={checkpoint}")
+    resumed, resumed_rows = miniature(tmp_path / "second", 3, watched, f"--ckpt_path={checkpoint}")
 
-    assert alone["state_dict"] and all(torch.equal(w, first["state_dict"][n]) for n, w in alone["state_dict"].items())
-    assert all(torch.equal(w, resumed["state_dict"][n]) for n, w in whole["state_dict"].items())
-    rewards = [
-        [row["reward"] for row in logged if "reward" in row]
-        for logged in (alone_rows, first_rows, whole_rows, resumed_rows)
-    ]
-    assert len(set(rewards[2])) == 4 and rewards[2] == rewards[0] + rewards[3] == rewards[1] + rewards[3]
+    weights = alone["state_dict"]
+    assert weights and all(torch.equal(weight, resumed["state_dict"][name]) for name, weight in weights.items())
+    rewards = [[row["reward"] for row in rows if "reward" in row] for rows in (alone_rows, first_rows, resumed_rows)]
+    assert len(set(rewards[0])) == 3 and rewards[0] == rewards[1] + rewards[2]
 
-    looks = [row for row in whole_rows if "health/blank_share" in row]
+    looks = [row for row in first_rows + resumed_rows if "health/blank_share" in row]
     assert [row["step"] for row in looks] == ["0", "2"] and len(looks[0]) == 8
-    assert looks[1:] == [row for row in resumed_rows if "health/blank_share" in row]
     assert 0 < float(looks[0]["health/high_frequency"]) < 0.3 < float(looks[0]["health/flat_area"]) < 1
 
-    validations = [row for row in whole_rows if "health/held_out/shapes_quality" in row]
-    assert len(validations) == 3  # before, after three steps, at the end
+    name = "health/held_out/shapes_quality"
+    validations = [row for row in first_rows + resumed_rows if name in row]
+    assert len(validations) == 3  # before training, and at the end of each fit
     for row in validations:
-        sets = [name for name in row if name.startswith("val/") and name.endswith("/shapes_quality/with_pe")]
+        sets = [key for key in row if key.startswith("val/") and key.endswith("/shapes_quality/with_pe")]
         assert len(sets) == 3  # of 3 prompts each: the mean of all images is the mean of the sets' means
-        mean = sum(float(row[name]) for name in sets) / 3
-        assert float(row["health/held_out/shapes_quality"]) == pytest.approx(mean, abs=1e-6)
-    assert validations[1:] == [row for row in resumed_rows if "health/held_out/shapes_quality" in row]
+        assert float(row[name]) == pytest.approx(sum(float(row[key]) for key in sets) / 3, abs=1e-6)
 
-    states = [next(v for k, v in run["callbacks"].items() if k.startswith("Health")) for run in (whole, resumed)]
-    assert states[0] == states[1]
-    assert states[0]["streaks"] == {"refine/distinct": 0, "train/language/kl": 0, "group/zero_std_share": 0}
-    before, after_three = (float(row["health/held_out/shapes_quality"]) for row in validations[:2])
-    assert states[0]["best"] == max(before, after_three) and states[0]["waited"] == int(after_three <= before)
+    (state,) = (value for key, value in resumed["callbacks"].items() if key.startswith("Health"))
+    assert state["streaks"] == {"refine/distinct": 0, "train/language/kl": 0, "group/zero_std_share": 0}
+    assert state["best"] == pytest.approx(float(validations[0][name])) and state["waited"] == 0, "of the first fit"

@@ -21,16 +21,16 @@ from lightning_modules.cli import main
 from lightning_modules.policies.flux1 import Flux1Policy
 from miniature.scenes.detector import ShapesDetector
 from rewards.geneval.rules import judge
+from tests.short_runs import quick, two_processes
 
 FLOW = "model.init_args.flow.init_args"
 MODES = ("without_pe", "with_pe")
 
 
 def options(root: Path, prompts: int = 7, batch: int = 3, images: int = 2) -> list[str]:
-    return ["test", "--config=configs/quickstart.yaml", f"--trainer.default_root_dir={root}",
-            "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", f"--{FLOW}.sampling.eval_steps=2",
-            f"--data.init_args.eval_prompts={prompts}", f"--data.init_args.eval_batch_size={batch}",
-            f"--images.images_per_prompt={images}"]  # fmt: skip
+    sizes = {"data.init_args.eval_prompts": prompts, "data.init_args.eval_batch_size": batch,
+             "images.images_per_prompt": images}  # fmt: skip
+    return quick("test", root, *(f"--{name}={value}" for name, value in sizes.items()))
 
 
 def results_of(root: Path, version: int = 0) -> dict[str, Any]:
@@ -158,7 +158,8 @@ def test_a_named_folder_is_not_mixed(tmp_path: Path, capfd: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         main([*options(tmp_path, prompts=2, images=1), *named, f"--{FLOW}.guidance=2.0"])
     line = capfd.readouterr().err.splitlines()[-1]
-    assert f"the images in {tmp_path}/named were drawn with other settings (flow differs" in line
+    assert f"the images in {tmp_path}/named were drawn with flow.init_args.guidance" in line
+    assert "which is 2.0 now: set `--images.directory` to another folder" in line
     main([*options(tmp_path, prompts=2, images=1), "--images.keep=false"])
     assert not (tmp_path / "quickstart/images").exists()
 
@@ -169,17 +170,21 @@ def test_no_images_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     assert "`images.images_per_prompt` is 0, use at least 1" in capfd.readouterr().err.splitlines()[-1]
 
 
+def draw_by_two(rank: int, root: str) -> None:
+    for prompts in (1, 7):
+        two = ["--trainer.devices=2", "--trainer.strategy=ddp", f"--images.directory={root}/two-{prompts}"]
+        main([*options(Path(root, f"{prompts}"), prompts, batch=2), *two])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("prompts", [1, 7])
-def test_two_processes_give_the_table_of_one(tmp_path: Path, prompts: int) -> None:
-    """Uneven shares, and a process without any prompt: nothing is counted twice."""
-    arguments = options(tmp_path, prompts, batch=2)
-    main([*arguments, "--images.keep=false"])
-    two = ["--trainer.devices=2", "--trainer.strategy=ddp", f"--images.directory={tmp_path}/two"]
-    command = [sys.executable, "-m", "lightning_modules.cli", *arguments, *two]
-    subprocess.run(command, check=True, timeout=240, stdout=subprocess.DEVNULL)
-    assert results_of(tmp_path, 1) == results_of(tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / "two/images.jsonl").read_text().splitlines()]
-    keys = {(line["set"], line["id"], line["mode"], line["k"]) for line in lines}
-    assert len(lines) == len(keys) == prompts * 3 * 2 * 2
-    assert GenEvalBenchmark.headline in results_of(tmp_path)["geneval"]["with_pe"]
+def test_two_processes_give_the_table_of_one(tmp_path: Path) -> None:
+    """Uneven shares (7 prompts), and a process without any prompt (1): nothing is counted twice."""
+    two_processes(draw_by_two, str(tmp_path))
+    for prompts in (1, 7):
+        root = tmp_path / f"{prompts}"
+        main([*options(root, prompts, batch=2), "--images.keep=false"])
+        assert results_of(root, 1) == results_of(root)
+        lines = [json.loads(line) for line in (tmp_path / f"two-{prompts}/images.jsonl").read_text().splitlines()]
+        keys = {(line["set"], line["id"], line["mode"], line["k"]) for line in lines}
+        assert len(lines) == len(keys) == prompts * 3 * 2 * 2
+        assert GenEvalBenchmark.headline in results_of(root)["geneval"]["with_pe"]

@@ -61,7 +61,7 @@ class Painter(L.LightningModule):
 
 
 def rollout(colors: list[tuple[int, int, int]], size: int) -> Rollout:
-    """As many images as colours, in groups of `size`."""
+    """A rollout with one image for each colour, in groups of `size`."""
     num, groups = len(colors), len(colors) // size
     nothing = torch.zeros(num, 0, 1)
     trajectory = Trajectory(

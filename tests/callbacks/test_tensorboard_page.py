@@ -57,7 +57,7 @@ T = TypeVar("T")
 
 
 def waited(look: Callable[[], T]) -> T:
-    """What `look` finds at last, or nothing after `WAIT` seconds."""
+    """Calls `look` until it finds something, at most for `WAIT` seconds."""
     end = time.monotonic() + WAIT
     while not (found := look()) and time.monotonic() < end:
         time.sleep(1)
@@ -66,7 +66,7 @@ def waited(look: Callable[[], T]) -> T:
 
 @pytest.fixture(scope="module")
 def address(two_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Of a TensorBoard that has read both runs; it picks a free port and says which."""
+    """Address of a TensorBoard that has read both runs; it picks a free port and prints it."""
     log = tmp_path_factory.mktemp("tensorboard") / "log"
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(two_runs), "--host=127.0.0.1", "--port=0"]
     with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as server:
@@ -106,7 +106,7 @@ def browser() -> Iterator[webdriver.Chrome]:
 
 
 def asked(page: webdriver.Chrome, script: str) -> list[Any]:
-    """What a script finds in a page, which may still be loading."""
+    """Runs a script in a page, which may still be loading, until it finds something."""
     try:
         return page.execute_script(script) or []
     except WebDriverException:
@@ -114,7 +114,7 @@ def asked(page: webdriver.Chrome, script: str) -> list[Any]:
 
 
 def curves(common: str, *refined: str) -> list[str]:
-    """How a legend names a tag of both runs and those that PromptRL has alone."""
+    """Returns a legend's names of a tag that both runs have, and of those that PromptRL has alone."""
     return sorted([f"{common} ({FLOW_ONLY})", *(f"{tag} ({PROMPTRL})" for tag in (common, *refined))])
 
 

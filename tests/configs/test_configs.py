@@ -67,7 +67,7 @@ def test_reward_config(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, reward in rewards.items():
         assert type(reward).__qualname__ == resolved["rewards"][name]["class_path"].rsplit(".", 1)[1]
         assert reward.version
-    assert re.search(rf"^#   python -m rewards\.server --config {re.escape(config)}$", text, re.MULTILINE)
+    assert re.search(rf"^#   python -m rewards\.serving --config {re.escape(config)}$", text, re.MULTILINE)
     ports = [yaml.safe_load((ROOT / other).read_text())["port"] for other in SERVED]
     assert ports.count(resolved["port"]) == 1 and resolved["host"] == "127.0.0.1"
 

@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import SequentialSampler
 
-from datamodules.base import EpochSampler, PromptDataModule, PromptSample, ResumableLoader
+from datamodules.base import PromptDataModule, PromptSample
+from datamodules.resumable import EpochSampler, ResumableLoader
 
 
 class Numbers(PromptDataModule):

@@ -38,14 +38,14 @@ POSITION = [{"class": "sink", "count": 1}, {"class": "tie", "count": 1, "positio
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "a dog",', r"not valid JSON \(.* at column \d+\): write one JSON object per line"),
+        ('{"prompt": "a dog",', r"not valid JSON \(.* at column \d+\): correct or delete the line"),
         ("[1, 2]", r"a JSON list in place of an object"),
         ({**DOG, "prompt": " "}, r"`prompt` is ' ': give the text"),
         ({"tag": "single_object", "include": DOG["include"]}, r"`prompt` is None: give the text"),
         ({**DOG, "tag": "shapes"}, r"`tag` is 'shapes', use one of single_object"),
         ({"prompt": "a dog", "tag": "colors"}, r"`include` must be a list"),
         ({**DOG, "tag": "position", "include": POSITION}, r"`include\[1\]` has a position that points at entry 2, use"),
-        ({**DOG, "id": "00000"}, r"the id '00000' was used in line 1: make ids unique"),
+        ({**DOG, "id": "00000"}, r"the id '00000' was used in .*:1: make ids unique"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: object, message: str) -> None:
@@ -55,7 +55,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: object, message: str) -> None
 
 
 def test_an_empty_file_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"empty\.jsonl: the file holds no prompts"):
+    with pytest.raises(ValueError, match=r"empty\.jsonl: the file holds no lines: write one JSON object per line"):
         read_prompts(write(tmp_path / "empty.jsonl", "", " "))
 
 

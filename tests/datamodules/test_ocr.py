@@ -127,7 +127,7 @@ def test_a_file_of_mixed_quotes_is_an_error(tmp_path: Path) -> None:
         ({"prompt": "a door", "text": []}, r"`text` is \[\]: give"),
         ({"prompt": "a door", "text": ["a", " "]}, r"`text` is \['a', ' '\]: give"),
         ({"prompt": "a door", "text": 7}, r"`text` is 7: give"),
-        ({"prompt": 'a "Red" door', "id": "00000"}, r"the id '00000' was used in line 1: make ids unique"),
+        ({"prompt": 'a "Red" door', "id": "00000"}, r"the id '00000' was used in .*:1: make ids unique"),
         ({"prompt": ""}, r"`prompt` is '': give the text"),
     ],
 )
@@ -138,7 +138,7 @@ def test_a_bad_jsonl_line_is_named(tmp_path: Path, line: object, message: str) -
 
 
 def test_bad_files_and_settings(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"empty\.txt: the file holds no prompts: write one prompt per line"):
+    with pytest.raises(ValueError, match=r"empty\.txt: the file holds no lines: write one prompt per line"):
         read_prompts(write(tmp_path / "empty.txt", " "))
     with pytest.raises(ValueError, match=r"p\.csv: the file's name must end in \.txt .* or \.jsonl"):
         read_prompts(write(tmp_path / "p.csv", 'a "b"'))

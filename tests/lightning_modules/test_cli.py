@@ -1,4 +1,4 @@
-"""What the `lightning` command says to bad input: one line, exit code 2, and nothing written."""
+"""Bad input to the `lightning` command: one line, exit code 2, and nothing written."""
 
 from __future__ import annotations
 

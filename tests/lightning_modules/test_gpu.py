@@ -1,4 +1,4 @@
-"""What only a GPU shows: devices that do not match, and rounding in bf16 kernels."""
+"""Tests that need a GPU: devices that do not match, and rounding in bf16 kernels."""
 
 from __future__ import annotations
 

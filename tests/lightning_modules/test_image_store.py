@@ -22,21 +22,21 @@ def store(root: Path, rows: dict[str, int], rank: int = 0) -> ImageStore:
 
 
 def recalled(root: Path, sample: PromptSample, mode: str = "without_pe", text: str | None = None) -> bool:
-    found = store(root, {}).recall("s", mode, 0, [sample], [text or sample.asked], [7])
+    found = store(root, {}).load("s", mode, 0, [sample], [text or sample.asked], [7])
     return found is not None and len(found) == 1
 
 
 def keep(made: ImageStore, sample: PromptSample, image: Image.Image, mode: str = "without_pe", text: str = "") -> None:
-    made.keep("s", mode, 0, [sample], [text or sample.asked], [7], [image])
+    made.save("s", mode, 0, [sample], [text or sample.asked], [7], [image])
 
 
 def test_what_is_kept_is_found(tmp_path: Path) -> None:
     keep(store(tmp_path, {"a": 0}), A, RED)
-    (found,) = store(tmp_path, {}).recall("s", "without_pe", 0, [A], ["red"], [7]) or []
+    (found,) = store(tmp_path, {}).load("s", "without_pe", 0, [A], ["red"], [7]) or []
     assert found.tobytes() == RED.tobytes()
-    assert store(tmp_path, {}).recall("s", "without_pe", 0, [A], ["red"], [8]) is None
-    assert store(tmp_path, {}).recall("s", "without_pe", 1, [A], ["red"], [7]) is None
-    assert store(tmp_path, {}).recall("s", "without_pe", 0, [A, B], ["red", "blue"], [7, 7]) is None
+    assert store(tmp_path, {}).load("s", "without_pe", 0, [A], ["red"], [8]) is None
+    assert store(tmp_path, {}).load("s", "without_pe", 1, [A], ["red"], [7]) is None
+    assert store(tmp_path, {}).load("s", "without_pe", 0, [A, B], ["red", "blue"], [7, 7]) is None
     assert not recalled(tmp_path, replace(A, wording="rouge")) and not recalled(tmp_path, replace(A, prompt="pink"))
 
 
@@ -74,9 +74,9 @@ def test_other_source_images_are_other_images(tmp_path: Path) -> None:
 def test_rewrites_are_those_of_the_same_asking(tmp_path: Path) -> None:
     keep(store(tmp_path, {"a": 0}), A, RED, "with_pe", "a bright red")
     made = store(tmp_path, {})
-    assert made.rewrites("s", "with_pe", 0, [A]) == ["a bright red"]
-    assert made.rewrites("s", "with_pe", 0, [replace(A, wording="rouge")]) is None
-    assert made.rewrites("s", "with_pe", 0, [A, B]) is None
+    assert made.saved_rewrites("s", "with_pe", 0, [A]) == ["a bright red"]
+    assert made.saved_rewrites("s", "with_pe", 0, [replace(A, wording="rouge")]) is None
+    assert made.saved_rewrites("s", "with_pe", 0, [A, B]) is None
     assert recalled(tmp_path, A, "with_pe", "a bright red") and not recalled(tmp_path, A, "with_pe", "a dark red")
 
 

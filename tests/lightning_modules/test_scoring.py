@@ -120,7 +120,7 @@ def test_overlap_changes_nothing(make_flow: MakeFlow, make_language: MakeLanguag
 def test_a_group_with_one_valid_score_takes_no_part(
     make_flow: MakeFlow, make_language: MakeLanguage, samples: list[PromptSample]
 ) -> None:
-    """Its gradient, KL and all, is that of a batch without it, at the whole batch's scale; invalid ones likewise."""
+    """The gradient, KL included, is that of a batch without the group, at the whole batch's scale."""
     found = []
     for values in ([0.0, 1.0, 3.0, 1.0] + [None, None, 5.0, None], [0.0, 1.0, 3.0, 1.0] + [2.0] * 4):
         module = attach(PromptRL(make_flow(), Listed(values), make_language(), 4, 2, format_weight=0.0))

@@ -1,4 +1,4 @@
-"""Numbers for the log, by hand."""
+"""Metrics of a training step, by hand."""
 
 from __future__ import annotations
 

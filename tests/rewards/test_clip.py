@@ -157,10 +157,10 @@ def test_clipscore_is_the_logit_over_the_conventions_divisor(
 
 
 def test_worth_by_hand(folder: Path) -> None:
-    score = CLIPScoreReward(str(folder)).worth(0.25)
+    score = CLIPScoreReward(str(folder)).score_of(0.25)
     assert (score.native, score.table) == (0.25, 25.0)
     assert score.rl == pytest.approx(0.5)  # 60 * 0.25 / 30
-    score = CLIPScoreReward(str(folder), convention="diffusion_nft").worth(-0.25)
+    score = CLIPScoreReward(str(folder), convention="diffusion_nft").score_of(-0.25)
     assert (score.native, score.table) == (-0.25, -25.0)  # not clipped: torchmetrics clips the mean only
     assert score.rl == pytest.approx(-0.15)
 
@@ -209,7 +209,7 @@ def test_versions_tell_settings_apart(folder: Path) -> None:
     [
         ({"convention": "x"}, "convention='x', use flow_grpo or diffusion_nft"),
         ({"dtype": "float64"}, "dtype='float64', use one of float32, bfloat16, float16"),
-        ({"batch_size": 0}, "batch_size=0, use 1 or more"),
+        ({"batch_size": 0}, "batch_size=0, use at least 1"),
     ],
 )
 def test_wrong_arguments_fail_at_construction(kwargs: dict[str, Any], sentence: str) -> None:

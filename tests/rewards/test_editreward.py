@@ -304,7 +304,10 @@ def test_sharded_and_pth_checkpoints(checkpoint: Path, reward: EditReward, tmp_p
         other = EditReward(str(folder), base_model=str(tmp_path / "base"), device="cpu")
         assert score(other, make_image(1), make_image(2)) == expected
     torch.save({"model": state, "when": Path("x")}, pth / "model.pth")  # needs code to be read
-    with pytest.raises(ValueError, match=r"model\.pth is damaged or more than named tensors"):
+    with pytest.raises(ValueError, match=r"model\.pth is damaged or holds more than weights: convert it"):
+        EditReward(str(pth), base_model=str(tmp_path / "base"), device="cpu").load()
+    torch.save([1.0], pth / "model.pth")
+    with pytest.raises(ValueError, match=r"model\.pth holds no named tensors"):
         EditReward(str(pth), base_model=str(tmp_path / "base"), device="cpu").load()
     with pytest.raises(ValueError, match=r"neither \*\.safetensors nor model\.pth"):
         EditReward(str(tmp_path / "base"), device="cpu").load()
@@ -411,7 +414,7 @@ def test_description_and_arguments(reward: EditReward) -> None:
     for kwargs, message in [
         ({"positions": "2d"}, "use sequential or mrope"),
         ({"dtype": "int8"}, "use null or one of bfloat16, float16, float32"),
-        ({"batch_size": 0}, "use 1 or more"),
+        ({"batch_size": 0}, "use at least 1"),
         ({"rubrics": ["a.txt"]}, "give 2 text files"),
         ({"rubrics": ["a.txt", "b.txt"]}, "names a.txt, which cannot be read"),
     ]:

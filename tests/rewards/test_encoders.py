@@ -15,10 +15,10 @@ from PIL import Image
 
 from lightning_modules.step_metrics import group_similarity
 from miniature.scenes.encoder import ShapesEncoder
+from miniature.scenes.wording import STYLES, write, write_loosely
 from miniature.scenes.world import (
     COLORS,
     SHAPES,
-    STYLES,
     TAGS,
     Content,
     Item,
@@ -27,8 +27,6 @@ from miniature.scenes.world import (
     elaborate,
     random_scene,
     render,
-    write,
-    write_loosely,
 )
 from rewards.clip import ClipEncoder
 from rewards.encoders import ContentEncoder, Encoder, PixelEncoder, TextEncoder, image_similarity, text_similarity

@@ -218,9 +218,9 @@ def test_scores_are_open_clips_cosines(published: tuple[OpenClip, str, str]) -> 
 
 
 def test_worth_by_hand() -> None:
-    score = HPSReward().worth(0.25)
+    score = HPSReward().score_of(0.25)
     assert (score.native, score.table, score.rl) == (0.25, 25.0, 0.25)
-    score = HPSReward(compat="unirl").worth(0.25)
+    score = HPSReward(compat="unirl").score_of(0.25)
     assert (score.native, score.table, score.rl) == (0.25, 25.0, 0.5)
     with pytest.raises(ValueError, match="compat='x', use null or unirl"):
         HPSReward(compat="x")  # type: ignore[arg-type]

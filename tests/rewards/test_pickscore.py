@@ -35,7 +35,7 @@ def test_scores_are_logits(folders: tuple[str, str], tmp_path: Path) -> None:
 
 
 def test_worth_by_hand(folders: tuple[str, str]) -> None:
-    score = PickScoreReward(*folders).worth(0.2405)
+    score = PickScoreReward(*folders).score_of(0.2405)
     assert score.native == score.table == pytest.approx(24.05)
     assert score.rl == pytest.approx(0.925)  # 24.05 / 26
 

@@ -19,7 +19,8 @@ from PIL import Image
 
 from datamodules.sample import PromptSample
 from rewards.base import Reward, RewardBatch
-from rewards.served import ServedReward, installed, to_score
+from rewards.packages import installed
+from rewards.served import ServedReward, to_score
 from rewards.served.deqa import DeQAReward
 from rewards.served.hpsv3 import HPSv3Reward
 from rewards.served.image_reward import ImageRewardReward
@@ -76,7 +77,7 @@ def test_what_is_not_finite_is_invalid(native: float) -> None:
 
 
 def test_scales() -> None:
-    """REWARDS: only DeQA's trained value differs from what tables print, and only DeQA is bounded."""
+    """Only DeQA's trained value differs from what tables print, and only DeQA is bounded."""
     unbounded = (-math.inf, math.inf)
     assert {name: (cls.rl_divisor, cls.native_range) for name, cls in CLASSES.items()} == {
         "image_reward": (1.0, unbounded),

@@ -36,28 +36,28 @@ def fitted(folder: Path, stem: str, seed: int, curve: list[float], enhancer: flo
     return run
 
 
-def score_test(run: Path, marks: dict[tuple[str, str], str]) -> None:
-    """A finished test of a fit; `marks` has a digit for every tenth of 40 prompts: 1 is right."""
+def score_test(run: Path, ratings: dict[tuple[str, str], str]) -> None:
+    """A finished test of a fit; `ratings` has a digit for every tenth of 40 prompts: 1 is right."""
     about = {"ckpt_path": str(run / "checkpoints" / "last.ckpt"), "images": {}}
-    write_scores(run.parents[1] / "test" / "x" / "version_0", about, marks)
+    write_scores(run.parents[1] / "test" / "x" / "version_0", about, ratings)
 
 
-def write_scores(folder: Path, config: dict[str, Any], marks: dict[tuple[str, str], str]) -> None:
+def write_scores(folder: Path, config: dict[str, Any], ratings: dict[tuple[str, str], str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     for name in ("results.json", "results.md"):
         (folder / name).write_text("{}")
     lines = [
         {"benchmark": "GenEvalBenchmark of geneval", "set": name, "mode": mode, "id": f"test-{i:05}", "tag": "colors"}
-        | {"correct": float(mark), "images": 1}
-        for (name, mode), digits in marks.items()
-        for i, mark in enumerate(digits * 4)
+        | {"correct": float(rating), "images": 1}
+        for (name, mode), digits in ratings.items()
+        for i, rating in enumerate(digits * 4)
     ]
     (folder / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def log_similarity(version: Path, alike: float) -> None:
-    """What a fit logs of its groups: 10 steps, then two that do not count."""
+    """Rows that a fit logs of its groups: 10 steps, then two that do not count."""
     rows = [f"{step},{64 * step},{alike if step <= 10 else 9.0}" for step in range(1, 13)]
     (version / "metrics.csv").write_text("\n".join(["step,rollouts,group/image_similarity", *rows, ""]))
 

@@ -1,4 +1,4 @@
-"""What finished runs say, and one real study from its plan to the report."""
+"""Scores of finished runs, and one real study from its plan to the report."""
 
 from __future__ import annotations
 
@@ -76,6 +76,7 @@ def test_from_a_plan_to_the_report(tmp_path: Path, capfd: pytest.CaptureFixture[
         "trainer.accelerator": "cpu",
         "data.init_args.train_prompts": 6,
         "data.init_args.eval_prompts": 6,
+        "model.init_args.flow.init_args.sampling.eval_steps": 2,
         "data.init_args.batch_size": 1,
         "trainer.max_steps": 1,
         "trainer.val_check_interval": 1,

@@ -49,9 +49,9 @@ def test_longer_training(studies: Studies, tmp_path: Path) -> None:
 
 def test_the_second_flow_model_in_other_wordings(tmp_path: Path) -> None:
     """.5 as it is, .4 behind the untrained refiner, which makes the same of every wording, .7 in detail."""
-    marks = {"geneval": "1111100000", "geneval.static_pe": "1111000000", "geneval.detailed": "1111111000"}
-    drawn = {(name, "without_pe"): digits for name, digits in marks.items()}
-    drawn |= dict.fromkeys([("geneval", "with_pe"), ("geneval.detailed", "with_pe")], marks["geneval.static_pe"])
+    ratings = {"geneval": "1111100000", "geneval.static_pe": "1111000000", "geneval.detailed": "1111111000"}
+    drawn = {(name, "without_pe"): digits for name, digits in ratings.items()}
+    drawn |= dict.fromkeys([("geneval", "with_pe"), ("geneval.detailed", "with_pe")], ratings["geneval.static_pe"])
     write_scores(tmp_path / "base_crossed_words" / "promptrl" / "x" / "version_0", {"images": {}}, drawn)
     table = wording_table(studies_in(tmp_path, "base_crossed_words"))
     plain, refined = (row for row in table.rows if not row.source)
@@ -112,8 +112,8 @@ def test_what_it_depends_on(tmp_path: Path) -> None:
 def test_no_interval_for_two_seeds(tmp_path: Path) -> None:
     for stem, seeds in (("flow_only", (42, 43, 44)), ("promptrl", (42, 43))):
         for seed in seeds:
-            marks = {("geneval", mode): "1110000000" for mode in ("without_pe", "with_pe")}
-            score_test(fitted(tmp_path / "geneval", stem, seed, [0.4, 0.5]), marks)
+            ratings = {("geneval", mode): "1110000000" for mode in ("without_pe", "with_pe")}
+            score_test(fitted(tmp_path / "geneval", stem, seed, [0.4, 0.5]), ratings)
     lines = markdown(geneval_table(studies_in(tmp_path, "geneval"))).splitlines()
     last = {line.split(" (")[0]: line.split(" | ")[-1] for line in lines if " (2, " in line or " (3, " in line}
     assert last.pop("| flow-only").startswith("0.300 [")
@@ -121,14 +121,14 @@ def test_no_interval_for_two_seeds(tmp_path: Path) -> None:
 
 
 def test_gains_beside_each_other(studies: Studies, tmp_path: Path) -> None:
-    """Of the base's .3: flow-only .2, prompt-only .1, PromptRL .5, which is .3 over flow-only's and .2 over both."""
+    """Gains over the base's .3: flow-only .2, prompt-only .1, PromptRL .5: .3 over flow-only, .2 over their sum."""
     for seed in (42, 43, 44):
         run = fitted(tmp_path / "geneval", "prompt_only", seed, [0.4, 0.4, 0.4])
         score_test(run, {("geneval", "with_pe"): "1111000000"})
         for stem, alike in (("flow_only", 0.9), ("promptrl", 0.1 * (seed - 41))):
             log_similarity(tmp_path / "geneval" / f"{stem}-s{seed}" / "x" / "version_0", alike)
-    marks = {("geneval", "without_pe"): "1110000000", ("geneval", "with_pe"): "1100000000"}
-    write_scores(tmp_path / "base" / "promptrl" / "x" / "version_0", {"images": {}}, marks)
+    ratings = {("geneval", "without_pe"): "1110000000", ("geneval", "with_pe"): "1100000000"}
+    write_scores(tmp_path / "base" / "promptrl" / "x" / "version_0", {"images": {}}, ratings)
     (row,) = properties_table(studies_in(tmp_path, "geneval", "base")).rows
     assert row.label == "GenEval (3)" and row.scores == pytest.approx(
         {"flow": 0.2, "prompt": 0.1, "joint": 0.5, "enhancer": -0.1, "over_best": 0.3, "over_sum": 0.2, "base": 0.3}
@@ -148,8 +148,8 @@ def test_gains_of_other_flow_models_and_refiners(studies: Studies, tmp_path: Pat
     score_test(fitted(tmp_path / "geneval", "flow_only", 45, [0.4, 0.5]), {("geneval", "without_pe"): tenths(10)})
     fits = [("words_geneval", "flow_only", "without_pe", 4)]
     for name, (_, untrained, base, refiner, _, prompt, joint) in others.items():
-        marks = {("geneval", mode): tenths(right) for mode, right in (("without_pe", base), ("with_pe", refiner))}
-        write_scores(tmp_path / untrained / "promptrl" / "x" / "version_0", {"images": {}}, marks)
+        ratings = {("geneval", mode): tenths(right) for mode, right in (("without_pe", base), ("with_pe", refiner))}
+        write_scores(tmp_path / untrained / "promptrl" / "x" / "version_0", {"images": {}}, ratings)
         fits += [(name, "prompt_only", "with_pe", prompt), (name, "promptrl", "with_pe", joint)]
     for name, stem, mode, right in fits:
         for seed in (42, 43, 44):
@@ -167,9 +167,9 @@ def test_gains_of_other_flow_models_and_refiners(studies: Studies, tmp_path: Pat
 
 def test_refiners_in_front_of_a_second_model(tmp_path: Path) -> None:
     """As the plan names them; a refiner that is trained for the second flow model begins as PromptRL's did."""
-    marks = {"s42": "1111000000", "s43": "1111110000", "s44": "1111100000"}
+    ratings = {"s42": "1111000000", "s43": "1111110000", "s44": "1111100000"}
     for job in read(["--config", "configs/sweeps/paper/transfer.yaml"]).jobs():
-        (digits,) = (digits for key, digits in marks.items() if key in job.name)
+        (digits,) = (digits for key, digits in ratings.items() if key in job.name)
         folder = tmp_path / "transfer" / job.name / "x" / "version_0"
         write_scores(folder, {"images": {}}, {("geneval", "with_pe"): digits})
     untrained = {("geneval", "with_pe"): "1100000000", ("geneval", "without_pe"): "1000000000"}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from callbacks.edit import EditBenchmark
-from callbacks.runs.contrasts import mean_of_images, mean_of_tags, prompt_contrast, prompt_gap, prompt_table
+from callbacks.runs.contrasts import mean_of_images, mean_of_tags, prompt_contrast, prompt_table
 from callbacks.runs.loading import Run
 from miniature.edits.reward import ShapesEditReward
 
@@ -33,8 +33,8 @@ def test_a_table_is_what_was_scored(tmp_path: Path) -> None:
     assert table.ids == ["a", "b", "c", "d"] and table.images.tolist() == [2, 2, 2, 1]
     assert table.sums["correct"].tolist() == [0, 2, 0, 1] and table.counts["correct"].tolist() == [2, 2, 0, 1]
     assert run.stage == "test" and run.mode == "", "no config.yaml tells"
-    assert prompt_gap([table], summarize=mean_of_images("correct")).value == pytest.approx(3 / 5)
-    gap = prompt_gap([table], summarize=mean_of_tags("correct"))
+    assert prompt_contrast([(1, [table])], summarize=mean_of_images("correct")).value == pytest.approx(3 / 5)
+    gap = prompt_contrast([(1, [table])], summarize=mean_of_tags("correct"))
     assert gap.value == pytest.approx(0.75) and gap.num == 4
     assert math.isnan(gap.low), "one prompt in a tag would seem certain"
 
@@ -46,7 +46,7 @@ def test_a_benchmarks_own_summary(tmp_path: Path) -> None:
     run = scored(tmp_path, ("b", "env", None, 2), **columns | {"overall": 0.5})
     benchmark = EditBenchmark(ShapesEditReward())
     table = prompt_table(run, "geneval", "without_pe")
-    assert prompt_gap([table], summarize=lambda t, w: benchmark.summarize(t, w)["overall"]).value == 0.75
+    assert prompt_contrast([(1, [table])], summarize=lambda t, w: benchmark.summarize(t, w)["overall"]).value == 0.75
 
 
 def test_pairs_leave_the_prompts_difficulty_out(tmp_path: Path) -> None:
@@ -61,9 +61,9 @@ def test_pairs_leave_the_prompts_difficulty_out(tmp_path: Path) -> None:
         scored(tmp_path / "4", *[(name, "red", value, 4) for name, value in other.items()]),
     ]
     tables = [[prompt_table(run, "geneval", "without_pe") for run in runs] for runs in (first, second)]
-    gap = prompt_gap(*tables, summarize=mean_of_tags("correct"))
+    gap = prompt_contrast([(1, tables[0]), (-1, tables[1])], summarize=mean_of_tags("correct"))
     assert (gap.value, gap.low, gap.high) == pytest.approx((0.25, 0.25, 0.25)) and gap.num == 3
-    alone = prompt_gap(tables[0], summarize=mean_of_tags("correct"))
+    alone = prompt_contrast([(1, tables[0])], summarize=mean_of_tags("correct"))
     assert alone.value == pytest.approx((0.25 + 0.75 + 1 + 0.5 + 0.75 + 0.5) / 6)
     assert alone.low == pytest.approx(0.375) and alone.high == pytest.approx(0.75), "three times a, three times b or c"
 
@@ -74,8 +74,8 @@ def test_a_difference_of_differences(tmp_path: Path) -> None:
     tables = []
     for i, side in enumerate(values):
         for j in (0, 1):
-            marks = [(name, "red", pair[j], 4) for name, pair in zip("abc", side, strict=True)]
-            tables.append([prompt_table(scored(tmp_path / f"{i}{j}", *marks), "geneval", "without_pe")])
+            ratings = [(name, "red", pair[j], 4) for name, pair in zip("abc", side, strict=True)]
+            tables.append([prompt_table(scored(tmp_path / f"{i}{j}", *ratings), "geneval", "without_pe")])
     terms = list(zip((1.0, -1.0, -1.0, 1.0), tables, strict=True))
     gap = prompt_contrast(terms, summarize=mean_of_tags("correct"))
     assert (gap.value, gap.low, gap.high) == pytest.approx((0.25, 0.25, 0.25)) and gap.num == 3
@@ -123,7 +123,7 @@ def test_refusals(tmp_path: Path) -> None:
     elsewhere = scored(tmp_path / "2", ("b", "red", 0.0, 2))
     tables = [prompt_table(one, "geneval", "without_pe") for one in (run, elsewhere)]
     with pytest.raises(ValueError, match=r"no prompt in common"):
-        prompt_gap(tables[:1], tables[1:], summarize=mean_of_images("correct"))
+        prompt_contrast([(1, tables[:1]), (-1, tables[1:])], summarize=mean_of_images("correct"))
     (tmp_path / "3").mkdir()
     (tmp_path / "3" / "results.json").write_text("{}")
     with pytest.raises(ValueError, match=r"has no scores\.jsonl: score its checkpoint by `lightning test`"):

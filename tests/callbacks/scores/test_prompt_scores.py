@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -41,25 +42,34 @@ def test_processes_sum_to_one() -> None:
     parts[0].update(["a", "b"], [{"x": 1.0, "y": 2.0}, {"x": 3.0}])
     parts[1].update(["c", "a"], [{}, {"x": 0.25, "y": -1.0}])
     whole = PromptScores(["a", "b", "c"], ["t"] * 3, ["x", "y"])
-    for state in ("sums", "counts", "images"):
-        assert whole._reductions[state](torch.ones(2, 3)).tolist() == [2.0] * 3  # type: ignore[operator,misc]
-        setattr(whole, state, getattr(parts[0], state) + getattr(parts[1], state))
-    whole._update_count = 2
+    assert whole._reductions["totals"](torch.ones(2, 3)).tolist() == [2.0] * 3  # type: ignore[operator,misc]
+    whole.totals, whole._update_count = parts[0].totals + parts[1].totals, 2
     table = whole.table()
     assert {name: value.tolist() for name, value in table.sums.items()} == {"x": [1.25, 3, 0], "y": [1, 0, 0]}
     assert {name: value.tolist() for name, value in table.counts.items()} == {"x": [2, 1, 0], "y": [2, 0, 0]}
     assert table.images.tolist() == [2, 1, 1]
 
 
+def test_reading_a_table_changes_nothing() -> None:
+    metric = PromptScores.on(torch.device("cpu"), [("a", "t"), ("b", "t")], ["x"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torchmetrics warns of a metric without updates
+        assert metric.table().images.tolist() == [0, 0]
+    metric.update(["b"], [{"x": 2.0}])
+    before, count = metric.totals.clone(), metric.update_count
+    assert metric.table().sums["x"].tolist() == metric.table().sums["x"].tolist() == [0, 2]
+    assert torch.equal(metric.totals, before) and metric.update_count == count
+
+
 def test_one_prompt_keeps_its_dimension() -> None:
-    """Torchmetrics squeezes what `compute` returns."""
+    """Torchmetrics squeezes a tensor of one element that `compute` returns."""
     table = geneval_table(("a", "colors", True))
     assert table.sums["correct"].shape == table.images.shape == (1,)
     assert GENEVAL.scores(table)["overall"] == 1.0
 
 
 def test_a_set_without_prompts_scores_nothing() -> None:
-    scores = GENEVAL.scores(PromptScores([], [], ["correct"]).table())
+    scores = GENEVAL.scores(PromptScores.on(torch.device("cpu"), [], ["correct"]).table())
     assert set(scores) == {"overall", "images", "prompts"} and all(math.isnan(value) for value in scores.values())
 
 

@@ -138,8 +138,8 @@ def test_columns_may_be_named(tmp_path: Path, layout: str) -> None:
     assert color(load(path, columns={"id": "name"})[1]) == "lime"
     with pytest.raises(ValueError, match=r"edits\.\w+: data\.columns\.prompt is 'wishes', and the columns are .*wish"):
         load(path, columns={"prompt": "wishes"})
-    with pytest.raises(ValueError, match="data.columns names 'image': its keys are image, prompt, category, id"):
-        load(path, columns={"image": "seen"})
+    with pytest.raises(ValueError, match="data.columns names 'photo': its keys are image, prompt, category, id"):
+        load(path, columns={"photo": "seen"})
 
 
 @pytest.mark.parametrize(
@@ -349,7 +349,7 @@ def test_files_that_are_wrong_stop_whatever_is_to_be_skipped(tmp_path: Path, lay
     if layout == "jsonl":
         empty.write_text("\n")
         (tmp_path / "b.jsonl").write_text('{"prompt": "t"}\n[]')
-        with pytest.raises(ValueError, match=r"b\.jsonl:2: not a JSON object"):
+        with pytest.raises(ValueError, match=r"b\.jsonl:2: a JSON list in place of an object"):
             load(str(tmp_path / "b.jsonl"))
     else:
         pa = pytest.importorskip("pyarrow")

@@ -66,7 +66,7 @@ def test_numbers_serve_as_ids(tmp_path: Path) -> None:
             [{"id": "b", "paraphrase": "x"}, {"original": "two dogs", "paraphrase": "y"}],
             r"p\.jsonl:2: .*p\.jsonl:1 has a wording of the prompt 'b' of the kind file already",
         ),
-        ([], r"p\.jsonl: the file is empty"),
+        ([], r"p\.jsonl: the file holds no lines"),
     ],
 )
 def test_errors_name_the_line(tmp_path: Path, lines: list[Any], error: str) -> None:

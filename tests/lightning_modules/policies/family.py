@@ -1,4 +1,4 @@
-"""A family of flow models as the tests see it: a tiny random pipeline built in code, and how stock diffusers draws."""
+"""`Family`: a family of flow models to the tests, with a tiny random pipeline and how stock diffusers draws."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import CLIPTokenizer, PreTrainedTokenizerFast, T5TokenizerFast
+from transformers import CLIPTokenizer, PreTrainedTokenizerFast, Qwen3Config, T5TokenizerFast
 
-from lightning_modules.policies.flow import Sampling
+from lightning_modules.policies.flow import FlowPolicy, Sampling
 from lightning_modules.policies.pipeline import PipelinePolicy
+from lightning_modules.rollout import Trajectory
 
 PROMPTS = ["a red circle", "two blue squares left of a very large green triangle", "one cross above three circles"]
-"""Of different lengths in tokens."""
+"""Prompts of different lengths in tokens."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """What the proofs of `test_families.py` need to know of a family.
+    """A family of flow models, as the tests of `test_families.py` use it.
 
     Args:
-        name: of the test cases.
+        name: name of the test cases.
         policy: the adapter.
-        build: a tiny pipeline with random weights, every class a stock one (under a second, under 5 MB).
-        draw: stock images [B, 3, height, width] in [0, 1], clamped: (pipe, policy, prompts, latents, steps, images).
+        build: makes a tiny pipeline with random weights, every class a stock one (under a second, under 5 MB).
+        draw: (pipe, policy, prompts, latents, steps, images) -> stock images [B, 3, height, width] in [0, 1], clamped.
         sizes: two resolutions (height, width).
         options: arguments of the policy besides model, sampling and size.
-        sources: takes source images.
-        learning_rates: of full fine-tuning and LoRA for the toy reward.
-        parts: of a folder, what stock diffusers cannot load here by itself: name -> part for `from_pretrained`.
+        sources: True if it takes source images.
+        learning_rates: learning rates of full fine-tuning and LoRA for the toy reward.
+        parts: folder -> parts for `from_pretrained` that stock diffusers cannot load here by itself.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Family:
     parts: Callable[[Path], dict[str, Any]] = lambda folder: {}
 
     def save(self, folder: Path) -> Path:
-        """The tiny pipeline's folder. Models made from a configuration are in training mode: dropout goes off."""
+        """Saves the tiny pipeline, without the training mode (dropout) of models made from a configuration."""
         torch.manual_seed(1)
         pipe = self.build()
         for part in pipe.components.values():
@@ -60,7 +61,7 @@ class Family:
     def load(
         self, folder: Path, sampling: Sampling, size: tuple[int, int] | None = None, **more: Any
     ) -> PipelinePolicy:
-        """The adapter on that folder, in fp32."""
+        """Loads the adapter on a saved folder, in fp32."""
         height, width = size or self.sizes[0]
         defaults = {"height": height, "width": width, "dtype": "float32", "learning_rate": 1e-3}
         policy = self.policy(str(folder), sampling, **(defaults | self.options | more))
@@ -68,7 +69,7 @@ class Family:
         return policy
 
     def images(self, num: int) -> list[Image.Image] | None:
-        """`num` source images of one size and different content, or None for a family without."""
+        """Makes `num` source images of one size and different content; None for a family without sources."""
         if not self.sources:
             return None
         height, width = self.sizes[0]
@@ -77,14 +78,43 @@ class Family:
         return [Image.fromarray(image.numpy()) for image in pixels]
 
 
+def draw_stock(
+    pipe: Any, policy: Any, prompts: str | list[str], latents: Tensor, steps: int, **arguments: Any
+) -> Tensor:
+    """Draws images [B, 3, height, width] in [0, 1] with a stock pipeline; `arguments` are the family's own."""
+    drawn: Tensor = pipe(
+        prompt=prompts,
+        latents=latents,
+        num_inference_steps=steps,
+        height=policy.height,
+        width=policy.width,
+        output_type="pt",
+        **arguments,
+    ).images
+    return drawn
+
+
+def guided_arguments(policy: Any) -> dict[str, Any]:
+    """Arguments of most pipelines with classifier-free guidance."""
+    return {name: getattr(policy, name) for name in ("negative_prompt", "guidance_scale", "max_sequence_length")}
+
+
+def assert_ratio_is_one(policy: FlowPolicy, trajectory: Trajectory) -> None:
+    """Asserts that replayed log-probs have a gradient and are the sampled ones bit for bit."""
+    for step in range(len(trajectory.sde_steps)):
+        transition = policy.replay(trajectory, step)
+        assert transition.mean.requires_grad
+        assert torch.equal(transition.log_prob(trajectory.next_latents[:, step]), trajectory.log_probs[:, step])
+
+
 def byte_tokenizer(
     specials: Sequence[str] = (), texts: Sequence[str] = PROMPTS, vocab_size: int = 400, **roles: Any
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer (Qwen's and Gemma's kind) over a few words.
+    """Makes a byte-level BPE tokenizer (Qwen's and Gemma's kind) over a few words.
 
     Args:
         specials: special tokens, first in the vocabulary.
-        texts: whose words get tokens.
+        texts: texts whose words get tokens.
         vocab_size: at most this many tokens, the 256 bytes among them.
         **roles: `eos_token`, `pad_token`, `chat_template` and so on for the fast tokenizer.
     """
@@ -101,15 +131,35 @@ def byte_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **roles)
 
 
+def chat_tokenizer(chat_template: str) -> PreTrainedTokenizerFast:
+    """Makes a byte-level tokenizer with Qwen3's special tokens."""
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    return byte_tokenizer(specials, pad_token="<|endoftext|>", eos_token="<|im_end|>", chat_template=chat_template)
+
+
+def qwen3_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
+    """Makes the configuration of a tiny Qwen3 of three layers, 32 wide."""
+    return Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=128,
+    )
+
+
 def clip_tokenizer(max_length: int = 24) -> CLIPTokenizer:
-    """A CLIP tokenizer without merges: a token a letter."""
+    """Makes a CLIP tokenizer without merges: a token a letter."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=max_length)
 
 
 def t5_tokenizer() -> T5TokenizerFast:
-    """A T5 tokenizer over the test prompts' words and letters."""
+    """Makes a T5 tokenizer over the test prompts' words."""
     words = sorted({word for prompt in PROMPTS for word in prompt.split()})
     pieces = ["<pad>", "</s>", "<unk>", *(f"\u2581{word}" for word in words)]
     return T5TokenizerFast(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0)

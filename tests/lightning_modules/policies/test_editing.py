@@ -63,7 +63,7 @@ def test_a_source_of_any_size_is_rounded_as_stock_does(family: Family, folders: 
 
 @every_editor
 def test_prompt_and_source_are_listened_to(family: Family, folders: dict[str, Path]) -> None:
-    """Else the parity of images would prove little."""
+    """Without an effect of the source, equal images would prove little."""
     policy = family.load(folders[family.name], Sampling(4, 0))
     images = [noise_image(64, 64, seed) for seed in (1, 2)]
     base = policy.generate(PROMPTS[:1], [3], images=images[:1])
@@ -102,7 +102,7 @@ def test_sources_of_one_batch_need_one_size(family: Family, folders: dict[str, P
 
 
 def test_kontext_resizes_to_its_training_sizes_as_stock_does(tmp_path: Path) -> None:
-    """A million pixels of source; an autoencoder of 64 pixels a token keeps the sequence short."""
+    """The source has a million pixels; an autoencoder of 64 pixels a token keeps the sequence short."""
 
     def build() -> Any:
         pipe = tiny_flux1_kontext.build()

@@ -15,6 +15,7 @@ from lightning_modules.policies.flux1 import Flux1Policy
 from lightning_modules.rl.schedule import Window
 from lightning_modules.rl.sde import SDEType, flow_sde
 from lightning_modules.seeding import generators_for
+from tests.lightning_modules.policies.family import assert_ratio_is_one
 
 MakeFlow = Callable[..., Flux1Policy]
 PROMPTS = ["a photo of a circle", "draw 1 scarlet ball + 1 navy cone", "a photo of a circle", "a photo of four crosses"]
@@ -95,11 +96,7 @@ def test_replayed_log_probs_are_the_sampled_ones(
     perturb(policy)
     trajectory = policy.rollout(PROMPTS, [1, 2, 3, 4])
     for rows in (slice(0, 3), slice(3, 4)):
-        part = trajectory.rows(rows)
-        for step in range(3):
-            transition = policy.replay(part, step)
-            assert transition.mean.requires_grad
-            assert torch.equal(transition.log_prob(part.next_latents[:, step]), part.log_probs[:, step])
+        assert_ratio_is_one(policy, trajectory.rows(rows))
 
 
 def test_mixed_sampler_is_a_plain_loop(make_flow: MakeFlow) -> None:

@@ -1,4 +1,4 @@
-"""The refiner: what it samples, what it replays, and what it makes of its answers."""
+"""The refiner: sampling, replay, and the parsing of answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What SD3 has and other families have not: a third text encoder that may be absent, and a table of positions."""
+"""SD3 beyond what all families share: a third text encoder that may be absent, and a table of positions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_modules.policies.base import LoRA
 from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.sd3 import SD3Policy
 from lightning_modules.seeding import generators_for
-from tests.lightning_modules.policies.family import PROMPTS
+from tests.lightning_modules.policies.family import PROMPTS, assert_ratio_is_one
 from tests.lightning_modules.policies.test_flux1 import perturb
 from tests.lightning_modules.policies.tiny_sd3 import SD3, build, draw
 
@@ -37,7 +37,7 @@ def stock(folder: Path, t5: bool = True) -> StableDiffusion3Pipeline:
 
 
 def test_a_folder_without_t5_draws_as_the_stock_pipeline_told_so(without_t5: Path, tmp_path: Path) -> None:
-    """From the folder, and from what training wrote."""
+    """T5 may be absent in the folder, and in what training wrote."""
     policy = SD3.load(without_t5, Sampling(4, 0))
     assert policy.pipe.text_encoder_3 is None
     embeds = policy.encode(PROMPTS)["embeds"]
@@ -92,10 +92,7 @@ def test_images_larger_than_the_table_of_positions_are_refused(folder: Path) -> 
 def test_the_ratio_is_exactly_one_in_bf16(folder: Path, lora: LoRA | None) -> None:
     policy = SD3.load(folder, Sampling(4, [0, 2], noise_level=0.7), lora=lora, dtype="bfloat16")
     perturb(policy)
-    trajectory = policy.rollout(PROMPTS, [1, 2, 3])
-    for step in range(2):
-        transition = policy.replay(trajectory, step)
-        assert torch.equal(transition.log_prob(trajectory.next_latents[:, step]), trajectory.log_probs[:, step])
+    assert_ratio_is_one(policy, policy.rollout(PROMPTS, [1, 2, 3]))
 
 
 def test_adapters_reach_both_streams_and_the_second_attention(folder: Path) -> None:

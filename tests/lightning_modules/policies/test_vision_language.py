@@ -64,7 +64,7 @@ def load(folder: Path, cls: Any = VisionLanguagePolicy, **kwargs: Any) -> Any:
 
 
 def stock_inputs(policy: Any, folder: Path, sample: PromptSample, answer: Tensor | None = None) -> dict[str, Tensor]:
-    """What transformers' model is given for one row, without padding: pixels, grid, and which tokens are an image's."""
+    """Inputs of transformers' model for one row, without padding: pixels, grid, and which tokens are an image's."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     content: Any = sample.prompt
     inputs: dict[str, Tensor] = {}

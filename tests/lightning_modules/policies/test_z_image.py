@@ -1,4 +1,4 @@
-"""Z-Image: what its guidance and its captions have of their own."""
+"""Z-Image beyond what all families share: its guidance and its captions."""
 
 from __future__ import annotations
 

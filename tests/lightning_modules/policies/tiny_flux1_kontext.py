@@ -10,32 +10,21 @@ from torch import Tensor
 
 from lightning_modules.policies.flux1_kontext import KontextPolicy
 from tests.lightning_modules.policies import tiny_flux1
-from tests.lightning_modules.policies.family import Family
+from tests.lightning_modules.policies.family import Family, draw_stock
 
 
 def build() -> Any:
-    """Kontext's pipeline of 1M random weights."""
+    """Makes Kontext's pipeline of 1M random weights."""
     return FluxKontextPipeline(**tiny_flux1.build().components)
 
 
 def draw(
     pipe: Any, policy: Any, prompts: list[str], latents: Tensor, steps: int, images: list[Image.Image] | None
 ) -> Tensor:
-    """Stock drawn, of the height and width asked for."""
-    drawn: Tensor = pipe(
-        image=images,
-        prompt=prompts,
-        latents=latents,
-        num_inference_steps=steps,
-        guidance_scale=policy.guidance,
-        height=policy.height,
-        width=policy.width,
-        max_area=policy.height * policy.width,
-        max_sequence_length=policy.max_sequence_length,
-        output_type="pt",
-        _auto_resize=policy.auto_resize,
-    ).images
-    return drawn
+    """Draws with `FluxKontextPipeline`, in the height and width asked for."""
+    own = {"guidance_scale": policy.guidance, "max_sequence_length": policy.max_sequence_length}
+    size = {"max_area": policy.height * policy.width, "_auto_resize": policy.auto_resize}
+    return draw_stock(pipe, policy, prompts, latents, steps, image=images, **own, **size)
 
 
 FLUX1_KONTEXT = Family(

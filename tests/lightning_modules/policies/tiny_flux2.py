@@ -13,10 +13,10 @@ from diffusers import (
 )
 from PIL import Image
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
 from lightning_modules.policies.flux2 import Flux2KleinPolicy
-from tests.lightning_modules.policies.family import Family, byte_tokenizer
+from tests.lightning_modules.policies.family import Family, chat_tokenizer, draw_stock, qwen3_config
 
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -26,23 +26,9 @@ CHAT = (
 
 
 def build(is_distilled: bool = False, levels: int = 4) -> Any:
-    """FLUX.2-klein's pipeline of 0.2M random weights; 2 ** levels pixels a token, 16 in the published one."""
-    tokenizer = byte_tokenizer(
-        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        chat_template=CHAT,
-    )
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=128,
-    )
+    """Makes FLUX.2-klein's pipeline of 0.2M random weights; 2 ** levels pixels a token, 16 in the published one."""
+    tokenizer = chat_tokenizer(CHAT)
+    config = qwen3_config(tokenizer)
     vae = AutoencoderKLFlux2(
         block_out_channels=(8,) * levels,
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -84,21 +70,16 @@ def build(is_distilled: bool = False, levels: int = 4) -> Any:
 def draw(
     pipe: Any, policy: Any, prompts: list[str], latents: Tensor, steps: int, images: list[Image.Image] | None
 ) -> Tensor:
-    """Stock drawn; one by one with sources, since all images of one call are references of all its drawn."""
-    shared = {
-        "num_inference_steps": steps,
+    """Draws with `Flux2KleinPipeline`, which takes all source images of a call for one prompt: so one by one."""
+    own = {
         "guidance_scale": policy.guidance_scale,
-        "height": policy.height,
-        "width": policy.width,
         "max_sequence_length": policy.max_sequence_length,
         "text_encoder_out_layers": policy.text_encoder_out_layers,
-        "output_type": "pt",
     }
     if images is None:
-        drawn: Tensor = pipe(prompt=prompts, latents=latents, **shared).images
-        return drawn
+        return draw_stock(pipe, policy, prompts, latents, steps, **own)
     alone = zip(prompts, latents.split(1), images, strict=True)
-    return torch.cat([pipe(image=image, prompt=prompt, latents=x, **shared).images for prompt, x, image in alone])
+    return torch.cat([draw_stock(pipe, policy, prompt, x, steps, image=image, **own) for prompt, x, image in alone])
 
 
 OPTIONS = {"max_sequence_length": 48, "text_encoder_out_layers": (1, 3)}

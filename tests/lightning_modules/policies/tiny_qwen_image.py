@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from lightning_modules.policies.qwen_image import QwenImagePolicy
-from tests.lightning_modules.policies.family import PROMPTS, Family, byte_tokenizer
+from tests.lightning_modules.policies.family import PROMPTS, Family, byte_tokenizer, draw_stock
 
 SPECIAL = [
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
@@ -26,7 +26,7 @@ SPECIAL = [
 
 
 def parts(**transformer: Any) -> dict[str, Any]:
-    """The pipeline's parts, 0.2M random weights; 8 pixels a token.
+    """Makes the pipeline's parts, 0.2M random weights; 8 pixels a token.
 
     Args:
         **transformer: settings of the transformer beside its size.
@@ -46,7 +46,7 @@ def parts(**transformer: Any) -> dict[str, Any]:
         latents_mean=[-0.3, 0.2, 0.1, -0.1],
         latents_std=[1.5, 0.7, 1.2, 0.9],
     )
-    vae.decoder.conv_out.weight.data *= 8  # a fresh one's drawn are nearly flat
+    vae.decoder.conv_out.weight.data *= 8  # a fresh one's images are nearly flat
     vae.decoder.conv_out.bias.data = torch.tensor([-1.0, 1.0, 0.5])  # and not clipped
     network = QwenImageTransformer2DModel(
         patch_size=2,
@@ -80,7 +80,7 @@ def parts(**transformer: Any) -> dict[str, Any]:
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VLForConditionalGeneration:
-    """Qwen2.5-VL with random weights."""
+    """Makes a tiny Qwen2.5-VL with random weights."""
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -110,26 +110,17 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VLForConditional
 
 
 def build() -> Any:
-    """Qwen-Image's pipeline."""
+    """Makes Qwen-Image's pipeline."""
     return QwenImagePipeline(**parts())
 
 
 def draw(
     pipe: Any, policy: Any, prompts: list[str], latents: Tensor, steps: int, images: list[Image.Image] | None
 ) -> Tensor:
-    """Stock drawn."""
-    drawn: Tensor = pipe(
-        prompts,
-        negative_prompt=[policy.negative_prompt] * len(prompts),
-        true_cfg_scale=policy.guidance_scale,
-        latents=latents,
-        num_inference_steps=steps,
-        height=policy.height,
-        width=policy.width,
-        max_sequence_length=policy.max_sequence_length,
-        output_type="pt",
-    ).images
-    return drawn
+    """Draws with `QwenImagePipeline`."""
+    own = {"true_cfg_scale": policy.guidance_scale, "max_sequence_length": policy.max_sequence_length}
+    negative = [policy.negative_prompt] * len(prompts)
+    return draw_stock(pipe, policy, prompts, latents, steps, negative_prompt=negative, **own)
 
 
 QWEN_IMAGE = Family("qwen_image", QwenImagePolicy, build, draw, learning_rates=(1e-2, 2e-2))

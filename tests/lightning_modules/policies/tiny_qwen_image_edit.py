@@ -1,4 +1,4 @@
-"""Tiny Qwen-Image-Edit: Qwen-Image's tiny parts in the editing pipeline, with a processor for drawn."""
+"""Tiny Qwen-Image-Edit: Qwen-Image's tiny parts in the editing pipeline, with a processor for images."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from transformers import Qwen2VLImageProcessorPil
 
 from lightning_modules.policies.qwen_image_edit import ImageProcessor, QwenImageEditPolicy, image_processor
 from tests.lightning_modules.policies import tiny_qwen_image
-from tests.lightning_modules.policies.family import Family
+from tests.lightning_modules.policies.family import Family, draw_stock
 
 
 def build(zero_cond_t: bool = False) -> Any:
-    """Qwen-Image-Edit's pipeline; 2511 sets `zero_cond_t`, 2509 does not."""
+    """Makes Qwen-Image-Edit's pipeline; 2511 sets `zero_cond_t`, 2509 does not."""
     parts = tiny_qwen_image.parts(zero_cond_t=zero_cond_t)
     processor = ImageProcessor(Qwen2VLImageProcessorPil(), parts["tokenizer"])
     pipe = QwenImageEditPlusPipeline(processor=processor, **parts)
@@ -29,26 +29,13 @@ def build(zero_cond_t: bool = False) -> Any:
 def draw(
     pipe: Any, policy: Any, prompts: list[str], latents: Tensor, steps: int, images: list[Image.Image] | None
 ) -> Tensor:
-    """Stock drawn, one by one since the pipeline takes no more; its sizes of the source are constants."""
+    """Draws with `QwenImageEditPlusPipeline`, one by one as it must; its sizes of a source are constants."""
     assert images is not None
+    own = {"negative_prompt": policy.negative_prompt, "true_cfg_scale": policy.guidance_scale}
     areas = {"CONDITION_IMAGE_SIZE": policy.condition_area, "VAE_IMAGE_SIZE": policy.source_area}
+    alone = zip(prompts, latents.split(1), images, strict=True)
     with patch.multiple(pipeline_qwenimage_edit_plus, **areas):
-        return torch.cat(
-            [
-                pipe(
-                    image,
-                    prompt,
-                    negative_prompt=policy.negative_prompt,
-                    true_cfg_scale=policy.guidance_scale,
-                    latents=x,
-                    num_inference_steps=steps,
-                    height=policy.height,
-                    width=policy.width,
-                    output_type="pt",
-                ).images
-                for prompt, x, image in zip(prompts, latents.split(1), images, strict=True)
-            ]
-        )
+        return torch.cat([draw_stock(pipe, policy, prompt, x, steps, image=image, **own) for prompt, x, image in alone])
 
 
 QWEN_IMAGE_EDIT = Family(

@@ -17,15 +17,15 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2Model
 
 from lightning_modules.policies.sana import SanaPolicy
-from tests.lightning_modules.policies.family import Family, byte_tokenizer
+from tests.lightning_modules.policies.family import Family, byte_tokenizer, draw_stock, guided_arguments
 
 
 def build(scheduler: Any = None, **transformer: Any) -> SanaPipeline:
-    """Sana's pipeline.
+    """Makes Sana's pipeline.
 
     Args:
         scheduler: null is the published one.
-        **transformer: settings that differ from the published ones.
+        **transformer: settings of the transformer that differ from the published ones.
     """
     tokenizer = byte_tokenizer(["<pad>", "<eos>", "<bos>"], pad_token="<pad>", eos_token="<eos>", bos_token="<bos>")
     # Gemma begins every text with a token that the pipeline keeps while it cuts the instruction's own off.
@@ -88,22 +88,11 @@ def build(scheduler: Any = None, **transformer: Any) -> SanaPipeline:
 def draw(
     pipe: Any, policy: Any, prompts: list[str], latents: Tensor, steps: int, images: list[Image.Image] | None
 ) -> Tensor:
-    """Stock drawn with Euler steps in place of the multistep method; the instruction is the pipeline's default."""
+    """Draws with `SanaPipeline` by Euler steps instead of the multistep method, with the pipeline's instruction."""
     if isinstance(pipe.scheduler, DPMSolverMultistepScheduler):
         pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    drawn: Tensor = pipe(
-        prompts,
-        negative_prompt=policy.negative_prompt,
-        latents=latents,
-        num_inference_steps=steps,
-        guidance_scale=policy.guidance_scale,
-        height=policy.height,
-        width=policy.width,
-        max_sequence_length=policy.max_sequence_length,
-        use_resolution_binning=False,
-        output_type="pt",
-    ).images
-    return drawn
+    own = guided_arguments(policy)
+    return draw_stock(pipe, policy, prompts, latents, steps, use_resolution_binning=False, **own)
 
 
 # The stock pipeline takes multiples of 32 pixels whatever its autoencoder.

@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from lightning_modules.policies.sd3 import SD3Policy
 from miniature.architectures import build_vae
-from tests.lightning_modules.policies.family import Family, clip_tokenizer, t5_tokenizer
+from tests.lightning_modules.policies.family import Family, clip_tokenizer, draw_stock, guided_arguments, t5_tokenizer
 
 
 def _clip(tokenizer: CLIPTokenizer, hidden_size: int) -> CLIPTextModelWithProjection:
@@ -33,11 +33,11 @@ def _clip(tokenizer: CLIPTokenizer, hidden_size: int) -> CLIPTextModelWithProjec
 
 
 def build(t5: bool = True, **scheduler: Any) -> StableDiffusion3Pipeline:
-    """SD3.5's pipeline.
+    """Makes SD3.5's pipeline.
 
     Args:
-        t5: with the third text encoder.
-        **scheduler: instead of the published constant shift of 3.
+        t5: True with the third text encoder.
+        **scheduler: settings instead of the published constant shift of 3.
     """
     clip, clip_2, tokenizer = clip_tokenizer(48), clip_tokenizer(48), t5_tokenizer()
     encoder = T5EncoderModel(
@@ -78,19 +78,8 @@ def build(t5: bool = True, **scheduler: Any) -> StableDiffusion3Pipeline:
 def draw(
     pipe: Any, policy: Any, prompts: list[str], latents: Tensor, steps: int, images: list[Image.Image] | None
 ) -> Tensor:
-    """Stock drawn; the pipeline batches the two passes of guidance."""
-    drawn: Tensor = pipe(
-        prompts,
-        negative_prompt=policy.negative_prompt,
-        latents=latents,
-        num_inference_steps=steps,
-        guidance_scale=policy.guidance_scale,
-        height=policy.height,
-        width=policy.width,
-        max_sequence_length=policy.max_sequence_length,
-        output_type="pt",
-    ).images
-    return drawn
+    """Draws with `StableDiffusion3Pipeline`, which batches the two passes of guidance."""
+    return draw_stock(pipe, policy, prompts, latents, steps, **guided_arguments(policy))
 
 
 SD3 = Family("sd3", SD3Policy, build, draw, options={"max_sequence_length": 16}, learning_rates=(3e-3, 3e-2))

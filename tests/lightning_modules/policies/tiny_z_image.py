@@ -7,10 +7,10 @@ from typing import Any
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from PIL import Image
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3Model
+from transformers import Qwen3Model
 
 from lightning_modules.policies.z_image import ZImagePolicy
-from tests.lightning_modules.policies.family import Family, byte_tokenizer
+from tests.lightning_modules.policies.family import Family, chat_tokenizer, draw_stock, guided_arguments, qwen3_config
 
 CHAT = (
     "<|im_start|>system\nZ<|im_end|>\n"  # so long that one of the test prompts fills more than 32 tokens
@@ -20,23 +20,9 @@ CHAT = (
 
 
 def build() -> Any:
-    """Z-Image's pipeline of 0.2M random weights."""
-    tokenizer = byte_tokenizer(
-        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        chat_template=CHAT,
-    )
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=128,
-    )
+    """Makes Z-Image's pipeline of 0.2M random weights."""
+    tokenizer = chat_tokenizer(CHAT)
+    config = qwen3_config(tokenizer)
     vae = AutoencoderKL(
         block_out_channels=(8, 16, 16),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -75,20 +61,10 @@ def build() -> Any:
 def draw(
     pipe: Any, policy: Any, prompts: list[str], latents: Tensor, steps: int, images: list[Image.Image] | None
 ) -> Tensor:
-    """Stock drawn; the pipeline batches the two passes of guidance, and writes into the lists of texts."""
-    drawn: Tensor = pipe(
-        list(prompts),
-        negative_prompt=[policy.negative_prompt] * len(prompts),
-        latents=latents,
-        num_inference_steps=steps,
-        guidance_scale=policy.guidance_scale,
-        cfg_normalization=policy.cfg_normalization,
-        height=policy.height,
-        width=policy.width,
-        max_sequence_length=policy.max_sequence_length,
-        output_type="pt",
-    ).images
-    return drawn
+    """Draws with `ZImagePipeline`, which batches the two passes of guidance, and writes into the lists of texts."""
+    own = guided_arguments(policy) | {"negative_prompt": [policy.negative_prompt] * len(prompts)}
+    normalization = policy.cfg_normalization
+    return draw_stock(pipe, policy, list(prompts), latents, steps, cfg_normalization=normalization, **own)
 
 
 Z_IMAGE = Family("z_image", ZImagePolicy, build, draw, options={"max_sequence_length": 64})

@@ -28,7 +28,7 @@ from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.policies.memory import quantize_linears
 from lightning_modules.policies.vision_language import VisionLanguagePolicy
 from lightning_modules.preflight import check as preflight
-from lightning_modules.preflight.check import Estimate, switches
+from lightning_modules.preflight.check import Estimate, suggestions
 from lightning_modules.preflight.estimate import Setting, agent_estimate, estimate
 from lightning_modules.preflight.formulas import (
     cache_bytes,
@@ -38,17 +38,18 @@ from lightning_modules.preflight.formulas import (
     weight_bytes,
 )
 from lightning_modules.preflight.meta_models import (
-    blank_completions,
-    blank_trajectory,
-    flow_skeleton,
-    language_skeleton,
+    flow_on_meta,
+    language_on_meta,
+    meta_completions,
+    meta_trajectory,
 )
-from lightning_modules.preflight.peak_memory import counting, peak_bytes
+from lightning_modules.preflight.peak_memory import count_memory, peak_bytes
 from lightning_modules.prompt_rl import PromptRL
 from miniature.scenes.detector import ShapesDetector
 from rewards.geneval.reward import GenEvalReward
 from tests.lightning_modules.policies.family import Family
 from tests.lightning_modules.policies.test_families import FAMILIES
+from tests.lightning_modules.policies.test_memory import saved_bytes
 from tests.lightning_modules.policies.tiny_vision_language import KINDS
 from tests.lightning_modules.policies.tiny_vision_language import build as build_vision_language
 from tests.lightning_modules.test_cli import FLOW, LANGUAGE, complaint, fit
@@ -99,7 +100,7 @@ def held(policy: Policy) -> dict[str, tuple[int, int, int]]:
 @pytest.mark.parametrize("lora", [None, LORA, LoRA(3, 6, targets=["ff.net.0.proj"])], ids=["full", "lora", "targets"])
 def test_flow_counts_are_the_loaded_models(dtype: str, lora: LoRA | None) -> None:
     module = PromptRL(flow(dtype=dtype, lora=lora), GenEvalReward(ShapesDetector()), num_retained=8)
-    parts = agent_estimate(module, "flow", Setting(), lasting_only=True).parts
+    parts = agent_estimate(module, "flow", Setting(), persistent_only=True).networks
     module.flow.load()
     loaded = held(module.flow)
     loaded["transformer"] = loaded.pop("network")
@@ -114,17 +115,17 @@ def test_flow_counts_are_the_loaded_models(dtype: str, lora: LoRA | None) -> Non
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 def test_language_counts_are_the_loaded_models(dtype: str, lora: LoRA | None) -> None:
     module = agents(language_settings={"dtype": dtype, "lora": lora, "kl_weight": 0.1})
-    found = agent_estimate(module, "language", Setting(), lasting_only=True)
+    found = agent_estimate(module, "language", Setting(), persistent_only=True)
     assert module.language is not None
     module.language.load()
     networks = held(module.language)
-    (part,) = found.parts
+    (part,) = found.networks
     parameters, trained, size = networks["network"]
     assert (part.parameters, part.trained) == (parameters, trained)
     assert part.bytes == pytest.approx(size, abs=KIB)
-    assert ("reference" in found.lasting) == ("_frozen_copy" in networks) == (lora is None)
+    assert ("reference" in found.persistent) == ("_frozen_copy" in networks) == (lora is None)
     if lora is None:
-        assert found.lasting["reference"] == part.bytes
+        assert found.persistent["reference"] == part.bytes
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -134,8 +135,8 @@ def test_vision_language_counts_are_the_loaded_models(kind: str, cls: Any, lora:
     policy = cls(str(build_vision_language(kind, tmp_path)), "{prompt}", dtype="float32", lora=lora)
     module = PromptRL(flow(), GenEvalReward(ShapesDetector()), policy)
     found = agent_estimate(module, "language", Setting(2, source=(64, 64)))
-    (part,) = found.parts
-    assert None not in found.passing.values()
+    (part,) = found.networks
+    assert None not in found.transient.values()
     policy.load()
     parameters, trained, _ = held(policy)["network"]
     assert (part.parameters, part.trained) == (parameters, trained) and trained < parameters
@@ -149,12 +150,12 @@ def test_every_family_is_counted_and_runs_on_shapes(family: Family, tmp_path: Pa
         policy = family.policy(str(folder), Sampling(4, 2), lora=lora, **settings)
         module = PromptRL(policy, GenEvalReward(ShapesDetector()), num_retained=8)
         found = agent_estimate(module, "flow", Setting(source=(64, 64) if family.sources else None))
-        assert {"drawing", "decoding", "updating flow"} <= set(found.passing)
-        assert None not in found.passing.values()
+        assert {"drawing", "decoding", "updating flow"} <= set(found.transient)
+        assert None not in found.transient.values()
     loaded = family.load(folder, Sampling(4, 2), lora=LORA)
     counts = {name: count for name, (*count, _) in held(loaded).items()}
     counts["transformer"] = counts.pop("network")
-    assert {part.name: [part.parameters, part.trained] for part in found.parts} == {
+    assert {part.name: [part.parameters, part.trained] for part in found.networks} == {
         f"flow.{name}": count for name, count in counts.items()
     }
     drawn = loaded.rollout(["a red circle"], [0], images=family.images(1))
@@ -174,10 +175,10 @@ def test_an_estimate_touches_neither_the_agents_nor_the_generator() -> None:
 # --- bytes by hand ----------------------------------------------------------------------------------------------------
 
 
-def test_the_miniatures_lasting_bytes_by_hand() -> None:
+def test_the_miniatures_persistent_bytes_by_hand() -> None:
     """926,672 of transformer and 281,855 frozen beside it; 232,224 of refiner; all fp32."""
     found = estimate(agents(language_settings={"kl_weight": 0.1}), Setting(2))
-    assert {part.name: part.parameters for part in found.parts} == {
+    assert {part.name: part.parameters for part in found.networks} == {
         "flow.transformer": 926_672,
         "flow.vae": 137_919,
         "flow.text_encoder": 54_848,
@@ -185,27 +186,27 @@ def test_the_miniatures_lasting_bytes_by_hand() -> None:
         "language": 232_224,
     }
     trained = 926_672 + 232_224
-    assert found.lasting["gradients"] == 4 * trained
-    assert found.lasting["optimizer state (AdamW)"] == 8 * trained
-    assert 4 * 232_224 <= found.lasting["reference"] <= 4 * 232_224 + KIB
+    assert found.persistent["gradients"] == 4 * trained
+    assert found.persistent["optimizer state (AdamW)"] == 8 * trained
+    assert 4 * 232_224 <= found.persistent["reference"] <= 4 * 232_224 + KIB
     weights = 4 * (trained + 281_855)
-    assert weights <= found.lasting["weights"] <= weights + 2 * KIB  # buffers
-    assert found.sure == sum(found.lasting.values())
+    assert weights <= found.persistent["weights"] <= weights + 2 * KIB  # buffers
+    assert found.persistent_total == sum(found.persistent.values())
     # 2 prompts x 8 images; 16 tokens of 48 numbers, before and after 3 SDE steps and at the end; 3 log-probs.
-    assert found.kept["trajectories"] == 16 * 4 * (7 * 16 * 48 + 3)
+    assert found.per_step["trajectories"] == 16 * 4 * (7 * 16 * 48 + 3)
     # 2 originals and 12 rewrites; T5's 18 x 64 and CLIP's 64 numbers, and a mask of 18 longs.
-    assert found.kept["encoded prompts"] == 14 * (4 * (18 * 64 + 64) + 8 * 18)
+    assert found.per_step["encoded prompts"] == 14 * (4 * (18 * 64 + 64) + 8 * 18)
 
 
 def test_lora_by_hand() -> None:
     """Rank x (in + out) of every target: 2 double blocks with 8 of 96 x 96, 1 single block with 3, 8 bytes of Adam."""
     found = estimate(agents({"lora": LORA, "dtype": "bfloat16"}, {"learning_rate": None}), Setting(2))
     adapters = 4 * (96 + 96) * (2 * 8 + 3)
-    (transformer,) = (part for part in found.parts if part.name == "flow.transformer")
+    (transformer,) = (part for part in found.networks if part.name == "flow.transformer")
     assert transformer.trained == adapters and transformer.parameters == 926_672 + adapters
     assert transformer.bytes == 2 * 926_672 + 4 * adapters  # adapters stay in fp32
-    assert found.lasting["gradients"] == 4 * adapters
-    assert found.lasting["optimizer state (AdamW)"] == 8 * adapters
+    assert found.persistent["gradients"] == 4 * adapters
+    assert found.persistent["optimizer state (AdamW)"] == 8 * adapters
 
 
 def test_weight_bytes_by_hand() -> None:
@@ -222,8 +223,8 @@ def test_quantized_bytes_are_bitsandbytes(quantization: str) -> None:
     """Within 1 %: nf4 also keeps a table of 16 numbers for each layer, int8 a scale for each row."""
     policy = flow(quantization=quantization, lora=LORA)
     module = PromptRL(policy, GenEvalReward(ShapesDetector()), num_retained=8)
-    found = agent_estimate(module, "flow", Setting(), lasting_only=True)
-    (transformer,) = (part for part in found.parts if part.name == "flow.transformer")
+    found = agent_estimate(module, "flow", Setting(), persistent_only=True)
+    (transformer,) = (part for part in found.networks if part.name == "flow.transformer")
     policy.load()
     size = 0
     for parameter in policy.network.parameters():
@@ -273,13 +274,13 @@ def test_key_value_cache_bytes_are_the_caches() -> None:
     ],
 )
 def test_optimizer_state(optimizer: OptimizerCallable, name: str, numbers: float) -> None:
-    state = optimizer_state(optimizer, flow_skeleton(flow()))
+    state = optimizer_state(optimizer, flow_on_meta(flow()))
     assert (state.name, state.bytes) == (name, int(numbers * 4 * 926_672))
 
 
 def test_optimizer_state_is_what_an_optimizer_keeps() -> None:
     policy = flow(dtype="bfloat16")
-    expected = optimizer_state(torch.optim.AdamW, flow_skeleton(policy)).bytes
+    expected = optimizer_state(torch.optim.AdamW, flow_on_meta(policy)).bytes
     policy.load()
     optimizer = torch.optim.AdamW([policy.parameter_group()])
     for parameter in policy.network.parameters():
@@ -293,7 +294,7 @@ def test_an_optimizer_that_cannot_be_tried_counts_two_numbers_a_weight() -> None
     def refuses(groups: Any) -> Any:
         raise RuntimeError("this optimizer needs a GPU")
 
-    state = optimizer_state(refuses, flow_skeleton(flow()))
+    state = optimizer_state(refuses, flow_on_meta(flow()))
     assert (state.name, state.bytes) == ("unknown", 2 * 4 * 926_672)
 
 
@@ -313,21 +314,6 @@ def measured_peak(run: Callable[[], object]) -> int:
     return peak
 
 
-def measured_saved(compute: Callable[[], torch.Tensor], policy: Policy) -> int:
-    """Bytes that autograd keeps for the backward pass beside the weights, each storage once."""
-    weights = {tensor.untyped_storage().data_ptr() for tensor in (*policy.parameters(), *policy.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = compute()
-    del result
-    return sum(size for address, size in kept.items() if address not in weights)
-
-
 def with_gradients(policy: Policy) -> list[torch.Tensor]:
     """Weights and their gradients, as before a micro-batch that is not the first."""
     for parameter in policy.parameters():
@@ -339,9 +325,9 @@ def with_gradients(policy: Policy) -> list[torch.Tensor]:
 
 def compare(
     policy: Policy,
-    skeleton: Policy,
+    meta: Policy,
     real: Callable[[], torch.Tensor],
-    blank: Callable[[], torch.Tensor],
+    on_meta: Callable[[], torch.Tensor],
     autocast: torch.dtype | None,
     within: float,
 ) -> None:
@@ -357,13 +343,13 @@ def compare(
             return real()
 
     with_gradients(policy)
-    saved, peak = measured_saved(step, policy), measured_peak(lambda: step().backward())
-    with counting(with_gradients(skeleton), autocast) as live:
-        loss = blank()
-        kept = live.now
+    saved, peak = saved_bytes(step, [*policy.parameters(), *policy.buffers()]), measured_peak(lambda: step().backward())
+    with count_memory(with_gradients(meta), autocast) as counter:
+        loss = on_meta()
+        kept = counter.now
         loss.backward()
-    print(f"saved {kept / saved:.3f} of {saved / MIB:.1f} MiB, peak {live.peak / peak:.3f} of {peak / MIB:.1f} MiB")
-    assert live.peak == pytest.approx(peak, rel=within)
+    print(f"saved {kept / saved:.3f} of {saved / MIB:.1f} MiB, peak {counter.peak / peak:.3f} of {peak / MIB:.1f} MiB")
+    assert counter.peak == pytest.approx(peak, rel=within)
     if not policy.gradient_checkpointing:  # whose blocks' inputs autograd keeps without a hook
         assert kept == pytest.approx(saved, rel=within)
 
@@ -376,15 +362,15 @@ AUTOCAST = pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["ful
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: ",".join(settings) or "plain")
 def test_flow_update_takes_what_the_profiler_measures(settings: dict[str, Any], autocast: torch.dtype | None) -> None:
     policy, rows = flow(**settings), 4
-    skeleton = flow_skeleton(policy)
+    meta = flow_on_meta(policy)
     policy.load()
     drawn = policy.rollout([f"{n} red circles" for n in range(rows)], range(rows))
-    blank = blank_trajectory(skeleton, rows, None)
+    shapes = meta_trajectory(meta, rows, None)
     compare(
         policy,
-        skeleton,
-        lambda: flow_objective(policy, drawn, 0, torch.ones(rows))[0].mean(),
-        lambda: flow_objective(skeleton, blank, 0, torch.empty(rows, device="meta"))[0].mean(),
+        meta,
+        lambda: flow_objective(policy, drawn, 0, torch.ones(rows)).loss.mean(),
+        lambda: flow_objective(meta, shapes, 0, torch.empty(rows, device="meta")).loss.mean(),
         autocast,
         within=0.06,
     )
@@ -396,16 +382,16 @@ def test_language_update_takes_what_the_profiler_measures(
     settings: dict[str, Any], autocast: torch.dtype | None, samples: list[PromptSample]
 ) -> None:
     policy = language(**settings)
-    skeleton = language_skeleton(policy)
+    meta = language_on_meta(policy)
     policy.load()
     written = policy.refine(samples[:3], 4)
     rows = len(written)
-    blank = blank_completions(rows, written.prompt_ids.shape[1], written.tokens.shape[1])
+    shapes = meta_completions(rows, written.prompt_ids.shape[1], written.tokens.shape[1])
     compare(
         policy,
-        skeleton,
-        lambda: language_objective(policy, written, torch.ones(rows))[0].mean(),
-        lambda: language_objective(skeleton, blank, torch.empty(rows, device="meta"))[0].mean(),
+        meta,
+        lambda: language_objective(policy, written, torch.ones(rows)).loss.mean(),
+        lambda: language_objective(meta, shapes, torch.empty(rows, device="meta")).loss.mean(),
         autocast,
         within=0.06,
     )
@@ -435,15 +421,15 @@ def larger_flux(tmp_path_factory: pytest.TempPathFactory, random_flux: Path) -> 
 def test_a_larger_flux_takes_what_the_profiler_measures(larger_flux: Path, settings: dict[str, Any]) -> None:
     """16 x 16 tokens, 256 wide: activations, not weights, fill the memory."""
     policy = flow(larger_flux, height=128, width=128, **settings)
-    skeleton = flow_skeleton(policy)
+    meta = flow_on_meta(policy)
     policy.load()
     drawn = policy.rollout(["a red circle"], [0])
-    blank = blank_trajectory(skeleton, 1, None)
+    shapes = meta_trajectory(meta, 1, None)
     compare(
         policy,
-        skeleton,
-        lambda: flow_objective(policy, drawn, 0, torch.ones(1))[0].mean(),
-        lambda: flow_objective(skeleton, blank, 0, torch.empty(1, device="meta"))[0].mean(),
+        meta,
+        lambda: flow_objective(policy, drawn, 0, torch.ones(1)).loss.mean(),
+        lambda: flow_objective(meta, shapes, 0, torch.empty(1, device="meta")).loss.mean(),
         None,
         within=0.05,
     )
@@ -451,14 +437,14 @@ def test_a_larger_flux_takes_what_the_profiler_measures(larger_flux: Path, setti
 
 def test_decoding_takes_what_the_profiler_measures() -> None:
     policy = flow(height=64, width=64)
-    skeleton = flow_skeleton(policy)
+    meta = flow_on_meta(policy)
     policy.load()
     final = torch.randn(2, *policy.latent_shape)
     measured = measured_peak(lambda: policy.decode(final))
     with torch.no_grad():
         found = peak_bytes(
-            [*skeleton.parameters(), *skeleton.buffers()],
-            lambda: skeleton.decode(torch.empty_like(final, device="meta")),
+            [*meta.parameters(), *meta.buffers()],
+            lambda: meta.decode(torch.empty_like(final, device="meta")),
         )
     assert found <= 1.05 * measured <= 1.05 * 1.5 * found, "convolutions on a CPU have workspaces"
 
@@ -466,24 +452,24 @@ def test_decoding_takes_what_the_profiler_measures() -> None:
 # --- counting ---------------------------------------------------------------------------------------------------------
 
 
-def test_live_bytes_by_hand() -> None:
+def test_counted_bytes_by_hand() -> None:
     weight = torch.empty(256, device="meta")  # 1 KiB
-    with counting([weight]) as live:
+    with count_memory([weight]) as counter:
         one = weight + 1
-        assert (live.now, live.peak) == (KIB, KIB)
+        assert (counter.now, counter.peak) == (KIB, KIB)
         view = one.view(16, 16)[:4]
         view += 1
-        assert live.now == KIB, "a view, or a change in place, takes nothing"
+        assert counter.now == KIB, "a view, or a change in place, takes nothing"
         del one
-        assert live.now == KIB, "the view holds it"
+        assert counter.now == KIB, "the view holds it"
         other = view * 2  # 4 x 16
-        assert live.now == KIB + 256
+        assert counter.now == KIB + 256
         del view
-        assert live.now == 256
+        assert counter.now == 256
         again = [weight + 1 for _ in range(3)]  # not worked out anew, but counted
-        assert (live.now, live.peak) == (256 + 3 * KIB, 256 + 3 * KIB)
+        assert (counter.now, counter.peak) == (256 + 3 * KIB, 256 + 3 * KIB)
         del again, other
-        assert live.now == 0
+        assert counter.now == 0
 
 
 def test_what_backward_needs_stays_and_checkpointing_drops_it() -> None:
@@ -498,10 +484,10 @@ def test_what_backward_needs_stays_and_checkpointing_drops_it() -> None:
         return hidden
 
     def kept(*, recompute: bool) -> int:
-        with counting([*known, inputs]) as live:
+        with count_memory([*known, inputs]) as counter:
             hidden = forward(recompute=recompute)
             assert hidden.shape == (4, 256)
-            return live.now
+            return counter.now
 
     assert kept(recompute=False) == 8 * 2 * 4 * KIB  # sigmoid's output, and the product's factor
     assert kept(recompute=True) == 8 * 4 * KIB  # the blocks' inputs, the last one's output
@@ -517,11 +503,11 @@ def test_attention_keeps_no_scores_and_autocast_halves_products() -> None:
     attend = nn.functional.scaled_dot_product_attention
     assert peak_bytes([query], lambda: attend(query, query, query)) < 300 * KIB  # output and 2 x 1024 sums
     weight, inputs = torch.empty(64, 32, device="meta"), torch.empty(8, 32, device="meta")
-    with counting([weight, inputs], torch.bfloat16) as live:
+    with count_memory([weight, inputs], torch.bfloat16) as counter:
         product = nn.functional.linear(inputs, weight)
         assert product.dtype == torch.bfloat16
-        assert live.now == 2 * 8 * 64, "the casts are gone without a backward pass"
-        assert live.peak == 2 * (8 * 64 + 64 * 32 + 8 * 32)
+        assert counter.now == 2 * 8 * 64, "the casts are gone without a backward pass"
+        assert counter.peak == 2 * (8 * 64 + 64 * 32 + 8 * 32)
         stacked = torch.empty(3, 8, 32, device="meta") @ torch.empty(32, 5, device="meta")
         assert (stacked.dtype, stacked.shape) == (torch.bfloat16, (3, 8, 5))
     assert nn.functional.linear(inputs, weight).dtype == torch.float32, "outside, all is as before"
@@ -536,29 +522,29 @@ def totals(setting: Setting | None = None, **settings: Any) -> Estimate:
 
 def test_estimates_are_ordered() -> None:
     full = totals()
-    assert totals(lora=LORA).sure < full.sure
-    assert totals(lora=LORA, quantization="nf4").sure < totals(lora=LORA, quantization="int8").sure
-    assert totals(lora=LORA, quantization="int8").sure < totals(lora=LORA).sure
-    assert totals(dtype="bfloat16").sure < full.sure < totals(kl_weight=0.1).sure
-    assert totals(offload=True).sure < full.sure
-    assert totals(Setting(4, cuda=False), offload=True).sure == totals(Setting(4, cuda=False)).sure, "CPU to CPU"
+    nf4, int8, lora = (totals(lora=LORA, quantization=kind).persistent_total for kind in ("nf4", "int8", None))
+    assert nf4 < int8 < lora < full.persistent_total
+    assert totals(dtype="bfloat16").persistent_total < full.persistent_total < totals(kl_weight=0.1).persistent_total
+    assert totals(offload=True).persistent_total < full.persistent_total
+    on_cpu = totals(Setting(4, cuda=False)).persistent_total
+    assert totals(Setting(4, cuda=False), offload=True).persistent_total == on_cpu, "CPU to CPU"
     assert totals(gradient_checkpointing=True).total < full.total
-    assert totals(gradient_checkpointing=True).sure == full.sure
-    peaks = [totals(micro_batch_size=size).passing["updating flow"] or 0 for size in (1, 4, 16, None)]
+    assert totals(gradient_checkpointing=True).persistent_total == full.persistent_total
+    peaks = [totals(micro_batch_size=size).transient["updating flow"] or 0 for size in (1, 4, 16, None)]
     assert peaks == sorted(peaks) and peaks[0] < peaks[1] < peaks[2] < peaks[3]
     assert totals(Setting(4, autocast=torch.bfloat16)).total < full.total
-    assert totals(Setting(8)).total > full.total and totals(Setting(8)).sure == full.sure
+    assert totals(Setting(8)).total > full.total and totals(Setting(8)).persistent_total == full.persistent_total
     larger = totals(height=64, width=64)
-    assert larger.kept["trajectories"] > 3.9 * full.kept["trajectories"] and larger.total > full.total
-    assert totals(Setting(4, num_devices=2)).passing["stepping"] == 2 * full.lasting["gradients"]
-    assert totals(Setting(4, num_devices=2)).lasting["buckets of DDP"] == full.lasting["gradients"]
+    assert larger.per_step["trajectories"] > 3.9 * full.per_step["trajectories"] and larger.total > full.total
+    assert totals(Setting(4, num_devices=2)).transient["stepping"] == 2 * full.persistent["gradients"]
+    assert totals(Setting(4, num_devices=2)).persistent["buckets of DDP"] == full.persistent["gradients"]
 
 
-def test_switches_save_what_they_say() -> None:
+def test_suggestions_save_what_they_say() -> None:
     module = agents({"kl_weight": 0.1}, {"kl_weight": 0.1, "lora": LORA})
     setting = Setting(4)
     found = estimate(module, setting)
-    saved = dict(switches(module, setting, found))
+    saved = dict(suggestions(module, setting, found))
     kinds = ["lora`", "nf4", "AdamW8bit", "gradient_checkpointing", "micro_batch_size", "offload", "kl_weight"]
     order = [next(i for i, kind in enumerate(kinds) if kind in name) for name in saved]
     assert order == sorted(order) and set(order) == set(range(7))
@@ -570,18 +556,18 @@ def test_switches_save_what_they_say() -> None:
     }
     for name, settings in changes.items():
         changed = estimate(agents({"kl_weight": 0.1} | settings, {"kl_weight": 0.1, "lora": LORA}), setting)
-        assert saved[name] == found.sure - changed.sure
+        assert saved[name] == found.persistent_total - changed.persistent_total
     assert "`language.lora`" not in saved, "it has them"
     assert "`flow.kl_weight: 0`" in saved and "`language.kl_weight: 0`" not in saved, "adapters need no copy"
-    trained = sum(part.trained for part in found.parts)
+    trained = sum(part.trained for part in found.networks)
     assert saved["`optimizer: bitsandbytes.optim.AdamW8bit`"] == pytest.approx((8 - 2.03125) * trained, abs=2)
 
 
-def test_no_switch_is_named_that_is_on() -> None:
+def test_nothing_is_suggested_that_is_on() -> None:
     small: dict[str, Any] = {"lora": LORA, "quantization": "nf4", "gradient_checkpointing": True, "micro_batch_size": 1}
     module = agents({**small, "offload": True}, small)
     module.optimizer = bnb.optim.AdamW8bit
-    assert switches(module, Setting(), estimate(module)) == []
+    assert suggestions(module, Setting(), estimate(module)) == []
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -644,7 +630,7 @@ def test_the_stop_can_be_overruled(
 
 
 def test_models_are_refused_in_the_words_of_loading(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """With and without the estimate."""
+    """The error is the same with and without the estimate."""
     for option in (f"--{LANGUAGE}.model=miniature/lang", f"--{FLOW}.height=30"):
         assert complaint(capfd, tmp_path, option) == complaint(capfd, tmp_path, option, "--preflight=off")
 
@@ -660,7 +646,7 @@ def test_a_policy_that_shapes_do_not_suffice_is_unknown_not_stopped(monkeypatch:
 
     monkeypatch.setattr(Flux1Policy, "decode", value_dependent)
     found = estimate(agents(), Setting())
-    assert found.passing["decoding"] is None and found.total > found.sure
+    assert found.transient["decoding"] is None and found.total > found.persistent_total
     preflight.report(found, "cpu")
 
 

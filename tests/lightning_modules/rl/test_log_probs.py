@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
-from lightning_modules.rl.log_probs import completion_mask, position_ids, token_entropy, token_log_probs
+from lightning_modules.rl.log_probs import completion_mask, position_ids, token_log_probs
 
 BATCH, LENGTH, WIDTH, VOCABULARY = 3, 7, 5, 11
 
@@ -103,25 +103,10 @@ def test_log_softmax_is_fp32_whatever_the_logits(autocast: bool) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         logits = head(hidden.flatten(0, 1))
         log_probs = token_log_probs(hidden, head, targets, temperature=0.7, chunk_size=BATCH * LENGTH)
-        entropy = token_entropy(hidden, head, temperature=0.7, chunk_size=BATCH * LENGTH)
     assert logits.dtype == torch.bfloat16
-    assert log_probs.dtype == entropy.dtype == torch.float32
+    assert log_probs.dtype == torch.float32
     exact = Categorical(logits=logits.double().view(BATCH, LENGTH, VOCABULARY) / 0.7)
     torch.testing.assert_close(log_probs.double(), exact.log_prob(targets), rtol=1e-6, atol=2e-6)
-    torch.testing.assert_close(entropy.double(), exact.entropy(), rtol=1e-6, atol=2e-6)
-
-
-def test_entropy_matches_torch_distributions() -> None:
-    (hidden, _), head = _batch(), RecordingHead()
-    entropy = token_entropy(hidden.requires_grad_(), head, temperature=0.6, chunk_size=4)
-    torch.testing.assert_close(entropy, Categorical(logits=hidden @ head.weight.T / 0.6).entropy().detach())
-    assert head.calls == [4, 4, 4, 4, 4, 1]
-    assert not entropy.requires_grad
-
-
-def test_entropy_of_masked_tokens() -> None:
-    logits = torch.tensor([[[0.0, 0.0, -torch.inf]]])
-    assert token_entropy(logits, nn.Identity()).item() == pytest.approx(0.6931472, rel=1e-6)
 
 
 def test_completion_mask_ends_with_the_first_eos() -> None:

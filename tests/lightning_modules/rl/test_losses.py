@@ -22,7 +22,8 @@ def test_surrogate_by_hand() -> None:
     advantages = torch.tensor([2.0, -2.0, 2.0, -2.0, 2.0, -2.0]).double()
     old = _normal(6)
     log_probs = (old + ratios.log()).requires_grad_()
-    loss, stats = clipped_surrogate(log_probs, advantages, clip_range=0.2, old_log_probs=old)
+    surrogate = clipped_surrogate(log_probs, advantages, clip_range=0.2, old_log_probs=old)
+    loss, stats = surrogate.loss, surrogate.stats
     # clipped where the step has already gone far enough in the advantage's direction
     assert loss.tolist() == pytest.approx([-2.4, 2.6, -1.4, 1.6, -2.2, 1.8], rel=1e-12)
     (gradient,) = torch.autograd.grad(loss.sum(), log_probs)
@@ -45,7 +46,8 @@ def test_on_policy_gradient_is_the_policy_gradient(old: str, clip_range: float) 
     parameter, features, advantages = _normal(3).requires_grad_(), _normal(5, 3, seed=1), _normal(5, seed=2)
     log_probs = -(features @ parameter).square()
     old_log_probs = log_probs.detach() if old == "equal" else None
-    loss, stats = clipped_surrogate(log_probs, advantages, clip_range=clip_range, old_log_probs=old_log_probs)
+    surrogate = clipped_surrogate(log_probs, advantages, clip_range=clip_range, old_log_probs=old_log_probs)
+    loss, stats = surrogate.loss, surrogate.stats
     assert torch.equal(loss, -advantages)
     assert stats["ratio_mean"] == 1
     assert stats["clip_fraction"] == stats["max_abs_log_ratio"] == stats["approx_kl"] == 0
@@ -59,17 +61,17 @@ def test_advantages_of_samples_are_expanded_over_their_tokens() -> None:
     """Square on purpose: plain broadcasting would lay [B] along the tokens, and nobody would notice."""
     advantages, log_probs = torch.tensor([1.0, -2.0, 3.0]), torch.zeros(3, 3)
     rows = [[-1.0] * 3, [2.0] * 3, [-3.0] * 3]
-    assert clipped_surrogate(log_probs, advantages, clip_range=0.2)[0].tolist() == rows
-    assert clipped_surrogate(log_probs, advantages.unsqueeze(1), clip_range=0.2)[0].tolist() == rows
-    columns = clipped_surrogate(log_probs, advantages.unsqueeze(0), clip_range=0.2)[0]
+    assert clipped_surrogate(log_probs, advantages, clip_range=0.2).loss.tolist() == rows
+    assert clipped_surrogate(log_probs, advantages.unsqueeze(1), clip_range=0.2).loss.tolist() == rows
+    columns = clipped_surrogate(log_probs, advantages.unsqueeze(0), clip_range=0.2).loss
     assert columns.tolist() == [[-1.0, 2.0, -3.0]] * 3
-    deep = clipped_surrogate(torch.zeros(3, 2, 4), advantages, clip_range=0.2)[0]
+    deep = clipped_surrogate(torch.zeros(3, 2, 4), advantages, clip_range=0.2).loss
     assert torch.equal(deep, -advantages.view(3, 1, 1).expand(3, 2, 4))
 
 
 def test_ready_made_log_ratio() -> None:
     log_ratio = torch.tensor([math.log(1.3), 0.0]).requires_grad_()
-    loss, _ = clipped_surrogate(torch.zeros(2), torch.tensor([1.0, -1.0]), clip_range=0.2, log_ratio=log_ratio)
+    loss = clipped_surrogate(torch.zeros(2), torch.tensor([1.0, -1.0]), clip_range=0.2, log_ratio=log_ratio).loss
     assert loss.tolist() == pytest.approx([-1.2, 1.0])
     assert torch.autograd.grad(loss.sum(), log_ratio)[0].tolist() == [0.0, 1.0]
     with pytest.raises(AssertionError):
@@ -155,8 +157,8 @@ def test_accumulated_micro_batches_have_the_full_batch_gradient() -> None:
 
     def gradient_of(rows: slice) -> Tensor:
         log_probs = -(features[rows] @ parameter).square()
-        surrogate, _ = clipped_surrogate(log_probs, advantages[rows], clip_range=0.2)
-        tokens = surrogate + 0.01 * k3_kl(log_probs, reference[rows])
+        surrogate = clipped_surrogate(log_probs, advantages[rows], clip_range=0.2)
+        tokens = surrogate.loss + 0.01 * k3_kl(log_probs, reference[rows])
         # each row is averaged alone, so the sum over rows can be cut anywhere
         loss = masked_sequence_mean(tokens, mask[rows]).sum() / len(features)
         return torch.autograd.grad(loss, parameter)[0]

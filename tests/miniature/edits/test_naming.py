@@ -9,7 +9,8 @@ import pytest
 
 from miniature.edits.naming import named_correctly
 from miniature.edits.rewrites import misnamed
-from miniature.edits.world import CATEGORIES, Edit, EditExample, EditStyle, example, write_edit
+from miniature.edits.wording import CATEGORIES, Edit, EditStyle, write_edit
+from miniature.edits.world import EditExample, example
 from miniature.scenes.world import Item, Scene
 
 SCENE = Scene((Item("circle", "red", 0), Item("square", "blue", 6), Item("circle", "black", 14)))

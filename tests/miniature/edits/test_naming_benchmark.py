@@ -16,7 +16,8 @@ from lightning.pytorch.loggers import CSVLogger
 from datamodules.base import PromptDataModule, PromptSample
 from lightning_modules.evaluation import EvaluationBatch, validate_now
 from miniature.edits.naming_benchmark import RewriteNaming
-from miniature.edits.world import Edit, EditExample
+from miniature.edits.wording import Edit
+from miniature.edits.world import EditExample
 from miniature.scenes.world import Item, Scene
 
 pytestmark = pytest.mark.filterwarnings("ignore:Experiment logs directory", "ignore:The dirpath has changed")

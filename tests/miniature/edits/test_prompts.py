@@ -6,7 +6,6 @@ import random
 from collections import Counter
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,9 +13,10 @@ from datamodules.base import PromptSample
 from miniature.edits.pretraining import FAITHFUL_EDITS, EditHabits, ShapesEditPretraining, captioned_edits, imagine_edit
 from miniature.edits.prompts import ShapesEdits, shapes_edits
 from miniature.edits.reward import ShapesEditReward
-from miniature.edits.world import CATEGORIES, EDIT_STYLES, UNSEEN_TEMPLATES, Edit, EditExample, example, write_edit
-from miniature.scenes.pretraining import to_tensor
+from miniature.edits.wording import CATEGORIES, EDIT_STYLES, UNSEEN_TEMPLATES, Edit, write_edit
+from miniature.edits.world import EditExample, example
 from miniature.scenes.world import Item, Scene, render
+from miniature.streams import to_tensor
 from rewards.base import RewardBatch
 
 
@@ -103,5 +103,5 @@ def test_a_batch_holds_sources_captions_and_targets() -> None:
     sources, captions, targets = zip(*(next(same) for _ in range(4)), strict=True)
     assert first["captions"] == list(captions)
     for key, scenes in (("sources", sources), ("images", targets)):
-        torch.testing.assert_close(first[key], to_tensor(np.stack([render(scene) for scene in scenes])))
+        torch.testing.assert_close(first[key], to_tensor([render(scene) for scene in scenes]))
     assert not torch.equal(next(stream)["images"], first["images"])

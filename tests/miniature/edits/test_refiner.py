@@ -20,7 +20,8 @@ from lightning_modules.policies.flux1_kontext import KontextPolicy
 from lightning_modules.seeding import generators_for, seed_of
 from miniature.edits.pretraining import ShapesEditPretraining
 from miniature.edits.reward import ShapesEditReward
-from miniature.edits.world import CATEGORIES, EditExample, EditStyle, edit_vocabulary, example, write_edit
+from miniature.edits.wording import CATEGORIES, EditStyle, edit_vocabulary, write_edit
+from miniature.edits.world import EditExample, example
 from miniature.pretrain import EditFlowPretraining
 from miniature.scenes.world import render
 from rewards.base import RewardBatch, Score

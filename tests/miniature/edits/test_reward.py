@@ -13,7 +13,8 @@ from PIL import Image
 
 from datamodules.sample import PromptSample
 from miniature.edits.reward import ShapesEditReward
-from miniature.edits.world import Edit, EditExample
+from miniature.edits.wording import Edit
+from miniature.edits.world import EditExample
 from miniature.scenes.world import COLORS, GROUNDS, SHAPES, Item, Scene, render
 from rewards.base import RewardBatch, Score
 

@@ -8,7 +8,7 @@ from collections import Counter
 from lightning_modules.policies.templates import parse_answer
 from miniature.edits.naming import named_correctly
 from miniature.edits.rewrites import ShapesEditRewrites, caption_pair, edit_rewrite_pair
-from miniature.edits.world import UNSEEN_TEMPLATES, edit_vocabulary, named_objects
+from miniature.edits.wording import UNSEEN_TEMPLATES, edit_vocabulary, named_objects
 from miniature.scenes.detector import ShapesDetector
 from miniature.scenes.world import Item, Scene
 

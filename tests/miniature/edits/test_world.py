@@ -15,23 +15,18 @@ from PIL import Image
 from datamodules.sample import PromptSample
 from miniature.architectures import TEXT_LENGTH
 from miniature.edits.reward import ShapesEditReward
-from miniature.edits.world import (
+from miniature.edits.wording import (
     AMBIGUOUS,
     CATEGORIES,
     EDIT_STYLES,
     UNSEEN_TEMPLATES,
     Edit,
-    EditExample,
     edit_vocabulary,
-    example,
-    fulfil,
-    landing_cells,
     named_objects,
-    outermost,
-    possible_values,
     write_edit,
     write_edit_loosely,
 )
+from miniature.edits.world import EditExample, example, fulfil, landing_cells, outermost, possible_values
 from miniature.scenes.detector import ShapesDetector
 from miniature.scenes.world import Item, Scene, render
 from rewards.base import RewardBatch

@@ -13,19 +13,8 @@ from datamodules.base import PromptSample
 from datamodules.paraphrases.rules import RuleParaphrases
 from miniature.scenes.paraphrases import OPPOSITES, ShapesContent, StyleParaphrases, content_of, read_wording
 from miniature.scenes.prompts import shapes_prompts
-from miniature.scenes.world import (
-    COLORS,
-    PREFIXES,
-    SHAPES,
-    STYLES,
-    TAGS,
-    Ask,
-    Content,
-    Style,
-    all_contents,
-    elaborate,
-    write,
-)
+from miniature.scenes.wording import PREFIXES, STYLES, Style, write
+from miniature.scenes.world import COLORS, SHAPES, TAGS, Ask, Content, all_contents, elaborate
 
 ALL = tuple(content for tag in TAGS for content in all_contents(tag))
 CHECK = ShapesContent()

@@ -8,7 +8,8 @@ import pytest
 
 from datamodules.base import PromptSample
 from miniature.scenes.prompts import ShapesPrompts, shapes_prompts
-from miniature.scenes.world import PREFIXES, TAGS
+from miniature.scenes.wording import PREFIXES
+from miniature.scenes.world import TAGS
 
 
 def scenes(samples: list[PromptSample]) -> list[str]:

@@ -22,7 +22,8 @@ from datamodules.sample import PromptSample
 from lightning_modules.policies.vision_language import VisionLanguagePolicy
 from miniature.edits.naming import named_correctly
 from miniature.edits.rewrites import ShapesEditRewrites
-from miniature.edits.world import CATEGORIES, EditExample, edit_vocabulary, example
+from miniature.edits.wording import CATEGORIES, edit_vocabulary
+from miniature.edits.world import EditExample, example
 from miniature.pretrain import VisionLanguagePretraining
 from miniature.scenes.world import render
 

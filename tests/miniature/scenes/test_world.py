@@ -12,31 +12,24 @@ from PIL import Image
 from datamodules.geneval_names import validate_metadata
 from miniature.architectures import TEXT_LENGTH
 from miniature.scenes.detector import ShapesDetector
+from miniature.scenes.interpretation import FAITHFUL, Habits, imagine
 from miniature.scenes.pretraining import rewrite_pair
+from miniature.scenes.wording import JOIN, PREFIXES, STYLES, Style, vocabulary, write
 from miniature.scenes.world import (
     CELL,
-    FAITHFUL,
     GRID,
-    JOIN,
-    PREFIXES,
     SHAPES,
-    STYLES,
     TAGS,
     Ask,
     Content,
-    Habits,
     Item,
     Scene,
-    Style,
     all_contents,
     contents,
     elaborate,
-    imagine,
     random_scene,
     render,
     stencil,
-    vocabulary,
-    write,
 )
 from rewards.geneval.rules import judge
 

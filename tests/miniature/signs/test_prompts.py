@@ -9,7 +9,8 @@ import pytest
 from datamodules.base import PromptSample
 from datamodules.geneval_names import validate_metadata
 from miniature.scenes.prompts import ShapesPrompts, shapes_prompts
-from miniature.scenes.world import PREFIXES, TAGS
+from miniature.scenes.wording import PREFIXES
+from miniature.scenes.world import TAGS
 from miniature.signs.pretraining import WordsPretraining
 from miniature.signs.prompts import MultiRewardPrompts, PreferencePrompts, WordsPrompts, word_prompts
 from miniature.signs.world import WORD_PREFIXES, read_caption, split_of

@@ -13,11 +13,11 @@ from PIL import Image
 
 from datamodules.sample import PromptSample
 from lightning_modules.policies.flow import to_pil
-from miniature.scenes.pretraining import to_tensor
 from miniature.scenes.world import GROUNDS, Item, Scene, random_scene, render
 from miniature.signs.font import ALPHABET
 from miniature.signs.reader import PixelFontReader, ink, letter_fits
 from miniature.signs.world import Sign, all_words, random_sign, render_sign
+from miniature.streams import to_tensor
 from rewards.base import RewardBatch
 from rewards.ocr import OCRReward
 from rewards.ocr_engines import TextReader
@@ -110,7 +110,7 @@ def test_the_shipped_autoencoder_keeps_letters() -> None:
     rng = random.Random(2)
     signs = [random_sign(rng) for _ in range(100)]
     with torch.no_grad():
-        latents = vae.encode(to_tensor(np.stack([render_sign(sign) for sign in signs]))).latent_dist.mode()
+        latents = vae.encode(to_tensor([render_sign(sign) for sign in signs])).latent_dist.mode()
         back = to_pil(vae.decode(latents).sample / 2 + 0.5)
     pages = PixelFontReader().read(back)
     assert sum([t for t, _ in lines] == [sign.letters] for sign, lines in zip(signs, pages, strict=True)) >= 99

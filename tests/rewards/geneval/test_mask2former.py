@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +13,6 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
-    CLIPConfig,
-    CLIPModel,
-    CLIPTokenizer,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
     Mask2FormerImageProcessorPil,
@@ -76,22 +72,6 @@ def tiny_mask2former(folder: Path, num_labels: int = 80) -> Path:
 @pytest.fixture(scope="session")
 def mask2former(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_mask2former(tmp_path_factory.mktemp("tiny_mask2former"))
-
-
-@pytest.fixture(scope="session")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny_clip_for_detector")
-    letters = "abcdefghijklmnopqrstuvwxyz-"
-    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
-    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    CLIPTokenizer.from_pretrained(folder).save_pretrained(folder)
-    layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {"vocab_size": len(words), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    torch.manual_seed(3)
-    config = CLIPConfig(text_config=layers | text, vision_config=layers | {"image_size": 32, "patch_size": 8})
-    CLIPModel(config).save_pretrained(folder)
-    return folder
 
 
 def make_image(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -401,8 +381,8 @@ DOG_CAT = record("two_object", {"class": "dog", "count": 1}, {"class": "cat", "c
 RED_DOG_CAT = record("color_attr", {"class": "dog", "count": 1, "color": "red"}, {"class": "cat", "count": 1})
 
 
-def test_only_asked_classes_are_classified(mask2former: Path, clip: Path) -> None:
-    colors = CountingColors(str(clip), device="cpu")
+def test_only_asked_classes_are_classified(mask2former: Path, tiny_clip: Path) -> None:
+    colors = CountingColors(str(tiny_clip), device="cpu")
     detector = Mask2FormerDetector(str(mask2former), colors, min_score=0.0, **EDGES)
     images = [make_image(50, 40, 1), make_image(40, 50, 2), make_image(60, 40, 3)]
     found = detect_for(detector, images, [RED_DOG, DOG_CAT, RED_DOG_CAT])
@@ -418,9 +398,9 @@ def test_only_asked_classes_are_classified(mask2former: Path, clip: Path) -> Non
     assert {one.label for one in plain if one.color} == {"dog", "cat"} and any(one.color is None for one in plain)
 
 
-def test_verdict_depends_on_the_named_color(mask2former: Path, clip: Path) -> None:
+def test_verdict_depends_on_the_named_color(mask2former: Path, tiny_clip: Path) -> None:
     """The colour that the classifier names is the one that the rules then find, and no other."""
-    colors = CountingColors(str(clip), device="cpu")
+    colors = CountingColors(str(tiny_clip), device="cpu")
     reward = GenEvalReward(Mask2FormerDetector(str(mask2former), colors, **EDGES), reward="correct")
     image = make_image(50, 40, 1)
     dogs = [one for one in reward.detector.detect([image])[0] if one.label == "dog"]
@@ -431,9 +411,9 @@ def test_verdict_depends_on_the_named_color(mask2former: Path, clip: Path) -> No
     assert [score.rl for score in scores] == [float(color == best.color) for color in COLORS]
 
 
-def test_reward_end_to_end(mask2former: Path, clip: Path) -> None:
+def test_reward_end_to_end(mask2former: Path, tiny_clip: Path) -> None:
     """Finite scores that equal the rules' on the detections; the version tells both models and the scale."""
-    detector = Mask2FormerDetector(str(mask2former), ClipColors(str(clip), device="cpu"), **EDGES)
+    detector = Mask2FormerDetector(str(mask2former), ClipColors(str(tiny_clip), device="cpu"), **EDGES)
     reward = GenEvalReward(detector)
     reward.load()
     images = [make_image(50, 40, 1), make_image(40, 50, 2), make_image(60, 40, 3)]
@@ -448,12 +428,12 @@ def test_reward_end_to_end(mask2former: Path, clip: Path) -> None:
     assert [score.rl for score in scores] == [judge(*pair).soft for pair in zip(found, records, strict=True)]
     assert all(score.valid and math.isfinite(score.rl) for score in scores)
     assert [score.native for score in scores][1:] == [1.0, 0.0]  # a dog and a cat are there, buses are not
-    assert str(mask2former) in reward.version and str(clip) in reward.version and "64x107" in reward.version
+    assert str(mask2former) in reward.version and str(tiny_clip) in reward.version and "64x107" in reward.version
 
 
-def test_benchmark_uses_the_records_tag(mask2former: Path, clip: Path) -> None:
+def test_benchmark_uses_the_records_tag(mask2former: Path, tiny_clip: Path) -> None:
     """In tagged data a sample's tag names the reward; the benchmark's tag is in the metadata."""
-    colors = CountingColors(str(clip), device="cpu")
+    colors = CountingColors(str(tiny_clip), device="cpu")
     benchmark = GenEvalBenchmark(Mask2FormerDetector(str(mask2former), colors, **EDGES))
     samples = [PromptSample("0", "a dog and a cat", "geneval", DOG_CAT)]
     assert benchmark.tag(samples[0]) == "two_object"

@@ -1,4 +1,4 @@
-"""Golden tests of GenEval's rules: the vectors of REWARDS.md 1.4 and 1.5."""
+"""Golden tests of GenEval's rules: hand-computed verdicts, official and Flow-GRPO's."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ CASES: list[tuple[str, dict[str, Any], list[Detection], bool, bool, float, float
     ("position, no target", POSITION, [box("tie", 0, -300)], False, False, 1 / 3, 1 / 3),
     ("position, two placed", POSITION, [box("sink")] + [box("tie", 0, -300)] * 2, True, False, 1 / 3, 1 / 3),
     # soft as published: 1 - |1-3|/1 = -1, 0 for the colour, then the cat's 1 and 1; clipped, the -1 becomes 0
-    ("clip is per mark", COLOR_ATTR, [RED] * 3 + [box("cat", color="blue")], True, False, 0.25, 0.5),
+    ("clip is per credit", COLOR_ATTR, [RED] * 3 + [box("cat", color="blue")], True, False, 0.25, 0.5),
 ]
 
 

@@ -1,10 +1,9 @@
-"""ImgEdit's judge: which lines are marks, which question goes with which edit, and what becomes of failures."""
+"""ImgEdit's judge: which lines are ratings, which question goes with which edit, and what becomes of failures."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,9 @@ from PIL import Image
 from datamodules.sample import PromptSample
 from rewards.base import RewardBatch
 from rewards.judges.imgedit import TEMPLATES, ImgEditJudge, parse_lines
-from tests.rewards.judges.judge_server import Judge, Reply, images_of, serving
+from tests.rewards.judges.judge_server import Judge, Reply, images_of
 
 KINDS = ["add", "remove", "replace", "alter", "background", "style", "action", "extract", "compose"]
-
-
-@pytest.fixture
-def judge() -> Iterator[Judge]:
-    with serving() as running:
-        yield running
 
 
 def make(judge: Judge, **kwargs: Any) -> ImgEditJudge:
@@ -57,7 +50,7 @@ def test_reads_three_lines(reply: str, expected: tuple[float, ...]) -> None:
 @pytest.mark.parametrize(
     ("reply", "reason"),
     [
-        ("", "0 lines of a name and a mark, 3 were"),
+        ("", "0 lines of a name and a rating, 3 were"),
         ("5, 4, 3", "0 lines"),
         ("A: 5 B: 4 C: 3", "0 lines"),
         ("A: 5\nB: 4", "2 lines"),
@@ -72,7 +65,7 @@ def test_reads_three_lines(reply: str, expected: tuple[float, ...]) -> None:
         ("A: 5\nB: 4\nC: 4e0", "C is 4e0 in place"),
         ("A: 5\nB: 4\nC: 4/10", "C is 4/10 in place"),
         ("A: 5\nB: 4\nC: 45%", "C is 45% in place"),
-        ("A: 5\nB: 4\nC: 3\nC: 4", "C is marked twice, 3 and 4"),
+        ("A: 5\nB: 4\nC: 3\nC: 4", "C is rated twice, 3 and 4"),
         ("A: 5\nB: 4\nC: ٣", "C is ٣ in place"),
     ],
 )
@@ -98,7 +91,7 @@ def test_any_text_is_read_or_refused(one: str, other: str) -> None:
             found = parse_lines(reply, 1, 5)
         except ValueError:
             continue
-        assert len(found) == 3 and all(mark in (1, 2, 3, 4, 5) for mark in found)
+        assert len(found) == 3 and all(rating in (1, 2, 3, 4, 5) for rating in found)
 
 
 def test_every_kind_has_its_question() -> None:
@@ -119,7 +112,7 @@ def test_the_score_is_the_mean_of_three(judge: Judge) -> None:
     scores = reward(batch("add", "style"))
     for score in scores:
         assert (score.native, score.table) == (pytest.approx(11 / 3), pytest.approx(11 / 3))
-        assert score.rl == pytest.approx(11 / 15) and score.detail["marks"] == [5.0, 4.0, 2.0]
+        assert score.rl == pytest.approx(11 / 15) and score.detail["ratings"] == [5.0, 4.0, 2.0]
     asked = sorted(judge.text(request) for request in judge.requests)
     assert asked == sorted(TEMPLATES[kind].text.replace("{prompt}", f"{kind} it") for kind in ("add", "style"))
     assert [image.getpixel((0, 0)) for image in images_of(judge.requests[0])] == [(128, 128, 128), (255, 0, 0)]
@@ -132,7 +125,7 @@ def test_failures(judge: Judge) -> None:
     judge.answer = lambda prompt, turn: Reply("A: 5\nB: 4" if "add it" in prompt else "A: 1\nB: 1\nC: 1")
     scores = make(judge)(batch("add", "remove"))
     assert [score.valid for score in scores] == [False, True] and len(judge.requests) == 3
-    assert math.isnan(scores[0].native) and scores[0].detail["reason"].startswith("2 lines of a name and a mark")
+    assert math.isnan(scores[0].native) and scores[0].detail["reason"].startswith("2 lines of a name and a rating")
     (bare,) = make(judge)(batch("add", source=False))
     assert not bare.valid and "source image" in bare.detail["reason"] and len(judge.requests) == 3
     with pytest.raises(

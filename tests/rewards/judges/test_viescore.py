@@ -1,10 +1,9 @@
-"""VIEScore: what counts as marks, what is asked, and what becomes of failures."""
+"""VIEScore: what counts as ratings, what is asked, and what becomes of failures."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,7 @@ from PIL import Image
 from datamodules.sample import PromptSample
 from rewards.base import RewardBatch, Score
 from rewards.judges.viescore import QUALITY, SEMANTIC, VIEScore, parse_scores
-from tests.rewards.judges.judge_server import Judge, Reply, images_of, serving
-
-
-@pytest.fixture
-def judge() -> Iterator[Judge]:
-    with serving() as running:
-        yield running
+from tests.rewards.judges.judge_server import Judge, Reply, images_of
 
 
 def make(judge: Judge, **kwargs: Any) -> VIEScore:
@@ -34,7 +27,7 @@ def make_image(color: str, size: tuple[int, int] = (40, 20)) -> Image.Image:
     return Image.new("RGB", size, color)
 
 
-def marks(*numbers: float) -> str:
+def ratings(*numbers: float) -> str:
     return json.dumps({"score": list(numbers), "reasoning": "it {almost} fits"})
 
 
@@ -118,7 +111,7 @@ def test_any_text_is_read_or_refused(one: str, other: str) -> None:
             found = parse_scores(reply, 0, 10)
         except ValueError:
             continue
-        assert len(found) == 2 and all(0 <= mark <= 10 for mark in found)
+        assert len(found) == 2 and all(0 <= rating <= 10 for rating in found)
 
 
 def test_a_question_that_is_repeated_states_nothing() -> None:
@@ -134,19 +127,19 @@ def test_a_question_that_is_repeated_states_nothing() -> None:
 
 def test_the_score_is_the_root_of_both_minima(judge: Judge) -> None:
     """min(8, 4) = 4 and min(9, 10) = 9: sqrt(36) = 6."""
-    judge.answer = lambda prompt, turn: Reply(marks(8, 4) if is_semantic(prompt) else marks(9, 10))
+    judge.answer = lambda prompt, turn: Reply(ratings(8, 4) if is_semantic(prompt) else ratings(9, 10))
     reward = make(judge)
     (score,) = reward(batch("red"))
     assert (score.native, score.table, score.rl) == (6.0, 6.0, pytest.approx(0.6, abs=1e-12))
     numbers = ("sc", "pq", "success", "restraint", "naturalness", "artifacts")
     assert [score.detail[name] for name in numbers] == [4.0, 9.0, 8.0, 4.0, 9.0, 10.0]
-    assert score.detail["semantic"] == {"reply": marks(8, 4)} and score.detail["quality"] == {"reply": marks(9, 10)}
+    assert score.detail["semantic"] == {"reply": ratings(8, 4)} and score.detail["quality"] == {"reply": ratings(9, 10)}
     assert reward.name == "viescore" and reward.needs == ("image",) and reward.native_range == (0.0, 10.0)
     assert reward.version == ("viescore_semantic_v1 and viescore_quality_v1 judged by judge-72b at 512x512 px in area")
 
 
 def test_the_judge_of_quality_sees_neither_source_nor_instruction(judge: Judge) -> None:
-    judge.answer = lambda prompt, turn: Reply(marks(5, 5))
+    judge.answer = lambda prompt, turn: Reply(ratings(5, 5))
     make(judge, image_size=None)(batch("red"))
     (semantic,) = [request for request in judge.requests if "source" in judge.text(request)]
     (quality,) = [request for request in judge.requests if request is not semantic]
@@ -160,7 +153,7 @@ def test_the_judge_of_quality_sees_neither_source_nor_instruction(judge: Judge) 
 )
 def test_images_keep_their_shape(judge: Judge, size: tuple[int, int], shown: tuple[int, int]) -> None:
     """512^2 pixels with width / height as it was, sides cut to whole numbers: sqrt(2) * 512 = 724.08."""
-    judge.answer = lambda prompt, turn: Reply(marks(5, 5))
+    judge.answer = lambda prompt, turn: Reply(ratings(5, 5))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
     make(judge)(RewardBatch([PromptSample("0", "p", "t", {}, make_image("gray", (30, 30)))], [image]))
     seen = [[image.size for image in images_of(request)] for request in judge.requests]
@@ -174,8 +167,8 @@ def test_many_keep_their_order(judge: Judge) -> None:
 
     def answer(prompt: str, turn: int) -> Reply:
         if not is_semantic(prompt):
-            return Reply(marks(10, 10))
-        return Reply(marks(10, next(i for i, color in enumerate(colors) if f"it {color}]" in prompt)))
+            return Reply(ratings(10, 10))
+        return Reply(ratings(10, next(i for i, color in enumerate(colors) if f"it {color}]" in prompt)))
 
     judge.answer = answer
     scores = make(judge)(batch(*colors))
@@ -184,7 +177,7 @@ def test_many_keep_their_order(judge: Judge) -> None:
 
 
 def test_answers_are_remembered(judge: Judge, tmp_path: Path) -> None:
-    judge.answer = lambda prompt, turn: Reply(marks(8, 4) if is_semantic(prompt) else marks(9, 10))
+    judge.answer = lambda prompt, turn: Reply(ratings(8, 4) if is_semantic(prompt) else ratings(9, 10))
     for kwargs in ({}, {"cache_dir": str(tmp_path)}):
         judge.requests.clear()
         reward = make(judge, **kwargs)
@@ -205,7 +198,7 @@ def test_an_unreadable_reply_is_asked_for_once_more(judge: Judge) -> None:
     def answer(prompt: str, turn: int) -> Reply:
         kind = "semantic" if is_semantic(prompt) else "quality"
         turns[kind] += 1
-        return Reply(marks(7) if turns[kind] == 1 else marks(4, 9))
+        return Reply(ratings(7) if turns[kind] == 1 else ratings(4, 9))
 
     judge.answer = answer
     (score,) = make(judge)(batch("red"))
@@ -215,20 +208,20 @@ def test_an_unreadable_reply_is_asked_for_once_more(judge: Judge) -> None:
 @pytest.mark.parametrize(
     ("kind", "reply", "reason"),
     [
-        ("semantic", Reply(marks(7)), "semantic consistency: `score` is [7]"),
-        ("quality", Reply(marks(7, 30)), "perceptual quality: `score` is [7, 30]"),
+        ("semantic", Reply(ratings(7)), "semantic consistency: `score` is [7]"),
+        ("quality", Reply(ratings(7, 30)), "perceptual quality: `score` is [7, 30]"),
         ("quality", Reply("no"), "perceptual quality: there is no JSON object"),
         ("semantic", Reply(status=400, raw="too long"), "semantic consistency: "),
     ],
 )
 def test_half_a_score_is_none(judge: Judge, kind: str, reply: Reply, reason: str) -> None:
-    judge.answer = lambda prompt, turn: reply if is_semantic(prompt) == (kind == "semantic") else Reply(marks(5, 5))
+    judge.answer = lambda prompt, turn: reply if is_semantic(prompt) == (kind == "semantic") else Reply(ratings(5, 5))
     (score,) = make(judge)(batch("red"))
     assert not score.valid and math.isnan(score.native) and score.detail["reason"].startswith(reason)
 
 
 def test_a_sample_without_source_is_invalid_and_alone(judge: Judge) -> None:
-    judge.answer = lambda prompt, turn: Reply(marks(5, 5))
+    judge.answer = lambda prompt, turn: Reply(ratings(5, 5))
     with_source, without = batch("red"), batch("green", source=None)
     both = RewardBatch([*without.samples, *with_source.samples], [*without.images, *with_source.images])
     scores: list[Score] = make(judge)(both)
@@ -238,7 +231,7 @@ def test_a_sample_without_source_is_invalid_and_alone(judge: Judge) -> None:
 
 
 def test_own_wordings_are_another_version(judge: Judge, tmp_path: Path) -> None:
-    judge.answer = lambda prompt, turn: Reply(marks(5, 5))
+    judge.answer = lambda prompt, turn: Reply(ratings(5, 5))
     semantic, quality = tmp_path / "sc.txt", tmp_path / "pq.txt"
     semantic.write_text("source {prompt}?")
     quality.write_text("How good?")
@@ -249,5 +242,5 @@ def test_own_wordings_are_another_version(judge: Judge, tmp_path: Path) -> None:
     semantic.write_text("source?")
     with pytest.raises(ValueError, match=r"VIEScore's semantic_wording: .* holds \{prompt\} 0 times"):
         make(judge, semantic_wording=str(semantic))
-    with pytest.raises(ValueError, match="VIEScore has concurrency=0, use 1 or more"):
+    with pytest.raises(ValueError, match="VIEScore has concurrency=0, use at least 1"):
         make(judge, concurrency=0)

@@ -7,7 +7,6 @@ import math
 import random
 import re
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -21,17 +20,11 @@ from PIL import Image
 
 from datamodules.sample import PromptSample
 from rewards.base import RewardBatch, RewardUnavailable, Score
-from rewards.judges.templates import TEMPLATES, parse_mark
+from rewards.judges.templates import TEMPLATES, parse_rating
 from rewards.judges.vlm_judge import VLMJudge
-from tests.rewards.judges.judge_server import Judge, Reply, images_of, serving
+from tests.rewards.judges.judge_server import Judge, Reply, images_of
 
 KEY = "sk-test-0123456789"
-
-
-@pytest.fixture
-def judge() -> Iterator[Judge]:
-    with serving() as running:
-        yield running
 
 
 def make(judge: Judge, **kwargs: Any) -> VLMJudge:
@@ -72,7 +65,7 @@ def one(reward: VLMJudge, prompt: str = "a red cat") -> Score:
     ],
 )
 def test_reads_a_mark(reply: str, expected: float) -> None:
-    assert parse_mark(reply, 1, 5) == expected
+    assert parse_rating(reply, 1, 5) == expected
 
 
 @pytest.mark.parametrize(
@@ -103,17 +96,17 @@ def test_reads_a_mark(reply: str, expected: float) -> None:
 )
 def test_reads_nothing_else(reply: str) -> None:
     with pytest.raises(ValueError, match=r"stated|Final Score"):
-        parse_mark(reply, 1, 5)
+        parse_rating(reply, 1, 5)
 
 
 @given(st.decimals(min_value=-20, max_value=120, places=2), st.sampled_from([(1.0, 5.0), (0.0, 10.0)]))
 def test_a_plain_number_is_read_exactly_if_it_lies_in_range(number: Any, span: tuple[float, float]) -> None:
     text, (low, high) = f"Reasons. Final Score: {number}", span
     if low <= number <= high and not str(number).startswith("-"):
-        assert parse_mark(text, low, high) == float(number)
+        assert parse_rating(text, low, high) == float(number)
     else:
         with pytest.raises(ValueError):
-            parse_mark(text, low, high)
+            parse_rating(text, low, high)
 
 
 # What is sent
@@ -185,7 +178,7 @@ def test_every_template_asks_for_the_range_it_reads() -> None:
         assert key == template.id and template.text.count("{prompt}") == 1
         assert f"assign a score from {template.low:g} to {template.high:g} after 'Final Score:'" in template.text
         with pytest.raises(ValueError):  # a judge that repeats the question has stated nothing
-            parse_mark(template.text, template.low, template.high)
+            parse_rating(template.text, template.low, template.high)
 
 
 # Many at once
@@ -193,17 +186,17 @@ def test_every_template_asks_for_the_range_it_reads() -> None:
 
 def test_order_is_kept_and_requests_are_bounded(judge: Judge) -> None:
     delays = random.Random(0)
-    marks = {f"prompt {i}": 1 + i % 9 / 2 for i in range(24)}
-    judge.answer = lambda prompt, turn: Reply(f"Final Score: {marks[prompt]}", delay=delays.uniform(0.0, 0.06))
-    scores = make(judge, concurrency=3)(batch(*marks))
-    assert [score.native for score in scores] == list(marks.values())
+    ratings = {f"prompt {i}": 1 + i % 9 / 2 for i in range(24)}
+    judge.answer = lambda prompt, turn: Reply(f"Final Score: {ratings[prompt]}", delay=delays.uniform(0.0, 0.06))
+    scores = make(judge, concurrency=3)(batch(*ratings))
+    assert [score.native for score in scores] == list(ratings.values())
     assert len(judge.requests) == 24 and 1 < judge.most_at_once <= 3
     order = [judge.prompt(request) for request in judge.requests]
-    assert sorted(order) == sorted(marks)
+    assert sorted(order) == sorted(ratings)
 
 
 def test_equal_questions_are_asked_once(judge: Judge, tmp_path: Path) -> None:
-    for kwargs in ({}, {"cache_dir": str(tmp_path / "marks")}):
+    for kwargs in ({}, {"cache_dir": str(tmp_path / "ratings")}):
         judge.requests.clear()
         reward = make(judge, **kwargs)
         sample, image = PromptSample("0", "a cat", "x", {}), make_image()
@@ -233,7 +226,7 @@ def test_the_folder_outlives_the_judge_but_serves_only_its_own_kind(judge: Judge
 
 
 def test_an_unread_reply_is_not_remembered(judge: Judge) -> None:
-    judge.answer = lambda prompt, turn: Reply("no mark" if turn < 2 else "Final Score: 2")
+    judge.answer = lambda prompt, turn: Reply("no rating" if turn < 2 else "Final Score: 2")
     reward = make(judge)
     assert not one(reward).valid
     assert one(reward).native == 2.0 and len(judge.requests) == 3
@@ -367,9 +360,9 @@ def test_a_missing_or_broken_key_is_said_before_anything_is_sent(judge: Judge, m
         ({"base_url": f"https://host/v1?key={KEY}"}, "give the key by api_key_env"),
         ({"base_url": "host:8000"}, "use one such as http://127.0.0.1:8000/v1"),
         ({"on_failure": "zero"}, "use skip or fail"),
-        ({"concurrency": 0}, "concurrency=0, use 1 or more"),
-        ({"image_size": 0}, "image_size=0, use 1 or more"),
-        ({"max_retries": -1}, "max_retries=-1, use 0 or more"),
+        ({"concurrency": 0}, "concurrency=0, use at least 1"),
+        ({"image_size": 0}, "image_size=0, use at least 1"),
+        ({"max_retries": -1}, "max_retries=-1, use at least 0"),
         ({"timeout": 0.0}, "seconds above 0"),
         ({"wording": "missing.txt"}, "wording names missing.txt, which cannot be read"),
     ],

@@ -654,8 +654,8 @@ def test_no_reward_server(scripted: Callable[..., tuple[str, list[str]]]) -> Non
         ({"urls": ["http://"]}, "such as http://127.0.0.1:18080"),
         ({"on_failure": "ignore"}, "use skip or fail"),
         ({"timeout": 0}, "more than 0"),
-        ({"max_items": 0}, "max_items=0, use 1 or more"),
-        ({"retries": -1}, "retries=-1, use 0 or more"),
+        ({"max_items": 0}, "max_items=0, use at least 1"),
+        ({"retries": -1}, "retries=-1, use at least 0"),
     ],
 )
 def test_wrong_arguments(kwargs: dict[str, Any], words: str) -> None:

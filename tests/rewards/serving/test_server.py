@@ -37,7 +37,7 @@ from miniature.scenes.world import TAGS, all_contents, random_scene, render
 from rewards.base import Reward, RewardBatch, RewardUnavailable, Score
 from rewards.geneval.reward import GenEvalReward
 from rewards.serving import server
-from rewards.serving.endpoints import REMEMBERED, REMEMBERED_S, Answer, Answers
+from rewards.serving.endpoints import CACHE_S, CACHE_SIZE, Answer, AnswerCache
 from rewards.serving.multipart import MultipartError, read_parts
 from rewards.serving.protocol import (
     MAX_SCANS,
@@ -688,7 +688,7 @@ def test_what_is_under_way_is_not_forgotten() -> None:
     started = []
 
     async def main() -> None:
-        answers, go = Answers(), asyncio.Event()
+        answers, go = AnswerCache(), asyncio.Event()
 
         async def work(number: int) -> Answer:
             started.append(number)
@@ -699,14 +699,14 @@ def test_what_is_under_way_is_not_forgotten() -> None:
         slow = uuid4()
         first = asyncio.ensure_future(answers.once(slow, b"", lambda: work(-1)))
         await asyncio.sleep(0)
-        names = [uuid4() for _ in range(REMEMBERED + 3)]
+        names = [uuid4() for _ in range(CACHE_SIZE + 3)]
         for number, name in enumerate(names):
             await answers.once(name, b"", lambda number=number: work(number))
         again = asyncio.ensure_future(answers.once(slow, b"", lambda: work(-2)))
         await asyncio.sleep(0)
-        assert started == [-1, *range(REMEMBERED + 3)]
-        assert len(answers._known) <= REMEMBERED + 1 and names[0] not in answers._known and names[-1] in answers._known
-        answers._known.update({key: (d, since - REMEMBERED_S - 1, t) for key, (d, since, t) in answers._known.items()})
+        assert started == [-1, *range(CACHE_SIZE + 3)]
+        assert len(answers._known) <= CACHE_SIZE + 1 and names[0] not in answers._known and names[-1] in answers._known
+        answers._known.update({key: (d, since - CACHE_S - 1, t) for key, (d, since, t) in answers._known.items()})
         await answers.once(uuid4(), b"", lambda: work(1000))
         assert len(answers._known) == 2 and slow in answers._known
         go.set()
@@ -916,7 +916,7 @@ def test_non_loopback_without_token_is_refused_as_a_process() -> None:
     command = [
         sys.executable,
         "-m",
-        "rewards.serving.server",
+        "rewards.serving",
         "--config",
         "configs/rewards/shapes.yaml",
         "--host",
@@ -928,11 +928,12 @@ def test_non_loopback_without_token_is_refused_as_a_process() -> None:
 
 
 def test_imports_nothing_heavy() -> None:
-    """The server with the shapes reward, built and asked, in a process of its own."""
+    """The server with the shapes reward, built in a process of its own, beside the client and a judge."""
     script = """
 import sys
 from PIL import Image
-from rewards import server
+import rewards.judges.vlm_judge, rewards.serving.client
+from rewards.serving import server
 parser = server.build_parser()
 config = parser.parse_args(["--config", "configs/rewards/shapes.yaml"])
 rewards = parser.instantiate(config).rewards

@@ -1,0 +1,123 @@
+"""Training loader that shuffles by seed and epoch and resumes in the middle of an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from datamodules.sample import PromptSample
+
+
+class EpochSampler(Sampler[int]):
+    """Sampler whose permutation depends on seed and epoch only and is dealt out to the ranks.
+
+    No global generator takes part, so epoch 3 has the same order in a run that was interrupted and in one
+    that was not. All ranks get the same number of indices; the uneven tail of this epoch's order is dropped, since a
+    rank with one step more than the others would wait for them for ever.
+
+    Args:
+        num_samples: size of the data set.
+        seed: seed of the run.
+        rank: rank of this process, below `world`.
+        world: number of processes.
+    """
+
+    def __init__(self, num_samples: int, *, seed: int, rank: int = 0, world: int = 1) -> None:
+        assert 0 <= rank < world
+        self.num_samples = num_samples
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.epoch = 0
+        self.start = 0
+        """Number of this rank's indices that the next iteration skips; it falls back to 0 once used."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order; Lightning calls this before every epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Number of indices of a full epoch on this rank, whatever `start` is: Lightning measures epochs by it."""
+        return self.num_samples // self.world
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.num_samples, generator=generator).tolist()
+        share = order[self.rank :: self.world][: len(self)]
+        start, self.start = self.start, 0
+        yield from share[start:]
+
+
+class ResumableLoader(DataLoader[PromptSample]):
+    """DataLoader over an `EpochSampler` whose position in the epoch goes into the checkpoint.
+
+    Lightning's own resume restores the batch *counter* but not the data: a plain DataLoader starts the interrupted
+    epoch from its beginning, with a new shuffle, so some prompts come twice and others not at all. Lightning saves and
+    restores the state of any loader that has `state_dict` and `load_state_dict`, which this class adds.
+
+    The constructor is DataLoader's, because Lightning may have to build the loader anew.
+    """
+
+    _epoch = 0
+    _batches = 0
+    _resume_from: tuple[int, int] | None = None
+
+    def __iter__(self) -> Iterator[list[PromptSample]]:  # type: ignore[override]
+        # A generator on purpose: its body runs at the first batch, when Lightning has restored the state and set the
+        # epoch; Lightning creates the iterator before it does either.
+        sampler = self._epoch_sampler()
+        epoch, batches = self._resume_from or (sampler.epoch, 0)
+        self._resume_from = None
+        # Another epoch than the saved one means that the saved one was complete (`limit_train_batches` may have made
+        # it shorter than this loader), so nothing is to be left out.
+        skip = batches if epoch == sampler.epoch else 0
+        self._epoch, self._batches = sampler.epoch, skip
+        assert self.batch_size is not None
+        sampler.start = skip * self.batch_size
+        for batch in super().__iter__():
+            self._batches += 1
+            yield batch
+
+    def put_back(self) -> None:
+        """Counts the last batch as not yet handed out, because its step was never finished."""
+        self._batches -= 1
+
+    def state_dict(self) -> dict[str, int]:
+        """Returns epoch and number of batches handed out (the same on every rank), and the settings they depend on."""
+        epoch, batches = self._resume_from or (self._epoch, self._batches)
+        return {"epoch": epoch, "batches": batches, **self._settings()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continues from a saved position at the next iteration.
+
+        Raises:
+            ValueError: if a setting changed, because the position then means other prompts.
+        """
+        for name, value in self._settings().items():
+            if state[name] != value:
+                raise ValueError(
+                    f"Cannot resume the training data: {name} was {state[name]} when the checkpoint was written and "
+                    f"is {value} now; resume with {name} {state[name]}, or start a new run from exported weights."
+                )
+        self._resume_from = (state["epoch"], state["batches"])
+        self._epoch_sampler().set_epoch(state["epoch"])
+
+    def _settings(self) -> dict[str, int]:
+        sampler = self._epoch_sampler()
+        assert self.batch_size is not None
+        return {
+            "number of training prompts": sampler.num_samples,
+            "number of processes": sampler.world,
+            "batch_size": self.batch_size,
+            "data seed": sampler.seed,
+        }
+
+    def _epoch_sampler(self) -> EpochSampler:
+        if not isinstance(self.sampler, EpochSampler):
+            raise ValueError(
+                f"The Trainer replaced the training sampler by {type(self.sampler).__name__}, which cannot resume: "
+                "set trainer.use_distributed_sampler to false and trainer.overfit_batches to 0."
+            )
+        return self.sampler
