@@ -12,9 +12,9 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from callbacks.runs.curves import curve, settings
-from lightning_modules.run_folder import RunFolder, find
 from callbacks.runs.loading import Run, load, overview
 from lightning_modules.cli import main
+from lightning_modules.run_folder import RunFolder, find
 from tests.short_runs import quick
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")

@@ -1,0 +1,54 @@
+"""The code of docs/extending.md and of the README runs as it stands, block after block."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from datamodules.sample import PromptSample
+from datamodules.tagged import TaggedPrompts
+from rewards.base import RewardBatch
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "extending.md"
+
+
+def run_blocks(page: Path, names: dict[str, Any]) -> None:
+    """Runs a page's Python blocks in one namespace; errors name the page's own line."""
+    text = page.read_text(encoding="utf-8")
+    for block in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        lines_before = text[: block.start(1)].count("\n")
+        exec(compile("\n" * lines_before + block.group(1), str(page), "exec"), names)
+
+
+def test_the_readmes_reward_scores_red() -> None:
+    names: dict[str, Any] = {"__name__": "my_rewards"}
+    run_blocks(ROOT / "README.md", names)
+    images = [Image.new("RGB", (4, 4), color) for color in ((255, 0, 0), (85, 85, 85))]
+    samples = [PromptSample("0", "a red thing", "text", {})] * 2
+    red, grey = names["Redness"]()(RewardBatch(samples, images))
+    assert red.rl == pytest.approx(255 / 256) and grey.rl == pytest.approx(85 / 256)
+
+
+def test_a_file_of_tagged_prompts_is_made_as_the_page_says(tmp_path: Path) -> None:
+    names: dict[str, Any] = {}
+    run_blocks(ROOT / "docs" / "data.md", names)
+    samples = ROOT / "datamodules" / "samples"
+    rows = names["tagged"](samples / "geneval.jsonl", samples / "ocr.txt", samples / "aesthetic.txt")
+    names["write"](rows, tmp_path / "new" / "train.jsonl")
+    read = TaggedPrompts(str(tmp_path / "new" / "train.jsonl"), str(samples / "tagged.jsonl"))
+    read.setup("fit")
+    assert [sample.tag for sample in read.train_samples()] == ["geneval"] * 24 + ["ocr"] * 24 + ["pickscore"] * 24
+    assert read.train_samples()[0].metadata["include"] and read.train_samples()[24].metadata["text"]
+
+
+@pytest.mark.filterwarnings("ignore:.*has no `val_dataloader`.*", "ignore:.*`val_dataloader`.*", "ignore:.*Trainer.*")
+def test_its_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "mine"}
+    run_blocks(PAGE, names)
+    assert {"ColorShare", "CSVPrompts", "TinyPolicy", "BetterHalf"} <= names.keys()
