@@ -52,8 +52,23 @@ def _arguments(source: ClassSource) -> dict[str, str | None] | None:
     found = {one.arg: _annotated_class(source, one.annotation) for one in given if one.arg != "self"}
     if init.args.kwarg is None:
         return found
-    inherited = _of_bases(source)
-    return None if inherited is None else inherited | found
+    forwarded = _forwarding_call(init, init.args.kwarg.arg)
+    inherited = None if forwarded is None else _of_bases(source)
+    if forwarded is None or inherited is None:
+        return None
+    positional = sum(not isinstance(one, ast.Starred) for one in forwarded.args)
+    passed = {*list(inherited)[:positional], *(one.arg for one in forwarded.keywords)}
+    # Its own come first: a subclass may pass them by their place.
+    return found | {name: of for name, of in inherited.items() if name not in {*passed, *found}}
+
+
+def _forwarding_call(init: ast.FunctionDef, kwargs: str) -> ast.Call | None:
+    """Finds `super().__init__(..., **kwargs)`; open arguments that go elsewhere may be anything."""
+    for node in ast.walk(init):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "super().__init__":
+            if any(one.arg is None and ast.unparse(one.value) == kwargs for one in node.keywords):
+                return node
+    return None
 
 
 def _of_bases(source: ClassSource) -> dict[str, str | None] | None:

@@ -47,12 +47,12 @@ from lightning_modules.preflight.peak_memory import count_memory, peak_bytes
 from lightning_modules.prompt_rl import PromptRL
 from miniature.scenes.detector import ShapesDetector
 from rewards.geneval.reward import GenEvalReward
+from tests.lightning_modules.cli.test_command import FLOW, LANGUAGE, complaint, fit
 from tests.lightning_modules.policies.family import Family
 from tests.lightning_modules.policies.test_families import FAMILIES
 from tests.lightning_modules.policies.test_memory import saved_bytes
 from tests.lightning_modules.policies.tiny_vision_language import KINDS
 from tests.lightning_modules.policies.tiny_vision_language import build as build_vision_language
-from tests.lightning_modules.test_cli import FLOW, LANGUAGE, complaint, fit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch_dtype.*", "ignore:.*gradient_checkpointing.*")
 

@@ -12,7 +12,7 @@ from lightning_modules.cli import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 QUICKSTART = "configs/quickstart.yaml"
 LANGUAGE, FLOW = "model.init_args.language.init_args", "model.init_args.flow.init_args"
 NOTICES = ("Seed set to ", "GPU available: ", "TPU available: ", "💡 Tip: ")  # Lightning's own

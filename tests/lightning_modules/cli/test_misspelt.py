@@ -1,0 +1,131 @@
+"""Misspelt keys: named with their owner and the nearest spelling, before anything slow is imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonargparse
+import pytest
+
+from lightning_modules.cli import HELP, SUBCOMMANDS, command, main
+from lightning_modules.cli.misspelt import misspelt
+from lightning_modules.cli.signatures import arguments
+
+ROOT = Path(__file__).parents[3]
+QUICKSTART = ["fit", "--config", "configs/quickstart.yaml"]
+CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
+
+HEAVY = """
+import sys
+from lightning_modules.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as stop:
+    status = stop.code
+else:
+    status = 0
+slow = ("torch", "lightning", "transformers", "diffusers", "jsonargparse")
+print(status, [name for name in slow if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model.init_args.flow.init_args.learnin_rate", "3e-4"],
+         "`model.init_args.flow.init_args.learnin_rate`: Flux1Policy has no argument `learnin_rate`; did you mean "
+         "`learning_rate`?"),
+        (["--model.flow.learning_rat=3e-4"],
+         "`model.init_args.flow.init_args.learning_rat`: Flux1Policy has no argument `learning_rat`; did you mean "
+         "`learning_rate`?"),
+        (["--model.flow.sampling.num_step=3"],
+         "`model.init_args.flow.init_args.sampling.num_step`: Sampling has no argument `num_step`; did you mean "
+         "`num_steps`?"),
+        (["--model.flow.lora.ranks=2"],
+         "`model.init_args.flow.init_args.lora.ranks`: LoRA has no argument `ranks`; did you mean `rank`?"),
+        (["--model.init_args.reward=rewards.serving.client.RemoteReward", "--model.init_args.reward.init_args.url=x"],
+         "`model.init_args.reward.init_args.url`: RemoteReward has no argument `url`; did you mean `urls`?"),
+        (["--data.batchsize=2"],
+         "`data.init_args.batchsize`: ShapesPrompts has no argument `batchsize`; did you mean `batch_size`?"),
+        (["--trainer.max_step=3"], "`trainer.max_step`: Trainer has no argument `max_step`; did you mean `max_steps`?"),
+        (["--data", "datamodules.text.TextPrompts", "--data.train_fil=x"],
+         "`data.init_args.train_fil`: TextPrompts has no argument `train_fil`; did you mean `train_file`?"),
+    ],
+)  # fmt: skip
+def test_it_names_the_owner_and_the_nearest_spelling(options: list[str], said: str) -> None:
+    assert misspelt([*QUICKSTART, *options]) == said
+
+
+def test_a_file_laid_over_another(tmp_path: Path) -> None:
+    """A new class in an overlay takes its own arguments and no longer the first file's."""
+    overlay = tmp_path / "overlay.yaml"
+    reward = "model: {init_args: {reward: {class_path: rewards.ocr.OCRReward, init_args: {max_extr: 3}}}}"
+    overlay.write_text(reward)
+    said = misspelt([*QUICKSTART, "--config", str(overlay)])
+    assert said is not None and "OCRReward has no argument `max_extr`" in said
+    overlay.write_text(reward.replace("max_extr", "max_extra"))
+    assert misspelt([*QUICKSTART, "--config", str(overlay)]) is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--trainer.callbacks+=callbacks.health.Health", "--trainer.callbacks.patience=3"],
+        ["--trainer.strategy=lightning.pytorch.strategies.DDPStrategy", "--trainer.strategy.bucket_cap_mb=1"],
+        ["--model.init_args.optimizer=bitsandbytes.optim.AdamW8bit", "--model.init_args.optimizer.init_args.lr=1e-4"],
+        ["--trainer.logger=lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir=x"],
+        ["--model.language=null"],
+        ["--data.help", "datamodules.text.TextPrompts"],
+        ["--config", "no/such/file.yaml"],
+    ],
+)
+def test_what_it_cannot_judge_is_left_to_the_parser(options: list[str]) -> None:
+    assert misspelt([*QUICKSTART, *options]) is None
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_nothing_in_our_configurations_is_misspelt(config: str) -> None:
+    assert misspelt(["fit", "--config", config]) is None
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "lightning_modules.prompt_rl.PromptRL",
+        "lightning_modules.policies.flux1_kontext.KontextPolicy",
+        "lightning_modules.policies.vision_language.VisionLanguagePolicy",
+        "datamodules.ocr.OCRPrompts",
+        "datamodules.editing.prompts.EditPrompts",
+        "miniature.signs.prompts.MultiRewardPrompts",
+        "rewards.judges.viescore.VIEScore",
+        "rewards.hps.HPSReward",
+        "callbacks.robustness.PromptRobustness",
+        "callbacks.ema.EMA",
+        "lightning.pytorch.trainer.trainer.Trainer",
+        "lightning.pytorch.callbacks.ModelCheckpoint",
+    ],
+)
+def test_arguments_are_those_that_the_parser_takes(path: str) -> None:
+    """What is read from the source, against what jsonargparse finds in the imported class."""
+    module, _, name = path.rpartition(".")
+    parser = jsonargparse.ArgumentParser()
+    imported = getattr(__import__(module, fromlist=[name]), name)
+    given = set(parser.add_class_arguments(imported, as_group=False, fail_untyped=False))
+    found = arguments(path)
+    assert found is not None
+    assert given == set(found)
+
+
+@pytest.mark.parametrize("options", [["--help"], [], [*QUICKSTART, "--model.flow.learnin_rate=3"]])
+def test_it_imports_nothing_slow(options: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-c", HEAVY, *options], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == ("2 []" if len(options) > 1 else "0 []"), done.stderr
+
+
+def test_help_names_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    assert capsys.readouterr().out == HELP
+    command.PromptRLCLI.wanted = None
+    assert tuple(command.PromptRLCLI.subcommands()) == SUBCOMMANDS and all(name in HELP for name in SUBCOMMANDS)
