@@ -1,4 +1,4 @@
-"""What the `lightning` command keeps of a run: checkpoints and the resolved configuration."""
+"""Checkpoints and the resolved configuration, as the `lightning` command keeps them beside a run's logs."""
 
 from __future__ import annotations
 

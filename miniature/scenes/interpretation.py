@@ -58,7 +58,7 @@ class Habits:
 
     @property
     def faithful(self) -> Self:
-        """The same habits without mistakes and slips."""
+        """Habits of a faithful model: these without mistakes and slips."""
         return replace(self, mistakes=tuple((name, 0.0) for name, _ in self.mistakes), slips=0.0)
 
 
