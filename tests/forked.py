@@ -9,7 +9,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from lightning_modules.cli import main
 
@@ -77,6 +79,18 @@ def run(folder: Path, *options: str, processes: int = 1) -> list[Forked]:
     for one in started:
         one.wait()
     return started
+
+
+def two_processes(work: Callable[..., object], *arguments: object) -> None:
+    """Calls `work(rank, *arguments)` in two processes, in which trainers with two devices and DDP find each other."""
+    port = free_port()
+    with TemporaryDirectory() as folder:
+        started = [
+            Forked(partial(work, rank, *arguments), Path(folder) / f"rank{rank}.log", launched(rank, 2, port))
+            for rank in range(2)
+        ]
+        for one in started:
+            assert one.wait() == 0, one.text
 
 
 def launched(rank: int, processes: int, port: int) -> dict[str, str]:

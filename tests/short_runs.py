@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
-import torch.multiprocessing as mp
 
 QUICK = [
     "--trainer.accelerator=cpu",
@@ -54,23 +47,3 @@ def short_fit(root: Path, experiment: str, prompts: int, steps: int = 2) -> list
 def folder(root: Path, experiment: str) -> Path:
     """Returns the folder of the first run of an experiment."""
     return root / "miniature" / experiment / "version_0"
-
-
-def two_processes(work: Callable[..., None], *arguments: Any) -> None:
-    """Calls `work(rank, *arguments)` in two processes, in which trainers with two devices and DDP find each other.
-
-    Args:
-        work: function of a module.
-        arguments: passed on, by pickling.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_ranked, (port, work, arguments), nprocs=2)  # type: ignore[no-untyped-call]
-
-
-def _ranked(rank: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0",
-                   "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}  # fmt: skip
-    work(rank, *arguments)

@@ -40,6 +40,8 @@ from miniature.scenes.quality import ShapesQuality
 from rewards.encoders import PixelEncoder
 from tests.short_runs import folder, short_fit
 
+pytestmark = pytest.mark.slow
+
 EXPERIMENTS = ("flow_only", "promptrl")
 CATEGORIES = ["Reward", "Benchmarks", "By rollouts", "Other wordings", "Diversity", "Health"]
 

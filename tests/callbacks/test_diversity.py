@@ -37,11 +37,15 @@ from rewards.base import Reward, RewardBatch, Score
 from rewards.clip import ClipEncoder
 from rewards.encoders import PixelEncoder
 from rewards.geneval.reward import GenEvalReward
-from tests.short_runs import quick, two_processes
+from tests.forked import two_processes
+from tests.short_runs import quick
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Experiment logs directory", "ignore:The dirpath has changed", "ignore:LightningCLI's args parameter"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore:Experiment logs directory", "ignore:The dirpath has changed", "ignore:LightningCLI's args parameter"
+    ),
+]
 
 COLORS = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200)}
 
@@ -426,7 +430,6 @@ def share_out(rank: int, folder: str, world: int = 2) -> None:
         torch.save({"ids": table.ids, "sums": table.sums, "counts": table.counts}, f"{folder}/{num}-{world}-{rank}.pt")
 
 
-@pytest.mark.slow
 def test_two_processes_give_the_table_of_one(tmp_path: Path) -> None:
     two_processes(share_out, str(tmp_path))
     share_out(0, str(tmp_path), world=1)

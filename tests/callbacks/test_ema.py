@@ -16,6 +16,8 @@ from lightning_modules.cli import main
 from tests.lightning_modules.test_resume import same
 from tests.short_runs import quick
 
+pytestmark = pytest.mark.slow
+
 
 class Witness(L.Callback):
     """Keeps copies of the trained weights after every step and at every validation."""

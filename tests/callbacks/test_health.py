@@ -27,7 +27,8 @@ from lightning_modules.evaluation import EvaluationBatch, validate_now
 from lightning_modules.rollout import Conditioning, Rollout, Trajectory
 from rewards.base import Reward, RewardBatch, Score
 from rewards.tagged import WeightedSum
-from tests.short_runs import quick, two_processes
+from tests.forked import two_processes
+from tests.short_runs import quick
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Experiment logs directory", "ignore:The dirpath has changed", "ignore:Using ModelCheckpoint with manual"

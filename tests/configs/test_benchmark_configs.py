@@ -13,7 +13,7 @@ from callbacks.benchmark import Benchmark
 from lightning_modules import cli
 from lightning_modules.cli import command
 
-pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")]
 
 ROOT = Path(__file__).parents[2]
 OVERLAYS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs" / "benchmarks").glob("*.yaml"))

@@ -13,6 +13,8 @@ import yaml
 from benchmarks.miniature import evaluation as miniature_evaluation
 from lightning_modules import cli
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

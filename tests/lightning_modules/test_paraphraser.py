@@ -19,6 +19,8 @@ from lightning_modules.paraphraser import WrittenParaphrases
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.policies.templates import GENERAL
 
+pytestmark = pytest.mark.slow
+
 MakeLanguage = Callable[..., LanguagePolicy]
 
 

@@ -22,6 +22,8 @@ from lightning_modules.seeding import seed_of
 from miniature.scenes.prompts import ShapesPrompts
 from tests.forked import run
 
+pytestmark = pytest.mark.slow
+
 QUICKSTART = "configs/quickstart.yaml"
 FLOW = "model.init_args.flow.init_args"
 DATA = ["--data.init_args.eval_prompts=7", "--data.init_args.eval_batch_size=3", f"--{FLOW}.sampling.eval_steps=2"]
@@ -269,7 +271,6 @@ def test_a_step_of_several_images(make_flow: Any) -> None:
     assert drawn.images["without_pe"][1][0].tobytes() != alone.tobytes()
 
 
-@pytest.mark.slow
 def test_two_processes_draw_what_one_does(whole: Path, tmp_path: Path) -> None:
     """Stopped after a batch each, then continued by two, then by one: the same lines and names, nothing twice."""
     folder = tmp_path / "predictions"

@@ -249,6 +249,7 @@ def test_an_agent_without_learning_rate_does_not_move(
     assert moved == {"flow", "language"} - {frozen}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LoRA(rank=16, alpha=32)], ids=["full", "lora"])
 def test_flow_rl_raises_a_simple_reward(make_flow: MakeFlow, tmp_path: Path, lora: LoRA | None) -> None:
     rate = 3e-4 if lora is None else 3e-3
@@ -257,6 +258,7 @@ def test_flow_rl_raises_a_simple_reward(make_flow: MakeFlow, tmp_path: Path, lor
     assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.03
 
 
+@pytest.mark.slow
 def test_prompt_rl_raises_a_simple_reward_by_words_alone(
     make_flow: MakeFlow, make_language: MakeLanguage, tmp_path: Path
 ) -> None:

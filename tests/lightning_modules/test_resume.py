@@ -10,6 +10,8 @@ import torch
 
 from lightning_modules.cli import main
 
+pytestmark = pytest.mark.slow
+
 SHORT = [
     "fit",
     "--config=configs/quickstart.yaml",

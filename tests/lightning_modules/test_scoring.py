@@ -26,6 +26,8 @@ from rewards.geneval.reward import GenEvalReward
 from tests.lightning_modules.test_prompt_rl import Listed, attach, fit, gradients
 from tests.lightning_modules.test_resume import SHORT, same
 
+pytestmark = pytest.mark.slow
+
 MakeFlow = Callable[..., Flux1Policy]
 MakeLanguage = Callable[..., LanguagePolicy]
 

@@ -287,6 +287,7 @@ def pages() -> list[list[Line]]:
     return reader.read([*map(make_image, TEXTS), Image.new("RGB", (512, 512), "white")])
 
 
+@pytest.mark.slow
 def test_rapidocr_reads_drawn_sentences(pages: list[list[Line]]) -> None:
     scores = scripted(ScriptedReader(*pages), TEXTS)
     assert all(score.valid for score in scores)
@@ -311,6 +312,7 @@ def test_rapidocr_on_an_empty_image_is_0_and_valid(pages: list[list[Line]]) -> N
     assert score.valid and score.rl == 0
 
 
+@pytest.mark.slow
 def test_the_default_reward_runs_rapidocr_end_to_end() -> None:
     """In colour and not RGB, with one target right, one in another's place and one image that cannot be read."""
     pytest.importorskip("rapidocr")

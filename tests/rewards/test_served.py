@@ -25,6 +25,8 @@ from rewards.served.deqa import DeQAReward
 from rewards.served.hpsv3 import HPSv3Reward
 from rewards.served.image_reward import ImageRewardReward
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 CLASSES: dict[str, type[ServedReward]] = {
     "image_reward": ImageRewardReward,

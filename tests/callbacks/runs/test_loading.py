@@ -17,7 +17,7 @@ from lightning_modules.cli import main
 from lightning_modules.run_folder import RunFolder, find
 from tests.short_runs import quick
 
-pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")]
 
 RATES = {"flow-only": (1e-4, None), "prompt-only": (None, 1e-4), "PromptRL": (1e-4, 1e-4)}
 

@@ -121,6 +121,7 @@ class Red(Reward):
         return [Score(v, v, v) for v in (float(value.float().mean()) / 255 for value in values)]
 
 
+@pytest.mark.slow
 @every_family
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 def test_a_few_steps_make_images_redder(family: Family, folders: dict[str, Path], lora: LoRA | None) -> None:

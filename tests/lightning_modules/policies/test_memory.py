@@ -18,6 +18,8 @@ from lightning_modules.prompt_rl import PromptRL
 from tests.lightning_modules.policies.test_flux1 import PROMPTS, perturb
 from tests.lightning_modules.test_prompt_rl import Listed, attach, gradients
 
+pytestmark = pytest.mark.slow
+
 MakeFlow = Callable[..., Flux1Policy]
 MakeLanguage = Callable[..., LanguagePolicy]
 LORA = LoRA(rank=4, alpha=8)
@@ -126,7 +128,6 @@ def test_frozen_parts_in_another_type(make_flow: MakeFlow) -> None:
     assert 0 < (images - others).abs().mean() < 0.02
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 def test_compiled_blocks_keep_the_ratio_at_one(make_flow: MakeFlow, lora: LoRA | None) -> None:
     """The KL is 0 before training, since the reference is compiled as well."""

@@ -19,6 +19,8 @@ from tests.lightning_modules.policies.family import PROMPTS, assert_ratio_is_one
 from tests.lightning_modules.policies.test_flux1 import perturb
 from tests.lightning_modules.policies.tiny_sana import SANA, build, draw
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

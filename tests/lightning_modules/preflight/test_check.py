@@ -54,7 +54,10 @@ from tests.lightning_modules.policies.test_memory import saved_bytes
 from tests.lightning_modules.policies.tiny_vision_language import KINDS
 from tests.lightning_modules.policies.tiny_vision_language import build as build_vision_language
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch_dtype.*", "ignore:.*gradient_checkpointing.*")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*torch_dtype.*", "ignore:.*gradient_checkpointing.*"),
+]
 
 LORA = LoRA(rank=4, alpha=8)
 KIB, MIB = 2**10, 2**20

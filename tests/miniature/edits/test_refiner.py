@@ -27,7 +27,7 @@ from miniature.scenes.world import render
 from rewards.base import RewardBatch, Score
 from tests.lightning_modules.policies.tiny_flux1_kontext import draw
 
-pytestmark = pytest.mark.filterwarnings("ignore:You are trying to `self.log")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:You are trying to `self.log")]
 
 SHIPPED = "miniature/edit_flow"
 

@@ -21,6 +21,8 @@ from miniature.scenes.world import random_scene, render
 from rewards.geneval.reward import GenEvalReward
 from rewards.serving.protocol import ScoreReply, encode_image
 
+pytestmark = pytest.mark.slow
+
 quick = settings(
     phases=[Phase.generate], deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
