@@ -3,44 +3,57 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:  # pytest-xdist's own process reads this file too, and needs none of it
+    from datamodules.base import PromptSample
+    from lightning_modules.policies.flow import Sampling
+    from lightning_modules.policies.flux1 import Flux1Policy
+    from lightning_modules.policies.language import LanguagePolicy
 
 # Before torch is imported: two threads in each of two processes are slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
-
-import pytest
-import torch
-from diffusers import FluxPipeline
-
-from datamodules.base import PromptSample
-from lightning_modules.cli import main
-from lightning_modules.policies.flow import Sampling
-from lightning_modules.policies.flux1 import Flux1Policy
-from lightning_modules.policies.language import LanguagePolicy
-from miniature.architectures import build_flow, build_vae
-from miniature.scenes.prompts import shapes_prompts
-from miniature.scenes.wording import vocabulary
-from tests.short_runs import short_fit
-
 ROOT = Path(__file__).parent.parent
+LONGEST = (
+    "tests/notebooks/",
+    "tests/lightning_modules/policies/test_families.py",
+    "tests/configs/",
+    "tests/lightning_modules/preflight/",
+    "tests/lightning_modules/sweep/",
+    "tests/callbacks/test_kept_images.py",
+)
+"""Files that take the most time, the longest first."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keeps pytest-xdist from starting the files with the most tests first, which are not the slowest."""
     config.option.loadscopereorder = False
+    if not getattr(config.option, "numprocesses", None):
+        # A process that runs tests. Lightning's messages look as they do to users if it comes before pytest's logging.
+        import lightning.pytorch  # noqa: F401
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts files with slow tests first: a slow one that starts last would run alone in the end."""
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    """Puts the longest files first, then the other slow ones: one that starts last would run alone in the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+
+    def turn(item: pytest.Item) -> int:
+        name = item.path.relative_to(ROOT).as_posix()
+        longest = (number for number, start in enumerate(LONGEST) if name.startswith(start))
+        return next(longest, len(LONGEST) + (item.path not in slow))
+
+    items.sort(key=turn)
 
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    import torch
+
     monkeypatch.chdir(ROOT)
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -50,9 +63,14 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def random_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A FLUX.1 pipeline folder with random weights and a dynamic-shift scheduler."""
+    import torch
+
+    from miniature.architectures import build_flow, build_vae
+    from miniature.scenes.wording import vocabulary
+
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("random_flux")
-    pipe: FluxPipeline = build_flow(vocabulary(), build_vae().eval())
+    pipe = build_flow(vocabulary(), build_vae().eval())
     pipe.vae.register_to_config(scaling_factor=0.9, shift_factor=0.1)
     pipe.save_pretrained(folder)
     return folder
@@ -61,6 +79,8 @@ def random_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make_flow() -> Callable[..., Flux1Policy]:
     """Builds and loads a policy on the shipped miniature, or on another folder."""
+    from lightning_modules.policies.flow import Sampling
+    from lightning_modules.policies.flux1 import Flux1Policy
 
     def make(model: str | Path = "miniature/flow", sampling: Sampling | None = None, **kwargs: object) -> Flux1Policy:
         defaults: dict[str, object] = {
@@ -80,6 +100,7 @@ def make_flow() -> Callable[..., Flux1Policy]:
 @pytest.fixture
 def make_language() -> Callable[..., LanguagePolicy]:
     """Builds and loads the shipped miniature's refiner."""
+    from lightning_modules.policies.language import LanguagePolicy
 
     def make(**kwargs: object) -> LanguagePolicy:
         defaults: dict[str, object] = {
@@ -99,6 +120,9 @@ def make_language() -> Callable[..., LanguagePolicy]:
 @pytest.fixture(scope="session")
 def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two runs of two steps and three validations: 8 images a step (PromptRL) and 16 (flow-only)."""
+    from lightning_modules.cli import main
+    from tests.short_runs import short_fit
+
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
@@ -110,4 +134,6 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def samples() -> list[PromptSample]:
     """Six canonical prompts, one of each tag, of different lengths."""
+    from miniature.scenes.prompts import shapes_prompts
+
     return shapes_prompts("test", "val", ("canonical",), 6, 0)

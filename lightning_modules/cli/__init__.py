@@ -44,9 +44,9 @@ def main(args: list[str] | None = None) -> None:
     mistake = misspelt(words) if words[0] in SUBCOMMANDS else None
     if mistake is not None:
         sys.exit(complain(mistake))
+    quieten()  # before the imports below, which have notices of their own
     from lightning_modules.cli.command import run  # imports torch, diffusers and Lightning: seconds
 
-    quieten()
     run(args)
 
 

@@ -31,6 +31,8 @@ from tests.lightning_modules.policies.test_families import FAMILIES, stock
 from tests.lightning_modules.policies.test_flux1 import perturb
 from tests.short_runs import quick
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 FLOW, LANGUAGE = "model.init_args.flow.init_args", "model.init_args.language.init_args"
 LORA = [f"--{FLOW}.lora.rank=4", f"--{LANGUAGE}.lora.rank=4"]

@@ -294,6 +294,7 @@ def test_rapidocr_reads_drawn_sentences(pages: list[list[Line]]) -> None:
     assert sum(score.rl for score in scores) / 50 >= 0.95
 
 
+@pytest.mark.slow
 def test_rapidocr_scores_other_sentences_low(pages: list[list[Line]]) -> None:
     """Every image against all 49 other sentences: chance resemblance of short English texts, no choice involved."""
     rewards = [
@@ -306,6 +307,7 @@ def test_rapidocr_scores_other_sentences_low(pages: list[list[Line]]) -> None:
     assert sum(rewards) / len(rewards) < 0.2
 
 
+@pytest.mark.slow
 def test_rapidocr_on_an_empty_image_is_0_and_valid(pages: list[list[Line]]) -> None:
     assert pages[-1] == []
     (score,) = scripted(ScriptedReader(pages[-1]), ["anything"])

@@ -28,6 +28,8 @@ from benchmarks.paper.runs import Studies
 from callbacks.runs.comparison import Gap
 from tests.benchmarks.paper.folders import MODES, fitted, score_test, studies_in, write_scores
 
+pytestmark = pytest.mark.slow
+
 
 def gap(value: float, width: float) -> Gap:
     return Gap(value, value - width, value + width, 40)

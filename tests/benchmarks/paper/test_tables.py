@@ -15,6 +15,8 @@ from callbacks.reporting.tables import markdown
 from lightning_modules.sweep.run import read
 from tests.benchmarks.paper.folders import fitted, log_similarity, score_test, studies_in, tenths, write_scores
 
+pytestmark = pytest.mark.slow
+
 
 def test_tables(studies: Studies) -> None:
     rows = {row.label: row.scores for row in retention_table(studies).rows if not row.source}

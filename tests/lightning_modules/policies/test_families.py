@@ -28,6 +28,8 @@ from tests.lightning_modules.policies.tiny_sd3 import SD3
 from tests.lightning_modules.policies.tiny_z_image import Z_IMAGE
 from tests.lightning_modules.test_prompt_rl import attach
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = [FLUX1, FLUX1_KONTEXT, FLUX2_KLEIN, FLUX2_KLEIN_EDIT, SD3, SANA, Z_IMAGE, QWEN_IMAGE, QWEN_IMAGE_EDIT]
 LORA = LoRA(rank=4, alpha=8)
 
@@ -121,7 +123,6 @@ class Red(Reward):
         return [Score(v, v, v) for v in (float(value.float().mean()) / 255 for value in values)]
 
 
-@pytest.mark.slow
 @every_family
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 def test_a_few_steps_make_images_redder(family: Family, folders: dict[str, Path], lora: LoRA | None) -> None:

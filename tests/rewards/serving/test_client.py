@@ -33,6 +33,8 @@ from rewards.serving.requests import Limits
 from rewards.serving.server import bind
 from rewards.tagged import TaggedReward, WeightedSum
 
+pytestmark = pytest.mark.slow
+
 
 def batch_of(*numbers: int, prompt: str = "") -> RewardBatch:
     """Images that say which one they are."""

@@ -51,6 +51,8 @@ from rewards.serving.protocol import (
 )
 from rewards.serving.requests import Limits
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 SMALL = Limits(
     max_request_bytes=200_000, max_items=8, max_pixels=64 * 64, max_batch_items=4, batch_wait_ms=1, queue_limit=8
@@ -640,7 +642,6 @@ def test_client_that_leaves_half_way(url: str, caplog: pytest.LogCaptureFixture)
 # --- many clients -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_two_hundred_at_once(serve: Callable[..., str]) -> None:
     """Everybody gets the answer to their own question; the scorer sees batches, one at a time."""
     scorer = NumberReward(seconds=0.005)
@@ -946,7 +947,6 @@ print([name for name in sys.modules if name.startswith(banned)])
     assert done.stdout == "[]\n", done.stdout + done.stderr
 
 
-@pytest.mark.slow
 def test_sigterm_finishes_what_was_accepted(slow_server: Callable[..., Any]) -> None:
     """Closed while models load, then ready; a batch under way and one that waits are both answered; exit code 0."""
     process = slow_server(seconds=1.0, load_seconds=0.5)
