@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
-from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
@@ -80,12 +79,6 @@ class SanaPolicy(PipelinePolicy):
         stages = len(read_config(self.model, "vae")["encoder_block_out_channels"])
         return int(2 ** (stages - 1) * read_config(self.model, "transformer").get("patch_size", 1))
 
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Shape [channels, height / 32, width / 32] of the latents."""
-        factor = self.pipe.vae_scale_factor
-        return self.network.config.in_channels, self.height // factor, self.width // factor
-
     def scheduler(self) -> Any:
         """Makes the folder's own scheduler if it takes Euler steps, else one that does with the same shift."""
         config = self.pipe.scheduler.config
@@ -125,11 +118,3 @@ class SanaPolicy(PipelinePolicy):
             return_dict=False,
         )[0]
         return velocity.chunk(2, dim=1)[0] if config.out_channels == 2 * config.in_channels else velocity
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decodes latents [B, ...] into images [B, 3, height, width] in [0, 1]."""
-        vae = self.pipe.vae
-        decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-        images: Tensor = VaeImageProcessor.denormalize(decoded)
-        return images.float()

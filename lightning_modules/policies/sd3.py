@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from diffusers import StableDiffusion3Pipeline
-from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
@@ -57,12 +55,6 @@ class SD3Policy(PipelinePolicy):
                 "a side."
             )
 
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Shape [channels, height / 8, width / 8] of the latents."""
-        factor = self.pipe.vae_scale_factor
-        return self.network.config.in_channels, self.height // factor, self.width // factor
-
     def schedule(self, num_steps: int) -> dict[str, Any]:
         """No arguments for the constant shift of published models; with dynamic shifting, the image tokens' shift."""
         if not self.pipe.scheduler.config.get("use_dynamic_shifting"):
@@ -93,11 +85,3 @@ class SD3Policy(PipelinePolicy):
             return_dict=False,
         )[0]
         return velocity
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decodes latents [B, ...] into images [B, 3, height, width] in [0, 1]."""
-        vae = self.pipe.vae
-        latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        images: Tensor = VaeImageProcessor.denormalize(vae.decode(latents, return_dict=False)[0])
-        return images.float()

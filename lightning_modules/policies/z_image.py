@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from diffusers import ZImagePipeline
-from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -74,12 +73,6 @@ class ZImagePolicy(PipelinePolicy):
                 f"`max_sequence_length` is {self.max_sequence_length}; {self.model} takes at most {longest} tokens."
             )
 
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Shape [channels, height / 8, width / 8] of the latents."""
-        factor = self.pipe.vae_scale_factor
-        return self.network.config.in_channels, self.height // factor, self.width // factor
-
     def schedule(self, num_steps: int) -> dict[str, Any]:
         """Sigmas 1 ... 1/n; published models shift them by a constant, others by this number of image tokens."""
         _, height, width = self.latent_shape
@@ -122,11 +115,3 @@ class ZImagePolicy(PipelinePolicy):
             return_dict=False,
         )[0]
         return -torch.stack(outputs).squeeze(2)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decodes latents [B, ...] into images [B, 3, height, width] in [0, 1]."""
-        vae = self.pipe.vae
-        latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        images: Tensor = VaeImageProcessor.denormalize(vae.decode(latents, return_dict=False)[0])
-        return images.float()
