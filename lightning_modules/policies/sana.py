@@ -12,13 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_modules.policies.flow import Sampling
+from lightning_modules.policies.guided import GuidedPolicy
 from lightning_modules.policies.loading import read_config
-from lightning_modules.policies.pipeline import PipelinePolicy
 
 EULER = "FlowMatchEulerDiscreteScheduler"
 
 
-class SanaPolicy(PipelinePolicy):
+class SanaPolicy(GuidedPolicy):
     """Sana, or any `SanaPipeline` folder.
 
     Published folders sample by DPM-Solver++, a multistep method: a step needs the velocities before it, so that it is
@@ -32,11 +32,10 @@ class SanaPolicy(PipelinePolicy):
         model: pipeline folder or hub id.
         sampling: settings of the sampler.
         guidance_scale: classifier-free guidance, off at 1 (the pipeline's default).
-        negative_prompt: prompt that guidance leads away from.
         complex_human_instruction: lines put before each prompt, though not before the negative one; true is the
             pipeline's own, false none.
         max_sequence_length: Gemma tokens per prompt (the pipeline's default).
-        **kwargs: as for `PipelinePolicy`.
+        **kwargs: as for `GuidedPolicy`.
     """
 
     pipeline_class = SanaPipeline
@@ -46,16 +45,12 @@ class SanaPolicy(PipelinePolicy):
         model: str,
         sampling: Sampling,
         guidance_scale: float = 4.5,
-        negative_prompt: str = "",
         complex_human_instruction: bool | list[str] = True,
         max_sequence_length: int = 300,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, sampling, **kwargs)
-        self.guidance_scale = guidance_scale
-        self.negative_prompt = negative_prompt
+        super().__init__(model, sampling, guidance_scale, max_sequence_length=max_sequence_length, **kwargs)
         self.complex_human_instruction = complex_human_instruction
-        self.max_sequence_length = max_sequence_length
 
     def load(self) -> None:
         """Loads the pipeline; with float16, text encoder and VAE are in bfloat16 since they do not work in it."""

@@ -12,14 +12,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_modules.policies.flow import Sampling
+from lightning_modules.policies.guided import GuidedPolicy
 from lightning_modules.policies.loading import read_config
-from lightning_modules.policies.pipeline import PipelinePolicy
 
 
-class ZImagePolicy(PipelinePolicy):
+class ZImagePolicy(GuidedPolicy):
     """Z-Image or Z-Image-Turbo, or any `ZImagePipeline` folder.
 
     The pipeline's `cfg_truncation`, which drops guidance late in the schedule, is left at its default: never.
+    `max_sequence_length` counts the chat template too.
 
     Args:
         model: pipeline folder or hub id.
@@ -27,11 +28,9 @@ class ZImagePolicy(PipelinePolicy):
         guidance_scale: classifier-free guidance as this pipeline counts it: 0 is off, and s stands for s + 1 elsewhere
             (5.0 is the pipeline's default; the distilled Z-Image-Turbo, which no configuration file tells apart, wants
             0).
-        negative_prompt: prompt that guidance leads away from.
         cfg_normalization: guidance may lengthen an image's velocity to at most this many times that of the prompt
             alone; 0 sets no limit (the pipeline's default; its `True` is 1).
-        max_sequence_length: tokens per prompt, chat template included (the pipeline's default).
-        **kwargs: as for `PipelinePolicy`.
+        **kwargs: as for `GuidedPolicy`.
     """
 
     pipeline_class = ZImagePipeline
@@ -41,20 +40,10 @@ class ZImagePolicy(PipelinePolicy):
     ]
 
     def __init__(
-        self,
-        model: str,
-        sampling: Sampling,
-        guidance_scale: float = 5.0,
-        negative_prompt: str = "",
-        cfg_normalization: float = 0.0,
-        max_sequence_length: int = 512,
-        **kwargs: Any,
+        self, model: str, sampling: Sampling, guidance_scale: float = 5.0, cfg_normalization: float = 0.0, **kwargs: Any
     ) -> None:
-        super().__init__(model, sampling, **kwargs)
-        self.guidance_scale = guidance_scale
-        self.negative_prompt = negative_prompt
+        super().__init__(model, sampling, guidance_scale, **kwargs)
         self.cfg_normalization = cfg_normalization
-        self.max_sequence_length = max_sequence_length
 
     def check_config(self) -> None:
         """Checks the settings; raises ValueError also for images and captions without positions in the transformer."""
