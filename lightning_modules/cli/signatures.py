@@ -72,14 +72,11 @@ def _forwarding_call(init: ast.FunctionDef, kwargs: str) -> ast.Call | None:
 
 
 def _of_bases(source: ClassSource) -> dict[str, str | None] | None:
-    """Arguments of the first base that has a constructor of its own."""
-    for base in source.node.bases:
-        path = _dotted(base.value if isinstance(base, ast.Subscript) else base)  # `Base[T]`
-        if path in ("ABC", "Generic", "Protocol", "nn.Module", "object"):
-            continue
-        found = None if path is None else _resolve(source.module, path)
-        return None if found is None or found == source else _arguments(found)
-    return None
+    """Arguments of the base class; with several, `super()` depends on the order of all their bases."""
+    paths = [_dotted(base.value if isinstance(base, ast.Subscript) else base) for base in source.node.bases]  # `B[T]`
+    paths = [path for path in paths if path not in ("ABC", "Generic", "Protocol", "nn.Module", "object")]
+    found = _resolve(source.module, paths[0]) if len(paths) == 1 and paths[0] is not None else None
+    return None if found is None or found == source else _arguments(found)
 
 
 def _fields(source: ClassSource) -> dict[str, str | None] | None:

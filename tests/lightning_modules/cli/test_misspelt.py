@@ -140,6 +140,13 @@ class Known(Reward, Generic[T]):
 class Parametrised(Known[int]): ...
 class Again(Again): ...
 class Made(make()): ...
+class First(Known):
+    def __init__(self, one: int = 1, **kwargs) -> None:
+        super().__init__(**kwargs)
+class Second(Known):
+    def __init__(self, two: int = 1, **kwargs) -> None:
+        super().__init__(**kwargs)
+class Diamond(First, Second): ...
 class Either:
     def __init__(self, part: "First | Second | None") -> None: ...
 """
@@ -147,7 +154,15 @@ class Either:
 
 @pytest.mark.parametrize(
     ("name", "found"),
-    [("Known", {"scale"}), ("Parametrised", {"scale"}), ("Again", None), ("Made", None), ("Either", {"part"})],
+    [
+        ("Known", {"scale"}),
+        ("Parametrised", {"scale"}),
+        ("Again", None),
+        ("Made", None),
+        ("First", {"one", "scale"}),
+        ("Diamond", None),
+        ("Either", {"part"}),
+    ],
 )
 def test_classes_in_the_current_folder(
     name: str, found: set[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
