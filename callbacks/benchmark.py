@@ -147,13 +147,7 @@ class Benchmark(L.Callback, ABC):
         return self.sets is None or name in self.sets or data.originals.get(name) in self.sets
 
     def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Scores the images of one batch."""
         assert isinstance(outputs, EvaluationBatch)

@@ -137,13 +137,7 @@ class Health(L.Callback):
             raise ValueError(f"Health.sets has {min(unknown)!r}, but the evaluation sets are {', '.join(names)}.")
 
     def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Scores one batch by the held-out reward; a set without images of the mode is left out."""
         drawn: EvaluationBatch = outputs

@@ -32,13 +32,7 @@ class SampleImages(L.Callback):
         self.num = num
 
     def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Logs images and rewrites of the first batch of every set."""
         assert isinstance(outputs, EvaluationBatch)

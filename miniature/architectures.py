@@ -176,27 +176,34 @@ def carry_over_words(before: Any, known: dict[str, int], after: Any, ids: dict[s
     after.get_input_embeddings().weight.copy_(fresh)
 
 
+def _chat_tokenizer(words: list[str], specials: list[str], template: str, **roles: Any) -> PreTrainedTokenizerFast:
+    tokenizer = _word_tokenizer([*words, "<answer>", "</answer>"], specials, eos_token="<end>", **roles)
+    tokenizer.chat_template = template
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def _text_sizes(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Returns the sizes of both refiners, Qwen3 and Qwen2.5-VL, and the tokenizer's ids."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 96,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 128,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+
+
 def build_language(words: list[str]) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
     """Builds a Qwen3 of 0.23M parameters, with a word-level tokenizer and a chat template."""
     specials = ["<pad>", "<end>", "<unk>", "<user>", "<assistant>"]
-    tokenizer = _word_tokenizer([*words, "<answer>", "</answer>"], specials, eos_token="<end>")
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.padding_side = "left"
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=24,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        dtype=torch.float32,
-    )
+    tokenizer = _chat_tokenizer(words, specials, CHAT_TEMPLATE)
+    config = Qwen3Config(head_dim=24, tie_word_embeddings=True, dtype=torch.float32, **_text_sizes(tokenizer))
     return Qwen3ForCausalLM(config), tokenizer
 
 
@@ -208,24 +215,10 @@ def build_vision_language(
     A cell of 8 x 8 pixels is one token, so that an image of 32 x 32 pixels has 16.
     """
     specials = ["<pad>", "<end>", "<unk>", "<user>", "<assistant>", "<vision>", "<image>", "</vision>"]
-    tokenizer = _word_tokenizer(
-        [*words, "<answer>", "</answer>"], specials, eos_token="<end>", additional_special_tokens=specials[5:]
-    )
-    tokenizer.chat_template = VISION_CHAT_TEMPLATE
-    tokenizer.padding_side = "left"
+    tokenizer = _chat_tokenizer(words, specials, VISION_CHAT_TEMPLATE, additional_special_tokens=specials[5:])
     vision_start, image, vision_end = (tokenizer.get_vocab()[token] for token in specials[5:])
-    text = {
+    text = _text_sizes(tokenizer) | {
         "initializer_range": 0.06,
-        "vocab_size": len(tokenizer),
-        "hidden_size": 96,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 128,
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": None,
         # Half of a head's 24 dimensions in all. Rows and columns get the later, slower ones: a base of 100 keeps these
         # fast enough for a grid of four.
         "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 4, 4]},

@@ -152,9 +152,13 @@ class FlowPretraining(_Pretraining):
         """Makes the pipeline to train."""
         if self.init is not None:
             return FluxPipeline.from_pretrained(self.init)
+        return build_flow(vocabulary(), self.own_vae("pretrain_vae.yaml"))
+
+    def own_vae(self, config: str) -> Any:
+        """Loads the autoencoder of `output`, which `config` makes; raises ValueError if there is none."""
         if not (self.output / "vae").is_dir():
-            raise ValueError(f"no autoencoder in {self.output / 'vae'}: run pretrain_vae.yaml first")
-        return build_flow(vocabulary(), AutoencoderKL.from_pretrained(self.output / "vae"))
+            raise ValueError(f"no autoencoder in {self.output / 'vae'}: run {config} first")
+        return AutoencoderKL.from_pretrained(self.output / "vae")
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Returns the mean squared error of the velocity, at sigmas spread like the sampler's grid.
@@ -313,9 +317,7 @@ class WordsFlowPretraining(FlowPretraining):
 
     def build(self) -> Any:
         """Makes the pipeline with the larger vocabulary, around its own autoencoder."""
-        if not (self.output / "vae").is_dir():
-            raise ValueError(f"no autoencoder in {self.output / 'vae'}: run pretrain_words_vae.yaml first")
-        vae = AutoencoderKL.from_pretrained(self.output / "vae")
+        vae = self.own_vae("pretrain_words_vae.yaml")
         old: Any = FluxPipeline.from_pretrained(str(self.init))
         if set(words_vocabulary()) <= old.tokenizer_2.get_vocab().keys():
             old.register_modules(vae=vae)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import pydoc
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,12 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+import yaml
 
 from lightning_modules.policies.base import LoRA
 from lightning_modules.policies.flow import Sampling
-from lightning_modules.policies.flux1 import Flux1Policy
-from lightning_modules.policies.flux2 import Flux2KleinPolicy
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.policies.pipeline import PipelinePolicy
-from lightning_modules.policies.sd3 import SD3Policy
 from lightning_modules.preflight.check import Estimate, Setting, estimate, size_text
 from lightning_modules.prompt_rl import PromptRL
 from miniature.scenes.detector import ShapesDetector
@@ -44,190 +43,46 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def t5_xxl() -> Any:
-    """Returns class and configuration of T5 v1.1 XXL's encoder."""
-    return transformers.T5EncoderModel, transformers.T5Config(
-        vocab_size=32128,
-        d_model=4096,
-        d_kv=64,
-        d_ff=10240,
-        num_layers=24,
-        num_heads=64,
-        feed_forward_proj="gated-gelu",
-    )
+MODELS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("preflight_models.yaml").read_text(encoding="utf-8"))
+"""Sizes of published models: `pipelines` by name, and the `refiner`."""
 
 
-def clip_l(projected: bool) -> Any:
-    """Returns class and configuration of CLIP-L's text encoder, as FLUX.1 (pooled) or SD3 (projected) uses it."""
-    cls = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
-    return cls, transformers.CLIPTextConfig(
-        vocab_size=49408,
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        projection_dim=768,
-    )
+def write_pipeline(folder: Path, cls: type[PipelinePolicy], parts: dict[str, dict[str, Any]], more: Any) -> None:
+    """Writes a pipeline folder without weights: each part's configuration, and an empty file for a tokenizer.
 
-
-def clip_g() -> Any:
-    """Returns class and configuration of OpenCLIP bigG's text encoder."""
-    return transformers.CLIPTextModelWithProjection, transformers.CLIPTextConfig(
-        vocab_size=49408,
-        hidden_size=1280,
-        intermediate_size=5120,
-        num_hidden_layers=32,
-        num_attention_heads=20,
-        projection_dim=1280,
-        hidden_act="gelu",
-    )
-
-
-def qwen3_4b() -> Any:
-    """Returns class and configuration of Qwen3-4B."""
-    return transformers.Qwen3ForCausalLM, transformers.Qwen3Config(
-        vocab_size=151936,
-        hidden_size=2560,
-        intermediate_size=9728,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        tie_word_embeddings=True,
-    )
-
-
-def qwen25_vl_3b() -> Any:
-    """Returns class and configuration of Qwen2.5-VL-3B-Instruct."""
-    return transformers.Qwen2_5_VLForConditionalGeneration, transformers.Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": 151936,
-            "hidden_size": 2048,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 2,
-            "tie_word_embeddings": True,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-        },
-        vision_config={
-            "depth": 32,
-            "hidden_size": 1280,
-            "intermediate_size": 3420,
-            "num_heads": 16,
-            "out_hidden_size": 2048,
-        },
-        tie_word_embeddings=True,
-    )
-
-
-def vae(**settings: Any) -> Any:
-    """Builds the autoencoder of FLUX.1 and SD3."""
-    return diffusers.AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=16,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        **settings,
-    )
-
-
-def flux1_dev() -> dict[str, Any]:
-    """Returns the parts of FLUX.1-dev's pipeline."""
-    return {
-        "transformer": diffusers.FluxTransformer2DModel(guidance_embeds=True),
-        "vae": vae(),
-        "text_encoder": clip_l(projected=False),
-        "text_encoder_2": t5_xxl(),
-        "tokenizer": "CLIPTokenizer",
-        "tokenizer_2": "T5TokenizerFast",
-    }
-
-
-def flux2_klein_4b() -> dict[str, Any]:
-    """Returns the parts of FLUX.2-klein-4B's pipeline."""
-    return {
-        "transformer": diffusers.Flux2Transformer2DModel(
-            num_layers=5,
-            num_single_layers=20,
-            num_attention_heads=24,
-            joint_attention_dim=7680,
-            guidance_embeds=False,
-        ),
-        "vae": diffusers.AutoencoderKLFlux2(),
-        "text_encoder": qwen3_4b(),
-        "tokenizer": "Qwen2TokenizerFast",
-        "is_distilled": True,
-    }
-
-
-def sd35_medium() -> dict[str, Any]:
-    """Returns the parts of SD3.5-medium's pipeline."""
-    return {
-        "transformer": diffusers.SD3Transformer2DModel(
-            sample_size=128,
-            num_layers=24,
-            num_attention_heads=24,
-            caption_projection_dim=1536,
-            pos_embed_max_size=384,
-            dual_attention_layers=tuple(range(13)),
-            qk_norm="rms_norm",
-        ),
-        "vae": vae(),
-        "text_encoder": clip_l(projected=True),
-        "text_encoder_2": clip_g(),
-        "text_encoder_3": t5_xxl(),
-        "tokenizer": "CLIPTokenizer",
-        "tokenizer_2": "CLIPTokenizer",
-        "tokenizer_3": "T5TokenizerFast",
-    }
-
-
-MODELS: dict[str, tuple[type[PipelinePolicy], Any]] = {
-    "FLUX.1-dev": (Flux1Policy, flux1_dev),
-    "FLUX.2-klein-4B": (Flux2KleinPolicy, flux2_klein_4b),
-    "SD3.5-medium": (SD3Policy, sd35_medium),
-}
-
-
-def write_pipeline(folder: Path, cls: type[PipelinePolicy], build: Any) -> Path:
-    """Writes a pipeline folder without weights: each part's configuration, and an empty file for a tokenizer."""
-    with torch.device("meta"):
-        parts = build()
-    index: dict[str, Any] = {"_class_name": cls.pipeline_class.__name__, "_diffusers_version": diffusers.__version__}
+    Args:
+        folder: folder to write.
+        cls: policy that reads it.
+        parts: name of a part -> class -> arguments of its configuration.
+        more: further entries of `model_index.json`.
+    """
+    index = {"_class_name": cls.pipeline_class.__name__, "_diffusers_version": diffusers.__version__, **more}
     index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
     scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.save_config(folder / "scheduler")
     for name, part in parts.items():
-        if isinstance(part, bool):
-            index[name] = part
-        elif isinstance(part, str):
-            index[name] = ["transformers", part]
+        ((kind, settings),) = part.items()
+        library = "diffusers" if hasattr(diffusers, kind) else "transformers"
+        index[name] = [library, kind]
+        if name.startswith("tokenizer"):
             (folder / name).mkdir()
             (folder / name / "tokenizer_config.json").write_text("{}")
-        elif isinstance(part, tuple):
-            index[name] = ["transformers", part[0].__name__]
-            part[1].save_pretrained(folder / name)
+        elif library == "transformers":
+            getattr(transformers, kind).config_class(**settings).save_pretrained(folder / name)
         else:
-            index[name] = ["diffusers", type(part).__name__]
-            part.save_config(folder / name)
+            with torch.device("meta"):
+                getattr(diffusers, kind)(**settings).save_config(folder / name)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
-    return folder
 
 
-def write_language(folder: Path) -> Path:
+def write_language(folder: Path) -> None:
     """Writes a refiner's folder without weights; loading looks for a file of them first, so an empty one is there."""
-    cls, config = qwen25_vl_3b()
-    config.architectures = [cls.__name__]
+    ((kind, settings),) = MODELS["refiner"].items()
+    config = getattr(transformers, kind).config_class(**settings)
+    config.architectures = [kind]
     config.save_pretrained(folder)
     for name in ("model.safetensors", "tokenizer.json"):
         (folder / name).touch()
-    return folder
 
 
 def row(name: str, preset: str, found: Estimate) -> str:
@@ -255,9 +110,12 @@ def main() -> None:
     print("| model | preset | parameters | trained | sure | kept in a step | largest phase | peak, rough |")
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as temporary:
-        language = write_language(Path(temporary, "language"))
-        for name, (cls, build) in MODELS.items():
-            folder = write_pipeline(Path(temporary, name), cls, build)
+        language = Path(temporary, "language")
+        write_language(language)
+        for name, model in MODELS["pipelines"].items():
+            folder = Path(temporary, name)
+            cls: Any = pydoc.locate(model["policy"])
+            write_pipeline(folder, cls, model["parts"], model.get("index", {}))
             for preset, settings in PRESETS.items():
                 for refiner in (False, True) if preset.startswith("LoRA, ch") else (False,):
                     flow = cls(

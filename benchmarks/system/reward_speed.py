@@ -24,7 +24,7 @@ from transformers import CLIPConfig, CLIPModel, Mask2FormerConfig, Mask2FormerFo
 
 from datamodules.sample import PromptSample
 from miniature.scenes.detector import ShapesDetector
-from rewards.aesthetic import AestheticReward
+from rewards.aesthetic import AestheticHead, AestheticReward
 from rewards.base import Reward, RewardBatch
 from rewards.clip import CLIPScoreReward
 from rewards.geneval.mask2former import Mask2FormerDetector
@@ -64,17 +64,6 @@ def mask2former_folder(folder: Path) -> str:
     config = Mask2FormerConfig(backbone_config=swin, num_labels=80, num_queries=100)  # type: ignore[call-arg]
     Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
     return str(folder)
-
-
-def head_file(path: Path) -> str:
-    """Writes the aesthetic predictor's head with random weights under the published names."""
-    widths = {0: (768, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
-    state = {}
-    for index, (inputs, outputs) in widths.items():
-        state[f"layers.{index}.weight"] = torch.randn(outputs, inputs) / inputs**0.5
-        state[f"layers.{index}.bias"] = torch.zeros(outputs)
-    torch.save(state, path)
-    return str(path)
 
 
 def sign(words: str, size: int) -> Image.Image:
@@ -120,8 +109,8 @@ def main() -> None:
         measure("OCR (RapidOCR, side 512)", lambda: OCRReward(RapidOCRReader(limit_side_len=512)), "ONNX")
         measure("OCR (RapidOCR, side 320)", lambda: OCRReward(RapidOCRReader(limit_side_len=320)), "ONNX")
         measure("CLIPScore (ViT-L/14)", lambda: CLIPScoreReward(vit_l), "428M")
-        head = head_file(root / "head.pth")
-        measure("aesthetic (ViT-L/14)", lambda: AestheticReward(head, model=vit_l), "428M")
+        torch.save(AestheticHead().state_dict(), root / "head.pth")
+        measure("aesthetic (ViT-L/14)", lambda: AestheticReward(str(root / "head.pth"), model=vit_l), "428M")
         vision_huge = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
         vision_huge |= {"num_attention_heads": 16, "patch_size": 14, "image_size": 224}
         text_huge = large | {"num_attention_heads": 16}

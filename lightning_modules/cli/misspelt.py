@@ -31,21 +31,20 @@ def misspelt(command: Sequence[str]) -> str | None:
         One sentence with the argument's place, owner and nearest spelling; None if nothing is known to be wrong.
     """
     tree: Node = {}
-    words = iter(command[1:])
-    for word in words:
-        if not word.startswith("--"):
-            continue
-        key, equals, value = word[2:].partition("=")
-        if key == "help" or key.endswith(".help"):
-            return None
-        value = value if equals else next(words, "")
-        if key == "config":
+    words = list(command[1:])
+    while words:
+        key, equals, value = words.pop(0).partition("=")
+        if not equals and words and not words[0].startswith("--"):
+            value = words.pop(0)
+        if not key.startswith("--") and key != "-c" or key == "--help" or key.endswith(".help"):
+            return None  # not an option, or a question about some
+        if key in ("--config", "-c"):
             content = _read(Path(value))
             if content is None:
                 return None  # a missing or malformed file is the parser's to explain
             _merge(tree, content)
         else:
-            _set(tree, key.split("."), value)
+            _set(tree, key[2:].split("."), value)
     places = (("model", None), ("data", None), ("trainer", _TRAINER))
     return next((said for key, owner in places for said in _wrong(tree.get(key), owner, key)), None)
 
@@ -55,7 +54,24 @@ def _read(path: Path) -> Node | None:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None
-    return content if isinstance(content, dict) else None
+    return _nested(content) if isinstance(content, dict) else None
+
+
+def _nested(content: Any) -> Any:
+    """Writes dotted keys, such as `flow.init_args.height`, as mappings in mappings, as the parser does."""
+    if isinstance(content, list):
+        return [_nested(one) for one in content]
+    if not isinstance(content, dict):
+        return content
+    tree: Node = {}
+    for key, value in content.items():
+        name, *below = str(key).split(".")
+        value = _nested({".".join(below): value} if below else value)
+        if isinstance(tree.get(name), dict):
+            _merge(tree, {name: value})
+        else:
+            tree[name] = value
+    return tree
 
 
 def _merge(tree: Node, over: Mapping[str, Any]) -> None:
@@ -64,11 +80,15 @@ def _merge(tree: Node, over: Mapping[str, Any]) -> None:
         name = str(key).rstrip("+")
         below = tree.get(name)
         if not isinstance(value, dict) or not isinstance(below, dict):
-            tree[name] = value if not str(key).endswith("+") or not below else [below, value]
+            tree[name] = _appended(below, value) if str(key).endswith("+") else value
         elif value.get("class_path", below.get("class_path")) != below.get("class_path"):
             tree[name] = value
         else:
             _merge(below, value)
+
+
+def _appended(below: Any, value: Any) -> list[Any]:
+    return [one for part in (below, value) if part is not None for one in (part if isinstance(part, list) else [part])]
 
 
 def _set(tree: Node, keys: list[str], value: str) -> None:
@@ -81,10 +101,22 @@ def _set(tree: Node, keys: list[str], value: str) -> None:
             tree[key] = {"class_path": old} if isinstance(old, str) else {}
         tree = tree[key]
     tree = _arguments_of(tree, last)
-    if isinstance(tree.get(last), dict) and "." in value and " " not in value:  # `--reward=path.of.Class`
-        _merge(tree, {last: {"class_path": value}})
-    elif not isinstance(tree.get(last), dict):
-        tree[last] = value
+    content: Any = _inline(value)
+    below = tree.get(last)
+    if isinstance(below, dict) and isinstance(content, str):  # `--reward=path.of.Class`, or its last name alone
+        same = str(below.get("class_path")).rpartition(".")[2] == content
+        content = below if same else {"class_path": content}
+    _merge(tree, {last: content})
+
+
+def _inline(value: str) -> Any:
+    """An option's value; YAML and JSON are read where they hold more than one word."""
+    if not value.startswith(("{", "[")):
+        return value
+    try:
+        return _nested(yaml.safe_load(value))
+    except yaml.YAMLError:
+        return value
 
 
 def _arguments_of(node: Node, key: str) -> Node:

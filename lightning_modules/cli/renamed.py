@@ -13,11 +13,13 @@ _MODULES = {
     "datamodules.shapes": "miniature.scenes.prompts",
     "datamodules.shapes_edit": "miniature.edits.prompts",
     "datamodules.shapes_edit_pretraining": "miniature.edits.pretraining",
+    "datamodules.shapes_edit_rewrites": "miniature.edits.rewrites",
     "datamodules.shapes_paraphrases": "miniature.scenes.paraphrases",
     "datamodules.shapes_pretraining": "miniature.scenes.pretraining",
     "datamodules.words": "miniature.signs.prompts",
     "datamodules.words_pretraining": "miniature.signs.pretraining",
     "lightning_modules.pretrain": "miniature.pretrain",
+    "pictures": "images",  # not a module, but a section of `lightning test`
     "rewards.imgedit": "rewards.judges.imgedit",
     "rewards.pixel_font": "miniature.signs.reader",
     "rewards.remote": "rewards.serving.client",

@@ -72,14 +72,11 @@ def _forwarding_call(init: ast.FunctionDef, kwargs: str) -> ast.Call | None:
 
 
 def _of_bases(source: ClassSource) -> dict[str, str | None] | None:
-    """Arguments of the first base that has a constructor of its own."""
-    for base in source.node.bases:
-        path = _dotted(base)
-        if path in (None, "ABC", "Protocol", "nn.Module", "object"):
-            continue
-        found = _resolve(source.module, str(path))
-        return None if found is None else _arguments(found)
-    return None
+    """Arguments of the base class; with several, `super()` depends on the order of all their bases."""
+    paths = [_dotted(base.value if isinstance(base, ast.Subscript) else base) for base in source.node.bases]  # `B[T]`
+    paths = [path for path in paths if path not in ("ABC", "Generic", "Protocol", "nn.Module", "object")]
+    found = _resolve(source.module, paths[0]) if len(paths) == 1 and paths[0] is not None else None
+    return None if found is None or found == source else _arguments(found)
 
 
 def _fields(source: ClassSource) -> dict[str, str | None] | None:
@@ -97,7 +94,7 @@ def _is_dataclass(node: ast.ClassDef) -> bool:
 
 def _annotated_class(source: ClassSource, annotation: ast.expr | None) -> str | None:
     """Path of the dataclass that an annotation `X` or `X | None` names; other types are checked by their own path."""
-    while isinstance(annotation, ast.BinOp) and isinstance(annotation.op, ast.BitOr):
+    if isinstance(annotation, ast.BinOp) and ast.unparse(annotation.right) == "None":
         annotation = annotation.left
     name = None if annotation is None else _dotted(annotation)
     found = None if name is None else _resolve(source.module, name)
@@ -149,7 +146,7 @@ def _imports(module: str) -> Iterator[ast.Import | ast.ImportFrom]:
 
 @cache
 def _parsed(module: str) -> ast.Module | None:
-    """A module's syntax tree; None if it has no source file. Imports nothing, not even the package."""
+    """A module's syntax tree; None if it has no source file that can be read. Imports nothing, not even the package."""
     top, *below = module.split(".")
     try:
         spec = importlib.util.find_spec(top)
@@ -157,11 +154,12 @@ def _parsed(module: str) -> ast.Module | None:
         return None
     if spec is None:
         return None
+    files = [Path(str(spec.origin))] if not below else []
     for root in map(Path, spec.submodule_search_locations or ()):
         path = root.joinpath(*below)
-        for file in (path.with_suffix(".py"), path / "__init__.py"):
-            if file.is_file():
-                return ast.parse(file.read_text(encoding="utf-8"))
-    if not below and spec.origin is not None and spec.origin.endswith(".py"):
-        return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-    return None
+        files += [path.parent / f"{path.name}.py", path / "__init__.py"]
+    file = next((one for one in files if one.suffix == ".py" and one.is_file()), None)
+    try:
+        return None if file is None else ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):  # the parser's import says where
+        return None

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from diffusers import FluxPipeline
-from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
@@ -86,11 +85,6 @@ class Flux1Policy(PipelinePolicy):
         )[0]
         return velocity[:, : latents.shape[1]]
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes packed latents into images [B, 3, height, width] in [0, 1]."""
-        vae = self.pipe.vae
-        unpacked = self.pipe._unpack_latents(latents, self.height, self.width, self.pipe.vae_scale_factor)
-        unpacked = unpacked.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        images: Tensor = VaeImageProcessor.denormalize(vae.decode(unpacked, return_dict=False)[0])
-        return images.float()
+        return super().decode(self.pipe._unpack_latents(latents, self.height, self.width, self.pipe.vae_scale_factor))

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, cast
 
 import diffusers
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.training_utils import cast_training_params
 from peft import get_peft_model_state_dict
 from PIL import Image
@@ -31,9 +32,10 @@ NEGATIVE = "negative_"
 class PipelinePolicy(FlowPolicy):
     """A family of flow models in diffusers' own folder layout.
 
-    An adapter sets `pipeline_class` and implements `encode_texts`, `predict`, `latent_shape`, `decode`, and `schedule`
-    where its pipeline's sampler gets more than a number of steps. Families with classifier-free guidance set
-    `guidance_scale` above 1: `velocity` then asks `predict` twice, for the prompt and for the negative prompt.
+    An adapter sets `pipeline_class` and implements `encode_texts` and `predict`, and where it differs `latent_shape`,
+    `decode`, and `schedule` (what its pipeline's sampler gets beside a number of steps). Families with classifier-free
+    guidance set `guidance_scale` above 1: `velocity` then asks `predict` twice, for the prompt and for the negative
+    prompt.
 
     Args:
         model: pipeline folder or hub id.
@@ -97,6 +99,20 @@ class PipelinePolicy(FlowPolicy):
             sigma: scalar, share of noise.
             conditioning: name -> [B, ...], the tensors of `encode_texts` (and `encode_sources`).
         """
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape [channels, rows, columns] of the VAE's latents; families that pack them have another."""
+        factor = self.pipe.vae_scale_factor
+        return self.network.config.in_channels, self.height // factor, self.width // factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decodes the VAE's latents [B, channels, rows, columns] into images [B, 3, height, width] in [0, 1]."""
+        vae = self.pipe.vae
+        latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+        images: Tensor = VaeImageProcessor.denormalize(vae.decode(latents, return_dict=False)[0])
+        return images.float()
 
     def schedule(self, num_steps: int) -> dict[str, Any]:
         """Arguments that the pipeline gives to its scheduler's `set_timesteps` beside the number of steps."""

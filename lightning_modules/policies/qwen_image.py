@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_modules.policies.flow import Sampling
+from lightning_modules.policies.guided import GuidedPolicy
 from lightning_modules.policies.loading import read_config
-from lightning_modules.policies.pipeline import PipelinePolicy
 
 
-class QwenImagePolicy(PipelinePolicy):
-    """Qwen-Image, or any `QwenImagePipeline` folder.
+class QwenImagePolicy(GuidedPolicy):
+    """Qwen-Image, or any `QwenImagePipeline` folder; `max_sequence_length` is at most 1024.
 
     Args:
         model: pipeline folder or hub id.
@@ -26,8 +26,7 @@ class QwenImagePolicy(PipelinePolicy):
         guidance_scale: classifier-free guidance, off at 1 (4.0 is the pipeline's default `true_cfg_scale` and the model
             card's; a few-step distilled model, which no configuration file tells apart, wants 1).
         negative_prompt: prompt that guidance leads away from (a space in the model card).
-        max_sequence_length: tokens per prompt, at most 1024 (the pipeline's default).
-        **kwargs: as for `PipelinePolicy`.
+        **kwargs: as for `GuidedPolicy`.
     """
 
     pipeline_class: ClassVar[Any] = QwenImagePipeline
@@ -37,18 +36,9 @@ class QwenImagePolicy(PipelinePolicy):
     ]
 
     def __init__(
-        self,
-        model: str,
-        sampling: Sampling,
-        guidance_scale: float = 4.0,
-        negative_prompt: str = " ",
-        max_sequence_length: int = 512,
-        **kwargs: Any,
+        self, model: str, sampling: Sampling, guidance_scale: float = 4.0, negative_prompt: str = " ", **kwargs: Any
     ) -> None:
-        super().__init__(model, sampling, **kwargs)
-        self.guidance_scale = guidance_scale
-        self.negative_prompt = negative_prompt
-        self.max_sequence_length = max_sequence_length
+        super().__init__(model, sampling, guidance_scale, negative_prompt, **kwargs)
 
     def check_config(self) -> None:
         """Checks the settings; raises ValueError also for prompts that the pipeline cuts, and for embedded guidance."""

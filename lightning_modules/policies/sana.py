@@ -8,18 +8,17 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
-from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
 from lightning_modules.policies.flow import Sampling
+from lightning_modules.policies.guided import GuidedPolicy
 from lightning_modules.policies.loading import read_config
-from lightning_modules.policies.pipeline import PipelinePolicy
 
 EULER = "FlowMatchEulerDiscreteScheduler"
 
 
-class SanaPolicy(PipelinePolicy):
+class SanaPolicy(GuidedPolicy):
     """Sana, or any `SanaPipeline` folder.
 
     Published folders sample by DPM-Solver++, a multistep method: a step needs the velocities before it, so that it is
@@ -33,11 +32,10 @@ class SanaPolicy(PipelinePolicy):
         model: pipeline folder or hub id.
         sampling: settings of the sampler.
         guidance_scale: classifier-free guidance, off at 1 (the pipeline's default).
-        negative_prompt: prompt that guidance leads away from.
         complex_human_instruction: lines put before each prompt, though not before the negative one; true is the
             pipeline's own, false none.
         max_sequence_length: Gemma tokens per prompt (the pipeline's default).
-        **kwargs: as for `PipelinePolicy`.
+        **kwargs: as for `GuidedPolicy`.
     """
 
     pipeline_class = SanaPipeline
@@ -47,16 +45,12 @@ class SanaPolicy(PipelinePolicy):
         model: str,
         sampling: Sampling,
         guidance_scale: float = 4.5,
-        negative_prompt: str = "",
         complex_human_instruction: bool | list[str] = True,
         max_sequence_length: int = 300,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, sampling, **kwargs)
-        self.guidance_scale = guidance_scale
-        self.negative_prompt = negative_prompt
+        super().__init__(model, sampling, guidance_scale, max_sequence_length=max_sequence_length, **kwargs)
         self.complex_human_instruction = complex_human_instruction
-        self.max_sequence_length = max_sequence_length
 
     def load(self) -> None:
         """Loads the pipeline; with float16, text encoder and VAE are in bfloat16 since they do not work in it."""
@@ -79,12 +73,6 @@ class SanaPolicy(PipelinePolicy):
         """Divisor of height and width: DC-AE halves them between its stages; a published patch is one latent pixel."""
         stages = len(read_config(self.model, "vae")["encoder_block_out_channels"])
         return int(2 ** (stages - 1) * read_config(self.model, "transformer").get("patch_size", 1))
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Shape [channels, height / 32, width / 32] of the latents."""
-        factor = self.pipe.vae_scale_factor
-        return self.network.config.in_channels, self.height // factor, self.width // factor
 
     def scheduler(self) -> Any:
         """Makes the folder's own scheduler if it takes Euler steps, else one that does with the same shift."""
@@ -125,11 +113,3 @@ class SanaPolicy(PipelinePolicy):
             return_dict=False,
         )[0]
         return velocity.chunk(2, dim=1)[0] if config.out_channels == 2 * config.in_channels else velocity
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decodes latents [B, ...] into images [B, 3, height, width] in [0, 1]."""
-        vae = self.pipe.vae
-        decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-        images: Tensor = VaeImageProcessor.denormalize(decoded)
-        return images.float()

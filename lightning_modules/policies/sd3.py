@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from diffusers import StableDiffusion3Pipeline
-from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
 from lightning_modules.policies.flow import Sampling
+from lightning_modules.policies.guided import GuidedPolicy
 from lightning_modules.policies.loading import read_config
-from lightning_modules.policies.pipeline import PipelinePolicy
 
 
-class SD3Policy(PipelinePolicy):
+class SD3Policy(GuidedPolicy):
     """SD3 or SD3.5, or any `StableDiffusion3Pipeline` folder; T5, its third text encoder, may be absent.
 
     Args:
@@ -24,27 +22,17 @@ class SD3Policy(PipelinePolicy):
         sampling: settings of the sampler.
         guidance_scale: classifier-free guidance, off at 1 (4.5 on the card of SD3.5-medium, 3.5 on SD3.5-large's, 7.0
             on SD3-medium's; the distilled SD3.5-large-turbo, which no configuration file tells apart, wants 1).
-        negative_prompt: prompt that guidance leads away from.
         max_sequence_length: T5 tokens per prompt (the pipeline's default); the CLIPs always take 77.
-        **kwargs: as for `PipelinePolicy`.
+        **kwargs: as for `GuidedPolicy`.
     """
 
     pipeline_class = StableDiffusion3Pipeline
     default_lora_targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
     def __init__(
-        self,
-        model: str,
-        sampling: Sampling,
-        guidance_scale: float = 4.5,
-        negative_prompt: str = "",
-        max_sequence_length: int = 256,
-        **kwargs: Any,
+        self, model: str, sampling: Sampling, guidance_scale: float = 4.5, max_sequence_length: int = 256, **kwargs: Any
     ) -> None:
-        super().__init__(model, sampling, **kwargs)
-        self.guidance_scale = guidance_scale
-        self.negative_prompt = negative_prompt
-        self.max_sequence_length = max_sequence_length
+        super().__init__(model, sampling, guidance_scale, max_sequence_length=max_sequence_length, **kwargs)
 
     def check_config(self) -> None:
         """Checks the settings; raises ValueError also for images that the transformer has no positions for."""
@@ -56,12 +44,6 @@ class SD3Policy(PipelinePolicy):
                 f"`height` and `width` are {self.height} x {self.width}; {self.model} draws at most {longest} pixels "
                 "a side."
             )
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Shape [channels, height / 8, width / 8] of the latents."""
-        factor = self.pipe.vae_scale_factor
-        return self.network.config.in_channels, self.height // factor, self.width // factor
 
     def schedule(self, num_steps: int) -> dict[str, Any]:
         """No arguments for the constant shift of published models; with dynamic shifting, the image tokens' shift."""
@@ -93,11 +75,3 @@ class SD3Policy(PipelinePolicy):
             return_dict=False,
         )[0]
         return velocity
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decodes latents [B, ...] into images [B, 3, height, width] in [0, 1]."""
-        vae = self.pipe.vae
-        latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        images: Tensor = VaeImageProcessor.denormalize(vae.decode(latents, return_dict=False)[0])
-        return images.float()

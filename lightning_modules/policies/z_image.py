@@ -7,20 +7,20 @@ from typing import Any
 
 import torch
 from diffusers import ZImagePipeline
-from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_modules.policies.flow import Sampling
+from lightning_modules.policies.guided import GuidedPolicy
 from lightning_modules.policies.loading import read_config
-from lightning_modules.policies.pipeline import PipelinePolicy
 
 
-class ZImagePolicy(PipelinePolicy):
+class ZImagePolicy(GuidedPolicy):
     """Z-Image or Z-Image-Turbo, or any `ZImagePipeline` folder.
 
     The pipeline's `cfg_truncation`, which drops guidance late in the schedule, is left at its default: never.
+    `max_sequence_length` counts the chat template too.
 
     Args:
         model: pipeline folder or hub id.
@@ -28,11 +28,9 @@ class ZImagePolicy(PipelinePolicy):
         guidance_scale: classifier-free guidance as this pipeline counts it: 0 is off, and s stands for s + 1 elsewhere
             (5.0 is the pipeline's default; the distilled Z-Image-Turbo, which no configuration file tells apart, wants
             0).
-        negative_prompt: prompt that guidance leads away from.
         cfg_normalization: guidance may lengthen an image's velocity to at most this many times that of the prompt
             alone; 0 sets no limit (the pipeline's default; its `True` is 1).
-        max_sequence_length: tokens per prompt, chat template included (the pipeline's default).
-        **kwargs: as for `PipelinePolicy`.
+        **kwargs: as for `GuidedPolicy`.
     """
 
     pipeline_class = ZImagePipeline
@@ -42,20 +40,10 @@ class ZImagePolicy(PipelinePolicy):
     ]
 
     def __init__(
-        self,
-        model: str,
-        sampling: Sampling,
-        guidance_scale: float = 5.0,
-        negative_prompt: str = "",
-        cfg_normalization: float = 0.0,
-        max_sequence_length: int = 512,
-        **kwargs: Any,
+        self, model: str, sampling: Sampling, guidance_scale: float = 5.0, cfg_normalization: float = 0.0, **kwargs: Any
     ) -> None:
-        super().__init__(model, sampling, **kwargs)
-        self.guidance_scale = guidance_scale
-        self.negative_prompt = negative_prompt
+        super().__init__(model, sampling, guidance_scale, **kwargs)
         self.cfg_normalization = cfg_normalization
-        self.max_sequence_length = max_sequence_length
 
     def check_config(self) -> None:
         """Checks the settings; raises ValueError also for images and captions without positions in the transformer."""
@@ -73,12 +61,6 @@ class ZImagePolicy(PipelinePolicy):
             raise ValueError(
                 f"`max_sequence_length` is {self.max_sequence_length}; {self.model} takes at most {longest} tokens."
             )
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Shape [channels, height / 8, width / 8] of the latents."""
-        factor = self.pipe.vae_scale_factor
-        return self.network.config.in_channels, self.height // factor, self.width // factor
 
     def schedule(self, num_steps: int) -> dict[str, Any]:
         """Sigmas 1 ... 1/n; published models shift them by a constant, others by this number of image tokens."""
@@ -122,11 +104,3 @@ class ZImagePolicy(PipelinePolicy):
             return_dict=False,
         )[0]
         return -torch.stack(outputs).squeeze(2)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decodes latents [B, ...] into images [B, 3, height, width] in [0, 1]."""
-        vae = self.pipe.vae
-        latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        images: Tensor = VaeImageProcessor.denormalize(vae.decode(latents, return_dict=False)[0])
-        return images.float()

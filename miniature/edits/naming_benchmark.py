@@ -62,13 +62,7 @@ class RewriteNaming(L.Callback):
                 self._metrics[name] = PromptScores.on(pl_module.device, rows, COLUMNS)
 
     def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Adds the rewrites of one batch to the metrics."""
         assert isinstance(outputs, EvaluationBatch)

@@ -11,6 +11,7 @@ import pytest
 
 from lightning_modules.cli import HELP, SUBCOMMANDS, command, main
 from lightning_modules.cli.misspelt import misspelt
+from lightning_modules.cli.renamed import renamed
 from lightning_modules.cli.signatures import arguments
 
 ROOT = Path(__file__).parents[3]
@@ -85,6 +86,103 @@ def test_what_it_cannot_judge_is_left_to_the_parser(options: list[str]) -> None:
     assert misspelt([*QUICKSTART, *options]) is None
 
 
+OTHER_DATA = "{class_path: datamodules.text.TextPrompts, init_args: {train_file: a, eval_file: b}}"
+OTHER_REWARD = "{class_path: rewards.ocr.OCRReward}"
+
+
+@pytest.mark.parametrize(
+    ("overlay", "options"),
+    [
+        ("", ["--data", OTHER_DATA, "--data.eval_file=c"]),
+        ("", ["--model.init_args.reward", OTHER_REWARD, "--model.reward.max_extra=3"]),
+        ("", ["--model.reward=OCRReward", "--model.reward.max_extra=3"]),
+        ("", ["--model.language=LanguagePolicy", "--model.language.temperature=0.9"]),
+        ("", ["--trainer.callbacks+", "callbacks.health.Health", "--trainer.callbacks.patience", "3"]),
+        (f"data: {OTHER_DATA}", ["--data.eval_file=c"]),
+        ("model: {init_args: {flow.init_args.height: 16}}", []),
+        ("model.init_args.reward.class_path: rewards.ocr.OCRReward", ["--model.reward.max_extra=3"]),
+        ("model: {init_args: {reward.class_path: rewards.ocr.OCRReward, reward.init_args.max_extra: 3}}", []),
+    ],
+)
+@pytest.mark.parametrize("file", [["--config"], ["--print_config", "--config"], ["-c"]])
+def test_all_spellings_of_a_valid_setting_pass(
+    overlay: str, options: list[str], file: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "overlay.yaml"
+    path.write_text(overlay or "{}")
+    assert misspelt([*QUICKSTART, *file, str(path), *options]) is None
+
+
+@pytest.mark.parametrize(
+    ("overlay", "options", "said"),
+    [
+        ("trainer: {callbacks+: [{class_path: callbacks.health.Health, init_args: {patienc: 3}}]}", [],
+         "`trainer.callbacks[2].init_args.patienc`: Health has no argument `patienc`"),
+        ("model: {init_args: {flow.init_args.heigt: 16}}", [], "has no argument `heigt`; did you mean `height`?"),
+        ("{}", ["--trainer.callbacks", '[{"class_path": "callbacks.health.Health", "init_args": {"patienc": 3}}]'],
+         "`trainer.callbacks[0].init_args.patienc`"),
+        ("{}", ["--model.flow.init_args.sampling", "{num_stps: 3}"], "did you mean `num_steps`?"),
+    ],
+)  # fmt: skip
+def test_all_spellings_are_read(overlay: str, options: list[str], said: str, tmp_path: Path) -> None:
+    path = tmp_path / "overlay.yaml"
+    path.write_text(overlay)
+    assert said in (misspelt([*QUICKSTART, "-c", str(path), *options]) or "")
+
+
+LOCAL = """
+from typing import Generic, TypeVar
+from other import Again, make
+from rewards.base import Reward
+T = TypeVar("T")
+class Known(Reward, Generic[T]):
+    def __init__(self, scale: float) -> None: ...
+class Parametrised(Known[int]): ...
+class Again(Again): ...
+class Made(make()): ...
+class First(Known):
+    def __init__(self, one: int = 1, **kwargs) -> None:
+        super().__init__(**kwargs)
+class Second(Known):
+    def __init__(self, two: int = 1, **kwargs) -> None:
+        super().__init__(**kwargs)
+class Diamond(First, Second): ...
+class Either:
+    def __init__(self, part: "First | Second | None") -> None: ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("Known", {"scale"}),
+        ("Parametrised", {"scale"}),
+        ("Again", None),
+        ("Made", None),
+        ("First", {"one", "scale"}),
+        ("Diamond", None),
+        ("Either", {"part"}),
+    ],
+)
+def test_classes_in_the_current_folder(
+    name: str, found: set[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / f"local_{name}.py").write_text(LOCAL)
+    monkeypatch.syspath_prepend(tmp_path)
+    known = arguments(f"local_{name}.{name}")
+    assert (None if known is None else set(known)) == found
+
+
+@pytest.mark.parametrize("content", [b"class Mine(: ...", "class Größe: ...".encode("latin-1")])
+def test_a_module_that_cannot_be_read_is_left_to_its_import(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"broken_{len(content)}"
+    (tmp_path / f"{name}.py").write_bytes(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert misspelt([*QUICKSTART, f"--model.reward={name}.Mine", "--model.reward.scale=2"]) is None
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 def test_nothing_in_our_configurations_is_misspelt(config: str) -> None:
     assert misspelt(["fit", "--config", config]) is None
@@ -129,3 +227,16 @@ def test_help_names_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == HELP
     command.PromptRLCLI.wanted = None
     assert tuple(command.PromptRLCLI.subcommands()) == SUBCOMMANDS and all(name in HELP for name in SUBCOMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("datamodules.shapes_edit_rewrites.ShapesEditRewrites", "miniature.edits.rewrites.ShapesEditRewrites"),
+        ("callbacks.pictures.KeepPictures", "callbacks.kept_images.KeepImages"),
+        ("pictures.directory", "images.directory"),
+    ],
+)
+def test_old_names_are_told(old: str, new: str) -> None:
+    said = f"`{old}` is now called `{new}`; change it in the config."
+    assert renamed(f"Subcommand 'test' does not accept option '{old}'") == said
