@@ -20,8 +20,8 @@ from torch import Tensor
 
 from callbacks.scores.bootstrap import enough, interval, resample
 from callbacks.scores.prompt_scores import PromptScores, PromptTable, weighted_mean
+from datamodules.atomic_write import write_atomically
 from datamodules.base import PromptDataModule, PromptSample, bare
-from lightning_modules.atomic_write import write_atomically
 from lightning_modules.evaluation import MODES, EvaluationBatch
 
 Results = dict[str, dict[str, dict[str, float]]]

@@ -11,7 +11,7 @@ import yaml
 
 from callbacks.reporting.model_card import model_card
 from callbacks.run_config import resolved_config
-from lightning_modules.atomic_write import replaced_folder
+from datamodules.atomic_write import replaced_folder
 from lightning_modules.evaluation import EvaluatedAgents
 
 OURS = {"flow", "language", "README.md", "config.yaml"}

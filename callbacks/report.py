@@ -12,7 +12,7 @@ from callbacks.reporting.results import tables_of
 from callbacks.reporting.tables import markdown, report
 from callbacks.run_config import resolved_config
 from callbacks.samples import tensorboards
-from lightning_modules.atomic_write import write_atomically
+from datamodules.atomic_write import write_atomically
 
 
 class Report(L.Callback):

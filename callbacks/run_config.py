@@ -13,7 +13,7 @@ import lightning as L
 import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 
-from lightning_modules.atomic_write import write_atomically
+from datamodules.atomic_write import write_atomically
 
 _SECRET = re.compile(r"(^|_)(token|key|secret|password|authorization)$", re.IGNORECASE)
 

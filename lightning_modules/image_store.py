@@ -12,9 +12,9 @@ from typing import Any
 
 from PIL import Image
 
+from datamodules.atomic_write import write_atomically
 from datamodules.jsonl import json_lines
 from datamodules.sample import PromptSample
-from lightning_modules.atomic_write import write_atomically
 
 Line = dict[str, Any]
 """What one image was drawn from: `{"set", "id", "prompt", "wording", "source", "mode", "rewrite", "seed", "k", "file",

@@ -13,13 +13,11 @@ Departures from the paper:
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from PIL.Image import Image
@@ -36,7 +34,7 @@ from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.rl.advantages import group_advantages, group_stats
 from lightning_modules.rollout import Rollout
 from lightning_modules.scoring import Scoring
-from lightning_modules.seeding import seed_of
+from lightning_modules.seeding import seed_of, seed_step
 from lightning_modules.step_metrics import Averages, group_similarity, refine_stats, reward_stats
 from rewards.base import Reward, RewardUnavailable
 
@@ -114,7 +112,7 @@ class PromptRL(EvaluatedAgents):
     def training_step(self, batch: Sequence[PromptSample], batch_idx: int) -> None:
         """Collects a rollout for G prompts and updates both agents on it."""
         self._seconds = {}
-        self._seed_step()
+        seed_step(self.seed, self.global_step, self.global_rank)
         rollout = self._collect_on_all_ranks(batch)
         self.latest = rollout
         if not self._checked or self.global_step % self.check_ratio_every == 0:
@@ -308,13 +306,6 @@ class PromptRL(EvaluatedAgents):
                 f"reason was: {rollout.scores[0].detail.get('reason', 'unknown')}."
             )
         return rollout
-
-    def _seed_step(self) -> None:
-        """Seeds the global generators by step and rank, so that a resumed run draws what an unbroken one would."""
-        seed = seed_of("step", self.seed, self.global_step, self.global_rank)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 
@@ -21,3 +23,11 @@ def seed_of(*key: object) -> int:
 def generators_for(seeds: Sequence[int]) -> list[torch.Generator]:
     """Makes one CPU generator per sample, since CPU noise is the same whatever the device."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seeds the global generators by step and rank, so that a resumed run draws what an unbroken one would."""
+    key = seed_of("step", seed, step, rank)
+    random.seed(key)
+    np.random.seed(key % 2**32)
+    torch.manual_seed(key)

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from lightning_modules.atomic_write import write_atomically
+from datamodules.atomic_write import write_atomically
 from lightning_modules.run_folder import RunFolder, below
 
 

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import httpx
 from PIL import Image
 
+from datamodules.atomic_write import write_atomically
 from rewards.arguments import OnFailure, check_minimum, check_on_failure
 from rewards.base import Reward, RewardUnavailable, Score
 from rewards.judges.templates import JudgeTemplate
@@ -219,9 +220,7 @@ class Judge(Reward):
             return
         native = answer.ratings[0] if len(answer.ratings) == 1 else answer.ratings
         entry = {"native": native, "model": self.model, "template": template, "reply": answer.reply}
-        partial = self.cache_dir / f"{key}.{os.getpid()}.partial"  # another process may write the same ratings
-        partial.write_text(json.dumps(entry))
-        partial.replace(self.cache_dir / f"{key}.json")
+        write_atomically(self.cache_dir / f"{key}.json", json.dumps(entry))  # others may write the same ratings
 
     def _judge(self, key: str, question: Question) -> Answer:
         template = question.template

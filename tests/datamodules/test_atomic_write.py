@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_modules.atomic_write import replaced_folder, write_atomically
+from datamodules.atomic_write import replaced_folder, write_atomically
 
 
 def contents(root: Path) -> dict[str, str]:

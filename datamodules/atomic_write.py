@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +20,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         content: text (written as UTF-8) or bytes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, as only a rename within one file system is atomic; two commands may write into one folder.
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # In the same folder, as only a rename within one file system is atomic; others may write the same file meanwhile.
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with unfinished.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
