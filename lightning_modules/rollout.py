@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from PIL import Image
 from torch import Tensor
@@ -76,18 +76,8 @@ class Completions:
 
     def rows(self, rows: slice) -> Completions:
         """Selects the completions of some rows."""
-        return Completions(
-            prompt_ids=self.prompt_ids[rows],
-            prompt_mask=self.prompt_mask[rows],
-            tokens=self.tokens[rows],
-            mask=self.mask[rows],
-            log_probs=self.log_probs[rows],
-            texts=self.texts[rows],
-            rewrites=self.rewrites[rows],
-            formatted=self.formatted[rows],
-            truncated=self.truncated[rows],
-            seen=None if self.seen is None else self.seen.rows(rows),
-        )
+        selected = {one.name: getattr(self, one.name)[rows] for one in fields(self) if one.name != "seen"}
+        return Completions(**selected, seen=None if self.seen is None else self.seen.rows(rows))
 
 
 @dataclass(frozen=True)

@@ -124,13 +124,12 @@ def seed_gap(first: Mapping[int | None, float], second: Mapping[int | None, floa
     return Gap(value, float(ends.low), float(ends.high), len(pairs))
 
 
-def compare(settings: Mapping[str, Curves], reference: str, *, interpolate: bool = True) -> pd.DataFrame:
+def compare(settings: Mapping[str, Curves], reference: str) -> pd.DataFrame:
     """Tabulates final scores, areas and rollouts of settings, and compares them with one of the settings.
 
     Args:
         settings: name -> its seeds' curves (`callbacks.runs.curves.settings`).
         reference: name of the setting to compare with.
-        interpolate: as in `rollouts_to`.
 
     Returns:
         Columns: `seeds`; `at`, the rollouts that all curves reached, where `final` (mean of seeds), `low` and `high`
@@ -165,8 +164,8 @@ def compare(settings: Mapping[str, Curves], reference: str, *, interpolate: bool
             "area": sum(area(series, common) for series in settings[name].values()) / len(ends),
             "best": best,
             "to_best": rollouts_to(mean, best),
-            "to_reference": rollouts_to(mean, float(means[reference].max()), interpolate=interpolate),
-            "ratio": ceiling_ratio(mean, means[reference], interpolate=interpolate),
+            "to_reference": rollouts_to(mean, float(means[reference].max())),
+            "ratio": ceiling_ratio(mean, means[reference]),
         }
         if name != reference:
             rows[name] |= {"gap": gap.value, "gap_low": gap.low, "gap_high": gap.high}

@@ -32,12 +32,6 @@ class ArrowRows:
         return {"path": self.path, "_file": None, "_latest": None}
 
     @property
-    def columns(self) -> list[str]:
-        """Names of the columns."""
-        file = self._open()
-        return list(file.schema_arrow.names if self._is_parquet else file.schema.names)
-
-    @property
     def kinds(self) -> dict[str, Kind]:
         """Name of each column -> what it holds."""
         file = self._open()

@@ -179,13 +179,9 @@ def cps(
 
 def sde_by_name(name: SDEType) -> SDE:
     """Returns the step function with a name of the configuration."""
-    match name:
-        case "flow_sde":
-            return flow_sde
-        case "dance_sde":
-            return dance_sde
-        case "cps":
-            return cps
+    found: dict[str, SDE] = {"flow_sde": flow_sde, "dance_sde": dance_sde, "cps": cps}
+    if name in found:
+        return found[name]
     raise ValueError(f"`sde_type` is {name!r}; choose one of 'flow_sde', 'dance_sde' and 'cps'.")
 
 
