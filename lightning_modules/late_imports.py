@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +21,7 @@ class LateModule(ModuleType):
 
     def __init__(self, name: str, placeholders: dict[str, str]) -> None:
         super().__init__(name)
+        self.__spec__ = ModuleSpec(name, None)  # `importlib.util.find_spec` asks for it
         for attribute, function in placeholders.items():
             setattr(self, attribute, self._calling(function))
 

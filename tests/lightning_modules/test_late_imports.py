@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import sys
 
@@ -16,6 +17,7 @@ def test_it_is_imported_at_the_first_use(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "colorsys", late)
     assert hasattr(late, "old_name") and not hasattr(late, "__file__")  # `inspect` asks every module for its file
     assert inspect.getmodule(test_it_is_imported_at_the_first_use) is not None
+    assert importlib.util.find_spec("colorsys") is late.__spec__
     assert sys.modules["colorsys"] is late
     assert late.rgb_to_hsv(1.0, 0.0, 0.0) == (0.0, 1.0, 1.0)
     assert sys.modules["colorsys"] is not late and sys.modules["colorsys"].rgb_to_hsv is late.rgb_to_hsv
