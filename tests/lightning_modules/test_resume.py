@@ -22,6 +22,8 @@ SHORT = [
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
     "--checkpoint.every_n_train_steps=2",
+    "--model.init_args.flow.init_args.sampling.eval_steps=2",
+    "--preflight=off",
 ]
 
 
