@@ -89,6 +89,7 @@ def test_summary_equals_a_slow_loop_for_every_weighting() -> None:
             assert float(found[name][replicate]) == pytest.approx(value, abs=1e-12), name
 
 
+@pytest.mark.slow
 def test_the_real_engine_reads_a_drawn_sign() -> None:
     pytest.importorskip("rapidocr")
     sign = Image.new("RGB", (512, 256), "white")

@@ -60,6 +60,7 @@ def test_single_quotes(prompt: str, expected: list[str]) -> None:
 words = st.from_regex(r"[A-Za-z0-9]+('[a-z]+)?( [A-Za-z0-9]+('[a-z]+)?){0,2}", fullmatch=True)
 
 
+@pytest.mark.slow
 @given(st.lists(words, min_size=1, max_size=4))
 def test_every_single_quoted_keyword_comes_back(keywords: list[str]) -> None:
     prompt = "It's a sign with " + " and the boys' ".join(f"'{keyword}'" for keyword in keywords) + ", isn't it"

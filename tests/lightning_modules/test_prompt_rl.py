@@ -163,6 +163,7 @@ def test_stops_when_nothing_can_be_scored(make_flow: MakeFlow, tmp_path: Path) -
         fit(module, tmp_path, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LoRA(rank=4, alpha=8)], ids=["full", "lora"])
 def test_micro_batches_add_up_to_the_full_batch(
     make_flow: MakeFlow, make_language: MakeLanguage, samples: list[PromptSample], lora: LoRA | None
@@ -204,6 +205,7 @@ def test_on_policy_gradient_is_the_policy_gradient(make_flow: MakeFlow, samples:
             torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_second_update_on_a_rollout_is_clipped_against_the_first(
     make_flow: MakeFlow, make_language: MakeLanguage, samples: list[PromptSample]
 ) -> None:
@@ -235,6 +237,7 @@ def test_the_guard_measures_zero_and_stops_a_rollout_of_another_policy(
         module.check_ratio(rollout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", ["flow", "language"])
 def test_an_agent_without_learning_rate_does_not_move(
     make_flow: MakeFlow, make_language: MakeLanguage, tmp_path: Path, frozen: str

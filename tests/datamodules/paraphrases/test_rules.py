@@ -62,6 +62,7 @@ def check(one: PromptSample, seed: int) -> None:
             assert content.lost(one, wording) is None, (kind, wording)
 
 
+@pytest.mark.slow
 def test_every_class_alone_counted_and_colored() -> None:
     for seed, name in enumerate(CLASSES):
         pair = (name, "cat")

@@ -136,6 +136,7 @@ def test_pipeline_without_vae(capfd: pytest.CaptureFixture[str], tmp_path: Path)
     assert f"the pipeline folder {folder} lacks vae: copy the missing part there" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("broken", "said"),
     [
@@ -172,6 +173,7 @@ def test_unreadable_checkpoint(capfd: pytest.CaptureFixture[str], tmp_path: Path
     assert re.search(r"`ckpt_path` is .*notes\.ckpt.*give a \.ckpt of an earlier run", line)
 
 
+@pytest.mark.slow
 def test_checkpoint_of_other_agents(
     flow_only_checkpoint: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -180,6 +182,7 @@ def test_checkpoint_of_other_agents(
     assert re.search(r"does not fit this configuration: \d+ trained weights differ, for example language\.", line)
 
 
+@pytest.mark.slow
 def test_checkpoint_of_the_same_agents_resumes(flow_only_checkpoint: Path, tmp_path: Path) -> None:
     """The counterpart of the refusals: one more step from the checkpoint of step 1."""
     options = (f"--ckpt_path={flow_only_checkpoint}", "--trainer.max_steps=2")

@@ -101,6 +101,7 @@ def test_sources_of_one_batch_need_one_size(family: Family, folders: dict[str, P
     torch.testing.assert_close(ours, policy.generate(PROMPTS[:2], [1, 2], images=cropped))
 
 
+@pytest.mark.slow
 def test_kontext_resizes_to_its_training_sizes_as_stock_does(tmp_path: Path) -> None:
     """The source has a million pixels; an autoencoder of 64 pixels a token keeps the sequence short."""
 
@@ -124,6 +125,7 @@ def test_kontext_resizes_to_its_training_sizes_as_stock_does(tmp_path: Path) -> 
     assert_drawn_as_stock(family, policy, 1, [image], steps=2)
 
 
+@pytest.mark.slow
 def test_klein_scales_big_sources_down_as_stock_does(tmp_path: Path) -> None:
     """1400 x 1000 is above a million pixels: 1211 x 865, then cropped to tokens of 128 pixels."""
     family = replace(FLUX2_KLEIN_EDIT, build=lambda: tiny_flux2.build(is_distilled=True, levels=7))

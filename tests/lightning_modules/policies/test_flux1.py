@@ -129,6 +129,7 @@ def test_noise_belongs_to_the_sample_not_to_its_place(make_flow: MakeFlow) -> No
     assert not torch.allclose(together.final[0], together.final[2], atol=0.1)  # same prompt, other noise
 
 
+@pytest.mark.slow
 def test_a_window_is_one_for_the_whole_batch_and_moves_with_its_seed(make_flow: MakeFlow) -> None:
     policy = make_flow(sampling=Sampling(6, Window(2, 0, 5)))
     places = {policy.rollout(PROMPTS[:1], [1], window_seed=seed).sde_steps for seed in range(12)}

@@ -35,6 +35,7 @@ def stock(policy: PipelinePolicy) -> Any:
     return pipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_guidance", [False, True])
 @pytest.mark.parametrize("micro_batch_size", [None, 2])
 def test_padding_changes_nothing(folders: dict[str, Path], micro_batch_size: int | None, batch_guidance: bool) -> None:

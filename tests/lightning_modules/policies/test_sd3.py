@@ -70,6 +70,7 @@ def test_constant_shift_by_hand(folder: Path) -> None:
     torch.testing.assert_close(SD3.load(folder, Sampling(4, 0)).sigmas(3), expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(32, 32), (64, 48)])
 def test_dynamic_shift_is_the_stock_pipelines(tmp_path: Path, size: tuple[int, int]) -> None:
     settings = {"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 64, "max_shift": 1.6}

@@ -111,6 +111,7 @@ def test_replayed_log_probs_are_the_sampled_ones(
     assert largest_difference(policy, policy.refine(SAMPLES, 4)) < 2e-6  # what rounding log-probs to fp32 leaves
 
 
+@pytest.mark.slow
 @every_kind
 @seeing_or_not
 def test_log_probs_and_greedy_rewrites_are_the_stock_models(folders: dict[str, Path], kind: str, cls: Any) -> None:

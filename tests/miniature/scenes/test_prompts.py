@@ -43,6 +43,7 @@ def test_styles_of_the_sets() -> None:
     assert all(starts(sample, "canonical") for sample in ShapesPrompts(train_prompts=48).train_samples())
 
 
+@pytest.mark.slow
 def test_training_scenes_are_held_out() -> None:
     """Over so many prompts that every content of a split comes up; the four single objects are shared."""
     data = ShapesPrompts(train_prompts=18000, eval_prompts=6000)

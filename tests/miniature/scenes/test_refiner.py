@@ -76,6 +76,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[VisionLanguagePret
     return module, losses
 
 
+@pytest.mark.slow
 def test_the_loss_is_of_the_completions_alone(taught: tuple[VisionLanguagePretraining, list[float]]) -> None:
     """The trainer's loss is minus the mean log-prob that the policy gives to the same tokens."""
     module, losses = taught
@@ -134,6 +135,7 @@ def test_the_folder_is_stock(taught: tuple[VisionLanguagePretraining, list[float
     assert text == "<user> remove it <end> "
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path(SHIPPED).is_dir(), reason="the editing miniature's refiner is not there")
 def test_the_shipped_refiner_needs_the_image() -> None:
     """It names the object by the right image, and guesses without it or beside another (chance: about 1 in 24)."""

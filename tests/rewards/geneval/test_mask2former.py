@@ -124,6 +124,7 @@ def reference_instances(
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "height"), [(97, 41), (40, 61)])
 def test_post_processing_against_numpy(mask2former: Path, width: int, height: int) -> None:
     """Real outputs of the network for odd aspect ratios, all 100 pairs: scores within 1e-4, boxes and masks exactly."""

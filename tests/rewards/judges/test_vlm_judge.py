@@ -271,6 +271,7 @@ def test_a_timeout_is_tried_again(judge: Judge) -> None:
     assert time.monotonic() - started < 3.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reply", [Reply(status=500, raw="out of memory"), Reply(delay=1.0)], ids=["500", "timeout"])
 def test_lasting_trouble_follows_the_policy(judge: Judge, reply: Reply) -> None:
     judge.answer = lambda prompt, turn: reply if prompt == "bad" else Reply()
@@ -288,6 +289,7 @@ def test_no_server_at_all(judge: Judge) -> None:
         one(reward)
 
 
+@pytest.mark.slow
 def test_waits_double_and_retry_after_goes_first(judge: Judge) -> None:
     soon = format_datetime(datetime.now(UTC) - timedelta(hours=1), usegmt=True)
     headers = [{}, {}, {"retry-after": "1"}, {"retry-after": soon}, {"retry-after": "later"}]
