@@ -41,6 +41,7 @@ class Forked:
                 self.returncode = os.waitstatus_to_exitcode(status)
             elif time.monotonic() > end:
                 os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
                 raise TimeoutError(f"not done after {timeout} s:\n{self.text}")
             else:
                 time.sleep(0.02)

@@ -31,6 +31,7 @@ from rewards.base import RewardBatch, Score
 from rewards.editreward import EditReward
 from rewards.editreward_weights import split_state_dict
 from rewards.judges.templates import EDIT_RUBRICS
+from tests.lightning_modules.policies.family import qwen2_5_vl_config
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
 CHAT_TEMPLATE = (
@@ -65,31 +66,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
     Qwen2VLImageProcessorPil().save_pretrained(folder)
 
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer) + 60,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "initializer_range": 0.25,
-            "pad_token_id": tokenizer.pad_token_id,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
-        },
-        vision_config={
-            "depth": 2,
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_heads": 2,
-            "out_hidden_size": 32,
-            "fullatt_block_indexes": [1],
-            "initializer_range": 0.25,
-        },
-        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
-        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
-    )
+    config = qwen2_5_vl_config(tokenizer, vocab_size=len(tokenizer) + 60, pad_token_id=tokenizer.pad_token_id)
     config.save_pretrained(folder)
     torch.manual_seed(0)
     model = Qwen2_5_VLForConditionalGeneration(config)

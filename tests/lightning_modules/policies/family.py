@@ -12,7 +12,14 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import CLIPTokenizer, PreTrainedTokenizerFast, Qwen3Config, T5TokenizerFast
+from transformers import (
+    CLIPTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen3Config,
+    T5TokenizerFast,
+)
 
 from lightning_modules.policies.flow import FlowPolicy, Sampling
 from lightning_modules.policies.pipeline import PipelinePolicy
@@ -148,6 +155,26 @@ def qwen3_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
         num_key_value_heads=1,
         head_dim=16,
         max_position_embeddings=128,
+    )
+
+
+def qwen2_5_vl_config(tokenizer: PreTrainedTokenizerBase, **text: Any) -> Qwen2_5_VLConfig:
+    """Makes the configuration of a tiny Qwen2.5-VL of two layers, 32 wide.
+
+    Args:
+        tokenizer: has tokens of its own for images; its length is the vocabulary's size unless `text` says otherwise.
+        text: further settings of the language model.
+    """
+    shared = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    language = shared | {"vocab_size": len(tokenizer), "num_key_value_heads": 2, "rope_parameters": rope}
+    vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32}
+    names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+    known = tokenizer.get_vocab()
+    return Qwen2_5_VLConfig(
+        text_config=language | {"initializer_range": 0.25} | text,
+        vision_config=vision | {"fullatt_block_indexes": [1], "initializer_range": 0.25},
+        **{f"{key}_token_id": known[f"<|{name}|>"] for key, name in names.items() if f"<|{name}|>" in known},
     )
 
 

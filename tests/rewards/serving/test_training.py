@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ import torch
 
 from lightning_modules.cli import main
 from lightning_modules.prompt_rl import PromptRL
+from tests.forked import free_port
 from tests.lightning_modules.test_resume import SHORT, same
 
 IN_PROCESS = "--model.init_args.flow.init_args.micro_batch_size=8"
@@ -28,9 +28,7 @@ class Server:
     """`python -m rewards.serving` with the miniature's reward, on a port of its own."""
 
     def __init__(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
