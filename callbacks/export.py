@@ -18,11 +18,12 @@ OURS = {"flow", "language", "README.md", "config.yaml"}
 
 
 class Export(L.Callback):
-    """Writes `flow/` and `language/`, whichever was trained, a model card (`README.md`) and `config.yaml`.
+    """Writes `flow/` and `language/` (agents that learn or have a LoRA), a model card (`README.md`) and `config.yaml`.
 
     `flow/` is a LoRA for the stock pipeline's `load_lora_weights`, or a whole pipeline folder; `language/` an adapter
-    for `PeftModel.from_pretrained`, or a transformers model folder. The card tells how to load and use both, and has
-    the numbers of `results.json` where there is a benchmark.
+    for `PeftModel.from_pretrained`, or a transformers model folder. Both, or the folder around them, serve as
+    `flow.model`, `language.model` or `lora.path`. The card tells how to load and use both, and has the numbers of
+    `results.json` where there is a benchmark.
 
     Args:
         directory: folder to write; null is `export/` beside the run's logs. An earlier export there is replaced.
@@ -100,7 +101,7 @@ class Export(L.Callback):
         config = resolved_config(trainer)
         with replaced_folder(folder) as new:
             for name, agent in (("flow", pl_module.flow), ("language", pl_module.language)):
-                if agent is not None and agent.trained:
+                if agent is not None and (agent.trained or agent.adapted):
                     agent.save_pretrained(new / name)
             (new / "language" / "README.md").unlink(missing_ok=True)  # peft's empty form; ours says more
             if config:

@@ -76,6 +76,8 @@ class WrittenParaphrases(Paraphraser):
             raise ValueError(f"WrittenParaphrases has `num` {num}, but greedy wordings are all the same: set `seed`.")
         check_kinds([kind], "WrittenParaphrases.kind")
         self.writer = writer
+        # As given, for the file's lines: loading an adapter puts its base model here.
+        self.model, self.lora = writer.model, None if writer.lora is None else writer.lora.path
         self.kind = kind
         self.cache = cache
         self.num = num
@@ -140,13 +142,15 @@ class WrittenParaphrases(Paraphraser):
             "dtype": str(writer.dtype).removeprefix("torch."),
             "quantization": writer.quantization,
         }
+        if self.lora is not None:
+            settings["lora"] = self.lora
         if self.seed is not None:
             settings |= {"temperature": writer.temperature, "k": k}
         line: Line = {
             "id": sample.id,
             "set": name,
             "original": sample.prompt,
-            "model": writer.model,
+            "model": self.model,
             "template": writer.template,
             "seed": self.seed,
             "settings": settings,
