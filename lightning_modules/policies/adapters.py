@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,8 @@ DEFAULT, REFERENCE = "default", "reference"
 
 TRANSFORMER = "transformer."
 PEFT_PREFIX = "base_model.model."
+LONGEST = 400
+"""Characters of a library's error; some list all weights."""
 UNSUPPORTED = re.compile(r"\.diff(_b)?$|dora_scale|lokr_|hada_|^lora_te|text_encoder|t5xxl")
 """Weights in LoRA files of image models that diffusers leaves out, or puts where a policy does not look."""
 
@@ -149,9 +152,12 @@ def load_flow_lora(network: Any, lora: LoRA, pipeline: Any, adapters: Iterable[s
     with _one_error(where, network), _complaints(where):
         weights, alphas, metadata = _peft_file(file) if _is_peft(file) else _converted(file, pipeline, where)
         _check_names(network, weights, where)
+        if metadata is not None:
+            metadata.pop(f"{TRANSFORMER}base_model_name_or_path", None)  # as in adapters that are made here
         placed = {name: weight.to(device) for name, weight in weights.items()}
         for adapter in adapters:
-            with device:
+            # peft warns of a second adapter.
+            with device, warnings.catch_warnings(action="ignore", category=UserWarning):
                 network.load_lora_adapter(
                     {TRANSFORMER + name: weight for name, weight in placed.items()},
                     network_alphas=alphas,
@@ -332,7 +338,7 @@ def _one_error(where: str, network: nn.Module) -> Iterator[None]:
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         mismatches = [line for line in lines if line.startswith("size mismatch")]
-        reason = f"{mismatches[0]} ({len(mismatches) - 1} more)" if mismatches else lines[0]
+        reason = f"{mismatches[0]} ({len(mismatches) - 1} more)" if mismatches else " ".join(lines)[:LONGEST]
         raise ValueError(
             f"{where} does not fit {type(network).__name__}: {reason.rstrip('.')}; give a LoRA of this model."
         ) from error

@@ -28,8 +28,8 @@ from lightning_modules.policies.flux1 import Flux1Policy
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.prompt_rl import PromptRL
 from lightning_modules.seeding import generators_for
-from tests.lightning_modules.policies.family import PROMPTS, Family
 from tests.lightning_modules.policies import tiny_sd3
+from tests.lightning_modules.policies.family import PROMPTS, Family
 from tests.lightning_modules.policies.test_families import FAMILIES
 from tests.lightning_modules.policies.test_flux1 import perturb
 from tests.lightning_modules.policies.tiny_qwen_image_edit import QWEN_IMAGE_EDIT

@@ -375,7 +375,7 @@ def test_a_hub_ids_adapter(
 def test_checkpoints_and_the_estimate_see_the_same_weights(
     flux: tuple[Path, Tensor], refiner: tuple[Path, list[str]]
 ) -> None:
-    """A checkpoint holds the trained adapter alone, and fits a run that began from a fresh LoRA of the same settings."""
+    """A checkpoint holds the trained adapter alone, and fits a fresh LoRA of the same settings."""
 
     def agents(flow_lora: LoRA, language_lora: LoRA) -> PromptRL:
         sizes: dict[str, Any] = {"height": 32, "width": 32, "max_sequence_length": 18, "dtype": "float32"}
