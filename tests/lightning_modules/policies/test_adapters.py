@@ -88,26 +88,28 @@ def test_every_family_goes_on_from_its_export(family: Family, tmp_path: Path) ->
     assert (drawn - bare).abs().max() > 0.01
 
     frozen = family.load(base, Sampling(4, 2), lora=LoRA(path=str(export)), learning_rate=None)
-    assert torch.equal(draw(frozen, images), drawn) and learning(frozen) == []
+    torch.testing.assert_close(draw(frozen, images), drawn, atol=1e-6, rtol=0)
+    assert learning(frozen) == []
 
     policy = family.load(export / "flow", Sampling(4, 2), kl_weight=0.1)
     assert policy.model == str(base) and learning(policy) == learning(first)
     trajectory = policy.rollout(PROMPTS[:2], [1, 2], images=images)
     with torch.no_grad(), policy.reference():
         reference = policy.replay(trajectory, 0)
-        assert torch.equal(draw(policy, images), drawn)
-    assert policy.replay(trajectory, 0).kl(reference).abs().max() == 0
+        torch.testing.assert_close(draw(policy, images), drawn, atol=1e-6, rtol=0)
+    # Equal weights at other addresses may round otherwise.
+    assert policy.replay(trajectory, 0).kl(reference).abs().max() < 1e-12
     assert learning(policy) == learning(first)
     perturb(policy, 0.1)
     kl = policy.replay(trajectory, 0).kl(reference)
     assert kl.min() > 0
     with torch.no_grad(), policy.reference():  # between a forward and a backward pass, as in the objective
-        assert torch.equal(policy.replay(trajectory, 0).mean, reference.mean)
+        torch.testing.assert_close(policy.replay(trajectory, 0).mean, reference.mean, atol=1e-6, rtol=0)
     kl.sum().backward()
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in policy.parameters())
     policy.save_pretrained(tmp_path / "second")
     again = family.load(tmp_path / "second", Sampling(4, 2), learning_rate=None)
-    assert torch.equal(draw(again, images), draw(policy, images))
+    torch.testing.assert_close(draw(again, images), draw(policy, images), atol=1e-6, rtol=0)
 
 
 def kohya(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -263,11 +265,11 @@ def test_a_refiner_goes_on_from_its_export(refiner: tuple[Path, list[str]], tmp_
     stock = PeftModel.from_pretrained(base, tmp_path / "second")
     ids = completions.prompt_ids[-1:]
     torch.testing.assert_close(stock.eval()(ids).logits, policy.network(ids).logits, atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="keeps no reference"), LanguagePolicyWithoutKL(folder).reference():
+    with pytest.raises(ValueError, match="keeps no reference"), without_kl(folder).reference():
         pass
 
 
-def LanguagePolicyWithoutKL(folder: Path) -> LanguagePolicy:
+def without_kl(folder: Path) -> LanguagePolicy:
     policy = LanguagePolicy(str(folder), "{prompt}", dtype="float32", kl_weight=0.0)
     policy.load()
     return policy
