@@ -35,8 +35,8 @@ TRANSFORMER = "transformer."
 PEFT_PREFIX = "base_model.model."
 LONGEST = 400
 """Characters of a library's error; some list all weights."""
-UNSUPPORTED = re.compile(r"\.diff(_b)?$|dora_scale|lokr_|hada_|^lora_te|text_encoder|t5xxl")
-"""Weights in LoRA files of image models that diffusers leaves out, or puts where a policy does not look."""
+UNSUPPORTED = re.compile(r"\.diff(_b)?$|dora_scale|lokr_|hada_|^lora_te|text_encoder|text_model|t5xxl|text_projection")
+"""Weights in LoRA files of image models that diffusers leaves out, or puts where a policy has no adapter."""
 
 
 # --- where an adapter and its base model are --------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def lora_file(path: str, agent: str) -> Path:
                 "file is alone: give the file itself."
             )
         return found
-    check_hub_id(path)
+    _check_there(path, agent)
     with one_line_errors(path):
         for name in names:
             try:
@@ -115,6 +115,13 @@ def lora_file(path: str, agent: str) -> Path:
         f"`{agent}.lora.path` is {path}, a hub id with neither {' nor '.join(names)}: download the file and give its "
         "path."
     )
+
+
+def _check_there(path: str, agent: str) -> None:
+    try:
+        check_hub_id(path)
+    except ValueError as error:
+        raise ValueError(f"`{agent}.lora.path`: {error}") from error
 
 
 def _local_weights(path: Path) -> Path | None:
@@ -186,9 +193,7 @@ def _converted(
     file: Path, pipeline: Any, where: str
 ) -> tuple[dict[str, Tensor], dict[str, Any] | None, dict[str, Any] | None]:
     """Reads a LoRA file by the pipeline's own conversion: weights by peft's names, alphas, metadata."""
-    lost = [name for name, weight in _tensors(file).items() if UNSUPPORTED.search(name) and weight.any()]
-    if lost:
-        raise ValueError(f"{_some(lost)} cannot be loaded: only LoRA weights of the transformer can")
+    _refuse(name for name, weight in _tensors(file).items() if UNSUPPORTED.search(name) and weight.any())
     found = pipeline.lora_state_dict(
         str(file.parent), weight_name=file.name, use_safetensors=True, return_alphas=True, return_lora_metadata=True
     )
@@ -197,13 +202,17 @@ def _converted(
         weights, alphas, metadata = (
             part and {TRANSFORMER + name: value for name, value in part.items()} for part in (weights, alphas, metadata)
         )
-    others = [name for name in weights if not name.startswith(TRANSFORMER)]
-    if others:
-        raise ValueError(f"{_some(others)} cannot be loaded: only LoRA weights of the transformer can")
-    weights = {name.removeprefix(TRANSFORMER): weight for name, weight in weights.items()}
+    _refuse(name for name, weight in weights.items() if not name.startswith(TRANSFORMER) and weight.any())
+    weights = {name.removeprefix(TRANSFORMER): w for name, w in weights.items() if name.startswith(TRANSFORMER)}
     if not any("lora_A" in name for name in weights):
         weights = convert_unet_state_dict_to_peft(weights)
     return weights, alphas, metadata
+
+
+def _refuse(names: Iterable[str]) -> None:
+    lost = [name for name in names if not name.endswith(".alpha")]
+    if lost:
+        raise ValueError(f"{_some(lost)} cannot be loaded: only LoRA weights of the transformer can")
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
@@ -261,9 +270,14 @@ def load_language_lora(network: Any, lora: LoRA, adapters: Iterable[str]) -> Any
     Raises:
         ValueError: for adapters that do not fit, or not in full.
     """
-    path = str(own_folder(str(lora.path), "language"))
-    if not Path(path).is_dir():
-        check_hub_id(path)
+    folder = own_folder(str(lora.path), "language")
+    path = str(folder)
+    if not folder.is_dir():
+        _check_there(path, "language")
+    elif not list(folder.glob("adapter_model.*")):
+        raise ValueError(
+            f"`language.lora.path` is {lora.path}, which has no {SAFETENSORS_WEIGHTS_NAME}: give a peft folder."
+        )
     with _one_error(f"`language.lora.path` {lora.path}", network):
         config = _lora_config(path)
         config.inference_mode, config.base_model_name_or_path = False, None

@@ -144,6 +144,20 @@ def test_formats_of_other_trainers(make_flow: MakeFlow, flux: tuple[Path, Tensor
     loaded = make_flow(sampling=Sampling(4, 2), lora=LoRA(path=str(tmp_path / "plain.safetensors")), learning_rate=None)
     torch.testing.assert_close(draw(loaded), drawn, atol=1e-5, rtol=0)
 
+    # Ranks that differ from layer to layer, as other trainers choose them.
+    wide = {"lora_A": lambda w: torch.cat([w, w]), "lora_B": lambda w: torch.cat([w, w], 1) / 2}
+    mixed = {
+        name: wide[name.split(".")[-2]](weight) if "blocks.0.attn.to_q" in name else weight
+        for name, weight in plain.items()
+    }
+    save_file(mixed, tmp_path / "mixed.safetensors")
+    for path in (tmp_path / "mixed.safetensors", tmp_path / "again"):
+        loaded = make_flow(sampling=Sampling(4, 2), lora=LoRA(path=str(path)))
+        torch.testing.assert_close(draw(loaded), drawn, atol=1e-5, rtol=0)
+        loaded.save_pretrained(tmp_path / "again")
+    with pytest.raises(ValueError, match=r"`flow\.lora\.rank` is 4, but 4, 8 in "):
+        make_flow(lora=LoRA(rank=4, path=str(tmp_path / "again")))
+
     one = {name: weight for name, weight in weights.items() if "blocks.0.attn.to_out" in name}
     one = {name: weight for name, weight in one.items() if "single" not in name}
     with safe_open(folder / FLUX_WEIGHTS, framework="pt") as file:
@@ -203,8 +217,11 @@ def test_another_agents_or_another_models_adapter(
 ) -> None:
     with pytest.raises(ValueError, match=r"FluxTransformer2DModel has no layers for model\.layers\.0\..* more"):
         make_flow(lora=LoRA(path=str(refiner[0])))
-    with pytest.raises(ValueError, match=r"`language\.lora\.path` .* does not fit Qwen3.*adapter_config\.json"):
+    with pytest.raises(ValueError, match=r"`language\.lora\.path` is .*, which has no adapter_model\.safetensors"):
         make_language(lora=LoRA(path=str(flux[0])))
+    for make, agent in ((make_flow, "flow"), (make_language, "language")):
+        with pytest.raises(ValueError, match=rf"`{agent}\.lora\.path`: there is no folder nowhere: give an existing"):
+            make(lora=LoRA(path="nowhere"))
 
 
 @pytest.mark.parametrize("agent", ["flow", "language"])
