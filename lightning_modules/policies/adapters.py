@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import re
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import convert_unet_state_dict_to_peft
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftConfig, PeftType, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -53,18 +54,20 @@ def base_and_adapter(model: str, agent: str) -> tuple[str, str | None]:
         ValueError: if an adapter does not say what its base model is, or that model is not here.
     """
     path = own_folder(model, agent)
-    whole = "model_index.json" if agent == "flow" else "config.json"
+    config: Path | str | None = None
     if path.exists():
-        model = str(path)
-        config: Path | str | None = path / CONFIG_NAME if (path / CONFIG_NAME).is_file() else None
+        model, config = str(path), path / CONFIG_NAME
     elif agent == "flow":
         return model, None  # of a hub id `check_pipeline` looks for a pipeline alone
     else:
         check_hub_id(model)
-        config = find_adapter_config_file(model)
-    if config is not None:
+        if not isinstance(try_to_load_from_cache(model, "config.json"), str):  # else there is no need to ask the hub
+            config = find_adapter_config_file(model)
+    if agent == "flow" and (path / "model_index.json").is_file():
+        return model, None
+    if config is not None and Path(config).is_file():
         base = json.loads(Path(config).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    elif agent == "flow" and not (path / whole).is_file() and _local_weights(path) is not None:
+    elif agent == "flow" and _local_weights(path) is not None:
         base = _base_in_metadata(lora_file(model, agent))
     else:
         return model, None
@@ -106,7 +109,9 @@ def lora_file(path: str, agent: str) -> Path:
         for name in names:
             try:
                 file = Path(hf_hub_download(path, name))
-            except (EntryNotFoundError, LocalEntryNotFoundError):
+            except EntryNotFoundError as error:
+                if isinstance(error, LocalEntryNotFoundError) and name == names[-1]:
+                    raise  # no network
                 continue
             if name == SAFETENSORS_WEIGHTS_NAME:
                 hf_hub_download(path, CONFIG_NAME)
@@ -133,8 +138,11 @@ def _local_weights(path: Path) -> Path | None:
 
 
 def _base_in_metadata(file: Path) -> str | None:
-    with safe_open(file, framework="pt") as opened:
-        metadata = (opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = (opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}): copy it again.") from error
     base: str | None = json.loads(metadata).get(f"{TRANSFORMER}base_model_name_or_path")
     return base
 
@@ -156,9 +164,9 @@ def load_flow_lora(network: Any, lora: LoRA, pipeline: Any, adapters: Iterable[s
     """
     where, file = f"`flow.lora.path` {lora.path}", lora_file(str(lora.path), "flow")
     device = next(network.parameters()).device
-    with _one_error(where, network), _complaints(where):
-        weights, alphas, metadata = _peft_file(file) if _is_peft(file) else _converted(file, pipeline, where)
-        _check_names(network, weights, where)
+    with _one_error(where, network), _complaints():
+        weights, alphas, metadata = _peft_file(file) if _is_peft(file) else _converted(file, pipeline)
+        _check_names(network, weights)
         if metadata is not None:
             metadata.pop(f"{TRANSFORMER}base_model_name_or_path", None)  # as in adapters that are made here
         placed = {name: weight.to(device) for name, weight in weights.items()}
@@ -189,9 +197,7 @@ def _peft_file(file: Path) -> tuple[dict[str, Tensor], None, dict[str, Any]]:
     return weights, None, {TRANSFORMER + name: value for name, value in config.to_dict().items()}
 
 
-def _converted(
-    file: Path, pipeline: Any, where: str
-) -> tuple[dict[str, Tensor], dict[str, Any] | None, dict[str, Any] | None]:
+def _converted(file: Path, pipeline: Any) -> tuple[dict[str, Tensor], dict[str, Any] | None, dict[str, Any] | None]:
     """Reads a LoRA file by the pipeline's own conversion: weights by peft's names, alphas, metadata."""
     _refuse(name for name, weight in _tensors(file).items() if UNSUPPORTED.search(name) and weight.any())
     found = pipeline.lora_state_dict(
@@ -220,7 +226,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         return {name: opened.get_tensor(name) for name in opened.keys()}
 
 
-def _check_names(network: nn.Module, weights: dict[str, Tensor], where: str) -> None:
+def _check_names(network: nn.Module, weights: dict[str, Tensor]) -> None:
     if not any("lora_A" in name for name in weights):
         raise ValueError(f"it holds no LoRA weights, but {_some(weights)}")
     known = {name for name, _ in network.named_modules()}
@@ -241,7 +247,7 @@ class _Recorder(logging.Handler):
 
 
 @contextmanager
-def _complaints(where: str) -> Iterator[None]:
+def _complaints() -> Iterator[None]:
     """Context manager: raises ValueError for what diffusers only warns of, such as weights that it leaves out."""
     logger, recorder = logging.getLogger("diffusers"), _Recorder()
     handlers, level = logger.handlers, logger.level
@@ -283,6 +289,10 @@ def load_language_lora(network: Any, lora: LoRA, adapters: Iterable[str]) -> Any
         config.inference_mode, config.base_model_name_or_path = False, None
         network = get_peft_model(network, config)
         for adapter in adapters:
+            if adapter not in network.peft_config:
+                copied = copy.deepcopy(config)
+                copied.init_lora_weights = False  # some ways of it change the base model, which the first has done
+                network.add_adapter(adapter, copied)
             result = network.load_adapter(path, adapter, torch_device="cpu")
             if result.unexpected_keys:
                 raise ValueError(f"the model has no layers for {_some(result.unexpected_keys)}")

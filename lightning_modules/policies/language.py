@@ -43,7 +43,7 @@ class LanguagePolicy(Policy):
     it is (`VisionLanguagePolicy` also shows it the source image).
 
     Args:
-        model: folder or hub id of a model that writes text and has a chat template.
+        model: folder or hub id of a model that writes text and has a chat template, or of a LoRA of one.
         template: the user's message, with `{prompt}` where the prompt goes.
         temperature: softmax temperature of the rollouts' sampling, and of every log-prob.
         max_new_tokens: longest completion in rollouts.

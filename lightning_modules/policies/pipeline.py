@@ -39,7 +39,7 @@ class PipelinePolicy(FlowPolicy):
     prompt.
 
     Args:
-        model: pipeline folder or hub id.
+        model: pipeline folder or hub id, or a LoRA's folder that names its pipeline.
         sampling: settings of the sampler.
         batch_guidance: runs the two passes of classifier-free guidance as one batch; faster on a GPU that is not full.
         offload: keeps text encoders and VAE on the CPU between uses.
