@@ -175,7 +175,7 @@ def _described(flow: FlowPolicy, language: LanguagePolicy | None) -> list[str]:
 def _relative_note(flow: FlowPolicy, language: LanguagePolicy | None) -> str:
     """Returns a remark on base models that are local folders of the training machine; empty without any."""
     agents = [agent for agent in (flow, language) if agent is not None and (agent.adapted or not agent.trained)]
-    folders = [f"`{agent.model}`" for agent in agents if Path(agent.model).is_dir()]
+    folders = [f"`{agent.base}`" for agent in agents if Path(agent.base).is_dir()]
     return f" ({', '.join(folders)} being where training found the base)" if folders else ""
 
 
