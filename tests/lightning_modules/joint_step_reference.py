@@ -1,0 +1,395 @@
+"""The joint step written out in float64 numpy from the equations of docs/method.md, to compare `PromptRL` with.
+
+Imports nothing of the packages. The networks are stock ones of diffusers and transformers in float64, asked directly;
+the gradient of a loss in their outputs is derived here by hand, and autograd pulls it through the network alone. What
+was drawn (latents, completions' texts and tokens, scores) is data.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+Array = NDArray[np.float64]
+
+
+@dataclass
+class Learner:
+    """An agent: its network, that network before training, and how it learns.
+
+    Attributes:
+        network: float64, with the weights that drew the rollout; every step moves it.
+        before: float64, the reference policy of the KL.
+        learning_rate, weight_decay, betas, eps: of AdamW.
+        max_grad_norm: longest gradient of this agent.
+        kl_weight: weight of the KL to the reference policy.
+        clip_range: c; the ratio is clipped to [1 - c, 1 + c].
+    """
+
+    network: nn.Module
+    before: nn.Module
+    learning_rate: float
+    weight_decay: float
+    betas: tuple[float, float]
+    eps: float
+    max_grad_norm: float
+    kl_weight: float
+    clip_range: float
+    moments: dict[str, tuple[Array, Array]] = field(default_factory=dict)
+
+    def pull(self, output: Tensor, slope: Array, gradients: dict[str, Array]) -> None:
+        """Adds the gradient in the weights to `gradients`, given the one in the network's output."""
+        names, weights = zip(*self.network.named_parameters(), strict=True)
+        pulled = torch.autograd.grad(output, weights, torch.from_numpy(slope), allow_unused=True)
+        for name, gradient in zip(names, pulled, strict=True):
+            if gradient is not None:
+                gradients[name] = gradients.get(name, 0.0) + gradient.numpy()
+
+    def clip(self, gradients: dict[str, Array]) -> float:
+        """Shortens the gradient of all weights together to `max_grad_norm`, as PyTorch does; returns its length before."""
+        norm = float(np.sqrt(sum(np.square(gradient).sum() for gradient in gradients.values())))
+        for gradient in gradients.values():
+            gradient *= min(1.0, self.max_grad_norm / (norm + 1e-6))
+        return norm
+
+    def step(self, gradients: dict[str, Array], number: int) -> None:
+        """Takes AdamW's step (arXiv 1711.05101, Alg. 2), the first one with `number` 1."""
+        first, second = self.betas
+        weights = dict(self.network.named_parameters())
+        for name, gradient in gradients.items():
+            mean, square = self.moments.get(name, (0.0, 0.0))
+            mean = first * mean + (1 - first) * gradient
+            square = second * square + (1 - second) * gradient**2
+            self.moments[name] = mean, square
+            unbiased, root = mean / (1 - first**number), np.sqrt(square / (1 - second**number))
+            weight = weights[name].detach().numpy()
+            change = unbiased / (root + self.eps) + self.weight_decay * weight
+            weights[name].data.copy_(torch.from_numpy(weight - self.learning_rate * change))
+
+
+@dataclass
+class Flow(Learner):
+    """The image model, a FLUX.1 transformer.
+
+    Attributes:
+        encode: prompts -> T5's tokens [B, L, C] and CLIP's vector [B, C], of the stock pipeline.
+        guidance: embedded guidance.
+        sde: name of the SDE.
+        noise_level: a of `flow_sde`, eta of the others.
+        normalized: True for GRPO-Guard's ratio.
+    """
+
+    encode: Callable[[list[str]], tuple[Tensor, Tensor]] | None = None
+    guidance: float = 3.5
+    sde: str = "flow_sde"
+    noise_level: float = 0.7
+    normalized: bool = False
+
+    def velocity(self, network: nn.Module, x: Array, sigma: float, texts: tuple[Tensor, Tensor]) -> Tensor:
+        """Asks the transformer: v [B, tokens, C] of latents on a square grid, each token at its row and column."""
+        batch, tokens, _ = x.shape
+        side = int(tokens**0.5)
+        places = torch.tensor([[0, row, column] for row in range(side) for column in range(side)]).double()
+        velocity: Tensor = network(
+            hidden_states=torch.from_numpy(x),
+            timestep=torch.full((batch,), sigma).double(),
+            guidance=torch.full((batch,), self.guidance).double(),
+            encoder_hidden_states=texts[0].double(),
+            pooled_projections=texts[1].double(),
+            txt_ids=torch.zeros(texts[0].shape[1], 3).double(),
+            img_ids=places,
+            return_dict=False,
+        )[0]
+        return velocity
+
+    def mean(self, x: Array | float, v: Array | float, sigma: float, sigma_next: float, first: float) -> Any:
+        """Mean of an SDE step; `first` is sigmas[1]."""
+        dt, x0, x1 = sigma_next - sigma, x - sigma * v, x + (1 - sigma) * v
+        if self.sde == "cps":
+            kept = np.sqrt(sigma_next**2 - self.std(sigma, sigma_next, first) ** 2)
+            return (1 - sigma_next) * x0 + kept * x1
+        if self.sde == "dance_sde":
+            score = -(x - (1 - sigma) * x0) / sigma**2
+            return x + v * dt - self.noise_level**2 / 2 * score * dt
+        s = self.diffusion(sigma, first)
+        return x * (1 + s**2 / (2 * sigma) * dt) + v * (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt
+
+    def std(self, sigma: float, sigma_next: float, first: float) -> float:
+        """Standard deviation of an SDE step."""
+        if self.sde == "cps":
+            return float(sigma_next * np.sin(self.noise_level * np.pi / 2))
+        s = self.noise_level if self.sde == "dance_sde" else self.diffusion(sigma, first)
+        return float(s * np.sqrt(sigma - sigma_next))
+
+    def diffusion(self, sigma: float, first: float) -> float:
+        """Computes s of `flow_sde`: at sigma 1 the second sigma stands in for it, in the denominator alone."""
+        return float(self.noise_level * np.sqrt(sigma / (1 - (first if sigma == 1 else sigma))))
+
+
+@dataclass
+class Language(Learner):
+    """The refiner, a causal language model.
+
+    Attributes:
+        tokenizer: its tokenizer.
+        template: the user's message.
+        temperature: divides the logits.
+    """
+
+    tokenizer: Any = None
+    template: str = "{prompt}"
+    temperature: float = 1.0
+
+    def prompt(self, text: str) -> list[int]:
+        """Tokens of the chat that asks for a rewrite of `text`."""
+        chat = [{"role": "user", "content": self.template.replace("{prompt}", text)}]
+        asked = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        ids: list[int] = self.tokenizer(asked, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def written(self, tokens: Array) -> list[int]:
+        """The tokens that the refiner chose: up to the first end of sequence, which is one of them."""
+        ids = tokens.tolist()
+        end = self.tokenizer.eos_token_id
+        return ids[: ids.index(end) + 1] if end in ids else ids
+
+    def logits(self, network: nn.Module, prompt: list[int], written: list[int]) -> Tensor:
+        """Asks the network about one completion alone, without padding: [tokens, vocabulary]."""
+        ids = torch.tensor([prompt + written])
+        logits: Tensor = network(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+        return logits
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the joint step, named as those of `PromptRL`."""
+
+    group_size: int
+    num_retained: int
+    images_per_prompt: int
+    format_weight: float
+    task_weight: float
+    advantage_scale: str
+    updates_per_rollout: int
+
+
+@dataclass
+class Update:
+    """What one optimizer step saw and did.
+
+    Attributes:
+        loss: the agents' losses together.
+        outside: agent -> share of the ratios that were outside the clip range.
+        norms: agent -> length of its gradient before clipping.
+        gradients: weight -> gradient after clipping; names begin with the agent's.
+        weights: weight -> value after the step.
+    """
+
+    loss: float = 0.0
+    outside: dict[str, float] = field(default_factory=dict)
+    norms: dict[str, float] = field(default_factory=dict)
+    gradients: dict[str, Array] = field(default_factory=dict)
+    weights: dict[str, Array] = field(default_factory=dict)
+
+
+@dataclass
+class Experience:
+    """What a rollout means: by group [G, n * M] for images, by rewrite [G * (n - m)] for the refiner.
+
+    Attributes:
+        prompts: the images' prompts.
+        advantages, counted: of images; a sample that is not counted has no part in the loss.
+        language_advantages, language_counted: of rewrites.
+    """
+
+    prompts: list[str]
+    advantages: Array
+    counted: NDArray[np.bool_]
+    language_advantages: Array
+    language_counted: NDArray[np.bool_]
+
+
+def answer(text: str) -> str:
+    """The text inside the last well-formed answer tag; empty if there is none."""
+    found = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    return found[-1].rpartition("<answer>")[2].strip() if found else ""
+
+
+def group_advantages(
+    rewards: Array, valid: NDArray[np.bool_], scale: str, tags: list[str]
+) -> tuple[Array, NDArray[np.bool_]]:
+    """Compares rewards [G, N] within groups; also returns which of them count.
+
+    A_i = (R_i - mean) / (std + 1e-4), clamped to +-5, over the group's valid samples, of which one alone has nothing to
+    be compared with. The std is the group's, or one over all groups of its tag, or 1.
+    """
+    counted = valid & (valid.sum(1, keepdims=True) >= 2)
+    advantages = np.zeros_like(rewards)
+    for row, chosen in enumerate(counted):
+        if chosen.any():
+            advantages[row, chosen] = rewards[row, chosen] - rewards[row, chosen].mean()
+    pools = [[row for row, tag in enumerate(tags) if tag == one] for one in set(tags)]
+    if scale == "group":
+        pools = [[row] for row in range(len(rewards))]
+    for rows in pools if scale != "none" else []:
+        if counted[rows].any():
+            advantages[rows] /= np.sqrt(np.mean(advantages[rows][counted[rows]] ** 2)) + 1e-4
+    return np.clip(advantages, -5, 5), counted
+
+
+def experience(rollout: Any, settings: Settings) -> Experience:
+    """Takes rewards and advantages from a rollout's completions and scores."""
+    groups, refined = len(rollout.samples), settings.group_size - settings.num_retained
+    texts = [] if rollout.completions is None else rollout.completions.texts
+    slots, prompts = [], []
+    for group, sample in enumerate(rollout.samples):
+        written = [answer(text) for text in texts[group * refined : (group + 1) * refined]]
+        formats = [float(text != "") for text in written]
+        retained = [np.mean(formats) if formats else 0.0] * settings.num_retained
+        slots.append(np.repeat([*retained, *formats], settings.images_per_prompt))
+        # How a text without an answer is read is another matter: data.
+        drawn = np.repeat([sample.prompt] * settings.num_retained + written, settings.images_per_prompt)
+        prompts += [str(one) or rollout.prompts[len(prompts) + place] for place, one in enumerate(drawn)]
+    scores = np.array([score.rl if score.valid else 0.0 for score in rollout.scores]).reshape(groups, -1)
+    valid = np.array([score.valid for score in rollout.scores]).reshape(groups, -1)
+    rewards = settings.format_weight * np.array(slots) + settings.task_weight * scores
+    tags = [sample.tag for sample in rollout.samples]
+    advantages, counted = group_advantages(rewards, valid, settings.advantage_scale, tags)
+    by_rewrite = (groups, settings.group_size, settings.images_per_prompt)
+    images = counted.reshape(by_rewrite).sum(2)
+    means = advantages.reshape(by_rewrite).sum(2) / np.maximum(images, 1)
+    rewrites = slice(settings.num_retained, None)
+    return Experience(
+        prompts, advantages.ravel(), counted.ravel(), means[:, rewrites].ravel(), images[:, rewrites].ravel() > 0
+    )
+
+
+def surrogate(log_ratio: Array, advantages: Array, clip_range: float) -> tuple[Array, Array, Array]:
+    """Computes max(-A r, -A clip(r, 1 - c, 1 + c)), its derivative in log r, and where r is outside the clip range."""
+    ratio = np.exp(log_ratio)
+    free, clipped = -advantages * ratio, -advantages * np.clip(ratio, 1 - clip_range, 1 + clip_range)
+    return np.maximum(free, clipped), np.where(free >= clipped, free, 0.0), np.abs(ratio - 1) > clip_range
+
+
+def mean_per_sample(values: Array) -> Array:
+    """Means over all dims but the first."""
+    return values.reshape(len(values), -1).mean(1)
+
+
+class JointStep:
+    """The optimizer steps on one rollout.
+
+    Args:
+        settings: of the joint step.
+        rollout: what was drawn.
+        flow: the image model, or None if it is frozen.
+        language: the refiner, or None if there is none or it is frozen.
+    """
+
+    def __init__(self, settings: Settings, rollout: Any, flow: Flow | None, language: Language | None) -> None:
+        self.settings, self.rollout, self.flow, self.language = settings, rollout, flow, language
+        self.experience = experience(rollout, settings)
+        self.flow_log_probs: list[Array] = []
+        """By SDE step: [B] log-probs under the policy that drew the rollout."""
+        self.token_log_probs: list[Array] = []
+        """By completion: log-probs of its tokens under the policy that wrote it."""
+        self._means: list[Array] = []
+
+    def updates(self) -> list[Update]:
+        """Takes all steps."""
+        return [self._update(number) for number in range(1, self.settings.updates_per_rollout + 1)]
+
+    def _update(self, number: int) -> Update:
+        update = Update()
+        for name, agent, objective in (
+            ("flow", self.flow, self._flow),
+            ("language", self.language, self._language),
+        ):
+            if agent is None:
+                continue
+            gradients: dict[str, Array] = {}
+            loss, update.outside[name] = objective(agent, gradients)
+            update.loss += loss
+            update.norms[name] = agent.clip(gradients)
+            agent.step(gradients, number)
+            update.gradients |= {f"{name}.{key}": gradient for key, gradient in gradients.items()}
+            weights = agent.network.named_parameters()
+            update.weights |= {f"{name}.{key}": weight.detach().numpy().copy() for key, weight in weights}
+        return update
+
+    def _flow(self, flow: Flow, gradients: dict[str, Array]) -> tuple[float, float]:
+        """Clipped surrogate of the SDE steps plus the KL of each: its value and the share outside the clip range."""
+        path, loss, outside = self.rollout.trajectory, 0.0, []
+        texts, sigmas = flow.encode(self.experience.prompts), path.sigmas.double().tolist()
+        share = self.experience.counted / (len(self.experience.counted) * len(path.sde_steps))
+        for place, step in enumerate(path.sde_steps):
+            x, drawn = (part[:, place].double().numpy() for part in (path.latents, path.next_latents))
+            span = sigmas[step], sigmas[step + 1], sigmas[1]
+            std, dims = flow.std(*span), x[0].size
+            output = flow.velocity(flow.network, x, sigmas[step], texts)
+            mean = flow.mean(x, output.detach().numpy(), *span)
+            density = -((drawn - mean) ** 2) / (2 * std**2) - np.log(std) - np.log(2 * np.pi) / 2
+            log_probs = mean_per_sample(density)
+            if len(self._means) == place:
+                self._means.append(mean)
+                self.flow_log_probs.append(log_probs)
+            log_ratio = log_probs - self.flow_log_probs[place]
+            slope = (drawn - mean) / (std**2 * dims)  # d log_ratio / d mean
+            if flow.normalized:
+                moved = mean - self._means[place]
+                log_ratio = std * (log_ratio + mean_per_sample(moved**2 / (2 * std**2)))
+                slope = std * (slope + moved / (std**2 * dims))
+            losses, by_log_ratio, beyond = surrogate(log_ratio, self.experience.advantages, flow.clip_range)
+            with torch.no_grad():
+                away = mean - flow.mean(x, flow.velocity(flow.before, x, sigmas[step], texts).numpy(), *span)
+            losses = losses + flow.kl_weight * mean_per_sample(away**2 / (2 * std**2))
+            by_mean = by_log_ratio[:, None, None] * slope + flow.kl_weight * away / (std**2 * dims)
+            loss += float((share * losses).sum())
+            outside.append(beyond[self.experience.counted].mean())
+            # The mean is linear in the velocity.
+            flow.pull(output, share[:, None, None] * by_mean * flow.mean(0.0, 1.0, *span), gradients)
+        return loss, float(np.mean(outside))
+
+    def _language(self, language: Language, gradients: dict[str, Array]) -> tuple[float, float]:
+        """Clipped surrogate of the rewrites' tokens plus k3: its value and the share outside the clip range."""
+        samples, tokens, loss, outside = self.rollout.samples, self.rollout.completions.tokens.numpy(), 0.0, []
+        total = len(tokens)
+        for row in range(total):
+            prompt = language.prompt(samples[row * len(samples) // total].prompt)
+            written = language.written(tokens[row])
+            output = language.logits(language.network, prompt, written)
+            log_probs, softmax = self._chosen(output, written, language.temperature)
+            if len(self.token_log_probs) == row:
+                self.token_log_probs.append(log_probs)
+            if not self.experience.language_counted[row]:
+                continue
+            with torch.no_grad():
+                before, _ = self._chosen(language.logits(language.before, prompt, written), written, language.temperature)
+            advantages = np.full(len(written), self.experience.language_advantages[row])
+            losses, by_log_prob, beyond = surrogate(
+                log_probs - self.token_log_probs[row], advantages, language.clip_range
+            )
+            d = before - log_probs
+            losses = losses + language.kl_weight * (np.exp(d) - 1 - d)
+            by_log_prob = by_log_prob + language.kl_weight * (1 - np.exp(d))
+            loss += float(losses.mean() / total)
+            outside.append(beyond.mean())
+            chosen = np.eye(softmax.shape[1])[written]
+            by_logits = by_log_prob[:, None] * (chosen - softmax) / language.temperature / (len(written) * total)
+            language.pull(output, by_logits, gradients)
+        return loss, float(np.mean(outside))
+
+    @staticmethod
+    def _chosen(output: Tensor, written: list[int], temperature: float) -> tuple[Array, Array]:
+        """Log-probs [T] of the written tokens and the softmax [T, V], of logits [T, V]."""
+        logits = output.detach().numpy() / temperature
+        logits = logits - logits.max(1, keepdims=True)
+        log_softmax = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        return log_softmax[np.arange(len(written)), written], np.exp(log_softmax)
