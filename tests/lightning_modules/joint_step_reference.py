@@ -1,8 +1,8 @@
-"""The joint step written out in float64 numpy from the equations of docs/method.md, to compare `PromptRL` with.
+"""The joint step in float64 numpy, written from the papers' equations (docs/method.md), to compare `PromptRL` with.
 
-Imports nothing of the packages. The networks are stock ones of diffusers and transformers in float64, asked directly;
-the gradient of a loss in their outputs is derived here by hand, and autograd pulls it through the network alone. What
-was drawn (latents, completions' texts and tokens, scores) is data.
+It imports nothing of this repository. The networks are the stock ones of diffusers and transformers in float64, called
+directly. The gradient of the loss in their outputs is derived by hand; autograd only pulls it through a network. What
+was drawn (latents, tokens and texts of completions, scores) is data.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 Array = NDArray[np.float64]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Learner:
     """An agent: its network, that network before training, and how it learns.
 
@@ -53,7 +53,7 @@ class Learner:
                 gradients[name] = gradients.get(name, 0.0) + gradient.numpy()
 
     def clip(self, gradients: dict[str, Array]) -> float:
-        """Shortens the gradient of all weights together to `max_grad_norm`, as PyTorch does; returns its length before."""
+        """Shortens the whole gradient to `max_grad_norm`, as PyTorch does; returns its length before."""
         norm = float(np.sqrt(sum(np.square(gradient).sum() for gradient in gradients.values())))
         for gradient in gradients.values():
             gradient *= min(1.0, self.max_grad_norm / (norm + 1e-6))
@@ -74,7 +74,7 @@ class Learner:
             weights[name].data.copy_(torch.from_numpy(weight - self.learning_rate * change))
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Flow(Learner):
     """The image model, a FLUX.1 transformer.
 
@@ -83,19 +83,21 @@ class Flow(Learner):
         guidance: embedded guidance.
         sde: name of the SDE.
         noise_level: a of `flow_sde`, eta of the others.
-        normalized: True for GRPO-Guard's ratio.
+        kl_units: "step" divides the KL by twice the step's variance, "flow_grpo" by that variance per unit of time.
+        normalized: True for GRPO-Guard's ratio, "over_dt" with its weight 1 / |dt|.
     """
 
-    encode: Callable[[list[str]], tuple[Tensor, Tensor]] | None = None
-    guidance: float = 3.5
-    sde: str = "flow_sde"
-    noise_level: float = 0.7
-    normalized: bool = False
+    encode: Callable[[list[str]], tuple[Tensor, Tensor]]
+    guidance: float
+    sde: str
+    noise_level: float
+    kl_units: str
+    normalized: bool | str
 
     def velocity(self, network: nn.Module, x: Array, sigma: float, texts: tuple[Tensor, Tensor]) -> Tensor:
-        """Asks the transformer: v [B, tokens, C] of latents on a square grid, each token at its row and column."""
+        """Calls the transformer on latents [B, tokens, C] of square images; a token is at its row and column."""
         batch, tokens, _ = x.shape
-        side = int(tokens**0.5)
+        side = round(tokens**0.5)
         places = torch.tensor([[0, row, column] for row in range(side) for column in range(side)]).double()
         velocity: Tensor = network(
             hidden_states=torch.from_numpy(x),
@@ -110,7 +112,7 @@ class Flow(Learner):
         return velocity
 
     def mean(self, x: Array | float, v: Array | float, sigma: float, sigma_next: float, first: float) -> Any:
-        """Mean of an SDE step; `first` is sigmas[1]."""
+        """Mean of an SDE step (arXiv 2505.05470, 2505.07818 and 2509.05952), linear in v; `first` is sigmas[1]."""
         dt, x0, x1 = sigma_next - sigma, x - sigma * v, x + (1 - sigma) * v
         if self.sde == "cps":
             kept = np.sqrt(sigma_next**2 - self.std(sigma, sigma_next, first) ** 2)
@@ -133,7 +135,7 @@ class Flow(Learner):
         return float(self.noise_level * np.sqrt(sigma / (1 - (first if sigma == 1 else sigma))))
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Language(Learner):
     """The refiner, a causal language model.
 
@@ -143,9 +145,9 @@ class Language(Learner):
         temperature: divides the logits.
     """
 
-    tokenizer: Any = None
-    template: str = "{prompt}"
-    temperature: float = 1.0
+    tokenizer: Any
+    template: str
+    temperature: float
 
     def prompt(self, text: str) -> list[int]:
         """Tokens of the chat that asks for a rewrite of `text`."""
@@ -161,7 +163,7 @@ class Language(Learner):
         return ids[: ids.index(end) + 1] if end in ids else ids
 
     def logits(self, network: nn.Module, prompt: list[int], written: list[int]) -> Tensor:
-        """Asks the network about one completion alone, without padding: [tokens, vocabulary]."""
+        """Calls the network on one completion alone, without padding: [tokens, vocabulary]."""
         ids = torch.tensor([prompt + written])
         logits: Tensor = network(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
         return logits
@@ -199,13 +201,13 @@ class Update:
     weights: dict[str, Array] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Experience:
-    """What a rollout means: by group [G, n * M] for images, by rewrite [G * (n - m)] for the refiner.
+    """What the agents learn from: G * n * M images and G * (n - m) rewrites; one that is not counted has no loss.
 
     Attributes:
         prompts: the images' prompts.
-        advantages, counted: of images; a sample that is not counted has no part in the loss.
+        advantages, counted: of images.
         language_advantages, language_counted: of rewrites.
     """
 
@@ -246,29 +248,30 @@ def group_advantages(
 
 def experience(rollout: Any, settings: Settings) -> Experience:
     """Takes rewards and advantages from a rollout's completions and scores."""
-    groups, refined = len(rollout.samples), settings.group_size - settings.num_retained
+    groups, refined, images = (
+        len(rollout.samples),
+        settings.group_size - settings.num_retained,
+        settings.images_per_prompt,
+    )
     texts = [] if rollout.completions is None else rollout.completions.texts
-    slots, prompts = [], []
+    formats, prompts = [], []
     for group, sample in enumerate(rollout.samples):
         written = [answer(text) for text in texts[group * refined : (group + 1) * refined]]
-        formats = [float(text != "") for text in written]
-        retained = [np.mean(formats) if formats else 0.0] * settings.num_retained
-        slots.append(np.repeat([*retained, *formats], settings.images_per_prompt))
-        # How a text without an answer is read is another matter: data.
-        drawn = np.repeat([sample.prompt] * settings.num_retained + written, settings.images_per_prompt)
-        prompts += [str(one) or rollout.prompts[len(prompts) + place] for place, one in enumerate(drawn)]
+        well_formed = [float(text != "") for text in written]
+        retained = [np.mean(well_formed) if written else 0.0] * settings.num_retained
+        formats.append(np.repeat([*retained, *well_formed], images))
+        prompts += [one for one in [sample.prompt] * settings.num_retained + written for _ in range(images)]
+    # What is drawn of a completion without an answer is data.
+    prompts = [one or drawn for one, drawn in zip(prompts, rollout.prompts, strict=True)]
     scores = np.array([score.rl if score.valid else 0.0 for score in rollout.scores]).reshape(groups, -1)
     valid = np.array([score.valid for score in rollout.scores]).reshape(groups, -1)
-    rewards = settings.format_weight * np.array(slots) + settings.task_weight * scores
+    rewards = settings.format_weight * np.array(formats) + settings.task_weight * scores
     tags = [sample.tag for sample in rollout.samples]
     advantages, counted = group_advantages(rewards, valid, settings.advantage_scale, tags)
-    by_rewrite = (groups, settings.group_size, settings.images_per_prompt)
-    images = counted.reshape(by_rewrite).sum(2)
-    means = advantages.reshape(by_rewrite).sum(2) / np.maximum(images, 1)
-    rewrites = slice(settings.num_retained, None)
-    return Experience(
-        prompts, advantages.ravel(), counted.ravel(), means[:, rewrites].ravel(), images[:, rewrites].ravel() > 0
-    )
+    slots = (groups, settings.group_size, images)
+    numbers = counted.reshape(slots).sum(2)[:, settings.num_retained :].ravel()
+    sums = advantages.reshape(slots).sum(2)[:, settings.num_retained :].ravel()
+    return Experience(prompts, advantages.ravel(), counted.ravel(), sums / np.maximum(numbers, 1), numbers > 0)
 
 
 def surrogate(log_ratio: Array, advantages: Array, clip_range: float) -> tuple[Array, Array, Array]:
@@ -346,11 +349,14 @@ class JointStep:
                 moved = mean - self._means[place]
                 log_ratio = std * (log_ratio + mean_per_sample(moved**2 / (2 * std**2)))
                 slope = std * (slope + moved / (std**2 * dims))
-            losses, by_log_ratio, beyond = surrogate(log_ratio, self.experience.advantages, flow.clip_range)
+            weight = 1 / (sigmas[step] - sigmas[step + 1]) if flow.normalized == "over_dt" else 1.0
+            losses, by_log_ratio, beyond = surrogate(log_ratio, weight * self.experience.advantages, flow.clip_range)
             with torch.no_grad():
                 away = mean - flow.mean(x, flow.velocity(flow.before, x, sigmas[step], texts).numpy(), *span)
-            losses = losses + flow.kl_weight * mean_per_sample(away**2 / (2 * std**2))
-            by_mean = by_log_ratio[:, None, None] * slope + flow.kl_weight * away / (std**2 * dims)
+            per_time = flow.kl_units == "flow_grpo" and flow.sde != "cps"
+            variance = std**2 / (sigmas[step] - sigmas[step + 1]) if per_time else std**2
+            losses = losses + flow.kl_weight * mean_per_sample(away**2 / (2 * variance))
+            by_mean = by_log_ratio[:, None, None] * slope + flow.kl_weight * away / (variance * dims)
             loss += float((share * losses).sum())
             outside.append(beyond[self.experience.counted].mean())
             # The mean is linear in the velocity.
@@ -371,7 +377,9 @@ class JointStep:
             if not self.experience.language_counted[row]:
                 continue
             with torch.no_grad():
-                before, _ = self._chosen(language.logits(language.before, prompt, written), written, language.temperature)
+                before, _ = self._chosen(
+                    language.logits(language.before, prompt, written), written, language.temperature
+                )
             advantages = np.full(len(written), self.experience.language_advantages[row])
             losses, by_log_prob, beyond = surrogate(
                 log_probs - self.token_log_probs[row], advantages, language.clip_range
