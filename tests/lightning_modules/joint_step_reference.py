@@ -8,7 +8,6 @@ was drawn (latents, tokens and texts of completions, scores) is data.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,29 +19,19 @@ from torch import Tensor, nn
 Array = NDArray[np.float64]
 
 
-@dataclass(kw_only=True)
 class Learner:
-    """An agent: its network, that network before training, and how it learns.
+    """An agent as it learns.
 
-    Attributes:
+    Args:
+        settings: has the settings of a policy as attributes.
         network: float64, with the weights that drew the rollout; every step moves it.
-        before: float64, the reference policy of the KL.
-        learning_rate, weight_decay, betas, eps: of AdamW.
-        max_grad_norm: longest gradient of this agent.
-        kl_weight: weight of the KL to the reference policy.
-        clip_range: c; the ratio is clipped to [1 - c, 1 + c].
+        before: float64, the network before training, for the KL.
+        eps: AdamW's.
     """
 
-    network: nn.Module
-    before: nn.Module
-    learning_rate: float
-    weight_decay: float
-    betas: tuple[float, float]
-    eps: float
-    max_grad_norm: float
-    kl_weight: float
-    clip_range: float
-    moments: dict[str, tuple[Array, Array]] = field(default_factory=dict)
+    def __init__(self, settings: Any, network: nn.Module, before: nn.Module, eps: float) -> None:
+        self.settings, self.network, self.before, self.eps = settings, network, before, eps
+        self.moments: dict[str, tuple[Array, Array]] = {}
 
     def pull(self, output: Tensor, slope: Array, gradients: dict[str, Array]) -> None:
         """Adds the gradient in the weights to `gradients`, given the one in the network's output."""
@@ -56,12 +45,12 @@ class Learner:
         """Shortens the whole gradient to `max_grad_norm`, as PyTorch does; returns its length before."""
         norm = float(np.sqrt(sum(np.square(gradient).sum() for gradient in gradients.values())))
         for gradient in gradients.values():
-            gradient *= min(1.0, self.max_grad_norm / (norm + 1e-6))
+            gradient *= min(1.0, self.settings.max_grad_norm / (norm + 1e-6))
         return norm
 
     def step(self, gradients: dict[str, Array], number: int) -> None:
         """Takes AdamW's step (arXiv 1711.05101, Alg. 2), the first one with `number` 1."""
-        first, second = self.betas
+        first, second = self.settings.betas
         weights = dict(self.network.named_parameters())
         for name, gradient in gradients.items():
             mean, square = self.moments.get(name, (0.0, 0.0))
@@ -70,29 +59,20 @@ class Learner:
             self.moments[name] = mean, square
             unbiased, root = mean / (1 - first**number), np.sqrt(square / (1 - second**number))
             weight = weights[name].detach().numpy()
-            change = unbiased / (root + self.eps) + self.weight_decay * weight
-            weights[name].data.copy_(torch.from_numpy(weight - self.learning_rate * change))
+            change = unbiased / (root + self.eps) + self.settings.weight_decay * weight
+            weights[name].data.copy_(torch.from_numpy(weight - self.settings.learning_rate * change))
 
 
-@dataclass(kw_only=True)
 class Flow(Learner):
-    """The image model, a FLUX.1 transformer.
+    """The image model, a FLUX.1 transformer."""
 
-    Attributes:
-        encode: prompts -> T5's tokens [B, L, C] and CLIP's vector [B, C], of the stock pipeline.
-        guidance: embedded guidance.
-        sde: name of the SDE.
-        noise_level: a of `flow_sde`, eta of the others.
-        kl_units: "step" divides the KL by twice the step's variance, "flow_grpo" by that variance per unit of time.
-        normalized: True for GRPO-Guard's ratio, "over_dt" with its weight 1 / |dt|.
-    """
-
-    encode: Callable[[list[str]], tuple[Tensor, Tensor]]
-    guidance: float
-    sde: str
-    noise_level: float
-    kl_units: str
-    normalized: bool | str
+    def texts(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Encodes prompts by the stock pipeline: T5's tokens [B, L, C] and CLIP's vector [B, C]."""
+        with torch.no_grad():
+            tokens, vector, _ = self.settings.pipe.encode_prompt(
+                prompts, None, max_sequence_length=self.settings.max_sequence_length
+            )
+        return tokens.double(), vector.double()
 
     def velocity(self, network: nn.Module, x: Array, sigma: float, texts: tuple[Tensor, Tensor]) -> Tensor:
         """Calls the transformer on latents [B, tokens, C] of square images; a token is at its row and column."""
@@ -102,64 +82,47 @@ class Flow(Learner):
         velocity: Tensor = network(
             hidden_states=torch.from_numpy(x),
             timestep=torch.full((batch,), sigma).double(),
-            guidance=torch.full((batch,), self.guidance).double(),
-            encoder_hidden_states=texts[0].double(),
-            pooled_projections=texts[1].double(),
+            guidance=torch.full((batch,), self.settings.guidance).double(),
+            encoder_hidden_states=texts[0],
+            pooled_projections=texts[1],
             txt_ids=torch.zeros(texts[0].shape[1], 3).double(),
             img_ids=places,
             return_dict=False,
         )[0]
         return velocity
 
-    def mean(self, x: Array | float, v: Array | float, sigma: float, sigma_next: float, first: float) -> Any:
-        """Mean of an SDE step (arXiv 2505.05470, 2505.07818 and 2509.05952), linear in v; `first` is sigmas[1]."""
-        dt, x0, x1 = sigma_next - sigma, x - sigma * v, x + (1 - sigma) * v
-        if self.sde == "cps":
-            kept = np.sqrt(sigma_next**2 - self.std(sigma, sigma_next, first) ** 2)
-            return (1 - sigma_next) * x0 + kept * x1
-        if self.sde == "dance_sde":
+    def transition(self, x: Any, v: Any, sigma: float, sigma_next: float, first: float) -> tuple[Any, float]:
+        """Mean and standard deviation of an SDE step; the mean is linear in v, and `first` is sigmas[1].
+
+        Flow-GRPO (arXiv 2505.05470), DanceGRPO (arXiv 2505.07818) or Flow-CPS (arXiv 2509.05952).
+        """
+        a, dt, x0, x1 = self.settings.sampling.noise_level, sigma_next - sigma, x - sigma * v, x + (1 - sigma) * v
+        if self.settings.sampling.sde_type == "cps":
+            std = sigma_next * np.sin(a * np.pi / 2)
+            return (1 - sigma_next) * x0 + np.sqrt(sigma_next**2 - std**2) * x1, std
+        if self.settings.sampling.sde_type == "dance_sde":
             score = -(x - (1 - sigma) * x0) / sigma**2
-            return x + v * dt - self.noise_level**2 / 2 * score * dt
-        s = self.diffusion(sigma, first)
-        return x * (1 + s**2 / (2 * sigma) * dt) + v * (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt
-
-    def std(self, sigma: float, sigma_next: float, first: float) -> float:
-        """Standard deviation of an SDE step."""
-        if self.sde == "cps":
-            return float(sigma_next * np.sin(self.noise_level * np.pi / 2))
-        s = self.noise_level if self.sde == "dance_sde" else self.diffusion(sigma, first)
-        return float(s * np.sqrt(sigma - sigma_next))
-
-    def diffusion(self, sigma: float, first: float) -> float:
-        """Computes s of `flow_sde`: at sigma 1 the second sigma stands in for it, in the denominator alone."""
-        return float(self.noise_level * np.sqrt(sigma / (1 - (first if sigma == 1 else sigma))))
+            return x + v * dt - a**2 / 2 * score * dt, a * np.sqrt(-dt)
+        # sigmas[1] stands in for a sigma of 1 in the denominator alone.
+        s = a * np.sqrt(sigma / (1 - (first if sigma == 1 else sigma)))
+        mean = x * (1 + s**2 / (2 * sigma) * dt) + v * (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt
+        return mean, s * np.sqrt(-dt)
 
 
-@dataclass(kw_only=True)
 class Language(Learner):
-    """The refiner, a causal language model.
-
-    Attributes:
-        tokenizer: its tokenizer.
-        template: the user's message.
-        temperature: divides the logits.
-    """
-
-    tokenizer: Any
-    template: str
-    temperature: float
+    """The refiner, a causal language model."""
 
     def prompt(self, text: str) -> list[int]:
         """Tokens of the chat that asks for a rewrite of `text`."""
-        chat = [{"role": "user", "content": self.template.replace("{prompt}", text)}]
-        asked = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        ids: list[int] = self.tokenizer(asked, add_special_tokens=False)["input_ids"]
+        chat = [{"role": "user", "content": self.settings.template.replace("{prompt}", text)}]
+        asked = self.settings.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        ids: list[int] = self.settings.tokenizer(asked, add_special_tokens=False)["input_ids"]
         return ids
 
     def written(self, tokens: Array) -> list[int]:
         """The tokens that the refiner chose: up to the first end of sequence, which is one of them."""
         ids = tokens.tolist()
-        end = self.tokenizer.eos_token_id
+        end = self.settings.tokenizer.eos_token_id
         return ids[: ids.index(end) + 1] if end in ids else ids
 
     def logits(self, network: nn.Module, prompt: list[int], written: list[int]) -> Tensor:
@@ -167,19 +130,6 @@ class Language(Learner):
         ids = torch.tensor([prompt + written])
         logits: Tensor = network(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
         return logits
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of the joint step, named as those of `PromptRL`."""
-
-    group_size: int
-    num_retained: int
-    images_per_prompt: int
-    format_weight: float
-    task_weight: float
-    advantage_scale: str
-    updates_per_rollout: int
 
 
 @dataclass
@@ -246,13 +196,10 @@ def group_advantages(
     return np.clip(advantages, -5, 5), counted
 
 
-def experience(rollout: Any, settings: Settings) -> Experience:
+def experience(rollout: Any, settings: Any) -> Experience:
     """Takes rewards and advantages from a rollout's completions and scores."""
-    groups, refined, images = (
-        len(rollout.samples),
-        settings.group_size - settings.num_retained,
-        settings.images_per_prompt,
-    )
+    groups, images = len(rollout.samples), settings.images_per_prompt
+    refined = settings.group_size - settings.num_retained
     texts = [] if rollout.completions is None else rollout.completions.texts
     formats, prompts = [], []
     for group, sample in enumerate(rollout.samples):
@@ -286,24 +233,31 @@ def mean_per_sample(values: Array) -> Array:
     return values.reshape(len(values), -1).mean(1)
 
 
+def chosen(output: Tensor, written: list[int], temperature: float) -> tuple[Array, Array]:
+    """Log-probs [T] of the written tokens and the softmax [T, V], of logits [T, V]."""
+    logits = output.detach().numpy() / temperature
+    logits = logits - logits.max(1, keepdims=True)
+    log_softmax = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    return log_softmax[np.arange(len(written)), written], np.exp(log_softmax)
+
+
 class JointStep:
     """The optimizer steps on one rollout.
 
     Args:
-        settings: of the joint step.
+        settings: has the settings of `PromptRL` as attributes.
         rollout: what was drawn.
         flow: the image model, or None if it is frozen.
         language: the refiner, or None if there is none or it is frozen.
     """
 
-    def __init__(self, settings: Settings, rollout: Any, flow: Flow | None, language: Language | None) -> None:
+    def __init__(self, settings: Any, rollout: Any, flow: Flow | None, language: Language | None) -> None:
         self.settings, self.rollout, self.flow, self.language = settings, rollout, flow, language
         self.experience = experience(rollout, settings)
+        # Of the policies that drew the rollout: by SDE step [B] and [B, tokens, C], by completion [T].
         self.flow_log_probs: list[Array] = []
-        """By SDE step: [B] log-probs under the policy that drew the rollout."""
+        self.flow_means: list[Array] = []
         self.token_log_probs: list[Array] = []
-        """By completion: log-probs of its tokens under the policy that wrote it."""
-        self._means: list[Array] = []
 
     def updates(self) -> list[Update]:
         """Takes all steps."""
@@ -311,10 +265,7 @@ class JointStep:
 
     def _update(self, number: int) -> Update:
         update = Update()
-        for name, agent, objective in (
-            ("flow", self.flow, self._flow),
-            ("language", self.language, self._language),
-        ):
+        for name, agent, objective in (("flow", self.flow, self._flow), ("language", self.language, self._language)):
             if agent is None:
                 continue
             gradients: dict[str, Array] = {}
@@ -329,75 +280,65 @@ class JointStep:
 
     def _flow(self, flow: Flow, gradients: dict[str, Array]) -> tuple[float, float]:
         """Clipped surrogate of the SDE steps plus the KL of each: its value and the share outside the clip range."""
-        path, loss, outside = self.rollout.trajectory, 0.0, []
-        texts, sigmas = flow.encode(self.experience.prompts), path.sigmas.double().tolist()
+        path, settings, loss, outside = self.rollout.trajectory, flow.settings, 0.0, []
+        texts, sigmas = flow.texts(self.experience.prompts), path.sigmas.double().tolist()
         share = self.experience.counted / (len(self.experience.counted) * len(path.sde_steps))
         for place, step in enumerate(path.sde_steps):
             x, drawn = (part[:, place].double().numpy() for part in (path.latents, path.next_latents))
-            span = sigmas[step], sigmas[step + 1], sigmas[1]
-            std, dims = flow.std(*span), x[0].size
+            span, dims = (sigmas[step], sigmas[step + 1], sigmas[1]), x[0].size
             output = flow.velocity(flow.network, x, sigmas[step], texts)
-            mean = flow.mean(x, output.detach().numpy(), *span)
+            mean, std = flow.transition(x, output.detach().numpy(), *span)
             density = -((drawn - mean) ** 2) / (2 * std**2) - np.log(std) - np.log(2 * np.pi) / 2
             log_probs = mean_per_sample(density)
-            if len(self._means) == place:
-                self._means.append(mean)
+            if len(self.flow_means) == place:
+                self.flow_means.append(mean)
                 self.flow_log_probs.append(log_probs)
             log_ratio = log_probs - self.flow_log_probs[place]
             slope = (drawn - mean) / (std**2 * dims)  # d log_ratio / d mean
-            if flow.normalized:
-                moved = mean - self._means[place]
+            weight, variance = 1.0, std**2
+            if self.settings.ratio_normalization:  # GRPO-Guard, arXiv 2510.22319
+                moved = mean - self.flow_means[place]
                 log_ratio = std * (log_ratio + mean_per_sample(moved**2 / (2 * std**2)))
                 slope = std * (slope + moved / (std**2 * dims))
-            weight = 1 / (sigmas[step] - sigmas[step + 1]) if flow.normalized == "over_dt" else 1.0
-            losses, by_log_ratio, beyond = surrogate(log_ratio, weight * self.experience.advantages, flow.clip_range)
+            if self.settings.ratio_normalization == "over_dt":
+                weight = 1 / (sigmas[step] - sigmas[step + 1])
+            if settings.kl_units == "flow_grpo" and settings.sampling.sde_type != "cps":
+                variance = std**2 / (sigmas[step] - sigmas[step + 1])
+            losses, by_ratio, beyond = surrogate(log_ratio, weight * self.experience.advantages, settings.clip_range)
             with torch.no_grad():
-                away = mean - flow.mean(x, flow.velocity(flow.before, x, sigmas[step], texts).numpy(), *span)
-            per_time = flow.kl_units == "flow_grpo" and flow.sde != "cps"
-            variance = std**2 / (sigmas[step] - sigmas[step + 1]) if per_time else std**2
-            losses = losses + flow.kl_weight * mean_per_sample(away**2 / (2 * variance))
-            by_mean = by_log_ratio[:, None, None] * slope + flow.kl_weight * away / (variance * dims)
+                velocity_before = flow.velocity(flow.before, x, sigmas[step], texts).numpy()
+            away = mean - flow.transition(x, velocity_before, *span)[0]
+            losses = losses + settings.kl_weight * mean_per_sample(away**2 / (2 * variance))
+            by_mean = by_ratio[:, None, None] * slope + settings.kl_weight * away / (variance * dims)
             loss += float((share * losses).sum())
             outside.append(beyond[self.experience.counted].mean())
-            # The mean is linear in the velocity.
-            flow.pull(output, share[:, None, None] * by_mean * flow.mean(0.0, 1.0, *span), gradients)
+            by_velocity = by_mean * flow.transition(0.0, 1.0, *span)[0]
+            flow.pull(output, share[:, None, None] * by_velocity, gradients)
         return loss, float(np.mean(outside))
 
     def _language(self, language: Language, gradients: dict[str, Array]) -> tuple[float, float]:
         """Clipped surrogate of the rewrites' tokens plus k3: its value and the share outside the clip range."""
         samples, tokens, loss, outside = self.rollout.samples, self.rollout.completions.tokens.numpy(), 0.0, []
-        total = len(tokens)
+        total, settings = len(tokens), language.settings
         for row in range(total):
             prompt = language.prompt(samples[row * len(samples) // total].prompt)
             written = language.written(tokens[row])
             output = language.logits(language.network, prompt, written)
-            log_probs, softmax = self._chosen(output, written, language.temperature)
+            log_probs, softmax = chosen(output, written, settings.temperature)
             if len(self.token_log_probs) == row:
                 self.token_log_probs.append(log_probs)
             if not self.experience.language_counted[row]:
                 continue
             with torch.no_grad():
-                before, _ = self._chosen(
-                    language.logits(language.before, prompt, written), written, language.temperature
-                )
+                output_before = language.logits(language.before, prompt, written)
+            d = chosen(output_before, written, settings.temperature)[0] - log_probs
             advantages = np.full(len(written), self.experience.language_advantages[row])
-            losses, by_log_prob, beyond = surrogate(
-                log_probs - self.token_log_probs[row], advantages, language.clip_range
-            )
-            d = before - log_probs
-            losses = losses + language.kl_weight * (np.exp(d) - 1 - d)
-            by_log_prob = by_log_prob + language.kl_weight * (1 - np.exp(d))
+            log_ratio = log_probs - self.token_log_probs[row]
+            losses, by_log_prob, beyond = surrogate(log_ratio, advantages, settings.clip_range)
+            losses = losses + settings.kl_weight * (np.exp(d) - 1 - d)
+            by_log_prob = by_log_prob + settings.kl_weight * (1 - np.exp(d))
             loss += float(losses.mean() / total)
             outside.append(beyond.mean())
-            chosen = np.eye(softmax.shape[1])[written]
-            by_logits = by_log_prob[:, None] * (chosen - softmax) / language.temperature / (len(written) * total)
-            language.pull(output, by_logits, gradients)
+            by_logits = by_log_prob[:, None] * (np.eye(softmax.shape[1])[written] - softmax) / settings.temperature
+            language.pull(output, by_logits / (len(written) * total), gradients)
         return loss, float(np.mean(outside))
-
-    @staticmethod
-    def _chosen(output: Tensor, written: list[int], temperature: float) -> tuple[Array, Array]:
-        """Log-probs [T] of the written tokens and the softmax [T, V], of logits [T, V]."""
-        logits = output.detach().numpy() / temperature
-        logits = logits - logits.max(1, keepdims=True)
-        log_softmax = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-        return log_softmax[np.arange(len(written)), written], np.exp(log_softmax)

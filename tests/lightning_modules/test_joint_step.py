@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from lightning_modules.policies.flux1 import Flux1Policy
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.prompt_rl import PromptRL
 from rewards.base import Reward, RewardBatch, Score
-from tests.lightning_modules.joint_step_reference import Array, Flow, JointStep, Language, Settings, Update
+from tests.lightning_modules.joint_step_reference import Array, Flow, JointStep, Language, Update
 from tests.lightning_modules.test_prompt_rl import attach
 
 GROUPS = 3
@@ -117,13 +117,11 @@ def test_a_joint_step_equals_the_equations(
     case: Case,
 ) -> None:
     """Loss, gradients and the weights' changes are the reference's to 1e-5, beside the rounding of fp32 weights."""
-    learning = {"learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 1e3}
+    shared = {"learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 1e3}
     of_flow = {"learning_rate": 3e-4, "kl_weight": 2.0, "micro_batch_size": 5, "betas": (0.8, 0.95)} | case.flow
     of_language = {"kl_weight": 0.3, "micro_batch_size": 4, "max_new_tokens": 12} | case.language
-    flow, language = (
-        make_flow(sampling=case.sampling, **(learning | of_flow)),
-        make_language(**(learning | of_language)),
-    )
+    flow = make_flow(sampling=case.sampling, **(shared | of_flow))
+    language = make_language(**(shared | of_language))
     flow_copies, language_copies = moved(flow), moved(language)
     settings = {"group_size": 4, "num_retained": 1, "images_per_prompt": 1, "format_weight": 0.7} | case.module
     refines = settings["num_retained"] < 4
@@ -137,10 +135,10 @@ def test_a_joint_step_equals_the_equations(
     rollout = module.latest
     assert rollout is not None
     reference = JointStep(
-        Settings(**{name.name: getattr(module, name.name) for name in fields(Settings)}),
+        module,
         rollout,
-        flow_reference(flow, flow_copies, module.ratio_normalization) if flow.trained else None,
-        language_reference(language, language_copies) if refines and language.trained else None,
+        Flow(flow, *flow_copies, EPS) if flow.trained else None,
+        Language(language, *language_copies, EPS) if refines and language.trained else None,
     )
     expected = reference.updates()
     assert len(found) == len(expected) == module.updates_per_rollout
@@ -180,33 +178,6 @@ def moved(policy: Flux1Policy | LanguagePolicy) -> tuple[nn.Module, nn.Module]:
         for weight in policy.network.parameters():
             weight.mul_(1 + 0.1 * torch.randn(weight.shape, generator=generator))
     return copy.deepcopy(policy.network).double(), before
-
-
-def learner(policy: Flux1Policy | LanguagePolicy, copies: tuple[nn.Module, nn.Module]) -> dict[str, Any]:
-    """Collects what the reference has to know about either agent."""
-    names = ("learning_rate", "weight_decay", "betas", "max_grad_norm", "kl_weight", "clip_range")
-    return {"network": copies[0], "before": copies[1], "eps": EPS} | {name: getattr(policy, name) for name in names}
-
-
-def flow_reference(policy: Flux1Policy, copies: tuple[nn.Module, nn.Module], normalized: bool | str) -> Flow:
-    return Flow(
-        **learner(policy, copies),
-        encode=lambda texts: policy.pipe.encode_prompt(texts, None, max_sequence_length=18)[:2],
-        guidance=policy.guidance,
-        sde=policy.sampling.sde_type,
-        noise_level=policy.sampling.noise_level,
-        kl_units=policy.kl_units,
-        normalized=normalized,
-    )
-
-
-def language_reference(policy: LanguagePolicy, copies: tuple[nn.Module, nn.Module]) -> Language:
-    return Language(
-        **learner(policy, copies),
-        tokenizer=policy.tokenizer,
-        template=policy.template,
-        temperature=policy.temperature,
-    )
 
 
 def learning(module: PromptRL) -> dict[str, nn.Parameter]:
