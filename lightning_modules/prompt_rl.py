@@ -430,6 +430,7 @@ class PromptRL(EvaluatedAgents):
         # Lightning would go on showing the last value of what this step lacks (another tag's scorer): a gap instead.
         logs |= {name: math.nan for name in self._logged - logs.keys()}
         self._logged |= logs.keys()
-        shown = {name: logs.pop(name) for name in ("reward", "format") if name in logs}
+        shown = {"rollouts": float(self.num_rollouts)}
+        shown |= {name: logs.pop(name) for name in ("reward", "format") if name in logs}
         self.log_dict(logs, batch_size=len(rollout.samples))
-        self.log_dict({"rollouts": float(self.num_rollouts)} | shown, batch_size=len(rollout.samples), prog_bar=True)
+        self.log_dict(shown, batch_size=len(rollout.samples), prog_bar=True)

@@ -53,8 +53,8 @@ class Policy(nn.Module, ABC):
         lora: adapters; null trains all weights.
         dtype: dtype of the loaded weights.
         frozen_dtype: dtype of networks that never learn: this one, if its learning rate is null, the reference, and a
-            pipeline's text encoders and VAE; null is `dtype`. With bfloat16 and `trainer.precision: bf16-mixed` the KL of
-            published weights, which are bf16, is 0 at the start; in 32-true it would have bf16's rounding.
+            pipeline's text encoders and VAE; null is `dtype`. With bfloat16 and `trainer.precision: bf16-mixed` the KL
+            of published weights, which are bf16, is 0 at the start; in 32-true it would have bf16's rounding.
         micro_batch_size: samples per forward pass of the update, and of a flow model's rollout; null is all at once.
         gradient_checkpointing: computes activations again in the backward pass instead of keeping them.
         quantization: keeps the frozen weights in 4 or 8 bits (bitsandbytes); an agent that learns needs `lora` then.
