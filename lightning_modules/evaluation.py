@@ -113,8 +113,8 @@ class EvaluatedAgents(Agents):
         wrong = [sample.id for sample, image in zip(samples, pixels, strict=True) if not image.isfinite().all()]
         if wrong:
             warnings.warn(
-                f"{len(wrong)} of {len(samples)} images of {name} ({mode}) have pixels that are not finite, for example "
-                f"that of the prompt {wrong[0]}; they are drawn black there. Use `dtype: bfloat16` or `float32`.",
+                f"{len(wrong)} of {len(samples)} images of {name} ({mode}) have pixels that are not finite, for "
+                f"example that of the prompt {wrong[0]}, and are black there; use `dtype: bfloat16` or `float32`.",
                 stacklevel=2,
             )
         images = to_pil(pixels)

@@ -287,9 +287,7 @@ class PromptRL(EvaluatedAgents):
             stats.add_all("train/language", result.stats, weight=len(counted))
         return finite
 
-    def _flow_backward(
-        self, rollout: Rollout, stats: Averages, old: dict[Any, ObjectiveResult], first: bool
-    ) -> Tensor:
+    def _flow_backward(self, rollout: Rollout, stats: Averages, old: dict[Any, ObjectiveResult], first: bool) -> Tensor:
         """Adds to the flow model's gradients; returns [B] bool, False for samples whose loss is not finite."""
         trajectory, advantages, counts = rollout.trajectory, rollout.advantages.flatten(), rollout.counted.flatten()
         steps = range(len(trajectory.sde_steps))
@@ -432,8 +430,7 @@ class PromptRL(EvaluatedAgents):
         # Lightning would go on showing the last value of what this step lacks (another tag's scorer): a gap instead.
         logs |= {name: math.nan for name in self._logged - logs.keys()}
         self._logged |= logs.keys()
-        shown = {name: logs.pop(name) for name in ("reward", "format") if name in logs}
+        shown = {"rollouts": float(self.num_rollouts)}
+        shown |= {name: logs.pop(name) for name in ("reward", "format") if name in logs}
         self.log_dict(logs, batch_size=len(rollout.samples))
-        self.log_dict(
-            {"rollouts": float(self.num_rollouts)} | shown, batch_size=len(rollout.samples), prog_bar=True
-        )
+        self.log_dict(shown, batch_size=len(rollout.samples), prog_bar=True)

@@ -47,12 +47,13 @@ class Averages:
     def over_ranks(self) -> dict[str, float]:
         """Returns what `compute` would of all processes' values; one collective."""
         merged = Averages()
-        for name, total, weight in gather_lists([(n, float(total), self._weights[n]) for n, total in self._sums.items()]):
+        own = [(name, float(total), self._weights[name]) for name, total in self._sums.items()]
+        for name, total, weight in gather_lists(own):
             merged.add(name, total / weight if weight else 0.0, weight)
         return merged.compute()
 
     def add_score(self, name: str, score: Score) -> None:
-        """Adds a scorer's native (raw) and rl value of an image, NaN on average where there is none, and its failure."""
+        """Adds the native (raw) and the rl value that a scorer gave an image, or that it failed."""
         self.add(f"reward/{name}", score.native, float(score.valid))
         self.add(f"reward/{name}/rl", score.rl, float(score.valid))
         self.add(f"reward/{name}/invalid_share", float(not score.valid))

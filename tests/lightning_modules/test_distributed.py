@@ -185,9 +185,8 @@ class ByRank(Reward):
 
 def step_on_two_ranks(rank: int, folder: Path, scale: str) -> None:
     """One step with a group of the same tag on each rank, and a NaN in a gradient on rank 1 in the second step."""
-    flow = Flux1Policy(
-        "miniature/flow", Sampling(4, 2), height=32, width=32, max_sequence_length=18, dtype="float32", learning_rate=1e-3
-    )
+    size: dict[str, Any] = {"height": 32, "width": 32, "max_sequence_length": 18}
+    flow = Flux1Policy("miniature/flow", Sampling(4, 2), dtype="float32", learning_rate=1e-3, **size)
     language = LanguagePolicy("miniature/language", template="{prompt}", max_new_tokens=32, dtype="float32")
     module = PromptRL(flow, ByRank(rank), language, 4, 2, advantage_scale=scale)  # type: ignore[arg-type]
     spoiled, collector = Spoiled("flow", {1}, rank=1), Collector()
