@@ -85,9 +85,9 @@ CASES = [
     ),
     Case(
         "flow_sde, three updates, GRPO-Guard",
-        Sampling(4, 3, "flow_sde", 0.7, clip_range=3e-4),
+        Sampling(4, 3, "flow_sde", 0.7, clip_range=1e-3),
         failed=(5,),
-        flow={"max_grad_norm": 0.01, "kl_weight": 20.0},
+        flow={"learning_rate": 2e-3, "max_grad_norm": 0.05, "kl_weight": 5.0},
         language={"learning_rate": None},
         module={"updates_per_rollout": 3, "ratio_normalization": True},
     ),
