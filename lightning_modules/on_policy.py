@@ -45,7 +45,7 @@ def check_ratio(flow: FlowPolicy, language: LanguagePolicy | None, rollout: Roll
         if judged > limits[agent]:
             raise ValueError(
                 f"the {agent} policy is not on-policy: replayed log-probs differ from sampled ones by {judged:.2e}, "
-                f"more than its `max_log_ratio` {limits[agent]:.0e}; use float32, the same micro-batches in rollout and "
-                "update, or a higher `max_log_ratio`."
+                f"more than its `max_log_ratio` {limits[agent]:.0e}; use float32, the same micro-batches in rollout "
+                "and update, or a higher `max_log_ratio`."
             )
     return {agent: max(rank[agent][0] for rank in ranks) for agent in found}
