@@ -20,17 +20,18 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from PIL.Image import Image
 from torch import Tensor
 
 from datamodules.base import PromptSample, run_seed
 from datamodules.chunks import chunks
-from lightning_modules.agents import NotFinite
+from lightning_modules.bad_steps import BadSteps
 from lightning_modules.distributed import average_gradients, clip, gather_lists, no_backward_sync, sum_over_ranks
 from lightning_modules.evaluation import EvaluatedAgents
 from lightning_modules.groups import check_group, group_formats, group_prompts, source_images, tag_numbers
 from lightning_modules.objectives import ObjectiveResult, RatioNormalization, flow_objective, language_objective
+from lightning_modules.on_policy import check_ratio
 from lightning_modules.policies.flow import FlowPolicy, to_pil
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.rl.advantages import group_advantages
@@ -105,14 +106,13 @@ class PromptRL(EvaluatedAgents):
         self.ratio_normalization = ratio_normalization
         self.check_ratio_every = check_ratio_every
         self.max_invalid_steps = max_invalid_steps
-        self.max_bad_steps = max_bad_steps
+        self.bad_steps = BadSteps(max_bad_steps)
         self.overlap_scoring = overlap_scoring
         self.seed = run_seed(seed)
         self.latest: Rollout | None = None
         """Last rollout, for callbacks to show."""
         self._checked = False
         self._invalid_steps = 0
-        self._bad_steps: dict[str, int] = {}
         self._seconds: dict[str, float] = {}
         self._logged: set[str] = set()
 
@@ -148,7 +148,7 @@ class PromptRL(EvaluatedAgents):
         self.update(rollout, stats)
         self.num_rollouts += len(rollout.images) * self.trainer.world_size
         self._log_step(rollout, stats)
-        self._stop_after_bad_steps()
+        self.bad_steps.end_step()
 
     def collect(self, samples: Sequence[PromptSample]) -> Rollout:
         """Rewrites, draws, scores and compares within groups: makes the experience of G prompts.
@@ -233,7 +233,6 @@ class PromptRL(EvaluatedAgents):
         assert not isinstance(optimizer, list)
         stats = Averages() if stats is None else stats
         old: dict[Any, ObjectiveResult] = {}  # (agent, rows, step) -> result of the policy that drew the rollout
-        bad: set[str] = set()
         for number in range(self.updates_per_rollout):
             optimizer.zero_grad()
             finite: dict[str, Tensor] = {}
@@ -251,16 +250,14 @@ class PromptRL(EvaluatedAgents):
                 stats.add(f"train/{agent.agent}/grad_norm", norms[agent.agent])
             # One decision for all ranks: a loss may be bad on one of them alone.
             flags = torch.stack([(~finite[name]).any() | ~norm.isfinite() for name, norm in norms.items()])
-            for group, flag in zip(optimizer.param_groups, sum_over_ranks(flags.double()).tolist(), strict=True):
+            for group, flag in zip(optimizer.param_groups, sum_over_ranks(flags.float()).tolist(), strict=True):
                 name = group["name"]
                 stats.add(f"train/{name}/skipped", float(flag > 0))
                 if flag:
-                    bad.add(name)
-                    self._warn_of_skipped(name, rollout, finite[name])
+                    self.bad_steps.add(name, self.global_step, rollout, finite[name])
                     for parameter in group["params"]:
                         parameter.grad = None  # the optimizer leaves it alone, weight decay and momentum included
             optimizer.step()
-        self._bad_steps = {name: self._bad_steps.get(name, 0) + 1 for name in bad}
         return stats.compute()
 
     def _language_backward(
@@ -313,45 +310,9 @@ class PromptRL(EvaluatedAgents):
                 stats.add_all("train/flow", result.stats, weight=len(counted))
         return finite
 
-    @torch.no_grad()
     def check_ratio(self, rollout: Rollout) -> dict[str, float]:
-        """Replays the first micro-batch before any update: its log-probs must be those of the rollout.
-
-        If they differ, what is updated is not the policy that drew the samples, which no curve shows. Log-probs that
-        are not finite are left to `update`, which skips them.
-
-        Returns:
-            Agent -> max |log ratio| over the micro-batch, the largest of all processes.
-
-        Raises:
-            ValueError: on every process, if max |log ratio| of the flow policy, or the mean over the refiner's tokens,
-                is above the agent's `max_log_ratio`. The refiner is judged by its mean since sampling with cached keys
-                and values rounds differently from a replay (bf16: 4e-3).
-        """
-        found: dict[str, tuple[float, float]] = {}  # agent -> what is reported, what is judged
-        if self.flow.trained:
-            rows = next(chunks(len(rollout.trajectory), self.flow.micro_batch_size))
-            part = rollout.trajectory.rows(rows)
-            replayed = [
-                self.flow.replay(part, step).log_prob(part.next_latents[:, step]) for step in range(len(part.sde_steps))
-            ]
-            largest = (torch.stack(replayed, 1) - part.log_probs).abs().max().item()
-            found["flow"] = (largest, largest)
-        if self.language is not None and self.language.trained and rollout.completions is not None:
-            rows = next(chunks(len(rollout.completions), self.language.micro_batch_size))
-            completions = rollout.completions.rows(rows)
-            difference = (self.language.log_probs(completions) - completions.log_probs)[completions.mask].abs()
-            found["language"] = (difference.max().item(), difference.mean().item())
-        ranks = gather_lists([found])
-        for agent in self._learners():
-            judged = max(rank[agent.agent][1] for rank in ranks)
-            if judged > agent.max_log_ratio:
-                raise ValueError(
-                    f"the {agent.agent} policy is not on-policy: replayed log-probs differ from sampled ones by "
-                    f"{judged:.2e}, more than its `max_log_ratio` {agent.max_log_ratio:.0e}; use float32, the same "
-                    "micro-batches in rollout and update, or a higher `max_log_ratio`."
-                )
-        return {name: max(rank[name][0] for rank in ranks) for name in found}
+        """Returns agent -> max |log ratio| of a replay before any update; see `on_policy.check_ratio`."""
+        return check_ratio(self.flow, self.language, rollout)
 
     # --- helpers ------------------------------------------------------------------------------------------------------
 
@@ -390,28 +351,6 @@ class PromptRL(EvaluatedAgents):
         )
         start = self.global_rank * len(tags)  # every rank has as many groups
         return advantages[start : start + len(tags)].to(rewards.device)
-
-    def _warn_of_skipped(self, agent: str, rollout: Rollout, finite: Tensor) -> None:
-        """Names the prompts of an update that is skipped; a collective."""
-        per_prompt = len(finite) // len(rollout.samples)
-        wrong = (~finite).nonzero().flatten().tolist()
-        ids = gather_lists([rollout.samples[row // per_prompt].id for row in wrong])
-        what = "loss" if ids else "gradient"
-        names = list(dict.fromkeys(ids or gather_lists([sample.id for sample in rollout.samples])))
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        rank_zero_warn(
-            f"step {self.global_step}: the {what} of the {agent} agent is not finite (prompts "
-            f"{', '.join(names[:5])}{more}), so this update of it is skipped."
-        )
-
-    def _stop_after_bad_steps(self) -> None:
-        """Raises NotFinite, on every rank, if an agent could not be updated for too long."""
-        for agent, steps in self._bad_steps.items():
-            if steps >= self.max_bad_steps:
-                raise NotFinite(
-                    f"the loss or gradient of the {agent} agent was not finite in {steps} steps in a row "
-                    "(`model.max_bad_steps`); lower its learning rate, or look at the prompts that the warnings name."
-                )
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
