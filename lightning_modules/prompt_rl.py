@@ -186,11 +186,7 @@ class PromptRL(EvaluatedAgents):
                     prompts, seeds, window_seed=window_seed, on_drawn=score, images=source_images(judged)
                 )
             with self._timed("reward"):  # what the overlap did not hide
-                scores = self._scores_on_all_ranks(scoring)
-        scores = [
-            score if drawn else Score.invalid("the image is not finite")
-            for score, drawn in zip(scores, finite, strict=True)
-        ]
+                scores = self._scores_on_all_ranks(scoring, finite)
         valid = torch.tensor([score.valid for score in scores], device=self.device).view(-1, per_group)
         task = torch.tensor([score.rl for score in scores], device=self.device).view(-1, per_group)
         rewards = self.task_weight * task
@@ -316,8 +312,12 @@ class PromptRL(EvaluatedAgents):
 
     # --- helpers ------------------------------------------------------------------------------------------------------
 
-    def _scores_on_all_ranks(self, scoring: Scoring) -> list[Score]:
+    def _scores_on_all_ranks(self, scoring: Scoring, finite: Sequence[bool]) -> list[Score]:
         """Waits for the scores, and stops all ranks together when one has no scorer or none has had a score for long.
+
+        Args:
+            scoring: the thread that scores B images.
+            finite: B bools, False for images whose pixels are not finite, which have no score.
 
         Raises:
             RewardUnavailable: on every rank; one that stopped alone would leave the others waiting.
@@ -325,7 +325,10 @@ class PromptRL(EvaluatedAgents):
         failure: RewardUnavailable | None = None
         scores: list[Score] = []
         try:
-            scores = scoring.scores()
+            scores = [
+                score if drawn else Score.invalid("its pixels are not finite")
+                for score, drawn in zip(scoring.scores(), finite, strict=True)
+            ]
         except RewardUnavailable as error:
             failure = error
         here = [float(failure is not None), float(any(score.valid for score in scores))]

@@ -87,6 +87,10 @@ class Policy(nn.Module, ABC):
         check_minimum(own, 0, learning_rate=learning_rate, weight_decay=weight_decay, kl_weight=kl_weight)
         check_minimum(own, 0, clip_range=clip_range, max_log_ratio=max_log_ratio, beta_1=betas[0], beta_2=betas[1])
         check_minimum(own, 1, micro_batch_size=micro_batch_size, lora_rank=None if lora is None else lora.rank)
+        if learning_rate is not None and learning_rate > 1:
+            raise ValueError(
+                f"{own} has learning_rate={learning_rate}, use at most 1: AdamW moves each weight by about that a step."
+            )
         if not max_grad_norm > 0:
             raise ValueError(f"{own} has max_grad_norm={max_grad_norm}, use more than 0, or .inf for no clipping.")
         if quantization is not None and learning_rate is not None and lora is None:

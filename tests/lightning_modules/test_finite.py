@@ -112,7 +112,17 @@ def test_a_sample_without_a_finite_log_prob_is_named(make_flow: MakeFlow, sample
     assert stats["train/flow/skipped"] == 1
     drawn = module.collect(samples[:3])
     assert drawn.valid.tolist() == [[True, True], [False, True], [True, True]]
-    assert drawn.scores[2].detail["reason"] == "the image is not finite"
+    assert drawn.scores[2].detail["reason"] == "its pixels are not finite"
+
+
+def test_a_model_that_draws_nothing_ends_the_run(make_flow: MakeFlow, tmp_path: Path) -> None:
+    """Weights so large that every pixel overflows: no image has a score, whatever the reward says of black ones."""
+    flow = make_flow(sampling=Sampling(4, 2))
+    with torch.no_grad():
+        flow.network.proj_out.weight.mul_(1e38)
+    module = PromptRL(flow, Redness(), None, 2, 2, max_invalid_steps=2, check_ratio_every=100)
+    with pytest.raises(ValueError, match="no image could be scored in 2 steps in a row .* its pixels are not finite"):
+        fit(module, tmp_path, 9, Spoiled("flow", set()))
 
 
 def test_weights_that_are_not_finite_are_not_saved(make_flow: MakeFlow) -> None:
@@ -128,6 +138,7 @@ def test_weights_that_are_not_finite_are_not_saved(make_flow: MakeFlow) -> None:
     "settings",
     [
         {"learning_rate": -1.0},
+        {"learning_rate": 1000.0},
         {"learning_rate": math.nan},
         {"weight_decay": math.inf},
         {"kl_weight": -0.1},
