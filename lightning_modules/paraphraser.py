@@ -15,6 +15,7 @@ from rich.progress import Progress
 
 from datamodules.base import PromptSample, bare
 from datamodules.chunks import chunks
+from datamodules.local_path import local_path
 from datamodules.paraphrases.base import Paraphraser, Wordings, check_kinds
 from datamodules.paraphrases.files import read_wordings
 from lightning_modules.policies.language import LanguagePolicy
@@ -77,7 +78,7 @@ class WrittenParaphrases(Paraphraser):
         check_kinds([kind], "WrittenParaphrases.kind")
         self.writer = writer
         self.kind = kind
-        self.cache = cache
+        self.cache = None if cache is None else local_path(cache, "WrittenParaphrases.cache")
         self.num = num
         self.seed = seed
         self.batch_size = batch_size
@@ -93,7 +94,7 @@ class WrittenParaphrases(Paraphraser):
 
     def path(self, name: str) -> Path:
         """Path of the file with the wordings of a set."""
-        return Path("paraphrases") / f"{name}.{self.kind}.jsonl" if self.cache is None else Path(self.cache)
+        return Path("paraphrases") / f"{name}.{self.kind}.jsonl" if self.cache is None else self.cache
 
     def missing(self, name: str, samples: Sequence[PromptSample]) -> bool:
         """Returns True if `write` would have to load the model."""
