@@ -116,16 +116,22 @@ def read_text(path: str | Path, setting: str) -> str:
 def _bare_prompts(path: str | Path) -> Iterator[tuple[str, Record]]:
     for number, line in _lines(path, "prompt"):
         where = f"{path}:{number}"
-        if line.lstrip().startswith("{") and _is_object(line.strip().rstrip(",")):
-            raise ValueError(f"{where}: a JSON object in a file of bare prompts: let the file's name end in .jsonl.")
+        if _holds_object(line.strip().rstrip(",")):
+            raise ValueError(
+                f"{where}: JSON in a file of bare prompts: write an object a line, into a file whose name ends in .jsonl."
+            )
         yield where, {"prompt": line.strip()}
 
 
-def _is_object(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), dict)
-    except json.JSONDecodeError:
+def _holds_object(text: str) -> bool:
+    """Returns True for a JSON object, a list of some, and for a line on which one of either begins."""
+    if not text.startswith(("{", "[")):
         return False
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return text in ("{", "[", "[{")
+    return isinstance(value, dict) or any(isinstance(entry, dict) for entry in value)
 
 
 def _lines(path: str | Path, unit: str | None) -> Iterator[tuple[int, str]]:

@@ -68,10 +68,10 @@ def test_other_kinds_of_files_are_refused(tmp_path: Path, name: str) -> None:
         read_records(tmp_path / name)
 
 
-@pytest.mark.parametrize("line", ['{"prompt": "a cat"}', '  {"prompt": "a cat"},'])
-def test_objects_are_no_bare_prompts(tmp_path: Path, line: str) -> None:
-    (tmp_path / "p.txt").write_text(f"{{a brace}}\n{line}\n")
-    with pytest.raises(ValueError, match=r"p\.txt:2: a JSON object in a file of bare prompts: let the file's name end"):
+@pytest.mark.parametrize("line", ['{"prompt": "a cat"}', '  {"prompt": "a cat"},', '[{"prompt": "a cat"}]', "["])
+def test_json_is_no_bare_prompt(tmp_path: Path, line: str) -> None:
+    (tmp_path / "p.txt").write_text(f"{{a brace}}\n[1, 2]\n{line}\n")
+    with pytest.raises(ValueError, match=r"p\.txt:3: JSON in a file of bare prompts: write an object a line, into a"):
         read_records(tmp_path / "p.txt", (".txt",))
 
 
