@@ -117,9 +117,7 @@ def _bare_prompts(path: str | Path) -> Iterator[tuple[str, Record]]:
     for number, line in _lines(path, "prompt"):
         where = f"{path}:{number}"
         if _holds_object(line.strip().rstrip(",")):
-            raise ValueError(
-                f"{where}: JSON in a file of bare prompts: write an object a line, into a file whose name ends in .jsonl."
-            )
+            raise ValueError(f"{where}: JSON in a file of bare prompts: write an object a line, into a .jsonl file.")
         yield where, {"prompt": line.strip()}
 
 
