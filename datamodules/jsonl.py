@@ -71,7 +71,7 @@ def read_records(path: str | Path, suffixes: Sequence[str] = (".jsonl",)) -> lis
         prompt = record.get("prompt")
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"{where}: `prompt` is {prompt!r}: give the text of the prompt.")
-        name = record["id"] = id_of(record.get("id"), where) or f"{len(records):05d}"
+        name = record["id"] = id_of(record.get("id"), len(records), where)
         if name in places:
             raise ValueError(f"{where}: the id {name!r} was used in {places[name]}: make ids unique.")
         places[name] = where
@@ -79,21 +79,22 @@ def read_records(path: str | Path, suffixes: Sequence[str] = (".jsonl",)) -> lis
     return records
 
 
-def id_of(value: Any, where: str) -> str | None:
-    """Returns an id as text; None for null, which is no id.
+def id_of(value: Any, position: int, where: str) -> str:
+    """Returns a record's id as text; the position, as five digits, for null, which is no id.
 
     Args:
         value: text or a whole number (7.0 is the 7 of a table with gaps), or None.
+        position: number of the record in its file, from 0.
         where: place of the value, for the error.
 
     Raises:
         ValueError: if it is something else, such as true or a list.
     """
+    if value is None:
+        return f"{position:05d}"
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if value is None or (isinstance(value, str) and value.strip()):
-        return value
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, str | int) and not isinstance(value, bool):
         return str(value)
     raise ValueError(f"{where}: the id is {value!r}: give text or a whole number, or leave it out.")
 

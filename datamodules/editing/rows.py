@@ -83,7 +83,7 @@ def read_rows(
         found = find_columns(table, columns or {})
         for number, (where, record) in enumerate(table.records):
             # A row that is left out keeps its number, so the others' ids stay what they are.
-            name = id_of(record.get(found.get("id", "")), where) or f"{total:05d}"
+            name = id_of(record.get(found.get("id", "")), total, where)
             total += 1
             if name in lines:
                 raise ValueError(f"{where}: the id {name!r} was used in {lines[name]}: make ids unique.")

@@ -110,7 +110,8 @@ def _parse(path: Path, kind: str) -> Iterator[_Line]:
     if not path.is_file():
         raise ValueError(f"FileParaphrases.path is {str(path)!r}, which is not a file: give the path of a .jsonl file.")
     for where, record in read_wordings(path):
-        said = {key: record.get(key) for key in ("set", "original")} | {"id": id_of(record.get("id"), where)}
+        said = {key: record.get(key) for key in ("set", "id", "original")}
+        said["id"] = None if said["id"] is None else id_of(said["id"], 0, where)
         for key, value in said.items():
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"{where}: `{key}` is {value!r}: give text, or leave the key out.")

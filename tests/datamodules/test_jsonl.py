@@ -81,7 +81,7 @@ def test_ids(tmp_path: Path, given: str, name: str) -> None:
     assert [record["id"] for _, record in read_records(path)] == ["00000", name]
 
 
-@pytest.mark.parametrize("given", ["true", "[1]", "{}", '" "', "1.5", "NaN"])
+@pytest.mark.parametrize("given", ["true", "[1]", "{}", "1.5", "NaN"])
 def test_what_is_no_id(tmp_path: Path, given: str) -> None:
     path = write(tmp_path, f'{{"prompt": "a", "id": {given}}}\n')
     with pytest.raises(ValueError, match=r"p\.jsonl:1: the id is .*: give text or a whole number, or leave it out"):
