@@ -39,7 +39,7 @@ class Benchmark(L.Callback, ABC):
     Logs `val/<set>/<mode>` (the headline number) and `val/<set>/<mode>/<score>`, with mode `without_pe` (images of
     the prompts as they are) or `with_pe` (images of the refiner's greedy rewrites). At the end of a fit or test it
     prints a table and writes `results.json` beside the logs, with 95 % intervals from a bootstrap over prompts within
-    each tag (where each tag has a few); a test also leaves `scores.jsonl`, a line for each prompt.
+    each tag (where each tag has a few), equal ones together; a test also leaves `scores.jsonl`, a line for each prompt.
 
     Args:
         sets: evaluation sets to score, with the sets that reword them; null is all of the data module's.

@@ -117,8 +117,8 @@ class PromptRLCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuses a checkpoint that cannot be read before anything is built or written."""
         config = self.config[self.subcommand] if self.subcommand else self.config
-        if config["trainer"]["default_root_dir"] is not None:
-            local_path(config["trainer"]["default_root_dir"], "trainer.default_root_dir")
+        local_path(config["trainer"]["default_root_dir"] or "", "trainer.default_root_dir")
+        local_path(config["experiment"], "experiment")
         path = self._checkpoint_path
         if path is not None and not zipfile.is_zipfile(path):
             what = "which is no checkpoint" if Path(path).is_file() else "but there is no such file"
