@@ -238,7 +238,8 @@ class Benchmark(L.Callback, ABC):
     def print_table(self) -> None:
         """Prints the headline scores before and after training, per set and mode."""
         last, before = self.history[-1], self._before()
-        fitted = last["step"] > self.history[0]["step"] and bool(before)
+        later = last["step"] > self.history[0]["step"]
+        fitted = later and bool(before)
         table = Table(title=f"{self.title} after {last['rollouts']:,} rollouts ({last['seconds']:.0f} s)")
         numbers = ("before", "after", "change") if fitted else ("score",)
         for column in ("set", "prompt", *numbers, "95 % interval"):
@@ -253,6 +254,8 @@ class Benchmark(L.Callback, ABC):
                 ends = self.intervals.get(name, {}).get(mode, {}).get(self.headline)
                 cells.append("" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}")
                 table.add_row(name, mode.replace("_", " ").replace("pe", "PE"), *cells)
+        if later and not last["results"].keys() <= before.keys():
+            table.caption = "No change is shown where the prompts are not those of the first validation."
         Console().print(table)
 
     def _write(self, path: Path) -> None:

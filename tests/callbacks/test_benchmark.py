@@ -214,7 +214,9 @@ def test_other_prompts_are_not_compared_with_those_from_before(
     trainer = make_trainer(tmp_path, GenEvalBenchmark(ShapesDetector()), Report(), max_steps=4)
     painter = Painter({mode: {4: "left"} for mode in IMPROVES})
     trainer.fit(painter, Others(), ckpt_path=tmp_path / "at_2.ckpt")
-    lines = [line.split("│") for line in capsys.readouterr().out.splitlines() if " PE " in line]
+    printed = capsys.readouterr().out
+    assert "No change is shown where the prompts are not those of the first" in " ".join(printed.split())
+    lines = [line.split("│") for line in printed.splitlines() if " PE " in line]
     assert [[cell.strip() for cell in cells[3:6]] for cells in lines] == [
         *[["", "0.500", ""]] * 2,
         *[["0.000", "0.000", "+0.000"]] * 2,
