@@ -13,6 +13,7 @@ from callbacks.reporting.model_card import model_card
 from callbacks.run_config import resolved_config
 from datamodules.atomic_write import replaced_folder
 from datamodules.local_path import local_path
+from lightning_modules.agents import check_finite
 from lightning_modules.evaluation import EvaluatedAgents
 
 OURS = {"flow", "language", "README.md", "config.yaml"}
@@ -91,9 +92,10 @@ class Export(L.Callback):
     # --- files ------------------------------------------------------------------------------------------------------
 
     def _export(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, EvaluatedAgents)
+        check_finite({name: weight for name, weight in pl_module.named_parameters() if weight.requires_grad})
         if not trainer.is_global_zero:
             return
-        assert isinstance(pl_module, EvaluatedAgents)
         folder = self._logs / "export" if self.directory is None else self.directory
         _refuse_foreign(folder)
         path = self._logs / "results.json"

@@ -19,6 +19,7 @@ from datamodules.lazy import contents as contents
 from datamodules.lazy import spread as spread
 from datamodules.resumable import EpochSampler, ResumableLoader
 from datamodules.sample import PromptSample as PromptSample
+from datamodules.seed import run_seed as run_seed
 
 _Batch = TypeVar("_Batch")
 
@@ -52,21 +53,23 @@ class PromptDataModule(L.LightningDataModule):
     Args:
         batch_size: prompts per process and step (each becomes a group of images).
         eval_batch_size: prompts per process in a validation or test step.
-        seed: seed of the training order.
+        seed: seed of the training order; null follows `seed_everything`.
         num_workers: loader processes; prompts are short, so 0 is usually best.
     """
 
     test_images_per_prompt = 1
     """Least number of images of each prompt in `lightning test`, unless `--images.images_per_prompt` says otherwise."""
 
-    def __init__(self, batch_size: int = 1, eval_batch_size: int = 8, seed: int = 42, num_workers: int = 0) -> None:
+    def __init__(
+        self, batch_size: int = 1, eval_batch_size: int = 8, seed: int | None = None, num_workers: int = 0
+    ) -> None:
         super().__init__()
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if value < 1:
                 raise ValueError(f"data.{name} is {value}, use at least 1.")
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
-        self.seed = seed
+        self.seed = run_seed(seed)
         self.num_workers = num_workers
         # A process without any evaluation prompt is fine, but Lightning stops there without this setting.
         self.allow_zero_length_dataloader_with_multiple_devices = True

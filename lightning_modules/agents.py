@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
 
 from lightning_modules.policies.flow import FlowPolicy
 from lightning_modules.policies.language import LanguagePolicy
+
+
+class NotFinite(ValueError):
+    """Raised if training cannot go on because losses, gradients or weights are not finite; the run stops."""
 
 
 class Agents(L.LightningModule):
@@ -64,10 +70,15 @@ class Agents(L.LightningModule):
     # --- checkpoints: trained weights only ----------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Reduces a checkpoint to the trained weights, and adds the count of rollouts."""
+        """Reduces a checkpoint to the trained weights, and adds the count of rollouts.
+
+        Raises:
+            NotFinite: if one of them is not finite, before an earlier checkpoint is written over.
+        """
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["num_rollouts"] = self.num_rollouts
+        check_finite(checkpoint["state_dict"] | checkpoint.get("current_model_state", {}))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError for a checkpoint of other agents, which non-strict loading would let pass in silence."""
@@ -81,6 +92,16 @@ class Agents(L.LightningModule):
                 f"the checkpoint does not fit this configuration: {len(wrong)} trained weights differ, for example "
                 f"{min(wrong)}; use the agents, LoRA settings and learning rates that it was trained with."
             )
+
+
+def check_finite(weights: Mapping[str, Tensor]) -> None:
+    """Raises NotFinite if a weight is not."""
+    wrong = [name for name, weight in weights.items() if not weight.isfinite().all()]
+    if wrong:
+        raise NotFinite(
+            f"{len(wrong)} of {len(weights)} trained weights are not finite, for example {wrong[0]}, so they are not "
+            "saved; go on from the last checkpoint with a lower learning rate."
+        )
 
 
 def check_precision(precision: str | int) -> None:

@@ -47,6 +47,13 @@ def gather_lists(items: list[T]) -> list[T]:
     return [item for one in lists for item in one]
 
 
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sums a tensor over all ranks, each of which gets the sum; a collective."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
 def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
     """Clips the gradient of one agent's parameters; returns its norm before clipping, a scalar."""
     return nn.utils.clip_grad_norm_(parameters, max_norm)

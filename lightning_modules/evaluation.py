@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -114,7 +115,15 @@ class EvaluatedAgents(Agents):
                 return kept
         light = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         steps = self.flow.sampling.val_steps if light else None
-        images = to_pil(self.flow.generate(prompts, seeds, steps, source_images(samples)))
+        pixels = self.flow.generate(prompts, seeds, steps, source_images(samples))
+        wrong = [sample.id for sample, image in zip(samples, pixels, strict=True) if not image.isfinite().all()]
+        if wrong:
+            warnings.warn(
+                f"{len(wrong)} of {len(samples)} images of {name} ({mode}) have pixels that are not finite, for "
+                f"example that of the prompt {wrong[0]}, and are black there; use `dtype: bfloat16` or `float32`.",
+                stacklevel=2,
+            )
+        images = to_pil(pixels)
         if self.image_store is not None:
             self.image_store.save(name, mode, k, samples, prompts, seeds, images)
         return images

@@ -74,7 +74,7 @@ def source_images(samples: Sequence[PromptSample]) -> list[Image] | None:
     return images or None
 
 
-def tag_numbers(samples: Sequence[PromptSample]) -> Tensor:
-    """Numbers the samples' tags: [G] index of each among the batch's tags in alphabetical order."""
-    tags = sorted({sample.tag for sample in samples})
-    return torch.tensor([tags.index(sample.tag) for sample in samples])
+def tag_numbers(tags: Sequence[str]) -> Tensor:
+    """Numbers G tags: [G] index of each among the distinct ones in alphabetical order."""
+    distinct = sorted(set(tags))
+    return torch.tensor([distinct.index(tag) for tag in tags])

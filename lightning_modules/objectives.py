@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from lightning_modules.policies.flow import FlowPolicy
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.rl.losses import clipped_surrogate, guard_log_ratio, k3_kl, masked_sequence_mean
 from lightning_modules.rollout import Completions, Trajectory
+
+RatioNormalization = bool | Literal["over_dt"]
+"""GRPO-Guard's normalisation of the flow policy's ratio: off, on, or on with the surrogate divided by |dt|."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ def flow_objective(
     advantages: Tensor,
     *,
     old: ObjectiveResult | None = None,
-    normalize_ratio: bool = False,
+    normalize_ratio: RatioNormalization = False,
 ) -> ObjectiveResult:
     """Clipped surrogate plus KL for one SDE step (paper Sec. 3; Flow-GRPO, arXiv 2505.05470, Eq. 5).
 
@@ -51,22 +55,30 @@ def flow_objective(
         step: number of the SDE step, 0..K-1.
         advantages: [B].
         old: the result of the policy that drew the samples; None is strictly on-policy.
-        normalize_ratio: normalises the ratio to `old` as in GRPO-Guard (arXiv 2510.22319).
+        normalize_ratio: normalises the ratio as in GRPO-Guard (arXiv 2510.22319), in the first update of a rollout
+            too, so that all updates weigh the KL alike; `over_dt` also divides the surrogate by the step's |dt|.
     """
     transition = policy.replay(trajectory, step)
     log_probs = transition.log_prob(trajectory.next_latents[:, step])
-    if old is not None and old.mean is not None and normalize_ratio:
-        log_ratio = guard_log_ratio(log_probs - old.log_probs, transition.mean, old.mean, transition.std)
-        surrogate = clipped_surrogate(log_probs, advantages, clip_range=policy.clip_range, log_ratio=log_ratio)
-    else:
-        surrogate = clipped_surrogate(
-            log_probs, advantages, clip_range=policy.clip_range, old_log_probs=None if old is None else old.log_probs
-        )
+    number = trajectory.sde_steps[step]
+    dt = (trajectory.sigmas[number] - trajectory.sigmas[number + 1]).to(log_probs.device)
+    old_log_probs, old_mean = log_probs.detach(), transition.mean.detach()
+    if old is not None and old.mean is not None:
+        old_log_probs, old_mean = old.log_probs, old.mean
+    log_ratio = log_probs - old_log_probs
+    if normalize_ratio:
+        log_ratio = guard_log_ratio(log_ratio, transition.mean, old_mean, transition.std)
+    surrogate = clipped_surrogate(log_probs, advantages, clip_range=policy.clip_range, log_ratio=log_ratio)
     loss, stats = surrogate.loss, surrogate.stats
+    if normalize_ratio == "over_dt":
+        loss = loss / dt
     if policy.kl_weight > 0:
         with torch.no_grad(), policy.reference():
             reference = policy.replay(trajectory, step)
         kl = transition.kl(reference)
+        # Flow-GRPO divides by its step's variance per unit of time; Flow-CPS's variance is not one.
+        if policy.kl_units == "flow_grpo" and policy.sampling.sde_type != "cps":
+            kl = kl * dt
         loss = loss + policy.kl_weight * kl
         stats = stats | {"kl": kl.detach().mean()}
     return ObjectiveResult(loss, stats, log_probs.detach(), transition.mean.detach())

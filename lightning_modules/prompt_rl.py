@@ -20,23 +20,27 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from PIL.Image import Image
 from torch import Tensor
 
-from datamodules.base import PromptSample
+from datamodules.base import PromptSample, run_seed
 from datamodules.chunks import chunks
-from lightning_modules.distributed import average_gradients, clip, gather_lists, no_backward_sync
+from lightning_modules.bad_steps import BadSteps
+from lightning_modules.distributed import average_gradients, clip, gather_lists, no_backward_sync, sum_over_ranks
 from lightning_modules.evaluation import EvaluatedAgents
 from lightning_modules.groups import check_group, group_formats, group_prompts, source_images, tag_numbers
-from lightning_modules.objectives import ObjectiveResult, flow_objective, language_objective
+from lightning_modules.objectives import ObjectiveResult, RatioNormalization, flow_objective, language_objective
+from lightning_modules.on_policy import check_ratio
 from lightning_modules.policies.flow import FlowPolicy, to_pil
 from lightning_modules.policies.language import LanguagePolicy
-from lightning_modules.rl.advantages import group_advantages, group_stats
+from lightning_modules.rl.advantages import group_advantages
 from lightning_modules.rollout import Rollout
 from lightning_modules.scoring import Scoring
 from lightning_modules.seeding import seed_of, seed_step
-from lightning_modules.step_metrics import Averages, group_similarity, refine_stats, reward_stats
-from rewards.base import Reward, RewardUnavailable
+from lightning_modules.step_metrics import Averages
+from rewards.arguments import check_minimum
+from rewards.base import Reward, RewardUnavailable, Score
 
 
 class PromptRL(EvaluatedAgents):
@@ -51,14 +55,18 @@ class PromptRL(EvaluatedAgents):
         images_per_prompt: M images of each of the n; the refiner gets the mean of a rewrite's M advantages.
         format_weight: weight of the format reward (1 for a well-formed answer).
         task_weight: weight of the task reward.
-        advantage_scale: divide by the std of the "group", of the "tag" within the batch, or not ("none").
+        advantage_scale: divide by the std of the "group", of the "tag" in the step's batch over all processes, or not
+            ("none").
         updates_per_rollout: optimizer steps on one rollout; 1 is strictly on-policy.
-        ratio_normalization: normalises the flow policy's ratio as in GRPO-Guard; for several updates per rollout.
+        ratio_normalization: normalises the flow policy's ratio as in GRPO-Guard; `over_dt` also weighs each SDE step's
+            surrogate by 1/|dt|, as the published code does. For several updates per rollout.
         optimizer: gets one parameter group per agent; weight decay and betas are the agents' own.
         check_ratio_every: number of steps between two checks that replayed log-probs equal sampled ones.
         max_invalid_steps: stop after this many steps in a row in which no image could be scored.
+        max_bad_steps: stop after this many steps in a row in which an agent's loss or gradient was not finite; its
+            update is skipped in each of them.
         overlap_scoring: scores a micro-batch of images while the flow model draws the next one; same results.
-        seed: seed of all rollout noise.
+        seed: seed of all rollout noise; null follows `seed_everything`.
     """
 
     def __init__(
@@ -73,15 +81,20 @@ class PromptRL(EvaluatedAgents):
         task_weight: float = 1.0,
         advantage_scale: Literal["group", "tag", "none"] = "group",
         updates_per_rollout: int = 1,
-        ratio_normalization: bool = False,
+        ratio_normalization: RatioNormalization = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         check_ratio_every: int = 50,
         max_invalid_steps: int = 5,
+        max_bad_steps: int = 5,
         overlap_scoring: bool = True,
-        seed: int = 42,
+        seed: int | None = None,
     ) -> None:
         super().__init__(flow, language, optimizer)
         check_group(group_size, num_retained, language is not None)
+        check_minimum("model", -math.inf, format_weight=format_weight, task_weight=task_weight)
+        check_minimum("model", 1, images_per_prompt=images_per_prompt, updates_per_rollout=updates_per_rollout)
+        check_minimum("model", 1, check_ratio_every=check_ratio_every, max_invalid_steps=max_invalid_steps)
+        check_minimum("model", 1, max_bad_steps=max_bad_steps)
         self.reward = reward
         self.group_size = group_size
         self.num_retained = num_retained
@@ -93,8 +106,9 @@ class PromptRL(EvaluatedAgents):
         self.ratio_normalization = ratio_normalization
         self.check_ratio_every = check_ratio_every
         self.max_invalid_steps = max_invalid_steps
+        self.bad_steps = BadSteps(max_bad_steps)
         self.overlap_scoring = overlap_scoring
-        self.seed = seed
+        self.seed = run_seed(seed)
         self.latest: Rollout | None = None
         """Last rollout, for callbacks to show."""
         self._checked = False
@@ -107,13 +121,22 @@ class PromptRL(EvaluatedAgents):
         if stage != "predict":
             self.reward.load()
 
+    def on_fit_start(self) -> None:
+        """Says so if the clip ranges do nothing."""
+        super().on_fit_start()
+        if self.updates_per_rollout == 1:
+            rank_zero_info(
+                "Clipping is idle: with one update per rollout (`updates_per_rollout`) the policies' ratio is 1, and "
+                "`clip_range` does nothing."
+            )
+
     # --- one step -------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Sequence[PromptSample], batch_idx: int) -> None:
         """Collects a rollout for G prompts and updates both agents on it."""
         self._seconds = {}
         seed_step(self.seed, self.global_step, self.global_rank)
-        rollout = self._collect_on_all_ranks(batch)
+        rollout = self.collect(batch)
         self.latest = rollout
         if not self._checked or self.global_step % self.check_ratio_every == 0:
             self._checked = True
@@ -121,12 +144,19 @@ class PromptRL(EvaluatedAgents):
             ratios = {f"train/{agent}/max_log_ratio": value for agent, value in self.check_ratio(rollout).items()}
             for logger in self.loggers:
                 logger.log_metrics(ratios, step=self.global_step)
-        stats = self.update(rollout)
+        stats = Averages()
+        self.update(rollout, stats)
         self.num_rollouts += len(rollout.images) * self.trainer.world_size
         self._log_step(rollout, stats)
+        self.bad_steps.end_step()
 
     def collect(self, samples: Sequence[PromptSample]) -> Rollout:
-        """Rewrites, draws, scores and compares within groups: makes the experience of G prompts."""
+        """Rewrites, draws, scores and compares within groups: makes the experience of G prompts.
+
+        Raises:
+            RewardUnavailable: on every process, before anything is updated, if one has no scorer or none has had a
+                score for too long; `cli.checkpoint.Checkpoint` saves this state.
+        """
         refined = self.group_size - self.num_retained
         completions = None
         with self._timed("refine"):
@@ -142,9 +172,11 @@ class PromptRL(EvaluatedAgents):
             for slot in range(per_group)
         ]
         images: list[Image] = []
+        finite: list[bool] = []
 
         def score(rows: slice, pixels: Tensor) -> None:
             images.extend(to_pil(pixels))
+            finite.extend(pixels.isfinite().flatten(1).all(1).tolist())
             scoring.submit(judged[rows], images[rows])
 
         with Scoring(self.reward, self.device, overlap=self.overlap_scoring) as scoring:
@@ -154,15 +186,14 @@ class PromptRL(EvaluatedAgents):
                     prompts, seeds, window_seed=window_seed, on_drawn=score, images=source_images(judged)
                 )
             with self._timed("reward"):  # what the overlap did not hide
-                scores = scoring.scores()
+                scores = self._scores_on_all_ranks(scoring, finite)
         valid = torch.tensor([score.valid for score in scores], device=self.device).view(-1, per_group)
         task = torch.tensor([score.rl for score in scores], device=self.device).view(-1, per_group)
         rewards = self.task_weight * task
         if completions is not None:
             formats = group_formats(completions.formatted, len(samples), self.num_retained, self.images_per_prompt)
             rewards = rewards + self.format_weight * formats
-        tags = tag_numbers(samples).to(rewards.device) if self.advantage_scale == "tag" else None
-        advantages = group_advantages(rewards, valid, scale=self.advantage_scale, tags=tags)
+        advantages = self._advantages([sample.tag for sample in samples], rewards, valid)
         counted = valid & (valid.sum(1, keepdim=True) >= 2)
         slots = (len(samples), self.group_size, self.images_per_prompt)
         # The mean over a rewrite's scored images; without any, the rewrite does not count.
@@ -182,34 +213,58 @@ class PromptRL(EvaluatedAgents):
             language_counted=counted.view(slots).any(-1)[:, self.num_retained :].flatten() if refines else None,
         )
 
-    def update(self, rollout: Rollout) -> dict[str, Tensor]:
-        """Takes `updates_per_rollout` optimizer steps on a rollout; returns stats for the log."""
+    def update(self, rollout: Rollout, stats: Averages | None = None) -> dict[str, float]:
+        """Takes `updates_per_rollout` optimizer steps on a rollout.
+
+        An agent whose loss or gradient is not finite on any process is left as it is on all of them.
+
+        Args:
+            rollout: experience of one step.
+            stats: takes up the numbers for the log.
+
+        Returns:
+            Name -> mean of these numbers on this process.
+        """
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
-        stats = Averages()
+        stats = Averages() if stats is None else stats
         old: dict[Any, ObjectiveResult] = {}  # (agent, rows, step) -> result of the policy that drew the rollout
         for number in range(self.updates_per_rollout):
             optimizer.zero_grad()
+            finite: dict[str, Tensor] = {}
             with no_backward_sync(self.trainer):
                 if self.language is not None and self.language.trained:
                     with self._timed("language_update"):
-                        self._language_backward(self.language, rollout, stats, old, first=number == 0)
+                        finite["language"] = self._language_backward(self.language, rollout, stats, old, number == 0)
                 if self.flow.trained:
                     with self._timed("flow_update"):
-                        self._flow_backward(rollout, stats, old, first=number == 0)
+                        finite["flow"] = self._flow_backward(rollout, stats, old, number == 0)
+            norms = {}
             for agent, group in zip(self._learners(), optimizer.param_groups, strict=True):
                 average_gradients(group["params"])
-                stats.add(f"train/{group['name']}/grad_norm", clip(group["params"], agent.max_grad_norm))
+                norms[agent.agent] = clip(group["params"], agent.max_grad_norm)
+                stats.add(f"train/{agent.agent}/grad_norm", norms[agent.agent])
+            # One decision for all ranks: a loss may be bad on one of them alone.
+            flags = torch.stack([(~finite[name]).any() | ~norm.isfinite() for name, norm in norms.items()])
+            for group, flag in zip(optimizer.param_groups, sum_over_ranks(flags.float()).tolist(), strict=True):
+                name = group["name"]
+                stats.add(f"train/{name}/skipped", float(flag > 0))
+                if flag:
+                    self.bad_steps.add(name, self.global_step, rollout, finite[name])
+                    for parameter in group["params"]:
+                        parameter.grad = None  # the optimizer leaves it alone, weight decay and momentum included
             optimizer.step()
         return stats.compute()
 
     def _language_backward(
-        self, policy: LanguagePolicy, rollout: Rollout, stats: Averages, old: dict[Any, ObjectiveResult], *, first: bool
-    ) -> None:
+        self, policy: LanguagePolicy, rollout: Rollout, stats: Averages, old: dict[Any, ObjectiveResult], first: bool
+    ) -> Tensor:
+        """Adds to the refiner's gradients; returns [B] bool, False for completions whose loss is not finite."""
         assert rollout.completions is not None and rollout.language_advantages is not None
         counts = rollout.language_counted
         counts = torch.ones_like(rollout.language_advantages) if counts is None else counts
         total = len(rollout.completions)
+        finite = torch.ones_like(rollout.language_advantages, dtype=torch.bool)
         for rows in chunks(total, policy.micro_batch_size):
             counted = counts[rows]
             if not counted.any():
@@ -220,14 +275,16 @@ class PromptRL(EvaluatedAgents):
             )
             if first and self.updates_per_rollout > 1:
                 old[key] = result.detach()
+            finite[rows] = result.loss.isfinite()
             self.manual_backward((result.loss * counted).sum() / total)
             stats.add_all("train/language", result.stats, weight=len(counted))
+        return finite
 
-    def _flow_backward(
-        self, rollout: Rollout, stats: Averages, old: dict[Any, ObjectiveResult], *, first: bool
-    ) -> None:
+    def _flow_backward(self, rollout: Rollout, stats: Averages, old: dict[Any, ObjectiveResult], first: bool) -> Tensor:
+        """Adds to the flow model's gradients; returns [B] bool, False for samples whose loss is not finite."""
         trajectory, advantages, counts = rollout.trajectory, rollout.advantages.flatten(), rollout.counted.flatten()
         steps = range(len(trajectory.sde_steps))
+        finite = torch.ones_like(advantages, dtype=torch.bool)
         for rows in chunks(len(trajectory), self.flow.micro_batch_size):
             part, counted = trajectory.rows(rows), counts[rows]
             if not counted.any():
@@ -244,68 +301,59 @@ class PromptRL(EvaluatedAgents):
                 )
                 if first and self.updates_per_rollout > 1:
                     old[key] = result.detach()
+                finite[rows] &= result.loss.isfinite()
                 self.manual_backward((result.loss * counted).sum() / (len(trajectory) * len(steps)))
                 stats.add_all("train/flow", result.stats, weight=len(counted))
+        return finite
 
-    @torch.no_grad()
     def check_ratio(self, rollout: Rollout) -> dict[str, float]:
-        """Replays the first micro-batch before any update: its log-probs must be those of the rollout.
-
-        If they differ, what is updated is not the policy that drew the samples, which no curve shows.
-
-        Returns:
-            Agent -> max |log ratio| over the micro-batch.
-
-        Raises:
-            ValueError: if max |log ratio| of the flow policy, or the mean over the refiner's tokens, is above 10 % of
-                the agent's clip range. The refiner is judged by its mean since sampling with cached keys and values
-                rounds differently from a replay (bf16: 4e-3).
-        """
-        found: dict[str, float] = {}
-        if self.flow.trained:
-            rows = next(chunks(len(rollout.trajectory), self.flow.micro_batch_size))
-            part = rollout.trajectory.rows(rows)
-            replayed = [
-                self.flow.replay(part, step).log_prob(part.next_latents[:, step]) for step in range(len(part.sde_steps))
-            ]
-            found["flow"] = (torch.stack(replayed, 1) - part.log_probs).abs().max().item()
-            _require_ratio("flow", found["flow"], self.flow.clip_range)
-        if self.language is not None and self.language.trained and rollout.completions is not None:
-            rows = next(chunks(len(rollout.completions), self.language.micro_batch_size))
-            completions = rollout.completions.rows(rows)
-            difference = (self.language.log_probs(completions) - completions.log_probs)[completions.mask].abs()
-            found["language"] = difference.max().item()
-            _require_ratio("language", difference.mean().item(), self.language.clip_range)
-        return found
+        """Returns agent -> max |log ratio| of a replay before any update; see `on_policy.check_ratio`."""
+        return check_ratio(self.flow, self.language, rollout)
 
     # --- helpers ------------------------------------------------------------------------------------------------------
 
-    def _collect_on_all_ranks(self, samples: Sequence[PromptSample]) -> Rollout:
-        """Collects, and stops all ranks together when one has no scorer or none has had a score for too long.
+    def _scores_on_all_ranks(self, scoring: Scoring, finite: Sequence[bool]) -> list[Score]:
+        """Waits for the scores, and stops all ranks together when one has no scorer or none has had a score for long.
+
+        Args:
+            scoring: the thread that scores B images.
+            finite: B bools, False for images whose pixels are not finite, which have no score.
 
         Raises:
-            RewardUnavailable: on every rank, before anything is updated; `cli.checkpoint.Checkpoint` saves this state.
+            RewardUnavailable: on every rank; one that stopped alone would leave the others waiting.
         """
         failure: RewardUnavailable | None = None
-        rollout: Rollout | None = None
+        scores: list[Score] = []
         try:
-            rollout = self.collect(samples)
+            scores = [
+                score if drawn else Score.invalid("its pixels are not finite")
+                for score, drawn in zip(scoring.scores(), finite, strict=True)
+            ]
         except RewardUnavailable as error:
             failure = error
-        scored = rollout is not None and bool(rollout.valid.any())
-        # A collective: one rank that stopped alone would leave the others waiting.
-        ranks = torch.tensor([float(failure is not None), float(scored)], device=self.device)
-        failed, scored_ranks = self.trainer.strategy.reduce(ranks, reduce_op="sum").tolist()
+        here = [float(failure is not None), float(any(score.valid for score in scores))]
+        failed, scored = sum_over_ranks(torch.tensor(here, device=self.device)).tolist()
         if failed:
             raise failure or RewardUnavailable("another process got no scores; its own message says why.")
-        assert rollout is not None
-        self._invalid_steps = 0 if scored_ranks else self._invalid_steps + 1
+        self._invalid_steps = 0 if scored else self._invalid_steps + 1
         if self._invalid_steps >= self.max_invalid_steps:
             raise RewardUnavailable(
                 f"no image could be scored in {self._invalid_steps} steps in a row (`max_invalid_steps`); the last "
-                f"reason was: {rollout.scores[0].detail.get('reason', 'unknown')}."
+                f"reason was: {scores[0].detail.get('reason', 'unknown')}."
             )
-        return rollout
+        return scores
+
+    def _advantages(self, tags: Sequence[str], rewards: Tensor, valid: Tensor) -> Tensor:
+        """Computes the advantages [G, N] of G groups, with the other processes' groups where tags share a std."""
+        if self.advantage_scale != "tag":
+            return group_advantages(rewards, valid, scale=self.advantage_scale)
+        groups = gather_lists(list(zip(tags, rewards.cpu(), valid.cpu(), strict=True)))
+        all_tags, all_rewards, all_valid = zip(*groups, strict=True)
+        advantages = group_advantages(
+            torch.stack(all_rewards), torch.stack(all_valid), scale="tag", tags=tag_numbers(all_tags)
+        )
+        start = self.global_rank * len(tags)  # every rank has as many groups
+        return advantages[start : start + len(tags)].to(rewards.device)
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -317,30 +365,14 @@ class PromptRL(EvaluatedAgents):
             torch.cuda.synchronize()
         self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - start
 
-    def _log_step(self, rollout: Rollout, stats: dict[str, Tensor]) -> None:
-        valid = rollout.valid
-        logs: dict[str, Any] = {f"time/{part}": seconds for part, seconds in self._seconds.items()} | stats
-        logs |= {f"group/{name}": value for name, value in group_stats(rollout.rewards, valid).items()}
-        logs["group/image_similarity"] = group_similarity(rollout.images, len(rollout.samples))
-        parts = [part for score in rollout.scores for part in score.leaves(self.reward.name)]
-        logs |= reward_stats(gather_lists(parts))  # of all ranks: a scorer may be lost on one alone
+    def _log_step(self, rollout: Rollout, stats: Averages) -> None:
+        """Logs the step's numbers, reduced over all ranks by one collective."""
+        stats.add_rollout(rollout, self.reward.name)
+        logs = {f"time/{part}": seconds for part, seconds in self._seconds.items()} | stats.over_ranks()
         # Lightning would go on showing the last value of what this step lacks (another tag's scorer): a gap instead.
         logs |= {name: math.nan for name in self._logged - logs.keys()}
         self._logged |= logs.keys()
-        # NaN where nothing could be scored: a gap in the curve, where a 0 would pass for a measurement.
-        shown: dict[str, Any] = {"rollouts": float(self.num_rollouts), "reward": rollout.rewards[valid].mean()}
-        if rollout.completions is not None:
-            refine = refine_stats(rollout.completions, [s.prompt for s in rollout.samples])
-            shown["format"] = refine.pop("format")
-            logs |= {f"refine/{name}": value for name, value in refine.items()}
+        shown = {"rollouts": float(self.num_rollouts)}
+        shown |= {name: logs.pop(name) for name in ("reward", "format") if name in logs}
         self.log_dict(logs, batch_size=len(rollout.samples))
         self.log_dict(shown, batch_size=len(rollout.samples), prog_bar=True)
-
-
-def _require_ratio(agent: str, log_ratio: float, clip_range: float) -> None:
-    if not log_ratio <= 0.1 * clip_range:
-        raise ValueError(
-            f"the {agent} policy is not on-policy: replayed log-probs differ from sampled ones by {log_ratio:.2e}, "
-            f"more than 10 % of its clip range {clip_range:.0e}; use float32, the same micro-batches in rollout and "
-            "update, or a wider clip range."
-        )

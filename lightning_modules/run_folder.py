@@ -98,8 +98,8 @@ class RunFolder:
         """Seed of the model, else of everything; a test has its fit's, since all are tested on the same scenes."""
         if self.fitted is not None:
             return self.fitted.seed
-        seed: int | None = self.get("model.init_args.seed", self.get("seed_everything"))
-        return seed
+        seed: int | None = self.get("model.init_args.seed")
+        return self.get("seed_everything") if seed is None else seed
 
     @property
     def history(self) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 OnFailure = Literal["skip", "fail"]
@@ -9,7 +10,7 @@ OnFailure = Literal["skip", "fail"]
 
 
 def check_minimum(owner: str, minimum: float, **arguments: float | None) -> None:
-    """Raises ValueError if an argument is below its minimum or NaN; null is allowed.
+    """Raises ValueError if an argument is below its minimum or not finite; null is allowed.
 
     >>> check_minimum("PickScoreReward", 1, batch_size=0)
     Traceback (most recent call last):
@@ -17,7 +18,9 @@ def check_minimum(owner: str, minimum: float, **arguments: float | None) -> None
     ValueError: PickScoreReward has batch_size=0, use at least 1.
     """
     for name, value in arguments.items():
-        if value is not None and not value >= minimum:
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{owner} has {name}={value}, use a finite number.")
+        if value is not None and value < minimum:
             raise ValueError(f"{owner} has {name}={value}, use at least {minimum:g}.")
 
 

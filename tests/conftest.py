@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,6 +60,20 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     yield
+
+
+@pytest.fixture(scope="session")
+def preloaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """The start of a command, such as `[*preloaded, "-m", "rewards.serving"]`, in place of `sys.executable`."""
+    from tests.forked import Forked
+    from tests.preloaded import serve
+
+    folder = tmp_path_factory.mktemp("preloaded")
+    server = Forked(lambda: serve(folder / "socket"), folder / "log")
+    while not (folder / "socket").exists():
+        time.sleep(0.01)
+    yield [sys.executable, "-S", str(ROOT / "tests" / "preloaded.py"), str(folder / "socket")]
+    server.kill()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,7 +30,9 @@ class Forked:
         self.returncode: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
-            _become(run, output, env or {})
+            os.environ.update(env or {})
+            file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            become(run, (os.open(os.devnull, os.O_RDONLY), file, file))
 
     def wait(self, timeout: float = 240) -> int:
         """Waits for the end; returns the status, negative for a signal, as `subprocess` does."""
@@ -114,16 +116,21 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def _become(run: Callable[[], object], output: Path, env: Mapping[str, str]) -> None:
+def become(run: Callable[[], object], streams: Sequence[int]) -> None:
+    """Makes this fork a process of its own that runs a function and ends with its status; never returns.
+
+    Args:
+        run: what it runs.
+        streams: file descriptors of its standard input, output and error.
+    """
     status = 1
     try:
         os.setsid()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.environ.update(env)
-        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        for number in (1, 2):
-            os.dup2(file, number)
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         run()
         status = 0

@@ -10,6 +10,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 
 from datamodules.resumable import ResumableLoader
+from lightning_modules.agents import NotFinite
 from rewards.base import RewardUnavailable
 
 
@@ -69,12 +70,16 @@ class Checkpoint(ModelCheckpoint):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Saves `last.ckpt` when scores cannot be had: the step that lacked them is the first after a resume."""
+        """Saves `last.ckpt` when scores cannot be had, or an agent could not be updated for too long.
+
+        The step that lacked its scores is the first after a resume.
+        """
         super().on_exception(trainer, pl_module, exception)
         fitting = trainer.state.fn == TrainerFn.FITTING and trainer.global_step > 0
         if fitting:
             self._save_due(trainer, pl_module)
-        if isinstance(exception, RewardUnavailable) and fitting and self.save_last:
-            if trainer.training and isinstance(trainer.train_dataloader, ResumableLoader):
+        if isinstance(exception, RewardUnavailable | NotFinite) and fitting and self.save_last:
+            lacking = isinstance(exception, RewardUnavailable) and trainer.training
+            if lacking and isinstance(trainer.train_dataloader, ResumableLoader):
                 trainer.train_dataloader.put_back()
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

@@ -84,6 +84,9 @@ class PromptRLCLI(LightningCLI):
             parser.add_lightning_class_args(KeepImages, "images")
         return parser
 
+    def _add_instantiators(self) -> None:
+        """Leaves out what would write the configuration out again for `save_hyperparameters`, in 0.4 s: nobody asks."""
+
     def _parse_ckpt_path(self) -> None:
         """Lets no checkpoint override the configuration: Lightning would take its hyperparameters silently."""
 

@@ -6,7 +6,7 @@ import copy
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lightning_modules.policies.memory import Quantization, follow_weights, quantize_linears
+from rewards.arguments import check_minimum
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -46,10 +47,14 @@ class Policy(nn.Module, ABC):
         weight_decay: AdamW's weight decay.
         kl_weight: weight of the KL to the model before training; 0 keeps no reference.
         clip_range: the ratio in the surrogate is clipped to 1 - clip_range, 1 + clip_range.
+        max_log_ratio: a run stops where replayed log-probs differ from sampled ones by more, in nats.
         betas: AdamW's betas.
         max_grad_norm: the gradient of this agent alone is clipped to this norm.
         lora: adapters; null trains all weights.
         dtype: dtype of the loaded weights.
+        frozen_dtype: dtype of networks that never learn: this one, if its learning rate is null, the reference, and a
+            pipeline's text encoders and VAE; null is `dtype`. With bfloat16 and `trainer.precision: bf16-mixed` the KL
+            of published weights, which are bf16, is 0 at the start; in 32-true it would have bf16's rounding.
         micro_batch_size: samples per forward pass of the update, and of a flow model's rollout; null is all at once.
         gradient_checkpointing: computes activations again in the backward pass instead of keeping them.
         quantization: keeps the frozen weights in 4 or 8 bits (bitsandbytes); an agent that learns needs `lora` then.
@@ -66,16 +71,28 @@ class Policy(nn.Module, ABC):
         weight_decay: float,
         kl_weight: float,
         clip_range: float,
+        max_log_ratio: float,
         betas: tuple[float, float] = (0.9, 0.999),
         max_grad_norm: float = 1.0,
         lora: LoRA | None = None,
         dtype: DType = "bfloat16",
+        frozen_dtype: DType | None = None,
         micro_batch_size: int | None = None,
         gradient_checkpointing: bool = False,
         quantization: Quantization | None = None,
     ) -> None:
         super().__init__()
         agent = self.agent
+        own = f"model.{agent}"
+        check_minimum(own, 0, learning_rate=learning_rate, weight_decay=weight_decay, kl_weight=kl_weight)
+        check_minimum(own, 0, clip_range=clip_range, max_log_ratio=max_log_ratio, beta_1=betas[0], beta_2=betas[1])
+        check_minimum(own, 1, micro_batch_size=micro_batch_size, lora_rank=None if lora is None else lora.rank)
+        if learning_rate is not None and learning_rate > 1:
+            raise ValueError(
+                f"{own} has learning_rate={learning_rate}, use at most 1: AdamW moves each weight by about that a step."
+            )
+        if not max_grad_norm > 0:
+            raise ValueError(f"{own} has max_grad_norm={max_grad_norm}, use more than 0, or .inf for no clipping.")
         if quantization is not None and learning_rate is not None and lora is None:
             raise ValueError(
                 f"`{agent}.quantization` is {quantization}, whose weights cannot be trained; add `{agent}.lora`."
@@ -87,8 +104,10 @@ class Policy(nn.Module, ABC):
         self.max_grad_norm = max_grad_norm
         self.kl_weight = kl_weight
         self.clip_range = clip_range
+        self.max_log_ratio = max_log_ratio
         self.lora = lora
-        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.frozen_dtype: torch.dtype = getattr(torch, frozen_dtype or dtype)
+        self.dtype: torch.dtype = self.frozen_dtype if learning_rate is None else getattr(torch, dtype)
         self.micro_batch_size = micro_batch_size
         self.gradient_checkpointing = gradient_checkpointing
         self.quantization: Quantization | None = quantization
@@ -129,15 +148,18 @@ class Policy(nn.Module, ABC):
         if self.lora is not None:
             self._add_adapters(self.lora)
         else:
-            if self.dtype != torch.float32 and (self.learning_rate or 0.0) < 1e-5:
+            lost = rounded_away(self.network, self.learning_rate) if self.learning_rate else 0.0
+            if lost > 0.05:
                 warnings.warn(
                     f"{type(self).__name__} trains all weights in {self.dtype} with a learning rate of "
-                    f"{self.learning_rate:g}: most updates will be rounded away; use `dtype: float32` with "
-                    "`trainer.precision: bf16-mixed`, or `lora`.",
+                    f"{self.learning_rate:g}: an update of that size is rounded away for {lost:.0%} of "
+                    "the weights; use `dtype: float32` with `trainer.precision: bf16-mixed`, or `lora`.",
                     stacklevel=2,
                 )
             if self.kl_weight > 0:
                 self._frozen_copy = copy.deepcopy(self.network)
+                if self.frozen_dtype != self.dtype:
+                    nn.Module.to(self._frozen_copy, self.frozen_dtype)  # diffusers' own warns of layers, none of ours
             self.network.requires_grad_(True)
         self.eval()
 
@@ -161,8 +183,11 @@ class Policy(nn.Module, ABC):
         if self.trained and self._frozen_copy is None:
             raise ValueError(f"{type(self).__name__} keeps no reference: set `kl_weight` above 0 before loading it.")
         self._use_frozen_copy = self._frozen_copy is not None
+        # A copy in another dtype is given what the agent is given. (Disabled, autocast would end an outer one.)
+        other = self._use_frozen_copy and self.frozen_dtype != self.dtype and self.device.type != "meta"
         try:
-            yield
+            with torch.autocast(self.device.type, self.frozen_dtype) if other else nullcontext():
+                yield
         finally:
             self._use_frozen_copy = False
 
@@ -189,3 +214,19 @@ class Policy(nn.Module, ABC):
             "weight_decay": self.weight_decay,
             "betas": self.betas,
         }
+
+
+def rounded_away(network: nn.Module, step: float) -> float:
+    """Measures the share of weights, 0..1, that stay as they are when `step` is added to them and when it is taken off.
+
+    AdamW's updates are about as large as its learning rate, whatever the gradient, and half-precision weights of more
+    than 256 times that (bf16) round back to what they were.
+    """
+    stuck = total = 0
+    for weight in network.parameters():
+        if weight.is_meta:
+            return 0.0
+        some = weight.detach().flatten()[:: max(1, weight.numel() // 10_000)]  # all of them take minutes on a CPU
+        stuck += int(((some + step == some) & (some - step == some)).sum()) * weight.numel() // len(some)
+        total += weight.numel()
+    return stuck / total

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -20,6 +20,7 @@ from lightning_modules.rl.schedule import Window, sde_step_indices
 from lightning_modules.rl.sde import SDEType, Transition, sde_by_name
 from lightning_modules.rollout import Conditioning, Trajectory
 from lightning_modules.seeding import generators_for
+from rewards.arguments import check_minimum
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class Sampling:
     val_steps: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("eval_steps", self.eval_steps), ("val_steps", self.val_steps)):
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` is {value}; use at least 1, or null.")
+        own = "model.flow.sampling"
+        check_minimum(own, 1, num_steps=self.num_steps, eval_steps=self.eval_steps, val_steps=self.val_steps)
+        check_minimum(own, 0, noise_level=self.noise_level, clip_range=self.clip_range)
         # Checks the steps now rather than at the first rollout.
         steps = sde_step_indices(self.sde_steps, self.num_steps, generator=torch.Generator())
         last = isinstance(self.sde_steps, Window) and (self.sde_steps.stop or self.num_steps) == self.num_steps
@@ -71,6 +72,9 @@ class FlowPolicy(Policy):
         learning_rate: null freezes the flow model (prompt-only RL).
         weight_decay: AdamW's weight decay.
         kl_weight: weight of the Gaussian KL per step to the model before training; 0 keeps no reference.
+        kl_units: the KL that `kl_weight` weighs: of a whole `step`, whose variance is s^2 |dt|, as the paper's code has
+            it; or `flow_grpo`, where Flow-GRPO's code divides by s^2 alone: |dt| times as much (with cps the same).
+        max_log_ratio: a run stops where replayed log-probs of SDE steps differ from sampled ones by more, in nats.
         **kwargs: as for `Policy`.
     """
 
@@ -85,9 +89,14 @@ class FlowPolicy(Policy):
         learning_rate: float | None = 3e-7,
         weight_decay: float = 1e-4,
         kl_weight: float = 0.0,
+        kl_units: Literal["step", "flow_grpo"] = "step",
+        max_log_ratio: float = 1e-5,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, learning_rate, weight_decay, kl_weight, sampling.clip_range, **kwargs)
+        clip_range = sampling.clip_range
+        super().__init__(model, learning_rate, weight_decay, kl_weight, clip_range, max_log_ratio, **kwargs)
+        check_minimum("model.flow", 1, height=height, width=width)
+        self.kl_units = kl_units
         self.sampling = sampling
         self.height = height
         self.width = width
@@ -230,5 +239,5 @@ class FlowPolicy(Policy):
 
 def to_pil(images: Tensor) -> list[Image.Image]:
     """Converts [B, 3, H, W] in [0, 1] to 8-bit RGB images, rounded as diffusers rounds them."""
-    array = (images.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    array = (images.float().nan_to_num().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(image) for image in array]

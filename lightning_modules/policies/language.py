@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from lightning_modules.policies.memory import gradient_checkpointing_enabled
 from lightning_modules.policies.templates import GENERAL, fill, parse_answer
 from lightning_modules.rl.log_probs import completion_mask, position_ids, token_log_probs
 from lightning_modules.rollout import Completions, SeenImages
+from rewards.arguments import check_minimum
 from rewards.pretrained import one_line_errors
 
 VISION_LANGUAGE_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -52,6 +54,8 @@ class LanguagePolicy(Policy):
         weight_decay: AdamW's weight decay.
         kl_weight: weight of the k3 KL per token to the model before training; 0 keeps no reference.
         clip_range: the ratio is clipped to 1 - clip_range, 1 + clip_range (with several updates per rollout only).
+        max_log_ratio: a run stops where replayed log-probs of tokens differ from sampled ones by more on average, in
+            nats.
         **kwargs: as for `Policy`.
     """
 
@@ -69,9 +73,13 @@ class LanguagePolicy(Policy):
         weight_decay: float = 0.0,
         kl_weight: float = 0.01,
         clip_range: float = 0.2,
+        max_log_ratio: float = 0.02,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, learning_rate, weight_decay, kl_weight, clip_range, **kwargs)
+        super().__init__(model, learning_rate, weight_decay, kl_weight, clip_range, max_log_ratio, **kwargs)
+        check_minimum("model.language", 1, max_new_tokens=max_new_tokens, eval_max_new_tokens=eval_max_new_tokens)
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"model.language has temperature={temperature}, use a number above 0.")
         if "{prompt}" not in template:
             raise ValueError("`language.template` has no {prompt}, so the refiner would never see the prompt; add it.")
         self.template = template
@@ -271,7 +279,8 @@ class _LogProbRecorder(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self._take(input_ids[:, -1])
         self.latest = (scores.float() / self.temperature).log_softmax(-1)
-        return scores
+        # Any token will do where the model says none: its log-prob is NaN, and the update that it spoils is skipped.
+        return torch.where(self.latest.isnan().any(-1, keepdim=True), 0.0, scores)
 
     def finish(self, tokens: Tensor) -> Tensor:
         """Returns the log-probs [B, T] of all drawn tokens, once the last one is known."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datamodules.chunks import chunks
-from lightning_modules.policies.base import DType, LoRA
+from lightning_modules.policies.base import LoRA
 from lightning_modules.policies.flow import FlowPolicy, Sampling
 from lightning_modules.policies.loading import absent_parts, check_pipeline, lora_config, read_config
 from lightning_modules.policies.memory import compile_blocks, on_device
@@ -42,7 +42,6 @@ class PipelinePolicy(FlowPolicy):
         sampling: settings of the sampler.
         batch_guidance: runs the two passes of classifier-free guidance as one batch; faster on a GPU that is not full.
         offload: keeps text encoders and VAE on the CPU between uses.
-        frozen_dtype: dtype of text encoders and VAE; null is `dtype`.
         attention_backend: one of diffusers' (such as `flash`, `sage`, `_native_cudnn`); null is PyTorch's own choice.
         compile: compiles the network's repeated blocks with torch.compile.
         **kwargs: as for `FlowPolicy`.
@@ -59,7 +58,6 @@ class PipelinePolicy(FlowPolicy):
         sampling: Sampling,
         batch_guidance: bool = False,
         offload: bool = False,
-        frozen_dtype: DType | None = None,
         attention_backend: str | None = None,
         compile: bool = False,
         **kwargs: Any,
@@ -67,7 +65,6 @@ class PipelinePolicy(FlowPolicy):
         super().__init__(model, sampling, **kwargs)
         self.batch_guidance = batch_guidance
         self.offload = offload
-        self.frozen_dtype: torch.dtype = self.dtype if frozen_dtype is None else getattr(torch, frozen_dtype)
         self.attention_backend = attention_backend
         self.compile_blocks = compile
         self.pipe: Any = None

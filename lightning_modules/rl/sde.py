@@ -87,7 +87,7 @@ def flow_sde(
 ) -> Transition:
     """Flow-GRPO's SDE step (arXiv 2505.05470, Eq. 9): noise that grows with sigma.
 
-        s    = noise_level sqrt(sigma / (1 - sigma))
+        s    = noise_level sqrt(sigma / (1 - sigma)),  at sigma 1 noise_level sqrt(1 / (1 - sigma_max))
         mean = x (1 + s^2 / (2 sigma) dt) + v (1 + s^2 (1 - sigma) / (2 sigma)) dt
         std  = s sqrt(-dt)
 
@@ -97,8 +97,8 @@ def flow_sde(
         sigma: scalar or [B], noise share of x, in (0, 1].
         sigma_next: scalar or [B], noise share of x', in [0, sigma).
         noise_level: the paper's `a`; 0 gives the Euler step.
-        sigma_max: stands in for a sigma of 1 inside the root, which has no value there; pass the schedule's
-            `sigmas[1]`.
+        sigma_max: stands in for a sigma of 1 in the root's denominator, which would be 0; pass the schedule's
+            `sigmas[1]` (as the codes of Flow-GRPO and PromptRL do).
 
     Returns:
         The distribution of x'.
@@ -107,8 +107,8 @@ def flow_sde(
     sigma_x = _expand(sigma, latents)
     # "Is 1" with a margin: in fp32 some shifts make a schedule start one rounding error off 1, where the root would
     # explode.
-    root = torch.where(1 - sigma_x < 1e-6, torch.as_tensor(sigma_max).to(sigma_x), sigma_x)
-    diffusion = noise_level * (root / (1 - root)).sqrt()
+    below_one = torch.where(1 - sigma_x < 1e-6, torch.as_tensor(sigma_max).to(sigma_x), sigma_x)
+    diffusion = noise_level * (sigma_x / (1 - below_one)).sqrt()
     return _score_sde(latents, velocity, sigma, sigma_next, diffusion)
 
 

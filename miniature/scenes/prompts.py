@@ -42,7 +42,7 @@ class MiniaturePrompts(PromptDataModule):
         eval_prompts: number of prompts of each evaluation set.
         batch_size: prompts per process and step (each becomes a group of images).
         eval_batch_size: prompts per process in a validation or test step.
-        seed: seed of the training order and of the choice of training prompts.
+        seed: seed of the training order and of the choice of training prompts; null follows `seed_everything`.
         **kwargs: as for `PromptDataModule`.
     """
 
@@ -55,7 +55,7 @@ class MiniaturePrompts(PromptDataModule):
         eval_prompts: int = 96,
         batch_size: int = 8,
         eval_batch_size: int = 96,
-        seed: int = 42,
+        seed: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,17 @@ import pytest
 import torch
 
 from datamodules.base import PromptSample
+from lightning_modules.objectives import RatioNormalization, flow_objective
 from lightning_modules.policies.base import LoRA
 from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.flux1 import Flux1Policy
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.prompt_rl import PromptRL
+from lightning_modules.rl.sde import SDEType
 from lightning_modules.rollout import Rollout
 from miniature.scenes.prompts import ShapesPrompts
 from rewards.base import Reward, RewardBatch, Score
+from tests.lightning_modules.policies.test_flux1 import perturb
 
 MakeFlow = Callable[..., Flux1Policy]
 MakeLanguage = Callable[..., LanguagePolicy]
@@ -221,6 +225,65 @@ def test_a_second_update_on_a_rollout_is_clipped_against_the_first(
     assert torch.equal(first, rollout.trajectory.log_probs)
 
 
+@pytest.mark.parametrize("normalization", [True, "over_dt"])
+def test_grpo_guard_weighs_all_updates_alike(
+    make_flow: MakeFlow, samples: list[PromptSample], normalization: RatioNormalization
+) -> None:
+    """With a learning rate of 0 the policy stays where it was, and so does the gradient, KL included."""
+    flow = make_flow(learning_rate=0.0, max_grad_norm=1e9, kl_weight=0.1)
+    perturb(flow)  # away from the reference
+    module = attach(PromptRL(flow, Redness(), None, 4, 4, updates_per_rollout=3, ratio_normalization=normalization))
+    norms: list[torch.Tensor] = []
+    optimizer: Any = module.optimizers()
+    optimizer.optimizer.register_step_pre_hook(
+        lambda *_: norms.append(torch.cat([g.flatten() for g in gradients(module).values()]).norm())
+    )
+    module.update(module.collect(samples[:2]))
+    assert norms[0] > 1e-3
+    torch.testing.assert_close(torch.stack(norms), norms[0].expand(3), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("sde_type", ["flow_sde", "dance_sde", "cps"])
+def test_units_of_the_kl_and_the_weight_of_a_step(make_flow: MakeFlow, sde_type: SDEType) -> None:
+    """Sigmas of the table of 4 steps; Flow-CPS's variance is no rate, so that its KL is the same in both units."""
+    flow = make_flow(sampling=Sampling(4, [0, 2], sde_type=sde_type), kl_weight=1.0)
+    trajectory = flow.rollout(["a red square", "a blue circle"], [1, 2])
+    perturb(flow)
+    advantages, nothing = torch.tensor([1.0, -1.0]), torch.zeros(2)
+    for number, step in enumerate((0, 2)):
+        dt = flow.sigmas(4)[step] - flow.sigmas(4)[step + 1]
+        flow.kl_units = "step"
+        whole = flow_objective(flow, trajectory, number, nothing).loss
+        flow.kl_units = "flow_grpo"
+        theirs = flow_objective(flow, trajectory, number, nothing).loss
+        torch.testing.assert_close(theirs, whole if sde_type == "cps" else whole * dt)
+        guarded, weighted = (
+            flow_objective(flow, trajectory, number, advantages, normalize_ratio=kind).loss - theirs
+            for kind in (True, "over_dt")
+        )
+        torch.testing.assert_close(weighted, guarded / dt)
+
+
+def test_idle_clipping_is_said(make_flow: MakeFlow, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for updates, said in ((1, True), (2, False)):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            fit(PromptRL(make_flow(), Redness(), None, 2, 2, updates_per_rollout=updates), tmp_path, 1)
+        assert ("Clipping is idle" in caplog.text) == said
+
+
+def test_the_guard_has_a_limit_of_its_own(make_flow: MakeFlow, samples: list[PromptSample]) -> None:
+    """However tight the clip range, which does nothing at one update a rollout."""
+    flow = make_flow(sampling=Sampling(8, 3, clip_range=1e-8), max_log_ratio=1e-5)
+    module = attach(PromptRL(flow, Redness(), None, 4, 4))
+    rollout = module.collect(samples[:2])
+    object.__setattr__(rollout.trajectory, "log_probs", rollout.trajectory.log_probs + 5e-6)
+    assert module.check_ratio(rollout)["flow"] == pytest.approx(5e-6, rel=0.1)
+    flow.max_log_ratio = 1e-6
+    with pytest.raises(ValueError, match="more than its `max_log_ratio` 1e-06"):
+        module.check_ratio(rollout)
+
+
 def test_the_guard_measures_zero_and_stops_a_rollout_of_another_policy(
     make_flow: MakeFlow, make_language: MakeLanguage, samples: list[PromptSample]
 ) -> None:
@@ -230,7 +293,7 @@ def test_the_guard_measures_zero_and_stops_a_rollout_of_another_policy(
     found = module.check_ratio(rollout)
     assert found["flow"] == 0 and found["language"] < 1e-5
     flow.guidance = 4.0
-    with pytest.raises(ValueError, match="the flow policy is not on-policy: .* more than 10 % of its clip range 1e-04"):
+    with pytest.raises(ValueError, match="the flow policy is not on-policy: .* more than its `max_log_ratio` 1e-05"):
         module.check_ratio(rollout)
     flow.guidance, language.temperature = 3.5, 1.3
     with pytest.raises(ValueError, match="the language policy is not on-policy"):

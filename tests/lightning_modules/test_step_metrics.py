@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from PIL import Image
@@ -18,11 +20,10 @@ def test_averages() -> None:
     averages.add_all("flow", {"kl": torch.tensor(5.0), "max_log_ratio": torch.tensor(-2.0)}, weight=3)
     averages.add("flow/max_log_ratio", torch.tensor(-7.0))
     averages.add("loss", torch.tensor(2.0))
-    assert {name: value.item() for name, value in averages.compute().items()} == {
-        "flow/kl": 4.0,  # (1 * 1 + 3 * 5) / 4
-        "flow/max_log_ratio": -2.0,
-        "loss": 2.0,
-    }
+    averages.add("nothing", float("nan"), weight=0)
+    found = averages.compute()
+    assert math.isnan(found.pop("nothing"))
+    assert found == {"flow/kl": 4.0, "flow/max_log_ratio": -2.0, "loss": 2.0}  # (1 * 1 + 3 * 5) / 4
 
 
 def test_refine_stats() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[2]
@@ -37,14 +38,26 @@ def test_it_has_no_outputs_and_one_cell_of_settings(path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_runs(path: Path, tmp_path: Path) -> None:
-    """An error in a cell is an error here; images or tables must have been shown."""
+def test_it_runs(path: Path, tmp_path: Path, preloaded: list[str]) -> None:
+    """An error in a cell is an error here; images or tables must have been shown.
+
+    The kernel, and the runs of its sweeps, start as forks of this process.
+    """
     notebook = cells(path)
     (settings,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     given = {line.split("=")[0].strip() for line in settings.source.splitlines()}
     shorter = SHORTER[path.stem].format(runs=str(tmp_path / "runs"))
     assert {name.strip() for name in shorter.split("=")[0].split(",")} <= given
-    settings.source += f"\n{shorter}"
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
+    command = [*preloaded, "-m", "lightning_modules.cli"]
+    program = f"import lightning_modules.sweep.run as runs; runs.PROGRAM = {command}"
+    settings.source += f"\n{shorter}\n{program}"
+    manager = KernelManager(kernel_name="python3")
+    assert manager.kernel_spec is not None
+    manager.kernel_spec.argv = [*preloaded, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    resources = {"metadata": {"path": str(path.parent)}}
+    try:
+        NotebookClient(notebook, km=manager, timeout=600, resources=resources).execute()
+    finally:
+        manager.shutdown_kernel(now=True)
     kinds = {kind for cell in notebook.cells for output in cell.get("outputs", []) for kind in output.get("data", {})}
     assert "image/png" in kinds

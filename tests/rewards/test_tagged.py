@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datamodules.sample import PromptSample
-from lightning_modules.step_metrics import reward_stats
+from lightning_modules.step_metrics import Averages
 from rewards.base import Reward, RewardBatch, Score
 from rewards.format import format_reward, last_answer
 from rewards.tagged import TaggedReward, WeightedSum
@@ -94,7 +94,10 @@ def test_wrong_compositions() -> None:
 def test_the_log_shows_every_scorer_raw_with_its_failures() -> None:
     nested = TaggedReward({"both": WeightedSum({"w": Size(0), "h": Size(1, 0.5)}), "wide": Size(0)})
     scores = nested(batch(("both", 6, 4), ("both", 3, 1), ("wide", 8, 1), ("wide", 1, 1)))
-    stats = reward_stats([part for score in scores for part in score.leaves(nested.name)])
+    averages = Averages()
+    for score in scores:
+        for name, part in score.leaves(nested.name):
+            averages.add_score(name, part)
     expected = {
         "reward/w": (6 + 3) / 2,
         "reward/w/rl": (6 + 3) / 2,
@@ -106,8 +109,9 @@ def test_the_log_shows_every_scorer_raw_with_its_failures() -> None:
         "reward/width/rl": 8.0,
         "reward/width/invalid_share": 0.5,
     }
-    assert stats == expected
-    nothing = reward_stats([("solo", Score.invalid("down"))])
+    assert averages.compute() == expected
+    averages.add_score("solo", Score.invalid("down"))
+    nothing = averages.compute()
     assert math.isnan(nothing["reward/solo"]) and nothing["reward/solo/invalid_share"] == 1.0
 
 

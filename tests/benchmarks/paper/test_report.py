@@ -11,6 +11,7 @@ import yaml
 from benchmarks.paper.__main__ import main
 from benchmarks.paper.claims import FAILS, HERE, HOLDS, OPEN, above
 from benchmarks.paper.runs import Score, Studies, Study, shared_seeds
+from lightning_modules.sweep import run
 from tests.benchmarks.paper.folders import studies_in
 
 
@@ -70,8 +71,11 @@ def test_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-def test_from_a_plan_to_the_report(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_from_a_plan_to_the_report(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], preloaded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The base is tested without training, flow-only trains one step; the second call runs nothing again."""
+    monkeypatch.setattr(run, "PROGRAM", [*preloaded, "-m", "lightning_modules.cli"])
     small = {
         "trainer.accelerator": "cpu",
         "data.init_args.train_prompts": 6,

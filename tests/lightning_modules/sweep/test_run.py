@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,10 @@ import pytest
 import yaml
 
 from callbacks.runs.loading import load
+from lightning_modules.sweep import run
 from lightning_modules.sweep.plan import Job, Sweep
 from lightning_modules.sweep.run import main, read, run_all
+from tests.forked import Forked
 
 ROOT = Path(__file__).parents[3]
 FLOW, LANGUAGE = (f"model.init_args.{agent}.init_args.learning_rate" for agent in ("flow", "language"))
@@ -207,7 +206,14 @@ def versions(folder: Path) -> list[str]:
     return sorted(path.parent.name for path in folder.rglob("config.yaml"))
 
 
+@pytest.fixture
+def preloaded_runs(preloaded: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sweeps start their runs as forks of this process."""
+    monkeypatch.setattr(run, "PROGRAM", [*preloaded, "-m", "lightning_modules.cli"])
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("preloaded_runs")
 def test_done_crashed_and_skipped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Of eight samples without a writer all keep the prompt, or the run refuses to start."""
     overrides = SMALL | {"trainer.max_steps": 1, "trainer.val_check_interval": 1}
@@ -225,8 +231,8 @@ def test_done_crashed_and_skipped(tmp_path: Path, capfd: pytest.CaptureFixture[s
         assert re.search(rf"flow_only-num_reta.*{state}.* s .*0\.\d{{3}}", "\n".join(rows)), rows
     assert versions(good) == ["version_0"] and versions(bad) == []
     assert json.loads((good / "fit.json").read_text())["seconds"] > 0
-    (run,) = load(tmp_path)
-    assert run.seed == 5 and run.get("data.init_args.seed") == 5 and run.finished
+    (fit,) = load(tmp_path)
+    assert fit.seed == 5 and fit.get("data.init_args.seed") == 5 and fit.finished
     main(arguments(tmp_path, **more | {"grid": {"model.init_args.num_retained": [8]}}))
     with pytest.raises(SystemExit) as stopped:
         main(arguments(tmp_path, **more | {"overrides": overrides | {"trainer.max_steps": 2}}))
@@ -235,11 +241,12 @@ def test_done_crashed_and_skipped(tmp_path: Path, capfd: pytest.CaptureFixture[s
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("preloaded_runs")
 def test_a_sweep_that_is_interrupted_goes_on(tmp_path: Path) -> None:
     """Ctrl-C after the first checkpoint; the same command resumes from it, and tests the result."""
     overlay = tmp_path / "evaluate.yaml"
     overlay.write_text("data: {init_args: {eval_prompts: 6}}\n")
-    steps = 20
+    steps = 8
     overrides = SMALL | {
         "trainer.max_steps": steps,
         "trainer.val_check_interval": steps,
@@ -247,21 +254,19 @@ def test_a_sweep_that_is_interrupted_goes_on(tmp_path: Path) -> None:
     }
     options = arguments(tmp_path / "runs", seeds=[5], overrides=overrides, test_configs=[str(overlay)])
     folder = tmp_path / "runs" / "flow_only-s5"
-    command = [sys.executable, "-m", "lightning_modules.sweep", *options]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    while process.poll() is None and not list(folder.rglob("last.ckpt")):
+    process = Forked(lambda: main(options), tmp_path / "sweep.log")
+    while not list(folder.rglob("last.ckpt")):
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    assert process.wait() == 130
+    assert process.kill(signal.SIGINT) == 130, process.text
     assert json.loads((folder / "fit.json").read_text())["seconds"] is None and not (folder / "test").exists()
     (cut_off,) = load(folder)
     assert not cut_off.finished
 
-    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
-    (run,) = load(folder)
-    assert run.folder.name == "version_1" and run.continues == cut_off.folder.resolve() and run.finished
-    assert run.rows["step"].min() > 0, "did not start anew"
-    assert run.validations["rollouts"].to_dict() == {0: 0, steps: 8 * steps}
+    main(options)
+    (resumed,) = load(folder)
+    assert resumed.folder.name == "version_1" and resumed.continues == cut_off.folder.resolve() and resumed.finished
+    assert resumed.rows["step"].min() > 0, "did not start anew"
+    assert resumed.validations["rollouts"].to_dict() == {0: 0, steps: 8 * steps}
     (test,) = load(folder, stage="test")
     assert test.folder.is_relative_to(folder / "test") and len(test.scores) == 6 * len(test.headlines)
     assert test.seed == 5 and test.get("data.init_args.seed") != 5 and test.mode == "flow-only"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +26,8 @@ IN_PROCESS = "--model.init_args.flow.init_args.micro_batch_size=8"
 class Server:
     """`python -m rewards.serving` with the miniature's reward, on a port of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, python: list[str]) -> None:
+        self.python = python
         self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -37,7 +37,7 @@ class Server:
 
     def start(self) -> None:
         """Starts, or starts again, and waits until it is ready."""
-        command = [sys.executable, "-m", "rewards.serving", "--config", "configs/rewards/shapes.yaml"]
+        command = [*self.python, "-m", "rewards.serving", "--config", "configs/rewards/shapes.yaml"]
         self.process = subprocess.Popen([*command, "--port", str(self.port)], stderr=subprocess.DEVNULL)
         for _ in range(300):
             try:
@@ -56,8 +56,8 @@ class Server:
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
-    running = Server()
+def server(preloaded: list[str]) -> Iterator[Server]:
+    running = Server(preloaded)
     running.start()
     yield running
     running.kill()
