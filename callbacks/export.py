@@ -12,6 +12,7 @@ import yaml
 from callbacks.reporting.model_card import model_card
 from callbacks.run_config import resolved_config
 from datamodules.atomic_write import replaced_folder
+from datamodules.local_path import local_path
 from lightning_modules.agents import check_finite
 from lightning_modules.evaluation import EvaluatedAgents
 
@@ -42,7 +43,7 @@ class Export(L.Callback):
     ) -> None:
         if every_n_train_steps is not None and every_n_train_steps < 1:
             raise ValueError(f"Export's `every_n_train_steps` is {every_n_train_steps}; use at least 1, or null.")
-        self.directory = directory
+        self.directory = None if directory is None else local_path(directory, "Export's `directory`")
         self.every_n_train_steps = every_n_train_steps
         # Under other names than the arguments', which are those of hooks.
         self._after_training = on_train_end
@@ -57,7 +58,7 @@ class Export(L.Callback):
         if not isinstance(pl_module, EvaluatedAgents):
             raise ValueError(f"callbacks.export.Export exports PromptRL, not {type(pl_module).__name__}: leave it out.")
         if self.directory is not None:
-            _refuse_foreign(Path(self.directory))
+            _refuse_foreign(self.directory)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Notes where the logs are: Lightning broadcasts it, so every rank has to ask."""
@@ -96,7 +97,7 @@ class Export(L.Callback):
         check_finite({name: weight for name, weight in pl_module.named_parameters() if weight.requires_grad})
         if not trainer.is_global_zero:
             return
-        folder = self._logs / "export" if self.directory is None else Path(self.directory)
+        folder = self._logs / "export" if self.directory is None else self.directory
         _refuse_foreign(folder)
         path = self._logs / "results.json"
         results = json.loads(path.read_text()) if path.is_file() else None
