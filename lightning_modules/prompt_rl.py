@@ -332,6 +332,8 @@ class PromptRL(EvaluatedAgents):
         if rollout.completions is not None:
             refine = refine_stats(rollout.completions, [s.prompt for s in rollout.samples])
             shown["format"] = refine.pop("format")
+            cut = self.flow.cut(rollout.completions.rewrites)
+            refine["cut"] = sum(cut) / len(cut)
             logs |= {f"refine/{name}": value for name, value in refine.items()}
         self.log_dict(logs, batch_size=len(rollout.samples))
         self.log_dict(shown, batch_size=len(rollout.samples), prog_bar=True)
