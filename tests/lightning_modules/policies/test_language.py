@@ -103,7 +103,7 @@ def test_mask_ends_with_the_first_eos_and_cut_off_completions_are_counted(
         assert not truncated and kept[-1] == eos and eos not in kept[:-1]
     cut = make_language(max_new_tokens=3).refine(samples, 2)
     assert cut.truncated.all() and cut.mask.all() and cut.formatted.sum() == 0
-    assert cut.rewrites[0] == cut.texts[0]  # without an answer the whole text is drawn
+    assert f"<answer> {cut.rewrites[0]}" == cut.texts[0]  # an answer that was cut off is drawn without its tag
 
 
 @pytest.fixture
