@@ -167,8 +167,10 @@ class PipelinePolicy(FlowPolicy):
 
     def cut(self, prompts: Sequence[str]) -> list[bool]:
         """Returns, for B prompts, True where every text encoder reads the beginning alone."""
+        if not prompts:
+            return []  # tokenizers take no empty list
         tokenizer, texts, limit = self.reading(prompts)
-        return [len(tokens) > limit for tokens in tokenizer(texts)["input_ids"]] if texts else []
+        return [len(tokens) > limit for tokens in tokenizer(texts)["input_ids"]]
 
     def load(self) -> None:
         """Loads the pipeline; its modules become submodules, so that Lightning moves them."""
