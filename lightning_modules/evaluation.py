@@ -190,8 +190,8 @@ def warn_of_long_prompts(flow: FlowPolicy, sets: Mapping[str, Sequence[PromptSam
             found.append(f"{len(ids)} of {len(samples)} in {name} (such as id {ids[0]!r})")
     if found:
         rank_zero_warn(
-            f"the text encoders of {flow.model} read only the beginning of long prompts: {', '.join(found)}; raise "
-            "`flow.max_sequence_length` or shorten them, what stands behind has no effect on the image."
+            f"the text encoders of {flow.model} read only the beginning of long prompts: {', '.join(found)}; shorten "
+            "them, or raise `flow.max_sequence_length`: what stands behind has no effect on the image."
         )
 
 
