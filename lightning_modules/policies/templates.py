@@ -27,7 +27,7 @@ def fill(template: str, prompt: str) -> str:
 def parse_answer(text: str, original: str) -> Answer:
     """Takes the rewrite from a completion (PromptRL, arXiv 2602.01382, Sec. 3).
 
-    The last `<answer>...</answer>` after the thinking counts. Without one the whole text is the rewrite, without tags and
+    The last `<answer>...</answer>` after the thinking counts. Without one the text is the rewrite, without tags and
     thinking; an empty answer (or an empty text) leaves the original prompt. Both miss the format.
 
     >>> parse_answer("I say <answer>a red cat</answer>", "a cat")

@@ -132,15 +132,15 @@ def test_every_setting_of_transformers_is_tried() -> None:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_settings_of_the_folder_change_nothing(
-    name: str, model: Path, right: tuple[list[str], torch.Tensor]
-) -> None:
+def test_settings_of_the_folder_change_nothing(name: str, model: Path, right: tuple[list[str], torch.Tensor]) -> None:
     spoil(model / "generation_config.json", **{"do_sample": True, name: BAD[name]})  # what counts in sampling alone too
     rewrites, tokens = written(model, SAMPLES)
     assert rewrites == right[0] and torch.equal(tokens, right[1])
 
 
-@pytest.mark.parametrize("settings", [{"use_cache": False}, {"min_p": 0.3, "num_beams": 3}, {"output_attentions": True}])
+@pytest.mark.parametrize(
+    "settings", [{"use_cache": False}, {"min_p": 0.3, "num_beams": 3}, {"output_attentions": True}]
+)
 def test_nor_do_those_of_config_json(
     settings: dict[str, Any], model: Path, right: tuple[list[str], torch.Tensor]
 ) -> None:

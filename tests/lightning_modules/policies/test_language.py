@@ -108,7 +108,7 @@ def test_mask_ends_with_the_first_eos_and_cut_off_completions_are_counted(
 
 @pytest.fixture
 def thinker(tmp_path: Path) -> Path:
-    """The miniature's refiner with further tokens: `<think>` and `</think>`, special as in some models, and one more."""
+    """The miniature's refiner with `<think>` and `</think>` as special tokens, as in some models, and one more."""
     folder = shutil.copytree("miniature/language", tmp_path / "thinker")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([AddedToken(token, special=True) for token in ("<think>", "</think>", "<|call|>")])
