@@ -53,7 +53,7 @@ class Parser(LightningArgumentParser):
             args = texts_as_configs(args)
         return super().parse_args(args, *more, **kwargs)
 
-    def dump(self, namespace: jsonargparse.Namespace, *args: Any, **kwargs: Any) -> str:  # type: ignore[override]
+    def dump(self, namespace: jsonargparse.Namespace, *args: Any, **kwargs: Any) -> str:
         """Writes a configuration so that its texts stay what they are when it is read again.
 
         To resolve `${...}` jsonargparse dumps a configuration with its links, first the whole of it, then for each

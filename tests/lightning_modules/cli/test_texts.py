@@ -58,8 +58,8 @@ def test_a_template_on_the_command_line_is_taken_as_it_is(words: list[str]) -> N
 
 def test_a_template_in_a_file(tmp_path: Path) -> None:
     r"""`${key}` is another key's value, `\${key}` is text, and so is what can be no key."""
-    line = r"template: '${seed_everything} ${model.init_args.group_size} \${seed_everything} \${model.size} ${5}: {prompt}'"
-    written = "42 8 ${seed_everything} ${model.size} ${5}: {prompt}"
+    line = r"template: '${seed_everything} ${model.init_args.group_size} \${seed_everything} \${size} ${5}: {prompt}'"
+    written = "42 8 ${seed_everything} ${size} ${5}: {prompt}"
     assert read("--config=configs/quickstart.yaml", overlay(tmp_path, line)) == written
 
 
