@@ -84,6 +84,14 @@ class PipelinePolicy(FlowPolicy):
             images: D source images where the family's text encoder sees them, else None.
         """
 
+    def reading(self, texts: Sequence[str]) -> tuple[Any, list[str], int]:
+        """Describes how D texts are read by the text encoder that reads the most of them.
+
+        Returns:
+            Its tokenizer, the D texts as it gets them, and the most tokens of each that it takes.
+        """
+        return self.pipe.tokenizer, list(texts), self.pipe.tokenizer.model_max_length
+
     def encode_negatives(self, texts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, Tensor]:
         """Encodes the negative prompt, like `encode_texts`; some pipelines word it differently."""
         return self.encode_texts(texts, images)
@@ -154,6 +162,13 @@ class PipelinePolicy(FlowPolicy):
     def guided(self) -> bool:
         """True if each velocity takes two passes (classifier-free guidance)."""
         return self.guidance_scale > 1
+
+    def cut(self, prompts: Sequence[str]) -> list[bool]:
+        """Returns, for B prompts, True where every text encoder reads the beginning alone."""
+        if not prompts:
+            return []  # tokenizers take no empty list
+        tokenizer, texts, limit = self.reading(prompts)
+        return [len(tokens) > limit for tokens in tokenizer(texts)["input_ids"]]
 
     def load(self) -> None:
         """Loads the pipeline; its modules become submodules, so that Lightning moves them."""
