@@ -86,13 +86,22 @@ class Policy(nn.Module, ABC):
         own = f"model.{agent}"
         check_minimum(own, 0, learning_rate=learning_rate, weight_decay=weight_decay, kl_weight=kl_weight)
         check_minimum(own, 0, clip_range=clip_range, max_log_ratio=max_log_ratio, beta_1=betas[0], beta_2=betas[1])
-        check_minimum(own, 1, micro_batch_size=micro_batch_size, lora_rank=None if lora is None else lora.rank)
+        check_minimum(own, 1, micro_batch_size=micro_batch_size)
+        if lora is not None:
+            check_minimum(f"{own}.lora", 1, rank=lora.rank, alpha=lora.alpha)
+        if max(betas) >= 1:
+            raise ValueError(f"{own} has betas={betas}, use less than 1: the averages would stay at 0.")
         if learning_rate is not None and learning_rate > 1:
             raise ValueError(
                 f"{own} has learning_rate={learning_rate}, use at most 1: AdamW moves each weight by about that a step."
             )
         if not max_grad_norm > 0:
             raise ValueError(f"{own} has max_grad_norm={max_grad_norm}, use more than 0, or .inf for no clipping.")
+        copied = learning_rate is not None and lora is None and kl_weight > 0
+        if copied and frozen_dtype == "float32" != dtype:
+            raise ValueError(
+                f"{own} has frozen_dtype=float32, but its reference takes inputs of dtype={dtype}: use that."
+            )
         if quantization is not None and learning_rate is not None and lora is None:
             raise ValueError(
                 f"`{agent}.quantization` is {quantization}, whose weights cannot be trained; add `{agent}.lora`."
