@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ from torch import Tensor
 from callbacks.scores.bootstrap import enough, interval, resample
 from callbacks.scores.prompt_scores import PromptScores, PromptTable, weighted_mean
 from datamodules.atomic_write import write_atomically
-from datamodules.base import PromptDataModule, PromptSample, bare
+from datamodules.base import PromptDataModule, PromptSample, bare, contents
 from lightning_modules.evaluation import MODES, EvaluationBatch
 
 Results = dict[str, dict[str, dict[str, float]]]
 """evaluation set -> "without_pe" | "with_pe" -> score name -> value."""
 Intervals = dict[str, dict[str, dict[str, list[float]]]]
 """evaluation set -> mode -> score name -> both ends of the score's 95 % interval."""
+Sets = dict[str, dict[str, Any]]
+"""evaluation set -> `prompts` (number of different ones), `texts` (digest of these) and `digest` (of all its rows)."""
 
 
 class Benchmark(L.Callback, ABC):
@@ -36,7 +39,7 @@ class Benchmark(L.Callback, ABC):
     Logs `val/<set>/<mode>` (the headline number) and `val/<set>/<mode>/<score>`, with mode `without_pe` (images of
     the prompts as they are) or `with_pe` (images of the refiner's greedy rewrites). At the end of a fit or test it
     prints a table and writes `results.json` beside the logs, with 95 % intervals from a bootstrap over prompts within
-    each tag (where each tag has a few); a test also leaves `scores.jsonl`, a line for each prompt.
+    each tag (where each tag has a few), equal ones together; a test also leaves `scores.jsonl`, a line for each prompt.
 
     Args:
         sets: evaluation sets to score, with the sets that reword them; null is all of the data module's.
@@ -54,12 +57,13 @@ class Benchmark(L.Callback, ABC):
         self.sets = sets
         self.resamples = resamples
         self.history: list[dict[str, Any]] = []
-        """One entry per validation: `{"step", "rollouts", "seconds", "results"}`."""
+        """One entry per validation: `{"step", "rollouts", "seconds", "results", "sets"}`."""
         self.tables: dict[tuple[str, str], PromptTable] = {}
         """(Set, mode) -> scores by prompt in the latest evaluation, over all ranks."""
         self.intervals: Intervals = {}
         """95 % intervals of the latest evaluation."""
         self._metrics: dict[tuple[str, str], PromptScores] = {}
+        self._sets: Sets = {}
         self._started = time.monotonic()
         self._seconds_before = 0.0
 
@@ -116,13 +120,14 @@ class Benchmark(L.Callback, ABC):
         """Creates empty metrics, one for every set and mode on every rank: all ranks must reduce the same ones."""
         data: PromptDataModule = trainer.datamodule  # type: ignore[attr-defined]
         self._refuse_mistakes(trainer, data)
-        self._metrics = {}
+        self._metrics, self._sets = {}, {}
         for name, samples in data.eval_sets.items():
             if self.scores_set(data, name):
-                rows = [(sample.id, self.tag(sample)) for sample in bare(samples)]
+                rows, prompts = [(sample.id, self.tag(sample)) for sample in bare(samples)], contents(samples)
+                self._sets[self.key(name)] = _described(bare(samples), prompts)
                 refined = getattr(pl_module, "language", None) is not None and name not in data.unrefined
                 for mode in MODES if refined else MODES[:1]:
-                    self._metrics[name, mode] = PromptScores.on(pl_module.device, rows, self.columns)
+                    self._metrics[name, mode] = PromptScores.on(pl_module.device, rows, self.columns, prompts)
 
     def _refuse_mistakes(self, trainer: L.Trainer, data: PromptDataModule) -> None:
         """Raises ValueError if `sets` names an unknown set, or two benchmarks use the same key."""
@@ -168,10 +173,10 @@ class Benchmark(L.Callback, ABC):
             key = self.key(name)
             table = self.tables[name, mode] = metric.table()
             scores = self.scores(table)
-            replicates = self.summarize(table, resample(table.tags, self.resamples))
+            replicates = self.summarize(table, resample(table.tags, self.resamples, prompts=table.prompts))
             results.setdefault(key, {})[mode] = scores
-            ends = {score: list(interval(values)) for score, values in replicates.items() if enough(table.tags)}
-            self.intervals.setdefault(key, {})[mode] = ends
+            ends = {score: list(interval(values)) for score, values in replicates.items()}
+            self.intervals.setdefault(key, {})[mode] = ends if enough(table.tags, table.prompts) else {}
             pl_module.log(f"{prefix}/{key}/{mode}", scores[self.headline], rank_zero_only=True)
             rest = {f"{prefix}/{key}/{mode}/{k}": v for k, v in scores.items() if k != self.headline}
             pl_module.log_dict(rest, rank_zero_only=True)
@@ -179,9 +184,8 @@ class Benchmark(L.Callback, ABC):
             return
         rollouts = getattr(pl_module, "num_rollouts", 0)
         seconds = self._seconds_before + time.monotonic() - self._started
-        self.history.append(
-            {"step": trainer.global_step, "rollouts": rollouts, "seconds": round(seconds, 1), "results": results}
-        )
+        entry = {"step": trainer.global_step, "rollouts": rollouts, "seconds": round(seconds, 1), "results": results}
+        self.history.append(entry | {"sets": self._sets})
         folder = trainer.log_dir  # asked on every rank: Lightning broadcasts it
         if trainer.is_global_zero and folder is not None:
             self._write(Path(folder) / "results.json")
@@ -222,10 +226,20 @@ class Benchmark(L.Callback, ABC):
 
     # --- reports ----------------------------------------------------------------------------------------------------
 
+    def _before(self) -> Results:
+        """Scores of the first evaluation, of the sets that the last one evaluated too.
+
+        A resumed run may have other prompts under a set's name, with which nothing can be compared.
+        """
+        first, last = self.history[0], self.history[-1]
+        same = [key for key, one in last.get("sets", {}).items() if first.get("sets", {}).get(key) == one]
+        return {key: modes for key, modes in first["results"].items() if key in same}
+
     def print_table(self) -> None:
         """Prints the headline scores before and after training, per set and mode."""
-        first, last = self.history[0], self.history[-1]
-        fitted = last["step"] > first["step"]
+        last, before = self.history[-1], self._before()
+        later = last["step"] > self.history[0]["step"]
+        fitted = later and bool(before)
         table = Table(title=f"{self.title} after {last['rollouts']:,} rollouts ({last['seconds']:.0f} s)")
         numbers = ("before", "after", "change") if fitted else ("score",)
         for column in ("set", "prompt", *numbers, "95 % interval"):
@@ -235,11 +249,13 @@ class Benchmark(L.Callback, ABC):
                 after = scores[self.headline]
                 cells = [f"{after:.3f}"]
                 if fitted:
-                    before = first["results"].get(name, {}).get(mode, {}).get(self.headline, math.nan)
-                    cells = [f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}"]
+                    was = before.get(name, {}).get(mode, {}).get(self.headline)
+                    cells = ["", *cells, ""] if was is None else [f"{was:.3f}", *cells, f"{after - was:+.3f}"]
                 ends = self.intervals.get(name, {}).get(mode, {}).get(self.headline)
                 cells.append("" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}")
                 table.add_row(name, mode.replace("_", " ").replace("pe", "PE"), *cells)
+        if later and not last["results"].keys() <= before.keys():
+            table.caption = "No change is shown where the prompts are not those of the first validation."
         Console().print(table)
 
     def _write(self, path: Path) -> None:
@@ -249,7 +265,8 @@ class Benchmark(L.Callback, ABC):
         merged |= last["results"] | {"rollouts": last["rollouts"], "seconds": last["seconds"]}
         merged["headlines"] = merged.get("headlines", {}) | dict.fromkeys(last["results"], self.headline)
         merged["intervals"] = merged.get("intervals", {}) | self.intervals
-        merged["before"] = merged.get("before", {}) | self.history[0]["results"]
+        merged["before"] = merged.get("before", {}) | self._before()
+        merged["sets"] = merged.get("sets", {}) | last["sets"]
         merged.setdefault("history", {})[self.title] = self.history
         _dump(merged, path)
 
@@ -266,9 +283,25 @@ class Benchmark(L.Callback, ABC):
                         "id": prompt,
                         "tag": tag,
                     }
+                    line |= {} if table.prompts is None else {"prompt": table.prompts[row]}
                     line |= {column: float(mean[row]) for column, mean in means.items()}
                     line["images"] = int(table.images[row])
                     file.write(json.dumps(_without_nan(line), ensure_ascii=False) + "\n")
+
+
+def _described(samples: Sequence[PromptSample], prompts: Sequence[str]) -> dict[str, Any]:
+    """Describes an evaluation set in the history, so that only scores of the same prompts are compared."""
+    rows = [(sample.id, sample.wording, prompt) for sample, prompt in zip(samples, prompts, strict=True)]
+    return {
+        "prompts": len(set(prompts)),
+        "texts": texts_digest(sample.prompt for sample in samples),
+        "digest": texts_digest(map(repr, rows)),
+    }
+
+
+def texts_digest(texts: Iterable[str]) -> str:
+    """Returns a digest of the different texts, in whatever order and however often each stands there."""
+    return hashlib.sha256("\n".join(sorted({text.strip() for text in texts})).encode()).hexdigest()[:16]
 
 
 def add_results(trainer: L.Trainer, more: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from callbacks.benchmark import add_results
 from callbacks.scores.bootstrap import interval, resample
 from callbacks.scores.prompt_scores import PromptScores, PromptTable, weighted_mean
-from datamodules.base import PromptDataModule, PromptSample, bare
+from datamodules.base import Chosen, PromptDataModule, PromptSample, bare, contents
 from datamodules.chunks import chunks
 from lightning_modules.evaluation import EvaluatedAgents
 from lightning_modules.seeding import seed_of
@@ -224,7 +224,7 @@ class Diversity(L.Callback):
             table = self.tables[name] = self._table(trainer, agents, data, name, num)
             ones = torch.ones(1, len(table), dtype=torch.float64)
             # All tags together: a few prompts may be one of each tag, and within it nothing would vary.
-            replicates = summarize(table, resample([""] * len(table), self.resamples, self.seed))
+            replicates = summarize(table, resample([""] * len(table), self.resamples, self.seed, table.prompts))
             self.results[name] = _each(summarize(table, ones), float)
             self.intervals[name] = _each(replicates, lambda values: list(interval(values)))
             prefix = f"{'test' if trainer.testing else 'val'}/{self.name}/{name}"
@@ -246,7 +246,8 @@ class Diversity(L.Callback):
         few = [bare(samples)[row] for row in chosen]
         names = group_columns(self.encoder, self.reward)
         columns = [f"{arm}/{n}" for arm in arms for n in (names if arm == "same_prompt" else [*names, DISTINCT])]
-        metric = PromptScores.on(agents.device, [(sample.id, sample.tag) for sample in few], columns)
+        keys = contents(Chosen(samples, chosen))
+        metric = PromptScores.on(agents.device, [(sample.id, sample.tag) for sample in few], columns, keys)
         # Rewrites are drawn K at a time, so other images belong to another K or seed.
         kept_as = f"{name}.diversity-{self.images_per_prompt}-{self.seed}"
         share = chosen[trainer.global_rank :: trainer.world_size]

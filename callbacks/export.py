@@ -12,6 +12,7 @@ import yaml
 from callbacks.reporting.model_card import model_card
 from callbacks.run_config import resolved_config
 from datamodules.atomic_write import replaced_folder
+from datamodules.local_path import local_path
 from lightning_modules.agents import check_finite
 from lightning_modules.evaluation import EvaluatedAgents
 
@@ -19,11 +20,12 @@ OURS = {"flow", "language", "README.md", "config.yaml"}
 
 
 class Export(L.Callback):
-    """Writes `flow/` and `language/`, whichever was trained, a model card (`README.md`) and `config.yaml`.
+    """Writes `flow/` and `language/` (agents that learn or have a LoRA), a model card (`README.md`) and `config.yaml`.
 
     `flow/` is a LoRA for the stock pipeline's `load_lora_weights`, or a whole pipeline folder; `language/` an adapter
-    for `PeftModel.from_pretrained`, or a transformers model folder. The card tells how to load and use both, and has
-    the numbers of `results.json` where there is a benchmark.
+    for `PeftModel.from_pretrained`, or a transformers model folder. Both, or the folder around them, serve as
+    `flow.model`, `language.model` or `lora.path`. The card tells how to load and use both, and has the numbers of
+    `results.json` where there is a benchmark.
 
     Args:
         directory: folder to write; null is `export/` beside the run's logs. An earlier export there is replaced.
@@ -41,7 +43,7 @@ class Export(L.Callback):
     ) -> None:
         if every_n_train_steps is not None and every_n_train_steps < 1:
             raise ValueError(f"Export's `every_n_train_steps` is {every_n_train_steps}; use at least 1, or null.")
-        self.directory = directory
+        self.directory = None if directory is None else local_path(directory, "Export's `directory`")
         self.every_n_train_steps = every_n_train_steps
         # Under other names than the arguments', which are those of hooks.
         self._after_training = on_train_end
@@ -56,7 +58,7 @@ class Export(L.Callback):
         if not isinstance(pl_module, EvaluatedAgents):
             raise ValueError(f"callbacks.export.Export exports PromptRL, not {type(pl_module).__name__}: leave it out.")
         if self.directory is not None:
-            _refuse_foreign(Path(self.directory))
+            _refuse_foreign(self.directory)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Notes where the logs are: Lightning broadcasts it, so every rank has to ask."""
@@ -95,14 +97,14 @@ class Export(L.Callback):
         check_finite({name: weight for name, weight in pl_module.named_parameters() if weight.requires_grad})
         if not trainer.is_global_zero:
             return
-        folder = self._logs / "export" if self.directory is None else Path(self.directory)
+        folder = self._logs / "export" if self.directory is None else self.directory
         _refuse_foreign(folder)
         path = self._logs / "results.json"
         results = json.loads(path.read_text()) if path.is_file() else None
         config = resolved_config(trainer)
         with replaced_folder(folder) as new:
             for name, agent in (("flow", pl_module.flow), ("language", pl_module.language)):
-                if agent is not None and agent.trained:
+                if agent is not None and (agent.trained or agent.adapted):
                     agent.save_pretrained(new / name)
             (new / "language" / "README.md").unlink(missing_ok=True)  # peft's empty form; ours says more
             if config:

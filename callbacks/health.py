@@ -14,7 +14,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from callbacks.benchmark import texts_digest
 from callbacks.stop_rules import Limit, Streaks
+from datamodules.base import PromptDataModule, bare
 from lightning_modules.evaluation import EvaluationBatch
 from lightning_modules.image_statistics import rollout_statistics
 from lightning_modules.rollout import Rollout
@@ -63,6 +65,7 @@ class Health(L.Callback):
         self.sets = sets
         self.mode = mode
         self._stopping: EarlyStopping | None = None
+        self._prompts: str | None = None
         if patience is not None:
             self._stopping = EarlyStopping(
                 self._held_out_name, min_delta, patience, mode="max", check_finite=False, check_on_train_epoch_end=False
@@ -135,6 +138,13 @@ class Health(L.Callback):
         unknown = set(self.sets or []).difference(names)
         if self.held_out is not None and unknown:
             raise ValueError(f"Health.sets has {min(unknown)!r}, but the evaluation sets are {', '.join(names)}.")
+        if self._stopping is not None:
+            data: PromptDataModule = trainer.datamodule  # type: ignore[attr-defined]
+            sets = {name: bare(data.eval_sets[name]) for name in self.sets or names}
+            digest = texts_digest(f"{name} {s.id} {s.prompt}" for name, samples in sets.items() for s in samples)
+            if self._prompts not in (None, digest):  # a resumed run with other prompts: their scores are not comparable
+                self._stopping.best_score, self._stopping.wait_count = torch.tensor(-math.inf), 0
+            self._prompts = digest
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -191,7 +201,8 @@ class Health(L.Callback):
         """Returns the rules' counts, so that a resumed run stops when the unbroken one would."""
         state: dict[str, Any] = {"streaks": dict(self._streaks.counts)}
         if self._stopping is not None:
-            state |= {"best": float(self._stopping.best_score), "waited": self._stopping.wait_count}
+            best, waited = float(self._stopping.best_score), self._stopping.wait_count
+            state |= {"best": best, "waited": waited, "prompts": self._prompts}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -200,6 +211,7 @@ class Health(L.Callback):
         if self._stopping is not None and "best" in state_dict:
             self._stopping.best_score = torch.tensor(state_dict["best"])
             self._stopping.wait_count = state_dict["waited"]
+            self._prompts = state_dict["prompts"]
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from callbacks.run_config import checkpoint_note, folder_stamps, require_settings, resolved_config, write_settings
 from datamodules.base import PromptDataModule, PromptSample, bare
+from datamodules.local_path import local_path
 from lightning_modules.evaluation import EvaluatedAgents
 from lightning_modules.image_store import ImageStore, safe_name
 
@@ -25,15 +26,15 @@ class KeepImages(L.Callback):
     Args:
         directory: folder of the images; null is `<root>/<experiment>/images/<digest>`, the digest being that of what
             images depend on: flow model, refiner, data, checkpoint, local model folders (by time and size), precision.
-        images_per_prompt: K images of each prompt in each mode; null is the data's (GenEval 4, others 1). The first
-            has the noise of validation's.
+        images_per_prompt: K images of each prompt in each mode; null is the data's (GenEval 4, others 1), or as many as
+            the file lists the prompt if that is more. The first have the noise of validation's.
         keep: false draws all images anew and writes nothing.
     """
 
     def __init__(self, directory: str | None = None, images_per_prompt: int | None = None, keep: bool = True) -> None:
         if images_per_prompt is not None and images_per_prompt < 1:
             raise ValueError(f"`images.images_per_prompt` is {images_per_prompt}, use at least 1, or null.")
-        self.directory = directory
+        self.directory = None if directory is None else local_path(directory, "images.directory")
         self.images_per_prompt = images_per_prompt
         self.keep = keep
         self._rows: dict[str, dict[str, int]] = {}
@@ -47,14 +48,14 @@ class KeepImages(L.Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(pl_module, EvaluatedAgents) or not isinstance(data, PromptDataModule):
             return
-        pl_module.images_per_evaluation = self.images_per_prompt or data.test_images_per_prompt
+        pl_module.images_per_evaluation = self.images_per_prompt
         if not self.keep:
             return
         config = resolved_config(trainer)
         if self.directory is None and not config:
             raise ValueError("KeepImages knows no configuration outside the `lightning` command: give `directory`.")
         settings = self._describe(trainer, config)
-        directory = Path(self.directory) if self.directory is not None else _own_folder(config, settings)
+        directory = _own_folder(config, settings) if self.directory is None else self.directory
         self._rows = {
             name: {sample.id: row for row, sample in enumerate(bare(samples))}
             for name, samples in data.eval_sets.items()

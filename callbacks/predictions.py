@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from callbacks.run_config import checkpoint_note, folder_stamps, require_settings, resolved_config, write_settings
 from datamodules.base import PromptDataModule, PromptSample, bare
+from datamodules.local_path import local_path
 from lightning_modules.evaluation import MODES, EvaluatedAgents
 from lightning_modules.image_store import ImageStore, Key, safe_name
 
@@ -31,7 +32,7 @@ class SavePredictions(L.Callback):
     def __init__(self, directory: str = "predictions", images_per_prompt: int = 1) -> None:
         if images_per_prompt < 1:
             raise ValueError(f"`predictions.images_per_prompt` is {images_per_prompt}, use at least 1.")
-        self.directory = Path(directory)
+        self.directory = local_path(directory, "predictions.directory")
         self.images_per_prompt = images_per_prompt
         self._settings: dict[str, Any] = {}
         self._store = ImageStore(self.directory, "predictions", _place)

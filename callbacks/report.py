@@ -18,7 +18,7 @@ from datamodules.atomic_write import write_atomically
 class Report(L.Callback):
     """Writes `results.json` as Markdown and LaTeX tables at the end of a fit, validation or test.
 
-    Every command of ours adds it. Where the evaluation sets are published ones, the paper's rows stand below ours.
+    Every command of ours adds it. Where the prompts are the published ones, the paper's rows stand below ours.
     """
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -27,9 +27,8 @@ class Report(L.Callback):
         path = None if folder is None else Path(folder) / "results.json"
         if not trainer.is_global_zero or path is None or not path.is_file():
             return
-        published = getattr(trainer.datamodule, "published", True)  # type: ignore[attr-defined]
         label = str(resolved_config(trainer).get("experiment") or "this run")
-        tables = tables_of(json.loads(path.read_text()), label, published=published)
+        tables = tables_of(json.loads(path.read_text()), label)
         if not tables:
             return
         text, tex = report(tables)

@@ -254,13 +254,14 @@ def paired_difference(
     rows = seen.nonzero()[:, 0].tolist()
     first, second = first.rows(rows), second.rows(rows)
     first_scores, second_scores = benchmark.scores(first), benchmark.scores(second)
-    weights = resample(first.tags, resamples)
+    weights = resample(first.tags, resamples, prompts=second.prompts)
     first_replicates, second_replicates = benchmark.summarize(first, weights), benchmark.summarize(second, weights)
     names = [name for name in first_scores if name in second_scores]
     headline = benchmark.headline
+    certain = enough(first.tags, second.prompts)
     scores = {name: first_scores[name] - second_scores[name] for name in names}
     ends = {
-        name: list(interval(first_replicates[name] - second_replicates[name])) if enough(first.tags) else [math.nan] * 2
+        name: list(interval(first_replicates[name] - second_replicates[name])) if certain else [math.nan] * 2
         for name in names
     }
     return Difference(

@@ -44,15 +44,15 @@ def checkpoint_note(trainer: L.Trainer) -> dict[str, str | None]:
 
 
 def folder_stamps(config: Any) -> dict[str, str]:
-    """Returns the local model folders in a configuration, with the time of their newest file and their size.
+    """Returns the local model folders and LoRA files in a configuration, with their newest file's time and their size.
 
     A folder may be trained or exported again under its name.
     """
     if isinstance(config, dict):
         return {name: stamp for value in config.values() for name, stamp in folder_stamps(value).items()}
-    if not isinstance(config, str) or not os.path.isdir(config):
+    if not isinstance(config, str) or not (os.path.isdir(config) or Path(config).suffix == ".safetensors"):
         return {}
-    stats = [path.stat() for path in Path(config).rglob("*") if path.is_file()]
+    stats = [path.stat() for path in (Path(config), *Path(config).rglob("*")) if path.is_file()]
     newest = max((stat.st_mtime for stat in stats), default=0.0)
     return {config: f"{datetime.fromtimestamp(newest, UTC).isoformat()}, {sum(stat.st_size for stat in stats)} bytes"}
 

@@ -15,6 +15,7 @@ from datamodules.lazy import Chosen as Chosen
 from datamodules.lazy import LazySamples as LazySamples
 from datamodules.lazy import Reworded as Reworded
 from datamodules.lazy import bare as bare
+from datamodules.lazy import contents as contents
 from datamodules.lazy import spread as spread
 from datamodules.resumable import EpochSampler, ResumableLoader
 from datamodules.sample import PromptSample as PromptSample
@@ -56,10 +57,8 @@ class PromptDataModule(L.LightningDataModule):
         num_workers: loader processes; prompts are short, so 0 is usually best.
     """
 
-    published = True
-    """True if papers report these evaluation sets, so that published numbers may stand beside a run's."""
     test_images_per_prompt = 1
-    """Number of images of each prompt in `lightning test`, unless `--images.images_per_prompt` says otherwise."""
+    """Least number of images of each prompt in `lightning test`, unless `--images.images_per_prompt` says otherwise."""
 
     def __init__(
         self, batch_size: int = 1, eval_batch_size: int = 8, seed: int | None = None, num_workers: int = 0

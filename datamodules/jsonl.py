@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
+
+from datamodules.local_path import local_path
 
 Record = dict[str, Any]
 """The object of one line."""
 Broken = Literal["stop", "skip_last", "skip"]
 """Treatment of lines that hold no JSON object; see `json_lines`."""
+_NO_TEXT = re.compile("[\0\udc80-\udcff]")  # NUL, of UTF-16, and the surrogates of bytes that are no UTF-8
+_KINDS = {".jsonl": ".jsonl (a JSON object a line)", ".txt": ".txt (a prompt a line)"}
 
 
 def json_lines(path: str | Path, *, broken: Broken = "stop") -> Iterator[tuple[str, Record]]:
@@ -40,12 +45,14 @@ def json_lines(path: str | Path, *, broken: Broken = "stop") -> Iterator[tuple[s
             raise ValueError(f"{where}: a JSON {type(record).__name__} in place of an object: write {{...}}.")
 
 
-def read_records(path: str | Path) -> list[tuple[str, Record]]:
-    """Reads the prompts of a JSONL file.
+def read_records(path: str | Path, suffixes: Sequence[str] = (".jsonl",)) -> list[tuple[str, Record]]:
+    """Reads the prompts of a file, of the kind that its name ends in.
 
     Args:
-        path: one object per line with a `prompt` and an optional `id`. Blank lines are skipped. Without an `id`, the
-            prompt's position in the file serves, as five digits.
+        path: `.jsonl`, one object per line with a `prompt` and an optional `id`; or `.txt`, one prompt per line and
+            nothing else. Blank lines are skipped. Without an `id`, the prompt's position in the file serves, as five
+            digits.
+        suffixes: kinds of files that are taken.
 
     Returns:
         `file:line` and the record of each prompt, in file order: `id` (unique text), `prompt` (not blank) and whatever
@@ -54,13 +61,17 @@ def read_records(path: str | Path) -> list[tuple[str, Record]]:
     Raises:
         ValueError: naming `file:line`, what is wrong and what to do.
     """
+    suffix = Path(path).suffix
+    if suffix not in suffixes:
+        kinds = " or ".join(_KINDS[known] for known in suffixes)
+        raise ValueError(f"{path}: its name ends in {suffix!r}: give a file whose name ends in {kinds}.")
     records: list[tuple[str, Record]] = []
     places: dict[str, str] = {}
-    for where, record in json_lines(path):
+    for where, record in json_lines(path) if suffix == ".jsonl" else _bare_prompts(path):
         prompt = record.get("prompt")
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"{where}: `prompt` is {prompt!r}: give the text of the prompt.")
-        name = record["id"] = str(record.get("id", f"{len(records):05d}"))
+        name = record["id"] = id_of(record.get("id"), len(records), where)
         if name in places:
             raise ValueError(f"{where}: the id {name!r} was used in {places[name]}: make ids unique.")
         places[name] = where
@@ -68,12 +79,58 @@ def read_records(path: str | Path) -> list[tuple[str, Record]]:
     return records
 
 
-def read_bare_prompts(path: str | Path) -> list[tuple[str, Record]]:
-    """Reads a text file that has one prompt per line and nothing else; returns the same as `read_records`."""
-    return [
-        (f"{path}:{number}", {"id": f"{position:05d}", "prompt": line.strip()})
-        for position, (number, line) in enumerate(_lines(path, "prompt"))
-    ]
+def id_of(value: Any, position: int, where: str) -> str:
+    """Returns a record's id as text; the position, as five digits, for null, which is no id.
+
+    Args:
+        value: text or a whole number (7.0 is the 7 of a table with gaps), or None.
+        position: number of the record in its file, from 0.
+        where: place of the value, for the error.
+
+    Raises:
+        ValueError: if it is something else, such as true or a list.
+    """
+    if value is None:
+        return f"{position:05d}"
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, str | int) and not isinstance(value, bool):
+        return str(value)
+    raise ValueError(f"{where}: the id is {value!r}: give text or a whole number, or leave it out.")
+
+
+def read_text(path: str | Path, setting: str) -> str:
+    """Reads a file of UTF-8 text, without a byte order mark.
+
+    Args:
+        path: path of the file.
+        setting: name of the setting that names it, for the error.
+
+    Raises:
+        ValueError: if there is no such file, or with `file:line` at a line that is no UTF-8.
+    """
+    if not local_path(path, setting).is_file():
+        raise ValueError(f"{setting} is {str(path)!r}, which is not a file: give the path of a UTF-8 text file.")
+    return "".join(line for _, line in _decoded(path))
+
+
+def _bare_prompts(path: str | Path) -> Iterator[tuple[str, Record]]:
+    for number, line in _lines(path, "prompt"):
+        where = f"{path}:{number}"
+        if _holds_object(line.strip().rstrip(",")):
+            raise ValueError(f"{where}: JSON in a file of bare prompts: write an object a line, into a .jsonl file.")
+        yield where, {"prompt": line.strip()}
+
+
+def _holds_object(text: str) -> bool:
+    """Returns True for a JSON object, a list of some, and for a line on which one of either begins."""
+    if not text.startswith(("{", "[")):
+        return False
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return text in ("{", "[", "[{")
+    return isinstance(value, dict) or any(isinstance(entry, dict) for entry in value)
 
 
 def _lines(path: str | Path, unit: str | None) -> Iterator[tuple[int, str]]:
@@ -84,14 +141,19 @@ def _lines(path: str | Path, unit: str | None) -> Iterator[tuple[int, str]]:
         unit: content of a line, for the errors about a file that is empty or no UTF-8; None tolerates both.
     """
     empty = True
-    # -sig: a byte order mark is not part of the first record
-    with open(path, encoding="utf-8-sig", errors="strict" if unit else "replace") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    empty = False
-                    yield number, line
-        except UnicodeDecodeError:
-            raise ValueError(f"{path}: the file is not UTF-8 text: save it as UTF-8.") from None
+    for number, line in _decoded(path, strict=unit is not None):
+        if line.strip():
+            empty = False
+            yield number, line
     if empty and unit:
         raise ValueError(f"{path}: the file holds no lines: write one {unit} per line.")
+
+
+def _decoded(path: str | Path, *, strict: bool = True) -> Iterator[tuple[int, str]]:
+    """Yields number, from 1, and text of each line; `strict` raises ValueError where bytes are no UTF-8 text."""
+    # -sig: a byte order mark is not part of the first record
+    with open(path, encoding="utf-8-sig", errors="surrogateescape" if strict else "replace") as file:
+        for number, line in enumerate(file, start=1):
+            if strict and _NO_TEXT.search(line):
+                raise ValueError(f"{path}:{number}: the file is not UTF-8 text: save it as UTF-8.")
+            yield number, line

@@ -17,6 +17,10 @@ class LazySamples(Sequence[PromptSample]):
     def without_images(self) -> Sequence[PromptSample]:
         """Returns the samples with `image` None, without reading the images."""
 
+    def contents(self) -> list[str]:
+        """Returns a key of each sample, as `contents` does; here every sample is a prompt of its own."""
+        return [sample.id for sample in self.without_images()]
+
     @abstractmethod
     def at(self, index: int) -> PromptSample:
         """Returns one sample with its image; `index` is not negative."""
@@ -53,6 +57,11 @@ class Chosen(LazySamples):
         """Returns the selected samples without reading their images."""
         samples = bare(self.samples)
         return [samples[row] for row in self.rows]
+
+    def contents(self) -> list[str]:
+        """Returns the keys of the selected samples."""
+        keys = contents(self.samples)
+        return [keys[row] for row in self.rows]
 
     def at(self, index: int) -> PromptSample:
         """Returns one selected sample with its image."""
@@ -94,6 +103,11 @@ class Reworded(LazySamples):
         samples = bare(self.samples)
         return [replace(samples[row], wording=wording) for row, wording in self.rows]
 
+    def contents(self) -> list[str]:
+        """Returns the keys of the originals."""
+        keys = contents(self.samples)
+        return [keys[row] for row, _ in self.rows]
+
     def at(self, index: int) -> PromptSample:
         """Returns one reworded sample with its image."""
         row, wording = self.rows[index]
@@ -107,3 +121,8 @@ class Reworded(LazySamples):
 def bare(samples: Sequence[PromptSample]) -> Sequence[PromptSample]:
     """Returns the samples for use of anything but their images, which lazy samples do not read then."""
     return samples.without_images() if isinstance(samples, LazySamples) else samples
+
+
+def contents(samples: Sequence[PromptSample]) -> list[str]:
+    """Returns a key of each sample, equal for samples that are the same prompt (see `PromptSample.content`)."""
+    return samples.contents() if isinstance(samples, LazySamples) else [sample.content for sample in samples]

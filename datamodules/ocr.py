@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from datamodules.base import PromptSample
-from datamodules.jsonl import Record, read_bare_prompts, read_records
+from datamodules.jsonl import Record, read_records
 from datamodules.prompt_files import PromptFiles
 
 Quotes = Literal["auto", "double", "single"]
@@ -63,10 +63,7 @@ def read_prompts(path: str | Path, quotes: Quotes = "auto") -> list[PromptSample
     Raises:
         ValueError: naming `file:line`, what is wrong and what to do.
     """
-    path = Path(path)
-    if path.suffix not in _SUFFIXES:
-        raise ValueError(f"{path}: the file's name must end in .txt (one prompt per line) or .jsonl (JSON per line).")
-    records = read_bare_prompts(path) if path.suffix == ".txt" else read_records(path)
+    records = read_records(path, _SUFFIXES)
     style = quote_style([r["prompt"] for _, r in records if "text" not in r]) if quotes == "auto" else quotes
     samples: list[PromptSample] = []
     for where, record in records:

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from datamodules.base import Chosen, LazySamples, PromptDataModule, PromptSample, spread
-from datamodules.jsonl import read_bare_prompts
+from datamodules.base import Chosen, LazySamples, PromptDataModule, PromptSample, contents, spread
+from datamodules.jsonl import read_records
+from datamodules.local_path import local_path
+from datamodules.repeats import distinct
+
+EVALUATED = ("eval_file", "test_file")
+"""Settings of the files whose equal prompts are one."""
 
 
 class PromptFiles(PromptDataModule):
     """Base class of the data modules that read a training, an evaluation and a test file; a subclass reads one file.
 
+    Equal prompts (text, tag and metadata) of an evaluation or test file are one prompt, of which validation and test
+    draw at least as many images. In training a prompt counts as often as it is listed, and `lightning predict` draws
+    each line of `predict_file`.
+
     Args:
         train_file: training prompts.
         eval_file: held-out prompts for validation.
         test_file: prompts for `lightning test`; `eval_file` when not given.
-        limit: at most so many prompts of each file, spread evenly over it since files may be sorted.
+        limit: at most so many prompts of each file, spread evenly over it since files may be sorted. Of an evaluation
+            or test file, distinct ones.
         predict_file: prompts for `lightning predict`, where they are a set named as the file; the test prompts when not
             given. `.txt` files with one prompt per line serve here too, unless prompts need an image.
         eval_name: name of the evaluation set in logs and results (such as `tmdb`); null is the class's own.
@@ -96,15 +107,19 @@ class PromptFiles(PromptDataModule):
 
     def _read(self, key: str) -> list[PromptSample]:
         key = "eval_file" if key == "test_file" and self.test_file is None else key
-        path = Path(getattr(self, key))
+        path = local_path(getattr(self, key), f"data.{key}")
         if not path.is_file():
             bare = (".txt",) if key == "predict_file" else ()
             kinds = " or ".join(dict.fromkeys(self.suffixes + bare))
             raise ValueError(f"data.{key} is {str(path)!r}, which is not a file: give the path of a {kinds} file.")
         if key == "predict_file" and path.suffix == ".txt":
-            samples = [PromptSample(r["id"], r["prompt"], "text", {}) for _, r in read_bare_prompts(path)]
+            samples = [PromptSample(r["id"], r["prompt"], "text", {}) for _, r in read_records(path, (".txt",))]
         else:
             samples = self.read(path)
+        if key in EVALUATED:
+            listed = distinct(contents(samples), f"data.{key}")
+            if len(listed) < len(samples):
+                samples = [replace(samples[row], repeats=number) for row, number in listed.items()]
         return _at_most(samples, self.limit)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from datamodules.base import PromptSample
-from datamodules.jsonl import read_bare_prompts, read_records
+from datamodules.jsonl import read_records
 from datamodules.prompt_files import PromptFiles
 
 
@@ -20,9 +20,11 @@ class TextPrompts(PromptFiles):
 
     def read(self, path: Path) -> list[PromptSample]:
         """Reads all prompts of a file; JSON keys but `id` and `prompt` become metadata, and `tag` the tag too."""
-        records = read_records(path) if path.suffix == ".jsonl" else read_bare_prompts(path)
         samples = []
-        for _, record in records:
+        for where, record in read_records(path, self.suffixes):
             metadata = {key: value for key, value in record.items() if key not in ("id", "prompt")}
-            samples.append(PromptSample(record["id"], record["prompt"], str(record.get("tag", "text")), metadata))
+            tag = "text" if record.get("tag") is None else record["tag"]
+            if not isinstance(tag, str) or not tag:
+                raise ValueError(f"{where}: `tag` is {tag!r}: give text, or leave the key out.")
+            samples.append(PromptSample(record["id"], record["prompt"], tag, metadata))
         return samples

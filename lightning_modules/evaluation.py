@@ -11,7 +11,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL.Image import Image
 
-from datamodules.base import PredictBatch, PromptDataModule, PromptSample
+from datamodules.base import PredictBatch, PromptDataModule, PromptSample, bare
 from lightning_modules.agents import Agents
 from lightning_modules.groups import source_images
 from lightning_modules.image_store import ImageStore
@@ -53,8 +53,11 @@ class EvaluatedAgents(Agents):
 
     def __init__(self, flow: FlowPolicy, language: LanguagePolicy | None, optimizer: OptimizerCallable) -> None:
         super().__init__(flow, language, optimizer)
-        self.images_per_evaluation = 1
-        """Number of images of each prompt in each mode in `lightning test` and `predict`; validation draws one."""
+        self.images_per_evaluation: int | None = None
+        """Number of images of each prompt in each mode in `lightning test` and `predict`.
+
+        None is the data's, and 1 in predict. Validation draws one, or as many as its file lists the prompt.
+        """
         self.image_store: ImageStore | None = None
         """Folder in which `lightning test` and `predict` keep images; set by a callback."""
         self._validated_step = -1
@@ -62,18 +65,21 @@ class EvaluatedAgents(Agents):
     def validation_step(  # type: ignore[override]
         self, batch: Sequence[PromptSample], batch_idx: int, dataloader_idx: int = 0
     ) -> EvaluationBatch:
-        """Draws one image of each prompt, without and, if there is a refiner, with PE; callbacks score them."""
-        return self._draw_batch(self._data.eval_names[dataloader_idx], batch, 1)
+        """Draws each prompt, once unless its file repeats it, without and, if there is a refiner, with PE."""
+        name = self._data.eval_names[dataloader_idx]
+        return self._draw_batch(name, batch, self._repeats(name))
 
     def test_step(  # type: ignore[override]
         self, batch: Sequence[PromptSample], batch_idx: int, dataloader_idx: int = 0
     ) -> EvaluationBatch:
         """Draws `images_per_evaluation` images of each prompt; the first has the noise of `validation_step`."""
-        return self._draw_batch(self._data.eval_names[dataloader_idx], batch, self.images_per_evaluation)
+        name = self._data.eval_names[dataloader_idx]
+        num = self.images_per_evaluation or max(self._data.test_images_per_prompt, self._repeats(name))
+        return self._draw_batch(name, batch, num)
 
     def predict_step(self, batch: PredictBatch, batch_idx: int) -> EvaluationBatch:
         """Draws `images_per_evaluation` images of each prompt, like `test_step`."""
-        return self._draw_batch(batch.name, batch.samples, self.images_per_evaluation)
+        return self._draw_batch(batch.name, batch.samples, self.images_per_evaluation or 1)
 
     def modes(self, name: str) -> tuple[str, ...]:
         """Modes in which the prompts of a set are drawn."""
@@ -143,6 +149,10 @@ class EvaluatedAgents(Agents):
             return kept
         assert self.language is not None
         return self.language.rewrite(samples)
+
+    def _repeats(self, name: str) -> int:
+        """Returns the number of times that the file of a set lists each of its prompts, or the rarest of them."""
+        return min((sample.repeats for sample in bare(self._data.eval_sets[name])), default=1)
 
     @property
     def _data(self) -> PromptDataModule:

@@ -15,6 +15,7 @@ from rich.progress import Progress
 
 from datamodules.base import PromptSample, bare
 from datamodules.chunks import chunks
+from datamodules.local_path import local_path
 from datamodules.paraphrases.base import Paraphraser, Wordings, check_kinds
 from datamodules.paraphrases.files import read_wordings
 from lightning_modules.policies.language import LanguagePolicy
@@ -76,8 +77,10 @@ class WrittenParaphrases(Paraphraser):
             raise ValueError(f"WrittenParaphrases has `num` {num}, but greedy wordings are all the same: set `seed`.")
         check_kinds([kind], "WrittenParaphrases.kind")
         self.writer = writer
+        # As given, for the file's lines: loading an adapter puts its base model here.
+        self.model, self.lora = writer.model, None if writer.lora is None else writer.lora.path
         self.kind = kind
-        self.cache = cache
+        self.cache = None if cache is None else local_path(cache, "WrittenParaphrases.cache")
         self.num = num
         self.seed = seed
         self.batch_size = batch_size
@@ -93,7 +96,7 @@ class WrittenParaphrases(Paraphraser):
 
     def path(self, name: str) -> Path:
         """Path of the file with the wordings of a set."""
-        return Path("paraphrases") / f"{name}.{self.kind}.jsonl" if self.cache is None else Path(self.cache)
+        return Path("paraphrases") / f"{name}.{self.kind}.jsonl" if self.cache is None else self.cache
 
     def missing(self, name: str, samples: Sequence[PromptSample]) -> bool:
         """Returns True if `write` would have to load the model."""
@@ -140,13 +143,15 @@ class WrittenParaphrases(Paraphraser):
             "dtype": str(writer.dtype).removeprefix("torch."),
             "quantization": writer.quantization,
         }
+        if self.lora is not None:
+            settings["lora"] = self.lora
         if self.seed is not None:
             settings |= {"temperature": writer.temperature, "k": k}
         line: Line = {
             "id": sample.id,
             "set": name,
             "original": sample.prompt,
-            "model": writer.model,
+            "model": self.model,
             "template": writer.template,
             "seed": self.seed,
             "settings": settings,

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from datamodules.local_path import local_path
 from lightning_modules.rl.schedule import dynamic_mu
 from miniature.architectures import (
     TEXT_LENGTH,
@@ -49,7 +50,7 @@ class _Pretraining(L.LightningModule):
 
     def __init__(self, output: str, learning_rate: float, warmup_steps: int = 100) -> None:
         super().__init__()
-        self.output = Path(output)
+        self.output = local_path(output, f"{type(self).__name__}'s output")
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
 

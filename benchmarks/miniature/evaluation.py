@@ -71,7 +71,8 @@ def over_seeds(
         chosen = [tables[key] for key in keys]
         common = set.intersection(*(set(table.ids) for table in chosen))
         chosen = [table.rows([i for i, name in enumerate(table.ids) if name in common]) for table in chosen]
-        weights = torch.cat([torch.ones(1, len(common), dtype=torch.float64), resample(chosen[0].tags, 2000)])
+        drawn = resample(chosen[0].tags, 2000, prompts=chosen[-1].prompts)  # the last are the originals
+        weights = torch.cat([torch.ones(1, len(common), dtype=torch.float64), drawn])
         scores = [benchmark.summarize(table, weights) for table in chosen]
         for name in scores[0]:
             values.setdefault(name, []).append(combine(*(score[name] for score in scores)))

@@ -21,6 +21,7 @@ from benchmarks.paper import tables as paper_tables
 from benchmarks.paper.claims import verdicts
 from benchmarks.paper.runs import Studies
 from callbacks.reporting.tables import Table, markdown
+from datamodules.local_path import local_path
 from lightning_modules.sweep.run import endable, read, sweep
 
 PLANS = Path("configs/sweeps/paper")
@@ -105,6 +106,10 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, help="runs side by side, in place of the plans' own number")
     parser.add_argument("--report-only", action="store_true", help="run nothing")
     options = parser.parse_args(args)
+    try:
+        local_path(options.out, "--out")
+    except ValueError as error:
+        parser.error(str(error))
     names = sorted(path.stem for path in options.plans.glob("*.yaml"))
     names.sort(key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
     unknown = sorted(set(options.only or ()) - set(names))

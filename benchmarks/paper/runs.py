@@ -169,10 +169,11 @@ def contrast(*terms: tuple[float, Score], scenes: bool = False) -> Gap:
     seeds = shared_seeds(*(score for _, score in terms))
     benchmark = terms[0][1].benchmark
     tables = [(sign, score.tables(seeds if score.setting.fits else list(score.tests))) for sign, score in terms]
+    first = tables[0][1][0]
     found = prompt_contrast(
         tables,
         summarize=SUMMARIES.get(benchmark, mean_of_images("table")),
-        scenes=asked(benchmark, len(tables[0][1][0])) if scenes else None,
+        scenes=asked(benchmark, len(first)) if scenes else {name: name for name in first.ids},
         runs=True,
     )
     # Of two seeds Student's distribution says nothing, of one it cannot.

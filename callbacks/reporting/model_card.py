@@ -13,17 +13,18 @@ import yaml
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lightning_modules.evaluation import MODES, EvaluatedAgents
-from lightning_modules.policies.base import Policy
 from lightning_modules.policies.flow import FlowPolicy
 from lightning_modules.policies.language import LanguagePolicy
+from lightning_modules.policies.loading import absent_parts
 from lightning_modules.policies.pipeline import PipelinePolicy
+from lightning_modules.policies.qwen_image_edit import QwenImageEditPolicy
 
 PAPER = "https://arxiv.org/abs/2602.01382"
 
 HOW = {
     (True, True): "trained by LoRA adapters",
     (True, False): "trained with all its weights",
-    (False, True): "not trained, so not in this folder",
+    (False, True): "not trained here, with the LoRA in this folder",
     (False, False): "not trained, so not in this folder",
 }
 
@@ -65,12 +66,13 @@ def loading_code(flow: FlowPolicy, language: LanguagePolicy | None) -> str:
     lines = ["import torch", f"from diffusers import {pipeline}"]
     if language is not None:
         lines.append(f"from transformers import {', '.join(sorted([stock, 'AutoTokenizer']))}")
-        if _adapted(language):
+        if language.adapted:
             lines.append("from peft import PeftModel")
-    whole = flow.trained and not _adapted(flow)
-    source = "flow" if whole else flow.model
-    lines += ["", f"pipe = {pipeline}.from_pretrained({source!r}, torch_dtype={flow.dtype})"]
-    if _adapted(flow):
+    source = "flow" if flow.trained and not flow.adapted else flow.base
+    # Stock pipelines want to be told of the optional parts that a folder lacks, such as SD3's T5.
+    absent = "".join(f", {name}=None" for name in absent_parts(flow.model))
+    lines += ["", f"pipe = {pipeline}.from_pretrained({source!r}, torch_dtype={flow.dtype}{absent})"]
+    if flow.adapted:
         lines.append('pipe.load_lora_weights("flow")')
     policy: Any = flow
     ours, theirs = policy.scheduler(), policy.pipe.scheduler
@@ -79,12 +81,11 @@ def loading_code(flow: FlowPolicy, language: LanguagePolicy | None) -> str:
         lines[1] = f"from diffusers import {', '.join(sorted([name, pipeline]))}"
         lines.append(f"pipe.scheduler = {name}({ours.config.num_train_timesteps}, shift={ours.config.shift})")
     if language is not None:
-        whole = language.trained and not _adapted(language)
-        source = "language" if whole else language.model
-        tokens = "language" if language.trained else language.model
+        source = "language" if language.trained and not language.adapted else language.base
+        tokens = "language" if language.trained or language.adapted else language.base
         lines.append(f"tokenizer = AutoTokenizer.from_pretrained({tokens!r})")
         lines.append(f"refiner = {stock}.from_pretrained({source!r}, dtype={language.dtype})")
-        if _adapted(language):
+        if language.adapted:
             lines.append('refiner = PeftModel.from_pretrained(refiner, "language")')
     return "\n".join(lines)
 
@@ -93,12 +94,14 @@ def drawing_code(flow: FlowPolicy, language: LanguagePolicy | None) -> str:
     """Returns Python code that draws `image` from `prompt`, after `loading_code`."""
     lines = ['prompt = "..."']
     if language is not None:
+        sees = getattr(language, "see_source", False)
         options = "".join(f", {name}={value!r}" for name, value in language.chat_template_kwargs.items())
         lines = [
             "import re",
             "",
             *lines,
             f'template = """{_quoted(language.template)}"""',
+            *["# It reads the prompt alone here; in training it saw the image to edit."] * sees,
             'chat = [{"role": "user", "content": template.replace("{prompt}", prompt)}]',
             f"text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True{options})",
             'asked = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(refiner.device)',
@@ -111,7 +114,10 @@ def drawing_code(flow: FlowPolicy, language: LanguagePolicy | None) -> str:
         ]
     arguments = pprint.pformat(call_arguments(flow), sort_dicts=False, width=100)
     lines.append(f"arguments = {arguments}")
-    if type(flow).encode_sources is not PipelinePolicy.encode_sources:  # type: ignore[attr-defined]
+    if isinstance(flow, QwenImageEditPolicy):  # draws from nothing but an image
+        lines.append("from PIL import Image")
+        lines.append('arguments["image"] = Image.new("RGB", (512, 512))  # the image to edit: Image.open(...)')
+    elif type(flow).encode_sources is not PipelinePolicy.encode_sources:  # type: ignore[attr-defined]
         lines.append('# To edit an image: arguments["image"] = PIL.Image.open(...)')
     return "\n".join([*lines, "image = pipe(prompt=prompt, **arguments).images[0]"])
 
@@ -149,17 +155,18 @@ def _front_matter(flow: FlowPolicy, language: LanguagePolicy | None) -> str:
     # The card's readers know hub ids only; a folder of this machine would mean nothing, or another model, to them.
     bases = [agent.model for agent in agents if not Path(agent.model).is_dir()]
     about: dict[str, Any] = {"base_model": bases} if bases else {}
-    if bases and len({agent.lora is not None for agent in trained}) == 1:
-        about["base_model_relation"] = "adapter" if _adapted(trained[0]) else "finetune"
-    about["library_name"] = "diffusers" if flow.trained else "peft" if _adapted(agents[-1]) else "transformers"
-    about["tags"] = ["text-to-image", "reinforcement-learning", "promptrl"] + ["lora"] * any(map(_adapted, agents))
+    adapted = [agent.adapted for agent in agents]
+    if bases and len({agent.adapted for agent in trained}) == 1:
+        about["base_model_relation"] = "adapter" if trained[0].adapted else "finetune"
+    about["library_name"] = "diffusers" if flow.trained else "peft" if adapted[-1] else "transformers"
+    about["tags"] = ["text-to-image", "reinforcement-learning", "promptrl"] + ["lora"] * any(adapted)
     comment = "# license: yours to choose, within those of the base models"
     return f"---\n{yaml.safe_dump(about, sort_keys=False)}{comment}\n---"
 
 
 def _described(flow: FlowPolicy, language: LanguagePolicy | None) -> list[str]:
     return [
-        f"- {name}: {agent.model}, {HOW[agent.trained, agent.lora is not None]}"
+        f"- {name}: {agent.model}, {HOW[agent.trained, agent.adapted]}"
         for name, agent in (("image model", flow), ("prompt refiner", language))
         if agent is not None
     ]
@@ -167,8 +174,8 @@ def _described(flow: FlowPolicy, language: LanguagePolicy | None) -> list[str]:
 
 def _relative_note(flow: FlowPolicy, language: LanguagePolicy | None) -> str:
     """Returns a remark on base models that are local folders of the training machine; empty without any."""
-    agents = [agent for agent in (flow, language) if agent is not None and (_adapted(agent) or not agent.trained)]
-    folders = [f"`{agent.model}`" for agent in agents if Path(agent.model).is_dir()]
+    agents = [agent for agent in (flow, language) if agent is not None and (agent.adapted or not agent.trained)]
+    folders = [f"`{agent.base}`" for agent in agents if Path(agent.base).is_dir()]
     return f" ({', '.join(folders)} being where training found the base)" if folders else ""
 
 
@@ -210,10 +217,6 @@ def _tables(results: dict[str, Any]) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "" if value is None or math.isnan(value) else f"{value:.3f}"
-
-
-def _adapted(agent: Policy) -> bool:
-    return agent.trained and agent.lora is not None
 
 
 def _stock_pipeline(flow: FlowPolicy) -> str:

@@ -43,23 +43,40 @@ _EDIT = {
 # Model -> GenEval of the prompts as they are, and paraphrased by a pretrained Qwen2.5-VL; 20 steps at 1024 pixels.
 _PARAPHRASE = {"SD3": (0.58, 0.63), DIFFUSION_NFT: (0.88, 0.77), FLOW_GRPO: (0.92, 0.81)}
 
+_GENEVAL_553, _OCR_1018, _DRAWBENCH_200 = "db13d3b9aa8c6628", "3191745107059dfe", "1ccb4f9e51c9fd05"
 _KEYS = {
-    "geneval": "geneval",
-    "ocr": "ocr",
-    "tmdb/ocr": "tmdb",
-    "openlib/ocr": "openlib",
-    "edit/editreward": "edit",
-    **{f"drawbench/{reward}": reward for reward in ("pickscore", "hps", "unified_reward")},
+    "geneval": ("geneval", _GENEVAL_553),
+    "ocr": ("ocr", _OCR_1018),
+    "tmdb/ocr": ("tmdb", None),
+    "openlib/ocr": ("openlib", None),
+    "edit/editreward": ("edit", None),
+    **{f"drawbench/{reward}": (reward, _DRAWBENCH_200) for reward in ("pickscore", "hps", "unified_reward")},
 }
+"""Key of `results.json` -> the paper's benchmark, and the digest of its prompts (`callbacks.benchmark.texts_digest`).
+
+Digests are of the files in the paper's code (G-U-N/UniRL, `prompts/`): GenEval's `evaluation_metadata.jsonl`,
+Flow-GRPO's `ocr_test.txt`, DrawBench's `draw_test.txt` (each prompt five times). None: the file could not be had.
+"""
 
 
-def benchmark_of(key: str) -> str:
-    """Name of the paper's benchmark that a key of `results.json` stands for; empty if the paper has other prompts.
+def benchmark_of(key: str, texts: str | None) -> str:
+    """Name of the paper's benchmark that scores in `results.json` stand for; empty if the prompts are not the paper's.
 
-    >>> benchmark_of("drawbench/hps"), benchmark_of("geneval"), benchmark_of("geneval.typos"), benchmark_of("pickscore")
-    ('hps', 'geneval', '', '')
+    Args:
+        key: key of the scores.
+        texts: digest of the set's prompts; None if it is not known.
+
+    >>> benchmark_of("drawbench/hps", "1ccb4f9e51c9fd05"), benchmark_of("geneval", None), benchmark_of("tmdb/ocr", None)
+    ('hps', '', '')
     """
-    return _KEYS.get(key, "")
+    name, published = _KEYS.get(key, ("", None))
+    return name if published is not None and texts == published else ""
+
+
+def note_on(key: str) -> str:
+    """Sentence below a table whose rows of the paper cannot be shown; empty for other keys of `results.json`."""
+    unknown = key in _KEYS and _KEYS[key][1] is None
+    return "The paper's rows are left out: its prompts could not be had, to compare these with." if unknown else ""
 
 
 def paper_rows(benchmark: str) -> list[Row]:

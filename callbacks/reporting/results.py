@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from callbacks.reporting import published as paper
@@ -11,38 +12,38 @@ from lightning_modules.evaluation import MODES
 from lightning_modules.run_folder import MODE_LABELS, key_label
 
 
-def tables_of(results: Mapping[str, Any], label: str, *, published: bool = True) -> list[Table]:
+def tables_of(results: Mapping[str, Any], label: str) -> list[Table]:
     """Makes the tables of a run's `results.json`: benchmarks, other wordings, diversity.
+
+    The paper's rows stand below ours where the prompts are the published ones.
 
     Args:
         results: contents of the file.
         label: the run's name, which begins the labels of its rows.
-        published: True if the evaluation sets are published ones, so that the paper's rows belong below.
     """
     tables = []
     before = results.get("before", {})
     for key, modes in results.items():
         if not isinstance(modes, dict) or MODES[0] not in modes:
             continue
-        benchmark = paper.benchmark_of(key) if published else ""
-        rows = paper.paper_rows(benchmark) if benchmark else []
+        rows = paper.paper_rows(paper.benchmark_of(key, results.get("sets", {}).get(key, {}).get("texts")))
         table = benchmark_table(
             "", key, modes, results.get("intervals", {}).get(key, {}), _columns(modes[MODES[0]]), [], label
         )
+        note = f"{table.note} {paper.note_on(key)}".strip()
         if before.get(key, modes) != modes:
             earlier = [Row(f"{label} {MODE_LABELS[mode]}, before", scores) for mode, scores in before[key].items()]
-            table = Table(table.title, table.columns, [*earlier, *table.rows], table.note)
+            table = replace(table, rows=[*earlier, *table.rows])
         shown = [row for row in rows if set(row.scores) & set(table.columns)]
-        tables.append(Table(table.title, table.columns, [*table.rows, *shown], table.note))
+        tables.append(replace(table, rows=[*table.rows, *shown], note=note))
     for title, derived in results.get("robustness", {}).items():
         tables.append(wordings_table(title, derived))
     for name, sets in results.items():
         if isinstance(sets, dict) and name.startswith("diversity"):
             for key, arms in sets.items():
                 if key != "intervals":
-                    rows = paper.diversity_rows() if published else []
                     ends = sets.get("intervals", {}).get(key, {})
-                    tables.append(diversity_table(f"Diversity on {key_label(key)} ({name})", arms, ends, rows))
+                    tables.append(diversity_table(f"Diversity on {key_label(key)} ({name})", arms, ends))
     return tables
 
 

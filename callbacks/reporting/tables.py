@@ -214,7 +214,6 @@ def diversity_table(
     title: str,
     results: Mapping[str, Mapping[str, float | None]],
     intervals: Mapping[str, Mapping[str, Sequence[float | None]]],
-    paper: Sequence[Row] = (),
 ) -> Table:
     """Makes a table of how similar the images of one prompt are.
 
@@ -222,14 +221,13 @@ def diversity_table(
         title: title of the table.
         results: arm (`same_prompt`, `rewrites`, ...) -> score -> value.
         intervals: arm -> score -> (low, high).
-        paper: rows of others.
     """
     rows = [
         Row(MODE_LABELS.get(arm, arm.replace("_", " ")), scores, intervals=intervals.get(arm, {}))
         for arm, scores in results.items()
     ]
     columns = tuple(dict.fromkeys(column for scores in results.values() for column in scores))
-    return _finished(Table(title, columns, [*rows, *paper]))
+    return _finished(Table(title, columns, rows))
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------

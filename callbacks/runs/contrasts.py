@@ -63,7 +63,7 @@ def prompt_table(run: Run, name: str, mode: str, benchmark: str | None = None) -
             f"{run.folder} has scores of {name} by {', '.join(sorted(set(chosen['benchmark'])))}: name one benchmark."
         )
     images = torch.tensor(chosen["images"].to_numpy(dtype=float))
-    about = {"benchmark", "set", "mode", "id", "tag", "images"}
+    about = {"benchmark", "set", "mode", "id", "tag", "prompt", "images"}
     values = {
         str(column): torch.tensor(chosen[column].to_numpy(dtype=float)) for column in chosen if column not in about
     }
@@ -73,6 +73,7 @@ def prompt_table(run: Run, name: str, mode: str, benchmark: str | None = None) -
         sums={column: (value * images).nan_to_num(0.0) for column, value in values.items()},
         counts={column: images * ~value.isnan() for column, value in values.items()},
         images=images,
+        prompts=list(chosen["prompt"]) if "prompt" in chosen else None,  # older tests have none
     )
 
 
@@ -94,8 +95,7 @@ def prompt_contrast(
         summarize: computes the score.
         resamples: number of replicates of the bootstrap.
         scenes: id -> scene, where several prompts ask for the same one: these are drawn together, and the interval is
-            that of other scenes, from two of a tag on (where it is too narrow). None takes every prompt for a scene of
-            its own.
+            that of other scenes, from two of a tag on (where it is too narrow). None draws equal prompts together.
         runs: also draw other runs (`callbacks.scores.bootstrap.other_runs`), the same for all settings with as many
             runs: the interval is that of other prompts and other seeds. Settings with one run keep it.
 
@@ -106,19 +106,19 @@ def prompt_contrast(
     ids = [name for name in terms[0][1][0].ids if all(name in own for own in rows.values())]
     if not ids:
         raise ValueError("the runs have no prompt in common: compare tests of the same set.")
-    tags = terms[0][1][0].rows([rows[id(terms[0][1][0])][name] for name in ids]).tags
-    keys = list(zip(tags, ids if scenes is None else (scenes[name] for name in ids), strict=True))
-    drawn = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-    by_scene = resample([tag for tag, _ in drawn], resamples)[:, [drawn[key] for key in keys]]
-    weights = torch.cat([torch.ones(1, len(ids), dtype=torch.float64), by_scene])
+    common = {id(table): table.rows([rows[id(table)][name] for name in ids]) for _, tables in terms for table in tables}
+    tags = common[id(terms[0][1][0])].tags
+    # Other wordings of one prompt may differ, so the set with the fewest prompts says which rows belong together.
+    repeated = min((table.prompts or ids for table in common.values()), key=lambda prompts: len(set(prompts)))
+    keys = repeated if scenes is None else [scenes[name] for name in ids]
+    drawn = resample(tags, resamples, prompts=keys)
+    weights = torch.cat([torch.ones(1, len(ids), dtype=torch.float64), drawn])
     total = torch.zeros(len(weights), dtype=torch.float64)
     for sign, tables in terms:
-        shared = (table.rows([rows[id(table)][name] for name in ids]) for table in tables)
-        scores = torch.stack([summarize(table, weights) for table in shared])
+        scores = torch.stack([summarize(common[id(table)], weights) for table in tables])
         counts = torch.ones(len(tables), len(weights), dtype=torch.float64)
         if runs:
             counts[:, 1:] = other_runs(len(tables), resamples, seed=len(tables)).T
         total += sign * (scores * counts).sum(0) / len(tables)
-    least = 3 if scenes is None else 2
-    ends = interval(total[1:]) if enough([tag for tag, _ in drawn], least) else (math.nan, math.nan)
+    ends = interval(total[1:]) if enough(tags, keys) else (math.nan, math.nan)
     return Gap(float(total[0]), *ends, len(ids))

@@ -20,6 +20,7 @@ class PromptTable:
         sums: column -> [P] float64 sum of its values over a prompt's images.
         counts: column -> [P] float64 images that have a value; the others could not be scored.
         images: [P] float64 images seen.
+        prompts: P keys, equal for rows that are one prompt and are resampled together; None if all differ.
     """
 
     ids: Sequence[str]
@@ -27,6 +28,7 @@ class PromptTable:
     sums: dict[str, Tensor]
     counts: dict[str, Tensor]
     images: Tensor
+    prompts: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -40,6 +42,7 @@ class PromptTable:
             sums={name: value[rows] for name, value in self.sums.items()},
             counts={name: value[rows] for name, value in self.counts.items()},
             images=self.images[rows],
+            prompts=None if self.prompts is None else [self.prompts[i] for i in indices],
         )
 
     def tagged(self, tag: str) -> Tensor:
@@ -88,18 +91,6 @@ def _update(
     return added
 
 
-def _table(ids: Sequence[str], tags: Sequence[str], columns: Sequence[str], totals: Tensor) -> PromptTable:
-    """Names the totals of P prompts, [P, 2 C + 1] as `_update` returns them."""
-    values, num = totals.cpu().clone(), len(columns)  # later images must not change it
-    return PromptTable(
-        ids=ids,
-        tags=tags,
-        sums={name: values[:, i] for i, name in enumerate(columns)},
-        counts={name: values[:, num + i] for i, name in enumerate(columns)},
-        images=values[:, -1],
-    )
-
-
 class PromptScores(Metric):
     """Accumulates the values of images by prompt; sums only, so processes with unequal shares reduce exactly.
 
@@ -107,6 +98,7 @@ class PromptScores(Metric):
         ids: P prompts' ids.
         tags: P tags.
         columns: C names of the values, at least one.
+        prompts: P keys, equal for rows that are one prompt; None if all differ.
 
     Example:
         >>> metric = PromptScores(["a", "b"], ["counting", "counting"], ["correct"])
@@ -121,10 +113,13 @@ class PromptScores(Metric):
     higher_is_better = True
     totals: Tensor
 
-    def __init__(self, ids: Sequence[str], tags: Sequence[str], columns: Sequence[str]) -> None:
+    def __init__(
+        self, ids: Sequence[str], tags: Sequence[str], columns: Sequence[str], prompts: Sequence[str] | None = None
+    ) -> None:
         super().__init__()
         self.ids = list(ids)
         self.tags = list(tags)
+        self.prompts = prompts
         self.columns = tuple(columns)
         self._row = {name: row for row, name in enumerate(self.ids)}
         assert len(self._row) == len(self.ids) == len(self.tags), "ids are unique within a set"
@@ -132,15 +127,22 @@ class PromptScores(Metric):
         self.add_state("totals", _update(self._row, self.columns, [], []), dist_reduce_fx="sum")
 
     @classmethod
-    def on(cls, device: torch.device, rows: Sequence[tuple[str, str]], columns: Sequence[str]) -> PromptScores:
+    def on(
+        cls,
+        device: torch.device,
+        rows: Sequence[tuple[str, str]],
+        columns: Sequence[str],
+        prompts: Sequence[str] | None = None,
+    ) -> PromptScores:
         """Returns an empty metric where a process on this device can reduce it: double precision is rare but on GPUs.
 
         Args:
             device: of the process.
             rows: P pairs of id and tag.
             columns: names of the values.
+            prompts: P keys, equal for rows that are one prompt; None if all differ.
         """
-        metric = cls([name for name, _ in rows], [tag for _, tag in rows], columns)
+        metric = cls([name for name, _ in rows], [tag for _, tag in rows], columns, prompts)
         metric.update([], [])  # torchmetrics would warn of a process that has no image of these prompts
         return metric.to(device if device.type == "cuda" else torch.device("cpu"))
 
@@ -154,4 +156,12 @@ class PromptScores(Metric):
 
     def table(self) -> PromptTable:
         """Returns the table over all processes; a collective call, which every process has to make."""
-        return _table(self.ids, self.tags, self.columns, self.compute())
+        values, num = self.compute().cpu().clone(), len(self.columns)  # later images must not change it
+        return PromptTable(
+            ids=self.ids,
+            tags=self.tags,
+            sums={name: values[:, i] for i, name in enumerate(self.columns)},
+            counts={name: values[:, num + i] for i, name in enumerate(self.columns)},
+            images=values[:, -1],
+            prompts=self.prompts,
+        )

@@ -7,13 +7,14 @@ import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, cast
 
 from datamodules.base import PromptDataModule, PromptSample, spread
 from datamodules.editing.hub import locate
 from datamodules.editing.prompts import EditSamples
-from datamodules.editing.rows import Row, Table, image_file, tables
+from datamodules.editing.rows import Row, Table, distinct_rows, image_file, tables
+from datamodules.jsonl import read_text
+from datamodules.local_path import local_path
 
 _GEDIT = ("key", "task_type", "instruction", "instruction_language", "Intersection_exist")
 _GEDIT_IMAGES = ("input_image_raw", "input_image", "image", "source_image")
@@ -43,7 +44,9 @@ class EditBenchmarkPrompts(PromptDataModule):
         if stage == "fit":
             self.train_samples()
         self._sets = {
-            name: EditSamples([rows[i] for i in spread(len(rows), self.limit)]) for name, rows in self.read().items()
+            name: EditSamples([rows[i] for i in spread(len(rows), self.limit)])
+            for name, read in self.read().items()
+            for rows in [distinct_rows(read, f"the set {name}")]
         }
 
     def train_samples(self) -> list[PromptSample]:
@@ -138,12 +141,12 @@ class ImgEditPrompts(EditBenchmarkPrompts):
 
     def read(self) -> dict[str, list[Row]]:
         """Reads the rows of the one set, `imgedit`."""
-        path = Path(self.file)
+        path = local_path(self.file, "data.file")
         if not path.is_file():
             raise ValueError(f"data.file is {self.file!r}, which is not a file: give ImgEdit's basic_edit.json.")
         try:
-            entries = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            entries = json.loads(read_text(path, "data.file"))
+        except json.JSONDecodeError as error:
             raise ValueError(f"{path}: not valid JSON ({error}): fetch it anew.") from None
         if not isinstance(entries, dict) or not entries:
             raise ValueError(f'{path}: not an object of entries: write {{"1": {{"id", "prompt", "edit_type"}}, ...}}.')
@@ -155,7 +158,7 @@ class ImgEditPrompts(EditBenchmarkPrompts):
             name, prompt, kind = (_text(where, entry, column) for column in ("id", "prompt", "edit_type"))
             sample = PromptSample(key, prompt, kind, {"edit_type": kind})
             with _at(where):
-                rows.append((where, sample, image_file(Path(self.images), name)))
+                rows.append((where, sample, image_file(local_path(self.images, "data.images"), name)))
         return {"imgedit": rows}
 
 

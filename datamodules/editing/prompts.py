@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -13,8 +14,8 @@ from rich.progress import Progress
 from datamodules.base import LazySamples, PromptSample, spread
 from datamodules.editing.hub import RepoType, locate
 from datamodules.editing.images import ImageRules, check_image, read_image
-from datamodules.editing.rows import COLUMNS, BadRows, Row, read_rows
-from datamodules.prompt_files import PromptFiles
+from datamodules.editing.rows import COLUMNS, BadRows, Row, distinct_rows, read_rows
+from datamodules.prompt_files import EVALUATED, PromptFiles
 
 _LONG = 1000
 """Rows whose check is worth a progress bar."""
@@ -53,7 +54,7 @@ class EditSamples(LazySamples):
             image = read_image(source, self.rules)
         except ValueError as error:
             raise ValueError(_complaint(self.rows[index], error)) from None
-        return PromptSample(sample.id, sample.prompt, sample.tag, sample.metadata, image)
+        return replace(sample, image=image)
 
     def checked(self, bad: BadRows, *, full: bool) -> EditSamples:
         """Returns the samples whose images can be used.
@@ -153,7 +154,7 @@ class EditPrompts(PromptFiles):
 
     def read(self, path: Path) -> list[PromptSample]:
         """Reads all rows of a file or a folder and checks their images, which are read later."""
-        return self._samples_of([path], str(path), None)
+        return self._samples_of([path], str(path), None, None)
 
     def predict_samples(self) -> dict[str, list[PromptSample]]:
         """Returns the prompts of `predict_file`, or the test sets when there is none.
@@ -165,11 +166,16 @@ class EditPrompts(PromptFiles):
     def _read(self, key: str) -> list[PromptSample]:
         key = "eval_file" if key == "test_file" and self.test_file is None else key
         name: str = getattr(self, key)
-        return self._samples_of(locate(name, f"data.{key}", self.repo_type), name, self.limit)
+        evaluated = f"data.{key}" if key in EVALUATED else None
+        return self._samples_of(locate(name, f"data.{key}", self.repo_type), name, self.limit, evaluated)
 
-    def _samples_of(self, places: Sequence[Path], name: str, limit: int | None) -> list[PromptSample]:
+    def _samples_of(
+        self, places: Sequence[Path], name: str, limit: int | None, evaluated: str | None
+    ) -> list[PromptSample]:
         bad = BadRows(self.on_bad_row)
         rows = read_rows(places, bad, self.columns, self.prompt_index)
+        if evaluated is not None:
+            rows = distinct_rows(rows, evaluated)
         samples = EditSamples([rows[number] for number in spread(len(rows), limit)], self.rules)
         if self.check_images != "none":
             samples = samples.checked(bad, full=self.check_images == "full")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from datamodules.editing.arrow import SUFFIXES, ArrowRows, Image
 from datamodules.editing.hub import DATA_SUFFIXES
 from datamodules.editing.images import Source
-from datamodules.jsonl import json_lines
+from datamodules.jsonl import id_of, json_lines, read_text
+from datamodules.repeats import distinct
 from datamodules.sample import PromptSample
 
 Row = tuple[str, PromptSample, Source]
@@ -80,8 +83,7 @@ def read_rows(
         found = find_columns(table, columns or {})
         for number, (where, record) in enumerate(table.records):
             # A row that is left out keeps its number, so the others' ids stay what they are.
-            given = record.get(found.get("id", ""))
-            name = f"{total:05d}" if given is None else str(given)
+            name = id_of(record.get(found.get("id", "")), total, where)
             total += 1
             if name in lines:
                 raise ValueError(f"{where}: the id {name!r} was used in {lines[name]}: make ids unique.")
@@ -97,6 +99,32 @@ def read_rows(
             tag = category_of(record.get(found.get("category", "")), name)
             rows.append((where, PromptSample(name, prompt, tag, metadata), source))
     return rows
+
+
+def distinct_rows(rows: Sequence[Row], setting: str) -> list[Row]:
+    """Makes one row of those with equal instruction, category and image; its sample counts them in `repeats`.
+
+    Args:
+        rows: rows of an evaluation set.
+        setting: name of the setting that names their file.
+    """
+    asked = Counter((sample.prompt, sample.tag) for _, sample, _ in rows)
+    keys = [
+        (sample.prompt, sample.tag, _image_key(source) if asked[sample.prompt, sample.tag] > 1 else b"")
+        for _, sample, source in rows
+    ]
+    return [
+        (rows[row][0], replace(rows[row][1], repeats=number), rows[row][2])
+        for row, number in distinct(keys, setting).items()
+    ]
+
+
+def _image_key(source: Source) -> object:
+    """Returns a digest of an image's file; the source itself, equal to no other, if it cannot be read."""
+    try:
+        return hashlib.sha256(source.read_bytes() if isinstance(source, Path) else source()).digest()
+    except (OSError, ValueError):
+        return source
 
 
 def category_of(given: Any, name: str) -> str:
@@ -266,7 +294,7 @@ def _captions(folder: Path) -> Table:
     for file in sorted(folder.rglob("*")):
         if file.suffix.lower() in IMAGE_SUFFIXES:
             name, caption = file.relative_to(folder), file.with_suffix(".txt")
-            text = caption.read_text(encoding="utf-8-sig").strip() if caption.is_file() else None
+            text = read_text(caption, "the caption").strip() if caption.is_file() else None
             record = {"id": name.with_suffix("").as_posix(), "image": name.as_posix(), "prompt": text}
             if len(name.parts) > 1:
                 record["category"] = name.parts[0]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datamodules.base import PromptSample, bare
-from datamodules.jsonl import Broken, Record, json_lines
+from datamodules.jsonl import Broken, Record, id_of, json_lines
+from datamodules.local_path import local_path
 from datamodules.paraphrases.base import Paraphraser, Wordings, check_kinds
 
 
@@ -85,7 +86,7 @@ class FileParaphrases(Paraphraser):
 
     def _read(self) -> list[_Line]:
         if self._lines is None:
-            self._lines = list(_parse(Path(self.path), self.kind))
+            self._lines = list(_parse(local_path(self.path, "FileParaphrases.path"), self.kind))
         return self._lines
 
 
@@ -110,7 +111,7 @@ def _parse(path: Path, kind: str) -> Iterator[_Line]:
         raise ValueError(f"FileParaphrases.path is {str(path)!r}, which is not a file: give the path of a .jsonl file.")
     for where, record in read_wordings(path):
         said = {key: record.get(key) for key in ("set", "id", "original")}
-        said["id"] = None if said["id"] is None else str(said["id"])
+        said["id"] = None if said["id"] is None else id_of(said["id"], 0, where)
         for key, value in said.items():
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"{where}: `{key}` is {value!r}: give text, or leave the key out.")

@@ -24,6 +24,7 @@ from callbacks.predictions import SavePredictions
 from callbacks.progress import RunProgressBar
 from callbacks.report import Report
 from datamodules.base import PromptDataModule
+from datamodules.local_path import local_path
 from lightning_modules.agents import check_precision
 from lightning_modules.cli.checkpoint import Checkpoint, SaveConfig
 from lightning_modules.cli.errors import complain, raised_by_us
@@ -118,6 +119,9 @@ class PromptRLCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuses a checkpoint that cannot be read before anything is built or written."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        local_path(config["trainer"]["default_root_dir"] or "", "trainer.default_root_dir")
+        local_path(config["experiment"], "experiment")
         path = self._checkpoint_path
         if path is not None and not zipfile.is_zipfile(path):
             what = "which is no checkpoint" if Path(path).is_file() else "but there is no such file"

@@ -7,13 +7,14 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
+from lightning_modules.policies.adapters import DEFAULT, REFERENCE, base_and_adapter, reference_adapter
 from lightning_modules.policies.memory import Quantization, follow_weights, quantize_linears
 from rewards.arguments import check_minimum
 
@@ -25,14 +26,18 @@ class LoRA:
     """Low-rank adapters (peft) instead of full fine-tuning.
 
     Args:
-        rank: rank of the update.
-        alpha: the update is scaled by alpha / rank.
+        rank: rank of the update; null is 64.
+        alpha: the update is scaled by alpha / rank; null is 128.
         targets: module name endings, or one regular expression; null is the policy's own choice.
+        path: adapter to start from, or to evaluate where the agent is frozen: a folder (diffusers' or peft's format,
+            or one that `callbacks.export.Export` wrote), a LoRA file of an image model, or a hub id. Its rank, alpha
+            and targets apply; leave these out.
     """
 
-    rank: int = 64
-    alpha: int = 128
+    rank: int | None = None
+    alpha: int | None = None
     targets: list[str] | str | None = None
+    path: str | None = None
 
 
 class Policy(nn.Module, ABC):
@@ -42,7 +47,7 @@ class Policy(nn.Module, ABC):
     dropout or batch statistics would make a replay differ from its rollout.
 
     Args:
-        model: folder or hub id.
+        model: folder or hub id; an adapter's stands for its base model with the adapter as `lora.path`.
         learning_rate: null freezes this agent.
         weight_decay: AdamW's weight decay.
         kl_weight: weight of the KL to the model before training; 0 keeps no reference.
@@ -97,15 +102,6 @@ class Policy(nn.Module, ABC):
             )
         if not max_grad_norm > 0:
             raise ValueError(f"{own} has max_grad_norm={max_grad_norm}, use more than 0, or .inf for no clipping.")
-        copied = learning_rate is not None and lora is None and kl_weight > 0
-        if copied and frozen_dtype == "float32" != dtype:
-            raise ValueError(
-                f"{own} has frozen_dtype=float32, but its reference takes inputs of dtype={dtype}: use that."
-            )
-        if quantization is not None and learning_rate is not None and lora is None:
-            raise ValueError(
-                f"`{agent}.quantization` is {quantization}, whose weights cannot be trained; add `{agent}.lora`."
-            )
         self.model = model
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -130,6 +126,16 @@ class Policy(nn.Module, ABC):
         return self.learning_rate is not None
 
     @property
+    def adapted(self) -> bool:
+        """True if the network has LoRA adapters: trained ones, or loaded ones."""
+        return self.lora is not None and (self.trained or self.lora.path is not None)
+
+    @property
+    def base(self) -> str:
+        """Hub id or absolute folder of the base model, as exports name it."""
+        return str(Path(self.model).resolve()) if Path(self.model).is_dir() else self.model
+
+    @property
     def active(self) -> Any:
         """The network in use: the trained one, or its frozen copy inside `reference()`."""
         return self._frozen_copy if self._use_frozen_copy else self.network
@@ -146,17 +152,44 @@ class Policy(nn.Module, ABC):
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes what was trained in the libraries' own format: an adapter, or a model folder."""
 
+    def settle_model(self) -> None:
+        """Puts an adapter's base model into `model` and the adapter into `lora.path`, if `model` is an adapter.
+
+        Raises:
+            ValueError: if the base model cannot be told, or quantized weights would be trained.
+        """
+        agent = self.agent
+        self.model, adapter = base_and_adapter(self.model, agent)
+        if adapter is not None:
+            lora = self.lora or LoRA()
+            if lora.path is not None:
+                raise ValueError(
+                    f"`{agent}.model` is a LoRA, {adapter}, and `{agent}.lora.path` another: give the base model as "
+                    f"`{agent}.model`."
+                )
+            self.lora = replace(lora, path=adapter)
+        if self.quantization is not None and self.trained and self.lora is None:
+            raise ValueError(
+                f"`{agent}.quantization` is {self.quantization}, whose weights cannot be trained; add `{agent}.lora`."
+            )
+
+    @property
+    def _adapters(self) -> list[str]:
+        """Names of the adapters that the network gets: one to use and, for the KL, a copy of what was loaded."""
+        keeps = self.trained and self.kl_weight > 0 and self.lora is not None and self.lora.path is not None
+        return [DEFAULT, REFERENCE] if keeps else [DEFAULT]
+
     def _prepare(self) -> None:
         """Freezes everything but what this agent learns, and keeps a reference if the KL needs one."""
         self.requires_grad_(False)
         self.eval()
         if self.quantization is not None:
             quantize_linears(self.network, self.quantization, self.dtype)
-        if not self.trained:
-            return
-        if self.lora is not None:
+        if self.lora is not None and self.adapted:
             self._add_adapters(self.lora)
-        else:
+            if not self.trained:
+                self.requires_grad_(False)
+        elif self.trained:
             lost = rounded_away(self.network, self.learning_rate) if self.learning_rate else 0.0
             if lost > 0.05:
                 warnings.warn(
@@ -166,6 +199,11 @@ class Policy(nn.Module, ABC):
                     stacklevel=2,
                 )
             if self.kl_weight > 0:
+                if self.frozen_dtype.itemsize > self.dtype.itemsize:
+                    raise ValueError(
+                        f"model.{self.agent} has frozen_dtype {self.frozen_dtype}, but its reference takes inputs of "
+                        f"its `dtype`, {self.dtype}: use that."
+                    )
                 self._frozen_copy = copy.deepcopy(self.network)
                 if self.frozen_dtype != self.dtype:
                     nn.Module.to(self._frozen_copy, self.frozen_dtype)  # diffusers' own warns of layers, none of ours
@@ -184,9 +222,20 @@ class Policy(nn.Module, ABC):
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Context manager: the reference policy (LoRA disabled, or the frozen copy)."""
-        if self.lora is not None and self.trained:
+        """Context manager: the policy that training starts from, which the KL is measured to.
+
+        Under LoRA the adapters are off or, where training began from `lora.path`, are those that were loaded; under
+        full fine-tuning the frozen copy is in use. A frozen agent is its own reference.
+
+        Raises:
+            ValueError: if the agent was loaded without a KL, and so kept no copy.
+        """
+        if self.trained and self.lora is not None and self.lora.path is None:
             with self._adapters_off():
+                yield
+            return
+        if self.trained and self.adapted and REFERENCE in self.network.peft_config:
+            with reference_adapter(self.network):
                 yield
             return
         if self.trained and self._frozen_copy is None:

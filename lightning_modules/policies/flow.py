@@ -69,7 +69,7 @@ class FlowPolicy(Policy):
     Subclasses implement `load`, `sigmas`, `encode`, `latent_shape`, `velocity` and `decode`.
 
     Args:
-        model: pipeline folder or hub id.
+        model: pipeline folder or hub id, or a LoRA's folder that names its pipeline.
         sampling: settings of the sampler.
         height: images' height in pixels.
         width: images' width in pixels.

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from datamodules.base import PromptSample
+from lightning_modules.policies.adapters import DEFAULT, load_language_lora
 from lightning_modules.policies.base import LoRA, Policy
 from lightning_modules.policies.loading import check_language_model, lora_config
 from lightning_modules.policies.memory import gradient_checkpointing_enabled
@@ -44,7 +45,7 @@ class LanguagePolicy(Policy):
     it is (`VisionLanguagePolicy` also shows it the source image).
 
     Args:
-        model: folder or hub id of a model that writes text and has a chat template.
+        model: folder or hub id of a model that writes text and has a chat template, or of a LoRA of one.
         template: the user's message, with `{prompt}` where the prompt goes.
         temperature: softmax temperature of the rollouts' sampling, and of every log-prob.
         max_new_tokens: longest completion in rollouts.
@@ -93,6 +94,7 @@ class LanguagePolicy(Policy):
         """Loads model and tokenizer."""
         if self.network is not None:
             return
+        self.settle_model()
         check_language_model(self.model)
         with one_line_errors(self.model):
             config = AutoConfig.from_pretrained(self.model)
@@ -121,6 +123,9 @@ class LanguagePolicy(Policy):
             self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
 
     def _add_adapters(self, lora: LoRA) -> None:
+        if lora.path is not None:
+            self.network = load_language_lora(self.network, lora, self._adapters)
+            return
         sees = hasattr(self.network.config, "vision_config")
         targets = VISION_LANGUAGE_TARGETS if sees else self.default_lora_targets
         self.network = get_peft_model(self.network, lora_config(self.network, lora, targets, "language.lora"))
@@ -172,7 +177,11 @@ class LanguagePolicy(Policy):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes a PEFT adapter folder, or a transformers model folder; the tokenizer beside it."""
-        self.network.save_pretrained(directory)
+        if self.adapted:
+            self.network.peft_config[DEFAULT].base_model_name_or_path = self.base
+            self.network.save_pretrained(directory, selected_adapters=[DEFAULT])
+        else:
+            self.network.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
 
     def _write(self, samples: Sequence[PromptSample], num: int, max_new_tokens: int, *, greedy: bool) -> Completions:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig
 from torch import nn
 
+from lightning_modules.policies.adapters import matching
 from lightning_modules.policies.base import LoRA
 from rewards.pretrained import check_hub_id, one_line_errors
 
@@ -73,7 +74,12 @@ def _read_json(model: str, name: str) -> dict[str, Any]:
     path = Path(model) / name
     if not Path(model).is_dir():
         with one_line_errors(model):
-            path = Path(hf_hub_download(model, name))
+            try:
+                path = Path(hf_hub_download(model, name))
+            except EntryNotFoundError as error:
+                raise ValueError(
+                    f"it has no {name}; if it is a LoRA, give its base model as `flow.model` and it as `flow.lora.path`"
+                ) from error
     if not path.is_file():
         raise ValueError(f"the pipeline folder {model} lacks {name}: copy it there.")
     content: dict[str, Any] = json.loads(path.read_text())
@@ -113,16 +119,15 @@ def lora_config(network: nn.Module, lora: LoRA, default_targets: list[str] | str
     """
     targets = lora.targets if lora.targets is not None else default_targets
     names = [name for name, _ in network.named_modules()]
-    if isinstance(targets, str):
-        unmatched = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
-    else:
-        unmatched = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+    groups = {targets: targets} if isinstance(targets, str) else {target: [target] for target in targets}
+    unmatched = [name for name, group in groups.items() if not matching(names, group)]
     if unmatched:
         raise ValueError(
             f"`{where}.targets` names {', '.join(unmatched)}, which matches no module of {type(network).__name__}; "
             f"use endings of module names such as {_example(network)}."
         )
-    return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0)
+    rank, alpha = (64 if lora.rank is None else lora.rank), (128 if lora.alpha is None else lora.alpha)
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0)
 
 
 def _example(network: nn.Module) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datamodules.chunks import chunks
+from lightning_modules.policies.adapters import DEFAULT, load_flow_lora
 from lightning_modules.policies.base import LoRA
 from lightning_modules.policies.flow import FlowPolicy, Sampling
 from lightning_modules.policies.loading import absent_parts, check_pipeline, lora_config, read_config
@@ -38,7 +39,7 @@ class PipelinePolicy(FlowPolicy):
     prompt.
 
     Args:
-        model: pipeline folder or hub id.
+        model: pipeline folder or hub id, or a LoRA's folder that names its pipeline.
         sampling: settings of the sampler.
         batch_guidance: runs the two passes of classifier-free guidance as one batch; faster on a GPU that is not full.
         offload: keeps text encoders and VAE on the CPU between uses.
@@ -158,6 +159,7 @@ class PipelinePolicy(FlowPolicy):
         """Loads the pipeline; its modules become submodules, so that Lightning moves them."""
         if self.pipe is not None:
             return
+        self.settle_model()
         check_pipeline(self.model, self.pipeline_class.__name__)
         self.check_config()
         with one_line_errors(self.model):
@@ -206,7 +208,9 @@ class PipelinePolicy(FlowPolicy):
                 f"`height` and `width` are {self.height} x {self.width}; {self.model} needs multiples of "
                 f"{factor} pixels."
             )
-        if self.lora is not None and self.trained:
+        if self.lora is not None and self.lora.path is not None:
+            load_flow_lora(self.empty_network(), self.lora, self.pipeline_class, [DEFAULT])
+        elif self.lora is not None and self.trained:
             lora_config(self.empty_network(), self.lora, self.default_lora_targets, "flow.lora")
 
     def pixels_per_token(self) -> int:
@@ -221,6 +225,9 @@ class PipelinePolicy(FlowPolicy):
         return network
 
     def _add_adapters(self, lora: LoRA) -> None:
+        if lora.path is not None:
+            load_flow_lora(self.network, lora, self.pipeline_class, self._adapters)
+            return
         self.network.add_adapter(lora_config(self.network, lora, self.default_lora_targets, "flow.lora"))
         cast_training_params(self.network, torch.float32)  # bf16 would round small updates away
 
@@ -307,13 +314,14 @@ class PipelinePolicy(FlowPolicy):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes a LoRA that the stock pipeline's `load_lora_weights` reads, or the whole pipeline."""
-        if self.lora is None or not self.trained:
+        if not self.adapted:
             self.pipe.save_pretrained(directory)
             return
+        metadata = self.network.peft_config[DEFAULT].to_dict() | {"base_model_name_or_path": self.base}
         self.pipeline_class.save_lora_weights(
             directory,
-            transformer_lora_layers=get_peft_model_state_dict(self.network, adapter_name="default"),
-            transformer_lora_adapter_metadata=self.network.peft_config["default"].to_dict(),
+            transformer_lora_layers=get_peft_model_state_dict(self.network, adapter_name=DEFAULT),
+            transformer_lora_adapter_metadata=metadata,
         )
 
     def _encode_texts(

@@ -35,6 +35,7 @@ def flow_on_meta(policy: PipelinePolicy) -> PipelinePolicy:
     Raises:
         ValueError: for what `load` would refuse, in the same words.
     """
+    policy.settle_model()
     check_pipeline(policy.model, policy.pipeline_class.__name__)
     policy.check_config()
     meta = _unloaded(policy)
@@ -54,6 +55,7 @@ def language_on_meta(policy: LanguagePolicy) -> LanguagePolicy:
     Raises:
         ValueError: for what `load` would refuse, in the same words.
     """
+    policy.settle_model()
     check_language_model(policy.model)
     with one_line_errors(policy.model):
         config = AutoConfig.from_pretrained(policy.model)

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from datamodules.atomic_write import write_atomically
+from datamodules.local_path import local_path
 from lightning_modules.run_folder import RunFolder, below
 
 
@@ -123,6 +124,7 @@ class Sweep:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
+        local_path(self.root, "the sweep's `root`")
         if self.processes < 1:
             raise ValueError(f"the sweep's `processes` is {self.processes}, use at least 1.")
         for name in ("configs", "seeds"):

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from callbacks.benchmark import add_results
+from callbacks.benchmark import add_results, texts_digest
 from callbacks.scores.prompt_scores import PromptScores, PromptTable, weighted_mean
 from datamodules.base import PromptDataModule, PromptSample, bare
 from lightning_modules.evaluation import EvaluationBatch
@@ -34,8 +34,9 @@ class RewriteNaming(L.Callback):
     def __init__(self, sets: list[str] | None = None) -> None:
         self.sets = sets
         self.history: list[dict[str, Any]] = []
-        """One entry per evaluation: `{"step", "rollouts", "results"}`."""
+        """One entry per evaluation: `{"step", "rollouts", "results", "sets"}`."""
         self._metrics: dict[str, PromptScores] = {}
+        self._sets: dict[str, str] = {}
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -53,12 +54,13 @@ class RewriteNaming(L.Callback):
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Makes empty metrics, the same on every rank."""
         data: PromptDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        self._metrics = {}
+        self._metrics, self._sets = {}, {}
         if getattr(pl_module, "language", None) is None:
             return
         for name, samples in data.eval_sets.items():
             if name not in data.unrefined and (self.sets is None or name in self.sets):
                 rows = [(sample.id, sample.tag) for sample in bare(samples)]
+                self._sets[name] = texts_digest(f"{sample.id} {sample.prompt}" for sample in bare(samples))
                 self._metrics[name] = PromptScores.on(pl_module.device, rows, COLUMNS)
 
     def on_validation_batch_end(
@@ -79,8 +81,11 @@ class RewriteNaming(L.Callback):
         if trainer.sanity_checking or not results:
             return
         rollouts = getattr(pl_module, "num_rollouts", 0)
-        self.history.append({"step": trainer.global_step, "rollouts": rollouts, "results": results})
-        last = {"results": results, "before": self.history[0]["results"], "history": self.history}
+        entry = {"step": trainer.global_step, "rollouts": rollouts, "results": results, "sets": self._sets}
+        self.history.append(entry)
+        first = self.history[0]
+        before = {name: one for name, one in first["results"].items() if first["sets"][name] == self._sets.get(name)}
+        last = {"results": results, "before": before, "history": self.history}
         add_results(trainer, {"naming": last})
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -47,7 +47,6 @@ class MiniaturePrompts(PromptDataModule):
         **kwargs: as for `PromptDataModule`.
     """
 
-    published = False
     rewordings: Mapping[str, str] = {}
     """Name of an evaluation set of other wordings -> name of the set that it rewords."""
 

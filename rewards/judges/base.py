@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,6 +19,7 @@ import httpx
 from PIL import Image
 
 from datamodules.atomic_write import write_atomically
+from datamodules.local_path import local_path
 from rewards.arguments import OnFailure, check_minimum, check_on_failure
 from rewards.base import Reward, RewardUnavailable, Score
 from rewards.judges.templates import JudgeTemplate
@@ -121,7 +121,7 @@ class Judge(Reward):
         self.max_retries = max_retries
         self.backoff = backoff
         self.on_failure: OnFailure = on_failure
-        self.cache_dir = Path(cache_dir) if cache_dir else None
+        self.cache_dir = local_path(cache_dir, f"{own}'s cache_dir") if cache_dir else None
         self._client: httpx.Client | None = None
         self._key = ""
         self._cache: dict[str, tuple[float, ...]] = {}

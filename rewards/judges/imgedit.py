@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from datamodules.jsonl import read_text
 from rewards.base import RewardBatch, Score
 from rewards.judges.base import Answer, Judge, Question
 from rewards.judges.templates import JudgeTemplate, reworded
@@ -165,9 +166,8 @@ def _read_templates(path: str) -> dict[str, JudgeTemplate]:
     """Reads a user's questions from a JSON file: kind of edit -> template."""
     where = "ImgEditJudge's wording"
     try:
-        with open(path, encoding="utf-8") as file:
-            texts = json.load(file)
-    except (OSError, ValueError) as error:  # a UnicodeDecodeError and a JSONDecodeError are ValueErrors
+        texts = json.loads(read_text(path, where))
+    except json.JSONDecodeError as error:
         raise ValueError(f"{where} names {path}, which cannot be read as JSON ({error}): check it.") from error
     if not isinstance(texts, dict) or not texts:
         raise ValueError(f'{where}: {path} must be a JSON object such as {{"add": "... {_PLACEHOLDER} ..."}}.')

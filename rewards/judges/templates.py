@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from datamodules.jsonl import read_text
+
 # asterisks are Markdown's; "4/5" and "4 out of 5" are read with their scale
 _STATEMENT = re.compile(
     r"Final Score:[\s*]*(?P<rating>[-+]?\d[^\s/]*)(?:\s*\(?(?:/|out of)\s*(?P<scale>\d+(?:\.\d+)?))?"
@@ -192,11 +194,7 @@ def read_wording(path: str, where: str, *also: str, holds: tuple[str, ...] = ("{
     Raises:
         ValueError: if the file cannot be read, or lacks or repeats one of these texts.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where} names {path}, which cannot be read as UTF-8 text ({error}): check it.") from error
+    text = read_text(path, where)
     for part in (*holds, *also):
         if text.count(part) != 1:
             raise ValueError(f"{where}: {path} holds {part} {text.count(part)} times, it must hold it exactly once.")

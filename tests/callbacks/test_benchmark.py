@@ -17,6 +17,7 @@ from PIL import Image
 
 from callbacks.benchmark import Benchmark
 from callbacks.geneval import GenEvalBenchmark
+from callbacks.report import Report
 from callbacks.reward import RewardBenchmark
 from datamodules.base import PromptDataModule, PromptSample
 from lightning_modules.evaluation import EvaluationBatch, validate_now
@@ -130,7 +131,10 @@ def test_a_fit_leaves_results_before_after_and_history(tmp_path: Path, capsys: p
         "geneval": {"without_pe": table_of(1, 0, 1), "with_pe": table_of(1, 1, 1)},
         "few": {"without_pe": one_tag(1), "with_pe": one_tag(1)},
     }
-    assert set(results) == {"geneval", "few", "rollouts", "seconds", "intervals", "before", "history", "headlines"}
+    assert set(results) == {
+        *("geneval", "few", "rollouts", "seconds", "intervals", "before", "history", "headlines", "sets")
+    }
+    assert {name: one["prompts"] for name, one in results["sets"].items()} == {"geneval": 3, "few": 1}
     assert results["headlines"] == {"geneval": "overall", "few": "overall"}
     assert {name: results[name] for name in after} == after
     assert results["before"] == before
@@ -190,6 +194,37 @@ def test_a_resumed_run_knows_its_beginning(tmp_path: Path, capsys: pytest.Captur
     assert results["before"]["geneval"]["with_pe"]["overall"] == pytest.approx(2 / 3)
     assert results["geneval"]["with_pe"]["overall"] == pytest.approx(1 / 3)
     assert "-0.333" in capsys.readouterr().out
+
+
+class Others(Prompts):
+    """The first set without its first prompt, the second as it was."""
+
+    def eval_samples(self) -> dict[str, list[PromptSample]]:
+        sets = super().eval_samples()
+        return sets | {"geneval": sets["geneval"][1:]}
+
+
+def test_other_prompts_are_not_compared_with_those_from_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = make_trainer(tmp_path, GenEvalBenchmark(ShapesDetector()))
+    first.fit(Painter(IMPROVES), Prompts())
+    first.save_checkpoint(tmp_path / "at_2.ckpt")
+    capsys.readouterr()
+    trainer = make_trainer(tmp_path, GenEvalBenchmark(ShapesDetector()), Report(), max_steps=4)
+    painter = Painter({mode: {4: "left"} for mode in IMPROVES})
+    trainer.fit(painter, Others(), ckpt_path=tmp_path / "at_2.ckpt")
+    printed = capsys.readouterr().out
+    assert "No change is shown where the prompts are not those of the first" in " ".join(printed.split())
+    lines = [line.split("│") for line in printed.splitlines() if " PE " in line]
+    assert [[cell.strip() for cell in cells[3:6]] for cells in lines] == [
+        *[["", "0.500", ""]] * 2,
+        *[["0.000", "0.000", "+0.000"]] * 2,
+    ]
+    run = tmp_path / "run" / "version_1"
+    assert list(json.loads((run / "results.json").read_text())["before"]) == ["few"]
+    geneval = (run / "results.md").read_text().split("## ")[1]
+    assert geneval.startswith("GenEval\n") and "before" not in geneval
 
 
 def test_state_survives_a_round_trip() -> None:
@@ -289,6 +324,50 @@ def test_mistakes_are_refused(tmp_path: Path) -> None:
         make_trainer(tmp_path, *two).test(Painter(IMPROVES), Prompts())
     apart = [GenEvalBenchmark(ShapesDetector(), sets=["few"]), GenEvalBenchmark(ShapesDetector(), sets=["geneval"])]
     make_trainer(tmp_path, *apart).test(Painter(IMPROVES), Prompts(), verbose=False)
+
+
+class Repeated(Prompts):
+    """Four prompts for a circle, each `times` times, of which the painter draws half right."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    def train_samples(self) -> list[PromptSample]:
+        metadata = ASKED["circle"].metadata | {"of": ""}
+        texts = [f"circle {i // self.times}" for i in range(4 * self.times)]
+        return [
+            PromptSample(f"{i}", "circle", "single_object", metadata | {"of": text}) for i, text in enumerate(texts)
+        ]
+
+
+class HalfRight(Painter):
+    """Draws the prompts 0 and 1 right, 2 and 3 wrong."""
+
+    def validation_step(self, batch: list[PromptSample], batch_idx: int, dataloader_idx: int) -> Any:
+        name = self.trainer.datamodule.eval_names[dataloader_idx]  # type: ignore[attr-defined]
+        images = [
+            Image.fromarray(render(CIRCLE if s.metadata["of"] in ("circle 0", "circle 1") else CROSSES)) for s in batch
+        ]
+        prompts = [sample.asked for sample in batch]
+        return EvaluationBatch(name, batch, {"without_pe": prompts}, [[0] * len(batch)], {"without_pe": [images]})
+
+    test_step = validation_step
+
+
+def test_equal_prompts_of_any_data_module_are_resampled_together(tmp_path: Path) -> None:
+    """Four prompts, each five times, have the interval of four prompts: 0 to 1."""
+    ends = {}
+    for times in (1, 5):
+        trainer = make_trainer(tmp_path / str(times), GenEvalBenchmark(ShapesDetector(), sets=["geneval"]))
+        trainer.test(HalfRight(IMPROVES, refines=False), Repeated(times), verbose=False)
+        run = tmp_path / str(times) / "run" / "version_0"
+        results = json.loads((run / "results.json").read_text())
+        ends[times] = results["intervals"]["geneval"]["without_pe"]["overall"]
+        assert results["geneval"]["without_pe"]["overall"] == 0.5 and results["sets"]["geneval"]["prompts"] == 4
+        lines = [json.loads(line) for line in (run / "scores.jsonl").read_text().splitlines()]
+        assert len(lines) == 4 * times and len({line["prompt"] for line in lines}) == 4
+    assert ends[1] == ends[5] == [0, 1]
 
 
 def test_one_prompt_of_a_tag_has_no_interval(tmp_path: Path) -> None:

@@ -15,27 +15,31 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from callbacks.export import Export
-from callbacks.reporting.model_card import call_arguments, drawing_code, loading_code
+from callbacks.reporting.model_card import drawing_code, loading_code
 from datamodules.base import PromptSample
 from lightning_modules.cli import main
 from lightning_modules.evaluation import EvaluatedAgents
+from lightning_modules.policies.base import LoRA
 from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.flux1 import Flux1Policy
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.prompt_rl import PromptRL
 from lightning_modules.seeding import generators_for
+from tests.lightning_modules.policies import tiny_sd3
 from tests.lightning_modules.policies.family import PROMPTS, Family
-from tests.lightning_modules.policies.test_families import FAMILIES, stock
+from tests.lightning_modules.policies.test_families import FAMILIES
 from tests.lightning_modules.policies.test_flux1 import perturb
+from tests.lightning_modules.policies.tiny_qwen_image_edit import QWEN_IMAGE_EDIT
 from tests.short_runs import quick
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 FLOW, LANGUAGE = "model.init_args.flow.init_args", "model.init_args.language.init_args"
-LORA = [f"--{FLOW}.lora.rank=4", f"--{LANGUAGE}.lora.rank=4"]
+ADAPTERS = [f"--{FLOW}.lora.rank=4", f"--{LANGUAGE}.lora.rank=4"]
 LARGE = [f"--{FLOW}.learning_rate=3e-3", f"--{LANGUAGE}.learning_rate=3e-3"]  # so that a step shows in the images
 PROMPT = "a photo of two red circles"
 CONTENTS = {"flow", "language", "README.md", "config.yaml"}
@@ -86,7 +90,7 @@ def exported(root: Path, *options: str, **export: Any) -> Exported:
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Adapters of both agents, with validations of six prompts."""
-    return exported(tmp_path_factory.mktemp("lora"), *LORA, *LARGE, "--data.init_args.eval_prompts=6")
+    return exported(tmp_path_factory.mktemp("lora"), *ADAPTERS, *LARGE, "--data.init_args.eval_prompts=6")
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +105,7 @@ def card_code(export: Path) -> str:
 
 
 def use_card(export: Path, monkeypatch: pytest.MonkeyPatch, prompt: str = PROMPT) -> dict[str, Any]:
-    """Runs the card's code in the export's folder, which sees the miniature as the training did."""
-    if not (export / "miniature").exists():
-        (export / "miniature").symlink_to(ROOT / "miniature")
+    """Runs the card's code in the export's folder."""
     monkeypatch.chdir(export)
     names: dict[str, Any] = {}
     exec(card_code(export).replace('prompt = "..."', f"prompt = {prompt!r}"), names)
@@ -150,7 +152,7 @@ def test_the_cards_code_draws_and_rewrites_the_same(
 
 def test_contents_of_the_card(lora: Exported) -> None:
     folder, export = lora.folder, lora.export
-    assert {path.name for path in export.iterdir()} - {"miniature"} == CONTENTS
+    assert {path.name for path in export.iterdir()} == CONTENTS
     assert yaml.safe_load((export / "config.yaml").read_text()) == yaml.safe_load((folder / "config.yaml").read_text())
     assert not list(folder.glob(".export*"))
     card = (export / "README.md").read_text()
@@ -191,8 +193,7 @@ def test_a_checkpoint_is_exported_by_test_and_replaces_an_earlier_export(
     lora: Exported, full: Exported, tmp_path: Path
 ) -> None:
     there = tmp_path / "model"
-    shutil.copytree(lora.export, there, symlinks=True)
-    (there / "miniature").unlink(missing_ok=True)
+    shutil.copytree(lora.export, there)
     checkpoint = full.folder / "checkpoints" / "last.ckpt"
     exporting = {"on_train_end": False, "on_test_end": True, "directory": str(there)}
     tested = run(tmp_path / "runs", f"--ckpt_path={checkpoint}", command="test", export=exporting)
@@ -267,30 +268,87 @@ def test_templates_survive_their_quotes(make_flow: Any, make_language: Any) -> N
     assert "add_generation_prompt=True, enable_thinking=False)" in code
 
 
-CALLED = [family for family in FAMILIES if family.name != "qwen_image_edit"]  # its source's size is a constant
+STOCK = [family for family in FAMILIES if family.name != "qwen_image_edit"]  # stock diffusers cannot load it here
 
 
-@pytest.mark.parametrize("family", CALLED, ids=lambda family: family.name)
-def test_the_cards_arguments_draw_the_same_in_every_family(family: Family, tmp_path: Path) -> None:
-    """The stock pipeline, called as the card says, on the family's tiny random model."""
-    folder = family.save(tmp_path)
-    policy: Any = family.load(folder, Sampling(8, 0, eval_steps=4))
-    perturb(policy, 0.02)
-    pipe: Any = stock(family, folder)
-    pipe.transformer.load_state_dict(policy.network.state_dict())
-    loading = loading_code(policy, None)
-    assert f"pipe = {type(pipe).__name__}.from_pretrained('flow', torch_dtype=torch.float32)" in loading
-    sampler = [line for line in loading.splitlines() if line.startswith(("from diffusers", "pipe.scheduler"))]
-    exec("\n".join(sampler), {"pipe": pipe})  # Sana's is another than the folder's
-    arguments = call_arguments(policy)
+@pytest.mark.parametrize("lora", [None, LoRA(rank=4, alpha=8)], ids=["full", "lora"])
+@pytest.mark.parametrize("family", STOCK, ids=lambda family: family.name)
+def test_the_cards_code_draws_the_same_in_every_family(
+    family: Family, lora: LoRA | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of the card's code, run in the export's folder, on the family's tiny random model."""
+    folder = family.save(tmp_path / "base")
+    policy: Any = family.load(folder, Sampling(8, 0, eval_steps=4), lora=lora)
+    perturb(policy, 0.1 if lora else 0.02)
+    policy.save_pretrained(tmp_path / "flow")
+    names = run_card(policy, tmp_path, monkeypatch)
+    assert (names["pipe"].config._name_or_path == "flow") == (lora is None)
+    arguments, images = names["arguments"], family.images(1)
     assert arguments["num_inference_steps"] == 4
-    images = family.images(1)
     if images is not None:
         arguments["image"] = images[0]
         assert 'arguments["image"]' in drawing_code(policy, None)
     ours = policy.generate(PROMPTS[2:], [3], images=images).clamp(0, 1)
-    theirs = pipe(
+    theirs = names["pipe"](
         prompt=PROMPTS[2], latents=policy.prepare_latents(generators_for([3])), output_type="pt", **arguments
     ).images
     assert np.ptp(theirs.numpy()) > 0.05
     assert (ours - theirs).abs().max() < 1e-4
+
+
+def run_card(policy: Any, export: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Runs the code of an export without a refiner, as it stands."""
+    names: dict[str, Any] = {}
+    with monkeypatch.context() as patch:
+        patch.chdir(export)
+        exec(f"{loading_code(policy, None)}\n{drawing_code(policy, None)}", names)
+    assert names["image"].size == (policy.width, policy.height)
+    return names
+
+
+def test_the_cards_code_names_a_part_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SD3 without its T5, which stock diffusers loads only if it is told so."""
+    tiny_sd3.build(t5=False).save_pretrained(tmp_path / "base")
+    run_card(tiny_sd3.SD3.load(tmp_path / "base", Sampling(2, 0), learning_rate=None), tmp_path, monkeypatch)
+
+
+def test_the_cards_code_has_an_image_where_one_is_needed(tmp_path: Path) -> None:
+    policy: Any = QWEN_IMAGE_EDIT.load(QWEN_IMAGE_EDIT.save(tmp_path), Sampling(2, 0))
+    names: dict[str, Any] = {"pipe": policy.pipe}
+    exec(drawing_code(policy, None), names)
+    assert names["image"].size == (policy.width, policy.height)
+
+
+# --- exports as the start of another run ------------------------------------------------------------------------------
+
+
+def test_an_exported_lora_starts_a_run_and_is_evaluated_and_exported_where_it_is_frozen(
+    lora: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refiner goes on by `lora.path`, in front of the flow model frozen with its LoRA, given as `model`."""
+    start = (
+        f"--{FLOW}.model={lora.export}",
+        f"--{FLOW}.learning_rate=null",
+        f"--{LANGUAGE}.lora.path={lora.export}",
+        f"--{LANGUAGE}.learning_rate=3e-3",
+        "--data.init_args.eval_prompts=6",
+    )
+    again = exported(tmp_path, *start, "--preflight=stop")
+    finals, starts = (json.loads((run.folder / "results.json").read_text()) for run in (lora, again))
+    assert starts["before"]["geneval"] == finals["geneval"]
+    trained = load_file(lora.export / "language" / "adapter_model.safetensors")
+    further = load_file(again.export / "language" / "adapter_model.safetensors")
+    assert trained.keys() == further.keys() and not all(torch.equal(trained[name], further[name]) for name in trained)
+    for name, weight in load_file(lora.export / "flow" / "pytorch_lora_weights.safetensors").items():
+        assert torch.equal(load_file(again.export / "flow" / "pytorch_lora_weights.safetensors")[name], weight)
+    names = use_card(again.export, monkeypatch)
+    assert largest_difference(again.module, names) < 1e-4
+    card = (again.export / "README.md").read_text()
+    assert "not trained here, with the LoRA in this folder" in card
+
+    checkpoint = again.folder / "checkpoints" / "last.ckpt"
+    with monkeypatch.context() as patch:
+        patch.chdir(ROOT)
+        more = run(tmp_path, *start, f"--ckpt_path={checkpoint}", "--trainer.max_steps=3")
+    resumed = torch.load(more / "checkpoints" / "last.ckpt", weights_only=True)
+    assert resumed["global_step"] == 3 and all(".default." in name for name in resumed["state_dict"])

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from callbacks.geneval import GenEvalBenchmark
+from callbacks.run_config import folder_stamps
 from lightning_modules.cli import main
 from lightning_modules.policies.flux1 import Flux1Policy
 from miniature.scenes.detector import ShapesDetector
@@ -141,6 +142,15 @@ def test_a_model_that_was_trained_again_is_drawn_again(tmp_path: Path, drawn: li
     (tmp_path / "flow" / "transformer" / "config.json").touch()
     main(arguments)
     assert len(drawn) == 2 * 3 * 2
+
+
+def test_a_lora_file_is_told_apart_by_its_time(tmp_path: Path) -> None:
+    file = tmp_path / "mine.safetensors"
+    file.write_text("12345")
+    (stamp,) = folder_stamps({"flow": {"lora": {"path": str(file), "rank": None}}}).values()
+    assert stamp.endswith(", 5 bytes")
+    os.utime(file, (0, 0))
+    assert folder_stamps(str(file)) == {str(file): "1970-01-01T00:00:00+00:00, 5 bytes"} != {str(file): stamp}
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -141,7 +141,7 @@ def test_a_bad_jsonl_line_is_named(tmp_path: Path, line: object, message: str) -
 def test_bad_files_and_settings(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"empty\.txt: the file holds no lines: write one prompt per line"):
         read_prompts(write(tmp_path / "empty.txt", " "))
-    with pytest.raises(ValueError, match=r"p\.csv: the file's name must end in \.txt .* or \.jsonl"):
+    with pytest.raises(ValueError, match=r"p\.csv: its name ends in '\.csv': give .* \.txt \(.*\) or \.jsonl"):
         read_prompts(write(tmp_path / "p.csv", 'a "b"'))
     with pytest.raises(
         ValueError, match=r"data\.eval_file is 'none\.txt', .* give the path of a \.txt or \.jsonl file"

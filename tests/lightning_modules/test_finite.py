@@ -156,7 +156,6 @@ def test_weights_that_are_not_finite_are_not_saved(make_flow: MakeFlow) -> None:
         {"betas": (0.9, 1.0)},
         {"lora": LoRA(alpha=0)},
         {"lora": LoRA(rank=0)},
-        {"kl_weight": 0.1, "frozen_dtype": "float32", "dtype": "bfloat16"},
         {"micro_batch_size": 0},
     ],
 )

@@ -16,6 +16,7 @@ from datamodules.base import PromptSample
 from datamodules.paraphrases.base import Paraphraser
 from datamodules.paraphrases.files import FileParaphrases
 from lightning_modules.paraphraser import WrittenParaphrases
+from lightning_modules.policies.base import LoRA
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.policies.templates import GENERAL
 
@@ -69,6 +70,26 @@ def test_greedy_wordings_are_the_rewrites(
     assert all(line["formatted"] and line["seed"] is None and line["template"] == "{prompt}" for line in lines)
     # What it leaves is a file of paraphrases like any other.
     assert FileParaphrases(str(cache)).write("geneval", samples) == {"file": found["enhanced"]}
+
+
+def test_an_adapter_is_part_of_what_a_line_is_told_apart_by(samples: list[PromptSample], tmp_path: Path) -> None:
+    """Also after loading has put the base model in its place."""
+    base = writer(lora=LoRA(rank=2), learning_rate=1e-4)
+    base.load()
+    base.save_pretrained(tmp_path / "lora")
+    cache = tmp_path / "w.jsonl"
+    for policy, more in (
+        (writer(), {}),
+        (LanguagePolicy(str(tmp_path / "lora"), "{prompt}", dtype="float32", learning_rate=None), {}),
+        (writer(lora=LoRA(path=str(tmp_path / "lora"))), {"lora": str(tmp_path / "lora")}),
+    ):
+        source = WrittenParaphrases(policy, cache=str(cache), kind="enhanced")
+        model = policy.model
+        assert source.missing("geneval", samples)
+        source.write("geneval", samples)
+        assert not source.missing("geneval", samples)
+        line = json.loads(cache.read_text().splitlines()[-1])
+        assert line["model"] == model and {"lora": line["settings"].get("lora")} == ({"lora": None} | more)
 
 
 def test_the_writer_is_loaded_only_for_what_is_missing(samples: list[PromptSample], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from callbacks.benchmark import texts_digest
 from callbacks.reporting.published import (
     EDIT,
     GENEVAL,
@@ -23,6 +24,7 @@ from callbacks.reporting.published import (
     refiner_transfer_rows,
     retention_rows,
 )
+from callbacks.reporting.results import tables_of
 from callbacks.reporting.tables import (
     INTERVAL_NOTE,
     PAPER_NOTE,
@@ -45,11 +47,8 @@ from rewards.pickscore import PickScoreReward
 NAN = float("nan")
 OURS = Row("flux_a with PE", {"overall": 0.6123, "position": NAN}, intervals={"overall": (0.5711, 0.6504)})
 THEIRS = Row("FlowGRPO", {"overall": 0.92, "position": 0.95}, "PromptRL")
-KEYS = (
-    "geneval", "drawbench/pickscore", "drawbench/hps", "drawbench/unified_reward", "ocr", "tmdb/ocr", "openlib/ocr",
-    "edit/editreward",
-)  # fmt: skip
-BENCHMARKS = [benchmark_of(key) for key in KEYS]
+BENCHMARKS = ["geneval", "pickscore", "hps", "unified_reward", "ocr", "tmdb", "openlib", "edit"]
+TEXTS = {"geneval": "db13d3b9aa8c6628", "ocr": "3191745107059dfe", "drawbench": "1ccb4f9e51c9fd05"}
 SMALL = Table("GenEval", ("position", "overall"), (THEIRS, OURS), note="Mean of six tags.")
 
 
@@ -315,16 +314,12 @@ def test_diversity_table() -> None:
         "rewrites": {"image_similarity": 0.8, "text_similarity": 0.3},
     }
     intervals = {"same_prompt": {"image_similarity": [0.88, 0.92]}}
-    table = diversity_table("Diversity", results, intervals, diversity_rows())
+    table = diversity_table("Diversity", results, intervals)
     assert markdown(table).split("\n\n")[0] == (
         "|  | image-image | pickscore | text-image |\n"
         "| --- | ---: | ---: | ---: |\n"
         "| same prompt | 0.900 [0.880, 0.920] | 22.00 | – |\n"
-        "| rewrites | 0.800 | – | 0.300 |\n"
-        "| SD1.5 (PromptRL Fig. 2) | 0.58 to 0.72 | – | – |\n"
-        "| FLUX.1-dev (PromptRL Fig. 2) | 0.92 to 0.93 | – | – |\n"
-        "| FLUX.1-dev with a language model (PromptRL Fig. 2) | 0.84 to 0.85 | – | – |\n"
-        "| all of these (PromptRL Fig. 2) | – | – | 0.28 to 0.36 |"
+        "| rewrites | 0.800 | – | 0.300 |"
     )
     assert table.note == INTERVAL_NOTE
     check_structure(latex(table), 3)
@@ -437,10 +432,32 @@ def test_every_row_has_a_source_and_names_are_those_of_the_rewards() -> None:
     assert paper_rows("clipscore") == []
 
 
-def test_keys_of_results_lead_to_the_paper_only_for_its_prompts() -> None:
-    assert BENCHMARKS == ["geneval", "pickscore", "hps", "unified_reward", "ocr", "tmdb", "openlib", "edit"]
-    for other in ("pickscore", "geneval.typos", "geneval/hps", "drawbench/clipscore", "drawbench/ocr", "edit"):
-        assert paper_rows(benchmark_of(other)) == []
+@pytest.mark.parametrize(
+    ("key", "texts", "benchmark"),
+    [
+        ("geneval", TEXTS["geneval"], "geneval"),
+        ("ocr", TEXTS["ocr"], "ocr"),
+        *((f"drawbench/{reward}", TEXTS["drawbench"], reward) for reward in ("pickscore", "hps", "unified_reward")),
+        ("geneval", TEXTS["ocr"], ""),
+        ("geneval", None, ""),
+        ("tmdb/ocr", None, ""),
+        ("edit/editreward", TEXTS["geneval"], ""),
+        *((key, TEXTS["drawbench"], "") for key in ("pickscore", "drawbench/clipscore", "drawbench/ocr")),
+        *((key, TEXTS["geneval"], "") for key in ("geneval.typos", "geneval/hps")),
+    ],
+)
+def test_the_papers_rows_stand_beside_its_own_prompts_only(key: str, texts: str | None, benchmark: str) -> None:
+    assert benchmark_of(key, texts) == benchmark
+    scores = {"overall": 0.5} if key == "geneval" else {"mean": 0.5}
+    sets = {} if texts is None else {key: {"texts": texts}}
+    (table,) = tables_of({key: {"without_pe": scores}, "sets": sets}, "run")
+    assert [row.label for row in table.rows if row.source] == [row.label for row in paper_rows(benchmark)]
+    assert ("could not be had" in table.note) == (key in ("tmdb/ocr", "edit/editreward"))
+
+
+def test_the_digest_is_of_the_different_texts() -> None:
+    # printf 'a\\nb' | sha256sum
+    assert texts_digest(["b", "a ", "b"]) == "7e18f737311b2dc3"
 
 
 def test_whole_paper_renders() -> None:

@@ -95,6 +95,21 @@ def test_intervals_over_scenes_and_runs(tmp_path: Path) -> None:
     assert (by_scene.low, by_scene.high) == (0, 1) and by_prompt.low > 0 and by_prompt.high < 1
 
 
+def test_equal_prompts_are_drawn_together(tmp_path: Path) -> None:
+    """As scenes are, and for a difference by the set that repeats its prompts."""
+    right = {name: float(i > 2) for i, name in enumerate("uvwxyz")}
+    tables = []
+    for folder, prompts in (("1", "aaabbb"), ("2", "uvwxyz")):
+        for prompt, (name, value) in zip(prompts, right.items(), strict=True):
+            run = scored(tmp_path / folder, (name, "red", value, 4), prompt=prompt)
+        tables.append(prompt_table(run, "geneval", "without_pe"))
+    summarize = mean_of_tags("correct")
+    one = prompt_contrast([(1, tables[:1])], summarize=summarize)
+    assert (one.low, one.high) == (0, 1)
+    both = prompt_contrast([(1, tables[1:]), (-0.5, tables[:1])], summarize=summarize)
+    assert (both.value, both.low, both.high) == (0.25, 0, 0.5)
+
+
 def test_intervals_of_other_runs(tmp_path: Path) -> None:
     """Three runs with .25, .5 and .75 on every prompt: Student's t interval, 4.3027 * .25 / sqrt(3) to each side."""
     runs = [scored(tmp_path / str(mean), *[(name, "red", mean, 4) for name in "abcd"]) for mean in (0.25, 0.5, 0.75)]

@@ -108,6 +108,15 @@ def test_resamples_keep_the_size_of_every_tag() -> None:
     assert torch.equal(weights, resample(tags, 400, seed=3)) and not torch.equal(weights, resample(tags, 400, seed=4))
 
 
+def test_rows_of_one_prompt_are_drawn_together() -> None:
+    """The draws are those of the distinct prompts, which stand in the rows' order."""
+    tags, prompts = ["a", "a", "b", "a", "a"], ["x", "y", "x", "x", "z"]
+    weights = resample(tags, 50, prompts=prompts)
+    once = resample(["a", "a", "b", "a"], 50)
+    assert torch.equal(weights, once[:, [0, 1, 2, 0, 3]])
+    assert torch.equal(resample(tags, 50, prompts=list("vwxyz")), resample(tags, 50))
+
+
 def test_the_interval_of_a_share_has_its_textbook_width() -> None:
     """200 prompts, half of them right: 1.96 * sqrt(.25 / 200) = .0693 to either side."""
     table = geneval_table(*((f"{i}", "colors", i % 2 == 0) for i in range(200)))

@@ -97,7 +97,9 @@ def test_a_folder_languages_and_a_limit(tmp_path: Path) -> None:
     for number in range(2):
         folder = tmp_path / str(number)
         folder.mkdir()
-        path = write(folder, "parquet", [row(i, key=f"k{number}{i}") for i in range(4)])
+        path = write(
+            folder, "parquet", [row(i, key=f"k{number}{i}", instruction=f"edit {number}{i}") for i in range(4)]
+        )
         path.rename(tmp_path / f"data-{number}.parquet")
     data = GEditPrompts(str(tmp_path), languages=["cn"], limit=3)
     data.setup("validate")

@@ -336,7 +336,7 @@ def test_images_may_stay_unseen_until_their_turn(tmp_path: Path) -> None:
 
 
 def test_only_chosen_rows_are_looked_at(tmp_path: Path) -> None:
-    rows = [{"prompt": "t", "image": png("red") if n % 2 == 0 else b"none"} for n in range(6)]
+    rows = [{"prompt": f"t {n}", "image": png("red") if n % 2 == 0 else b"none"} for n in range(6)]
     assert [s.id for s in load(write(tmp_path / "a.parquet", rows), limit=3)] == ["00000", "00002", "00004"]
 
 

@@ -105,9 +105,10 @@ def test_shares_before_and_after(tmp_path: Path) -> None:
     fit.fit(Writer(), datamodule=Prompts())
     naming = json.loads((tmp_path / "run/version_0/results.json").read_text())["naming"]
     assert naming["before"] == {"edits": BEFORE} and naming["results"] == {"edits": AFTER}
-    assert naming["history"] == [
-        {"step": 0, "rollouts": 0, "results": {"edits": BEFORE}},
-        {"step": 2, "rollouts": 16, "results": {"edits": AFTER}},
+    sets = naming["history"][0]["sets"]
+    assert list(sets) == ["edits"] and naming["history"] == [
+        {"step": 0, "rollouts": 0, "results": {"edits": BEFORE}, "sets": sets},
+        {"step": 2, "rollouts": 16, "results": {"edits": AFTER}, "sets": sets},
     ]
     rows = list(csv.DictReader((tmp_path / "run/version_0/metrics.csv").open()))
     logged = [float(row["val/edits/names_source"]) for row in rows if row.get("val/edits/names_source")]
@@ -119,7 +120,7 @@ def test_shares_before_and_after(tmp_path: Path) -> None:
     writer = Writer()
     other = trainer(tmp_path, resumed)
     other.test(writer, datamodule=Prompts(), verbose=False)  # a test tells of other scenes: history begins anew
-    assert resumed.history == [{"step": 0, "rollouts": 0, "results": {"edits": BEFORE}}]
+    assert resumed.history == [{"step": 0, "rollouts": 0, "results": {"edits": BEFORE}, "sets": sets}]
     assert other.callback_metrics["test/edits/names_object"] == 0.5
 
 
