@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from rewards.arguments import check_minimum
+
 
 class EMA(EMAWeightAveraging):
     """Lightning's weight averaging, restricted to trained weights.
@@ -29,6 +31,7 @@ class EMA(EMAWeightAveraging):
     def __init__(self, decay: float = 0.99, update_every_n_steps: int = 1, device: str | None = None) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"EMA has decay={decay}, use 0 or more and less than 1.")
+        check_minimum("EMA", 1, update_every_n_steps=update_every_n_steps)
         super().__init__(device, use_buffers=False, decay=decay, update_every_n_steps=update_every_n_steps)
         self._swapped = False
 

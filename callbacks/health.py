@@ -20,6 +20,7 @@ from datamodules.base import PromptDataModule, bare
 from lightning_modules.evaluation import EvaluationBatch
 from lightning_modules.image_statistics import rollout_statistics
 from lightning_modules.rollout import Rollout
+from rewards.arguments import check_minimum
 from rewards.base import Reward, RewardBatch, score_each
 
 
@@ -55,9 +56,8 @@ class Health(L.Callback):
         min_delta: float = 0.0,
         limits: dict[str, Limit] | None = None,
     ) -> None:
-        for name, value in (("every_n_steps", every_n_steps), ("patience", patience)):
-            if value is not None and value < 1:
-                raise ValueError(f"Health has {name}={value}, use at least 1.")
+        check_minimum("Health", 1, every_n_steps=every_n_steps, patience=patience)
+        check_minimum("Health", 0, min_delta=min_delta)
         if patience is not None and held_out is None:
             raise ValueError("Health has `patience` but no `held_out` reward to be patient with: give one.")
         self.every_n_steps = every_n_steps

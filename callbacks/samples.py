@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lightning_modules.evaluation import EvaluationBatch
 from lightning_modules.rollout import Rollout
+from rewards.arguments import check_minimum
 
 _SIDE = 160
 _CAPTION = 78
@@ -29,6 +30,7 @@ class SampleImages(L.Callback):
     """
 
     def __init__(self, num: int = 6) -> None:
+        check_minimum("SampleImages", 1, num=num)
         self.num = num
 
     def on_validation_batch_end(

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from rewards.arguments import check_minimum
+
 
 @dataclass(frozen=True)
 class Limit:
@@ -32,8 +34,8 @@ class Limit:
                 f"a limit of `limits` has below={self.below} and above={self.above}, so that every value is out of "
                 "bounds: swap them."
             )
-        if self.for_steps < 1:
-            raise ValueError(f"a limit of `limits` has for_steps={self.for_steps}, use at least 1.")
+        check_minimum("a limit of `limits`", -math.inf, below=self.below, above=self.above)
+        check_minimum("a limit of `limits`", 1, for_steps=self.for_steps)
 
 
 @dataclass(frozen=True)

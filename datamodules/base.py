@@ -64,9 +64,11 @@ class PromptDataModule(L.LightningDataModule):
         self, batch_size: int = 1, eval_batch_size: int = 8, seed: int | None = None, num_workers: int = 0
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if value < 1:
-                raise ValueError(f"data.{name} is {value}, use at least 1.")
+        for name, value, least in (
+            ("batch_size", batch_size, 1), ("eval_batch_size", eval_batch_size, 1), ("num_workers", num_workers, 0)
+        ):  # fmt: skip
+            if value < least:
+                raise ValueError(f"data.{name} is {value}, use at least {least}.")
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.seed = run_seed(seed)

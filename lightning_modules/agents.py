@@ -78,7 +78,8 @@ class Agents(L.LightningModule):
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["num_rollouts"] = self.num_rollouts
-        check_finite(checkpoint["state_dict"] | checkpoint.get("current_model_state", {}))
+        check_finite(checkpoint["state_dict"])
+        check_finite(checkpoint.get("current_model_state", {}))  # beside a moving average
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError for a checkpoint of other agents, which non-strict loading would let pass in silence."""

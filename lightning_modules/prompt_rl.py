@@ -138,12 +138,13 @@ class PromptRL(EvaluatedAgents):
         seed_step(self.seed, self.global_step, self.global_rank)
         rollout = self.collect(batch)
         self.latest = rollout
-        if not self._checked or self.global_step % self.check_ratio_every == 0:
+        step = self.trainer.fit_loop.epoch_loop.total_batch_idx  # as the step's own numbers go by in the log
+        if not self._checked or step % self.check_ratio_every == 0:
             self._checked = True
             # Straight to the loggers: `self.log` would repeat the number in every step until the epoch's end.
             ratios = {f"train/{agent}/max_log_ratio": value for agent, value in self.check_ratio(rollout).items()}
             for logger in self.loggers:
-                logger.log_metrics(ratios, step=self.global_step)
+                logger.log_metrics(ratios, step=step)
         stats = Averages()
         self.update(rollout, stats)
         self.num_rollouts += len(rollout.images) * self.trainer.world_size

@@ -14,6 +14,8 @@ from typing import Any, Self
 
 import yaml
 
+from datamodules.seed import run_seed
+
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # faster, where PyYAML has libyaml
 _NO_RUNS = ("checkpoints", "images", "predictions")
 MODE_LABELS = {"without_pe": "without PE", "with_pe": "with PE"}
@@ -99,7 +101,8 @@ class RunFolder:
         if self.fitted is not None:
             return self.fitted.seed
         seed: int | None = self.get("model.init_args.seed")
-        return self.get("seed_everything") if seed is None else seed
+        seed = self.get("seed_everything") if seed is None else seed
+        return run_seed(None) if seed is False else seed  # Lightning seeded nothing
 
     @property
     def history(self) -> list[dict[str, Any]]:

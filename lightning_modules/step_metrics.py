@@ -17,7 +17,7 @@ from rewards.encoders import PixelEncoder, image_similarity
 
 
 class Averages:
-    """Weighted means of named values; of a name with "max_" in it, the maximum instead."""
+    """Weighted means of named values; of a name with "max_" in it, the maximum instead (scorers aside)."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor | float] = {}
@@ -25,7 +25,7 @@ class Averages:
 
     def add(self, name: str, value: Tensor | float, weight: float = 1.0) -> None:
         """Adds a value, a scalar, with its weight in the mean; with weight 0 only its name."""
-        if "max_" in name:
+        if "max_" in name and not name.startswith("reward/"):  # a scorer may have any name
             self._sums[name] = torch.maximum(torch.as_tensor(self._sums.get(name, value)), torch.as_tensor(value))
             self._weights[name] = 1.0
         else:

@@ -9,7 +9,7 @@ OnFailure = Literal["skip", "fail"]
 """Policy once the retries of a request are used up: the image's score is invalid, or RewardUnavailable is raised."""
 
 
-def check_minimum(owner: str, minimum: float, **arguments: float | None) -> None:
+def check_minimum(owner: str, minimum: float, /, **arguments: float | None) -> None:
     """Raises ValueError if an argument is below its minimum or not finite; null is allowed.
 
     >>> check_minimum("PickScoreReward", 1, batch_size=0)

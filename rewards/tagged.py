@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+from rewards.arguments import check_minimum
 from rewards.base import Reward, RewardBatch, Score, score_each
 
 
@@ -86,6 +88,7 @@ class WeightedSum(_Composite):
         if set(weights) != set(rewards):
             different = ", ".join(sorted(set(weights) ^ set(rewards)))
             raise ValueError(f"WeightedSum needs one weight for each of its rewards; `weights` differs in {different}.")
+        check_minimum("WeightedSum.weights", -math.inf, **weights)
         self.weights = weights
         self.needs = tuple(dict.fromkeys(need for reward in rewards.values() for need in reward.needs))
 

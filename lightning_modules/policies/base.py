@@ -91,7 +91,11 @@ class Policy(nn.Module, ABC):
         own = f"model.{agent}"
         check_minimum(own, 0, learning_rate=learning_rate, weight_decay=weight_decay, kl_weight=kl_weight)
         check_minimum(own, 0, clip_range=clip_range, max_log_ratio=max_log_ratio, beta_1=betas[0], beta_2=betas[1])
-        check_minimum(own, 1, micro_batch_size=micro_batch_size, lora_rank=None if lora is None else lora.rank)
+        check_minimum(own, 1, micro_batch_size=micro_batch_size)
+        if lora is not None:
+            check_minimum(f"{own}.lora", 1, rank=lora.rank, alpha=lora.alpha)
+        if max(betas) >= 1:
+            raise ValueError(f"{own} has betas={betas}, use less than 1: the averages would stay at 0.")
         if learning_rate is not None and learning_rate > 1:
             raise ValueError(
                 f"{own} has learning_rate={learning_rate}, use at most 1: AdamW moves each weight by about that a step."
@@ -195,6 +199,11 @@ class Policy(nn.Module, ABC):
                     stacklevel=2,
                 )
             if self.kl_weight > 0:
+                if self.frozen_dtype.itemsize > self.dtype.itemsize:
+                    raise ValueError(
+                        f"model.{self.agent} has frozen_dtype {self.frozen_dtype}, but its reference takes inputs of "
+                        f"its `dtype`, {self.dtype}: use that."
+                    )
                 self._frozen_copy = copy.deepcopy(self.network)
                 if self.frozen_dtype != self.dtype:
                     nn.Module.to(self._frozen_copy, self.frozen_dtype)  # diffusers' own warns of layers, none of ours

@@ -31,7 +31,7 @@ class Sampling:
         num_steps: sampler steps.
         sde_steps: K for the first K steps, a list of steps, or a window; the others are Euler steps.
         sde_type: name of a step function in `lightning_modules/rl/sde.py`.
-        noise_level: noise of the SDE steps.
+        noise_level: noise of the SDE steps; from 0 to 1 with cps.
         clip_range: the flow policy's ratio is clipped to 1 - clip_range, 1 + clip_range.
         eval_steps: sampler steps in evaluation (no noise is added there); null is `num_steps`.
         val_steps: sampler steps in validations within a fit, which may be lighter than tests; null is `eval_steps`.
@@ -49,6 +49,10 @@ class Sampling:
         own = "model.flow.sampling"
         check_minimum(own, 1, num_steps=self.num_steps, eval_steps=self.eval_steps, val_steps=self.val_steps)
         check_minimum(own, 0, noise_level=self.noise_level, clip_range=self.clip_range)
+        if self.sde_type == "cps" and self.noise_level > 1:
+            raise ValueError(
+                f"{own} has noise_level={self.noise_level}, use at most 1 with sde_type cps: a quarter turn."
+            )
         # Checks the steps now rather than at the first rollout.
         steps = sde_step_indices(self.sde_steps, self.num_steps, generator=torch.Generator())
         last = isinstance(self.sde_steps, Window) and (self.sde_steps.stop or self.num_steps) == self.num_steps

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.pipeline import PipelinePolicy
+from rewards.arguments import check_minimum
 
 
 class Flux1Policy(PipelinePolicy):
@@ -38,6 +39,8 @@ class Flux1Policy(PipelinePolicy):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, sampling, **kwargs)
+        check_minimum("model.flow", 0, guidance=guidance)
+        check_minimum("model.flow", 1, max_sequence_length=max_sequence_length)
         self.guidance = guidance
         self.max_sequence_length = max_sequence_length
 

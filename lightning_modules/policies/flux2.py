@@ -17,6 +17,7 @@ from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.loading import read_config, read_index
 from lightning_modules.policies.pipeline import PipelinePolicy
 from lightning_modules.policies.sources import crop_to, stack_sources
+from rewards.arguments import check_minimum
 
 
 class Flux2KleinPolicy(PipelinePolicy):
@@ -53,6 +54,8 @@ class Flux2KleinPolicy(PipelinePolicy):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, sampling, **kwargs)
+        check_minimum("model.flow", 0, guidance_scale=guidance_scale)
+        check_minimum("model.flow", 1, max_sequence_length=max_sequence_length)
         self.asked_guidance_scale = guidance_scale
         self.max_sequence_length = max_sequence_length
         self.text_encoder_out_layers = text_encoder_out_layers

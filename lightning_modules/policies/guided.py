@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.pipeline import PipelinePolicy
+from rewards.arguments import check_minimum
 
 
 class GuidedPolicy(PipelinePolicy):
@@ -30,6 +31,8 @@ class GuidedPolicy(PipelinePolicy):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, sampling, **kwargs)
+        check_minimum("model.flow", 0, guidance_scale=guidance_scale)
+        check_minimum("model.flow", 1, max_sequence_length=max_sequence_length)
         self.guidance_scale = guidance_scale
         self.negative_prompt = negative_prompt
         self.max_sequence_length = max_sequence_length

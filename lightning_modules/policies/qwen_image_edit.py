@@ -18,6 +18,7 @@ from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.loading import read_index
 from lightning_modules.policies.qwen_image import QwenImagePolicy
 from lightning_modules.policies.sources import crop_to, stack_sources
+from rewards.arguments import check_minimum
 from rewards.pretrained import load_processor
 
 
@@ -50,6 +51,7 @@ class QwenImageEditPolicy(QwenImagePolicy):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, sampling, **kwargs)
+        check_minimum("model.flow", 1, condition_area=condition_area, source_area=source_area)
         self.condition_area = condition_area
         self.source_area = source_area
         self.source_size = source_size

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.guided import GuidedPolicy
 from lightning_modules.policies.loading import read_config
+from rewards.arguments import check_minimum
 
 
 class ZImagePolicy(GuidedPolicy):
@@ -43,6 +44,7 @@ class ZImagePolicy(GuidedPolicy):
         self, model: str, sampling: Sampling, guidance_scale: float = 5.0, cfg_normalization: float = 0.0, **kwargs: Any
     ) -> None:
         super().__init__(model, sampling, guidance_scale, **kwargs)
+        check_minimum("model.flow", 0, cfg_normalization=cfg_normalization)
         self.cfg_normalization = cfg_normalization
 
     def check_config(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from datamodules.base import PromptDataModule, PromptSample
 from miniature.scenes.wording import Style, write
 from miniature.scenes.world import TAGS, contents
+from rewards.arguments import check_minimum
 
 
 def shapes_prompts(
@@ -59,6 +60,7 @@ class MiniaturePrompts(PromptDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, seed=seed, **kwargs)
+        check_minimum("data", 1, train_prompts=train_prompts, eval_prompts=eval_prompts)
         self.train_prompts = train_prompts
         self.eval_prompts = eval_prompts
         self.originals = dict(self.rewordings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
@@ -86,7 +87,7 @@ class GenEvalReward(Reward):
             raise ValueError(f"GenEvalReward has reward={reward!r}, use one of {', '.join(get_args(RewardKind))}.")
         if compat not in (None, "flow_grpo"):
             raise ValueError(f"GenEvalReward has compat={compat!r}, use null or flow_grpo.")
-        if exclude_penalty < 0:
+        if not 0 <= exclude_penalty < math.inf:
             raise ValueError(f"GenEvalReward has exclude_penalty={exclude_penalty}, use 0 or more: it is subtracted.")
         self.detector = detector
         self.reward: RewardKind = reward

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -107,7 +108,7 @@ class Judge(Reward):
         check_on_failure(own, on_failure)
         check_minimum(own, 1, max_tokens=max_tokens, concurrency=concurrency, image_size=image_size)
         check_minimum(own, 0, max_retries=max_retries, backoff=backoff)
-        if timeout <= 0:
+        if not 0 < timeout < math.inf:
             raise ValueError(f"{own} has timeout={timeout}, use a number of seconds above 0.")
         self.base_url = _checked_url(base_url, own)
         self.model = model

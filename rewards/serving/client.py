@@ -78,7 +78,7 @@ class RemoteReward(Reward):
         if not self.urls or not all(url.startswith(("http://", "https://")) for url in self.urls):
             raise ValueError(f"RemoteReward has urls={urls!r}, give at least one, such as http://127.0.0.1:18080.")
         check_on_failure("RemoteReward", on_failure)
-        if not timeout > 0:
+        if not 0 < timeout < math.inf:
             raise ValueError(f"RemoteReward has timeout={timeout}, use more than 0 seconds.")
         check_minimum("RemoteReward", 1, max_items=max_items, concurrency=concurrency)
         check_minimum("RemoteReward", 0, retries=retries, backoff=backoff, cooldown=cooldown)

@@ -136,6 +136,8 @@ def test_a_validation_that_breaks_off_is_saved_unswapped(tmp_path: Path) -> None
     assert not same(dict(saved["state_dict"]), Witness.steps[3])
 
 
-def test_bad_decay() -> None:
+def test_settings_that_cannot_work() -> None:
     with pytest.raises(ValueError, match="EMA has decay=1, use 0 or more and less than 1"):
         EMA(decay=1)
+    with pytest.raises(ValueError, match="EMA has update_every_n_steps=0, use at least 1"):
+        EMA(update_every_n_steps=0)

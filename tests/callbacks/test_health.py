@@ -19,6 +19,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from PIL import Image
 
 from callbacks.health import Health
+from callbacks.samples import SampleImages
 from callbacks.stop_rules import Limit, Streaks
 from datamodules.base import PromptDataModule, PromptSample
 from lightning_modules import cli
@@ -390,6 +391,11 @@ def test_a_resumed_run_takes_its_rules_from_the_configuration(tmp_path: Path) ->
         (lambda: Limit(), "neither `below` nor `above`"),
         (lambda: Limit(below=2, above=1), "swap them"),
         (lambda: Limit(below=2, for_steps=0), "for_steps=0, use at least 1"),
+        (lambda: Limit(below=math.nan), "below=nan, use a finite number"),
+        (lambda: Limit(above=math.inf), "above=inf, use a finite number"),
+        (lambda: Health(min_delta=math.nan), "Health has min_delta=nan, use a finite number"),
+        (lambda: Health(min_delta=-1), "Health has min_delta=-1, use at least 0"),
+        (lambda: SampleImages(0), "SampleImages has num=0, use at least 1"),
     ],
 )
 def test_settings_that_cannot_work(make: Any, match: str) -> None:

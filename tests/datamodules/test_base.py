@@ -155,6 +155,8 @@ def test_too_few_prompts_is_an_error() -> None:
         Numbers(3).attach(0, 2).train_dataloader()
     with pytest.raises(ValueError, match="data.batch_size is 0, use at least 1"):
         Numbers(batch_size=0)
+    with pytest.raises(ValueError, match="data.num_workers is -1, use at least 0"):
+        Numbers(num_workers=-1)
 
 
 class Recorder(L.LightningModule):

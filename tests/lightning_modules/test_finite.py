@@ -13,9 +13,13 @@ import torch
 
 from datamodules.base import PromptSample
 from lightning_modules.agents import NotFinite
+from lightning_modules.policies.base import LoRA
 from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.flux1 import Flux1Policy
+from lightning_modules.policies.flux2 import Flux2KleinPolicy
 from lightning_modules.policies.language import LanguagePolicy
+from lightning_modules.policies.sd3 import SD3Policy
+from lightning_modules.policies.z_image import ZImagePolicy
 from lightning_modules.prompt_rl import PromptRL
 from miniature.scenes.prompts import ShapesPrompts
 from tests.lightning_modules.test_prompt_rl import Collector, Redness, attach
@@ -132,6 +136,9 @@ def test_weights_that_are_not_finite_are_not_saved(make_flow: MakeFlow) -> None:
     next(p for p in module.flow.parameters() if p.requires_grad).data.view(-1)[0] = math.inf
     with pytest.raises(NotFinite, match="1 of .* trained weights are not finite, for example flow"):
         module.on_save_checkpoint({"state_dict": module.state_dict()})
+    for average, current in ((module.state_dict(), state), (state, module.state_dict())):  # as EMA leaves them
+        with pytest.raises(NotFinite):
+            module.on_save_checkpoint({"state_dict": average, "current_model_state": current})
 
 
 @pytest.mark.parametrize(
@@ -146,19 +153,36 @@ def test_weights_that_are_not_finite_are_not_saved(make_flow: MakeFlow) -> None:
         {"max_grad_norm": math.nan},
         {"max_log_ratio": math.nan},
         {"betas": (-0.9, 0.99)},
+        {"betas": (0.9, 1.0)},
+        {"lora": LoRA(alpha=0)},
+        {"lora": LoRA(rank=0)},
         {"micro_batch_size": 0},
     ],
 )
 @pytest.mark.parametrize("agent", ["flow", "language"])
 def test_settings_of_an_agent_that_cannot_train_are_refused(agent: str, settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"model.{agent} has "):
+    with pytest.raises(ValueError, match=rf"model\.{agent}(\.lora)? has "):
         if agent == "flow":
             Flux1Policy("miniature/flow", Sampling(4, 2), **settings)
         else:
             LanguagePolicy("miniature/language", **settings)
 
 
-@pytest.mark.parametrize("settings", [{"clip_range": math.nan}, {"noise_level": -1.0}, {"num_steps": 0}])
+@pytest.mark.parametrize("settings", [{"guidance": math.nan}, {"guidance": -1.0}, {"max_sequence_length": 0}])
+def test_settings_of_an_image_model_that_cannot_draw_are_refused(settings: dict[str, Any]) -> None:
+    (name, value), *_ = settings.items()
+    with pytest.raises(ValueError, match=f"model.flow has {name}={value}"):
+        Flux1Policy("miniature/flow", Sampling(4, 2), **settings)
+    renamed = {"guidance": "guidance_scale"}.get(name, name)
+    for family in (SD3Policy, Flux2KleinPolicy, ZImagePolicy):
+        with pytest.raises(ValueError, match=f"model.flow has {renamed}={value}"):
+            family("x", Sampling(4, 2), **{renamed: value})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"clip_range": math.nan}, {"noise_level": -1.0}, {"num_steps": 0}, {"noise_level": 1.5, "sde_type": "cps"}],
+)
 def test_settings_of_a_sampler_that_cannot_train_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"model.flow.sampling has {next(iter(settings))}="):
         Sampling(**({"num_steps": 4, "sde_steps": 2} | settings))

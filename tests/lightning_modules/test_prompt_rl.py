@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 from datamodules.base import PromptSample
 from lightning_modules.objectives import RatioNormalization, flow_objective
@@ -271,6 +273,29 @@ def test_idle_clipping_is_said(make_flow: MakeFlow, tmp_path: Path, caplog: pyte
         with caplog.at_level(logging.INFO):
             fit(PromptRL(make_flow(), Redness(), None, 2, 2, updates_per_rollout=updates), tmp_path, 1)
         assert ("Clipping is idle" in caplog.text) == said
+
+
+def test_the_guard_measures_every_so_many_rollouts_and_is_logged_beside_them(
+    make_flow: MakeFlow, tmp_path: Path
+) -> None:
+    """Not every so many optimizer steps, of which a rollout has three here."""
+    module = PromptRL(make_flow(), Redness(), None, 2, 2, updates_per_rollout=3, check_ratio_every=2)
+    logger = CSVLogger(tmp_path)
+    trainer = L.Trainer(
+        max_steps=15,
+        accelerator="cpu",
+        logger=logger,
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, ShapesPrompts(train_prompts=24, batch_size=1))
+    rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").open()))
+    assert [row["step"] for row in rows if row["train/flow/max_log_ratio"]] == ["0", "2", "4"]
+    assert [row["step"] for row in rows if row["reward"]] == ["0", "1", "2", "3", "4"]
 
 
 def test_the_guard_has_a_limit_of_its_own(make_flow: MakeFlow, samples: list[PromptSample]) -> None:

@@ -40,8 +40,11 @@ def test_without_lightning_it_is_42(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (run_seed(None), run_seed(0)) == (3, 0)
 
 
-def test_a_run_is_named_by_the_seed_that_counted() -> None:
+def test_a_run_is_named_by_the_seed_that_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     for own, seed in ((None, 3), (0, 0), (7, 7)):
         config = {"seed_everything": 3, "model": {"init_args": {"seed": own}}}
         assert RunFolder(Path("run"), config, {}).seed == seed
     assert RunFolder(Path("run"), {"seed_everything": 3}, {}).seed == 3
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    unseeded = RunFolder(Path("run"), {"seed_everything": False}, {}).seed
+    assert unseeded == run_seed(None) == 42 and unseeded is not False

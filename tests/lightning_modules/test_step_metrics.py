@@ -21,7 +21,10 @@ def test_averages() -> None:
     averages.add("flow/max_log_ratio", torch.tensor(-7.0))
     averages.add("loss", torch.tensor(2.0))
     averages.add("nothing", float("nan"), weight=0)
+    for value, weight in ((1.0, 1), (math.nan, 0), (2.0, 1)):  # a scorer's own name, and a score that failed
+        averages.add("reward/max_objects", value, weight)
     found = averages.compute()
+    assert found.pop("reward/max_objects") == 1.5
     assert math.isnan(found.pop("nothing"))
     assert found == {"flow/kl": 4.0, "flow/max_log_ratio": -2.0, "loss": 2.0}  # (1 * 1 + 3 * 5) / 4
 

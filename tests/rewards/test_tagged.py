@@ -86,6 +86,8 @@ def test_a_weighted_sum_by_hand() -> None:
 def test_wrong_compositions() -> None:
     with pytest.raises(ValueError, match="`weights` differs in h, x"):
         WeightedSum({"w": Size(0), "h": Size(1)}, {"w": 1.0, "x": 1.0})
+    with pytest.raises(ValueError, match=r"WeightedSum.weights has minimum=nan, use a finite number"):
+        WeightedSum({"w": Size(0), "minimum": Size(1)}, {"w": 1.0, "minimum": math.nan})
     for composite in (TaggedReward, WeightedSum):
         with pytest.raises(ValueError, match="rewards is empty"):
             composite({})

@@ -164,6 +164,10 @@ def test_attention_backends_are_checked(make_flow: MakeFlow) -> None:
     ("options", "message"),
     [
         ({"quantization": "nf4"}, r"`flow\.quantization` is nf4, whose weights cannot be trained; add `flow\.lora`"),
+        (
+            {"dtype": "bfloat16", "frozen_dtype": "float32", "kl_weight": 0.1},
+            r"frozen_dtype torch.float32, but its reference takes inputs of its `dtype`, torch.bfloat16: use that",
+        ),
     ],
 )
 def test_settings_that_cannot_train_are_refused(make_flow: MakeFlow, options: dict[str, Any], message: str) -> None:

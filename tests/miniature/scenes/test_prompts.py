@@ -66,3 +66,9 @@ def test_seed_chooses_training_prompts_and_nothing_else() -> None:
 def test_more_prompts_begin_with_the_same_ones() -> None:
     few, many = (shapes_prompts("val", "val", ("gallery", "terse"), num, 0) for num in (10, 40))
     assert many[:10] == few
+
+
+@pytest.mark.parametrize("settings", [{"train_prompts": 0}, {"eval_prompts": -1}])
+def test_numbers_of_prompts_are_checked(settings: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"data has (train|eval)_prompts=.*, use at least 1"):
+        ShapesPrompts(**settings)

@@ -88,6 +88,7 @@ def test_detector_must_answer_for_every_image() -> None:
         ({"reward": "hard"}, "reward='hard', use one of soft, strict, correct"),
         ({"compat": "unirl"}, "compat='unirl', use null or flow_grpo"),
         ({"exclude_penalty": -1.0}, "exclude_penalty=-1.0, use 0 or more"),
+        ({"exclude_penalty": math.nan}, "exclude_penalty=nan, use 0 or more"),
     ],
 )
 def test_configuration_is_checked_at_construction(kwargs: dict[str, object], message: str) -> None:

@@ -374,6 +374,7 @@ def test_a_missing_or_broken_key_is_said_before_anything_is_sent(judge: Judge, m
         ({"image_size": 0}, "image_size=0, use at least 1"),
         ({"max_retries": -1}, "max_retries=-1, use at least 0"),
         ({"timeout": 0.0}, "seconds above 0"),
+        ({"timeout": math.nan}, "seconds above 0"),
         ({"wording": "missing.txt"}, "wording is 'missing.txt', which is not a file"),
     ],
 )

@@ -656,6 +656,7 @@ def test_no_reward_server(scripted: Callable[..., tuple[str, list[str]]]) -> Non
         ({"urls": ["http://"]}, "such as http://127.0.0.1:18080"),
         ({"on_failure": "ignore"}, "use skip or fail"),
         ({"timeout": 0}, "more than 0"),
+        ({"timeout": math.inf}, "more than 0"),
         ({"max_items": 0}, "max_items=0, use at least 1"),
         ({"retries": -1}, "retries=-1, use at least 0"),
     ],
