@@ -165,10 +165,13 @@ class PipelinePolicy(FlowPolicy):
 
     def cut(self, prompts: Sequence[str]) -> list[bool]:
         """Returns, for B prompts, True where every text encoder reads the beginning alone."""
-        if not prompts:
-            return []  # tokenizers take no empty list
-        tokenizer, texts, limit = self.reading(prompts)
-        return [len(tokens) > limit for tokens in tokenizer(texts)["input_ids"]]
+        tokenizer, frame, limit = self.reading([""])
+        # No text has more tokens than bytes, give or take some at its ends: most of a large set need not be read.
+        room = limit - len(tokenizer(frame)["input_ids"][0]) - 8
+        rows = [row for row, prompt in enumerate(prompts) if len(prompt.encode()) > room]
+        texts = self.reading([prompts[row] for row in rows])[1] if rows else []
+        cut = {row for row, text in zip(rows, texts, strict=True) if len(tokenizer(text)["input_ids"]) > limit}
+        return [row in cut for row in range(len(prompts))]
 
     def load(self) -> None:
         """Loads the pipeline; its modules become submodules, so that Lightning moves them."""
