@@ -1,0 +1,103 @@
+"""Settings of the trainer that cannot work, refused in one sentence before models are loaded."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+
+from datamodules.base import PromptDataModule
+from datamodules.resumable import place_in_epoch
+from lightning_modules.agents import check_precision
+from lightning_modules.evaluation import EvaluatedAgents
+
+_UNNAMED = {"gpu backend": "accelerator", "requested gpu": "devices", "DeepSpeed": "strategy"}
+"""Words of Lightning's messages that do not name the setting -> the setting."""
+
+
+def refused_by_lightning(error: Exception, settings: Mapping[str, Any]) -> str | None:
+    """Returns one sentence for a setting that Lightning, or a package that is missing, refuses.
+
+    Args:
+        error: what was raised while the trainer and its parts were built.
+        settings: the configuration's `trainer`, for the values; may be empty.
+
+    Returns:
+        None for an error of another origin, which keeps its traceback.
+    """
+    frames = list(traceback.walk_tb(error.__traceback__))
+    module = frames[-1][0].f_globals.get("__name__", "") if frames else ""
+    if not isinstance(error, ImportError) and module.partition(".")[0] != "lightning":
+        return None
+    text = " ".join(str(error).split())
+    names = [name for name in inspect.signature(L.Trainer).parameters if re.search(rf"\b{name}\b", text)]
+    names += [name for words, name in _UNNAMED.items() if words in text and name not in names]
+    shown = ", ".join(f"`trainer.{name}`" + (f" ({settings[name]})" if name in settings else "") for name in names)
+    return f"{shown or 'the configuration'} cannot be used: {text}"
+
+
+def check_trainer(trainer: L.Trainer, model: L.LightningModule, data: L.LightningDataModule) -> None:
+    """Raises ValueError for settings that Lightning would refuse, or ignore, after the models are loaded."""
+    if isinstance(model, EvaluatedAgents):
+        model.require_learner()
+        check_precision(trainer.precision)
+    if not model.automatic_optimization:
+        for name in ("gradient_clip_val", "gradient_clip_algorithm"):
+            if getattr(trainer, name):
+                raise ValueError(
+                    f"`trainer.{name}` is {getattr(trainer, name)}, but each agent's gradient is clipped on its own: "
+                    "leave it out, and set `max_grad_norm` of `model.flow` and `model.language`."
+                )
+        if trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                f"`trainer.accumulate_grad_batches` is {trainer.accumulate_grad_batches}, but a step takes its whole "
+                "batch: leave it out, and set `data.batch_size` and the agents' `micro_batch_size`."
+            )
+    if not isinstance(data, PromptDataModule):
+        return
+    overfit: float = trainer.overfit_batches  # type: ignore[attr-defined]
+    if overfit:
+        raise ValueError(
+            f"`trainer.overfit_batches` is {overfit}, with which training cannot resume: leave it out, "
+            "and give fewer training prompts."
+        )
+    data.trainer = trainer
+    steps = len(data.train_dataloader())  # raises ValueError for too few prompts
+    every = trainer.val_check_interval
+    by_epoch = trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches
+    if by_epoch and isinstance(every, int) and not isinstance(every, bool) and every > steps:
+        raise ValueError(
+            f"`trainer.val_check_interval` is {every}, but an epoch has {steps} steps: set "
+            f"`trainer.check_val_every_n_epoch` to null, or the interval to {steps} or fewer."
+        )
+
+
+def check_something_to_train(trainer: L.Trainer, checkpoint: dict[str, Any] | None) -> None:
+    """Raises ValueError if a fit would end before its first step.
+
+    Args:
+        trainer: knows where training ends.
+        checkpoint: what the fit resumes from, if it does.
+    """
+    step = epochs = 0
+    start = "training begins"
+    if checkpoint is not None:
+        loop = checkpoint["loops"]["fit_loop"]
+        place_in_epoch(loop)
+        step, epochs = checkpoint["global_step"], loop["epoch_progress"]["current"]["processed"]
+        start = f"the checkpoint is of step {step}, epoch {epochs}"
+    ends = {
+        "max_steps": trainer.max_steps != -1 and step >= trainer.max_steps,
+        "max_epochs": trainer.max_epochs not in (None, -1) and epochs >= trainer.max_epochs,
+        "limit_train_batches": trainer.limit_train_batches == 0,
+    }
+    name = next((name for name, reached in ends.items() if reached), None)
+    if name is not None:
+        raise ValueError(
+            f"nothing to train: {start}, and `trainer.{name}` is {getattr(trainer, name)}; set it higher, or evaluate "
+            "with `lightning validate` or `lightning test`."
+        )
