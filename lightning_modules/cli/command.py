@@ -96,7 +96,7 @@ class PromptRLCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ImportError, MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
-            said = None if raised_by_us(error) else refused_by_lightning(error, self._options["trainer"])
+            said = None if raised_by_us(error) else refused_by_lightning(error, self._options)
             if said is None:
                 raise
             raise ValueError(said) from error
@@ -226,7 +226,7 @@ def run(args: list[str] | None = None) -> None:
         sys.exit(complain(f"{place}: {error.strerror}; make room or allow access, or name another place."))
     except (MisconfigurationException, ValueError) as error:
         ours = raised_by_us(error)
-        said = refused_by_lightning(error, {}) if ours is None else str(ours)
+        said = refused_by_lightning(error) if ours is None else str(ours)
         if said is None:
             raise
         sys.exit(complain(said))

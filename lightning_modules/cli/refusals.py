@@ -15,29 +15,44 @@ from datamodules.resumable import place_in_epoch
 from lightning_modules.agents import check_precision
 from lightning_modules.evaluation import EvaluatedAgents
 
-_UNNAMED = {"gpu backend": "accelerator", "requested gpu": "devices", "DeepSpeed": "strategy"}
+_UNNAMED = {
+    "gpu backend": "accelerator",
+    "torch_xla": "accelerator",
+    "requested gpu": "devices",
+    "DeepSpeed": "strategy",
+}
 """Words of Lightning's messages that do not name the setting -> the setting."""
 
 
-def refused_by_lightning(error: Exception, settings: Mapping[str, Any]) -> str | None:
-    """Returns one sentence for a setting that Lightning, or a package that is missing, refuses.
+def refused_by_lightning(error: BaseException | None, options: Mapping[str, Any] | None = None) -> str | None:
+    """Returns one sentence for a setting that Lightning refuses, or that needs a package which is missing.
 
     Args:
-        error: what was raised while the trainer and its parts were built.
-        settings: the configuration's `trainer`, for the values; may be empty.
+        error: what was raised while the trainer and its parts were built, or later by Lightning.
+        options: the configuration, for the values; None leaves them out.
 
     Returns:
         None for an error of another origin, which keeps its traceback.
     """
-    frames = list(traceback.walk_tb(error.__traceback__))
-    module = frames[-1][0].f_globals.get("__name__", "") if frames else ""
-    if not isinstance(error, ImportError) and module.partition(".")[0] != "lightning":
+    values: dict[str, Any] = {} if options is None else dict(options["trainer"])
+    names: list[str] = []
+    while error is not None:
+        text = " ".join(str(error).split())
+        for path in re.findall(r"class_path '([\w.]+)'", text):
+            names += [name for name, value in values.items() if path in str(value)]
+        frames = list(traceback.walk_tb(error.__traceback__))
+        module = frames[-1][0].f_globals.get("__name__", "") if frames else ""
+        if isinstance(error, ImportError) or module.partition(".")[0] == "lightning":
+            break
+        error = error.__cause__ or error.__context__
+    else:
         return None
-    text = " ".join(str(error).split())
-    names = [name for name in inspect.signature(L.Trainer).parameters if re.search(rf"\b{name}\b", text)]
-    names += [name for words, name in _UNNAMED.items() if words in text and name not in names]
-    shown = ", ".join(f"`trainer.{name}`" + (f" ({settings[name]})" if name in settings else "") for name in names)
-    return f"{shown or 'the configuration'} cannot be used: {text}"
+    names += [name for name in inspect.signature(L.Trainer).parameters if re.search(rf"\b{name}\b", text)]
+    names += [name for words, name in _UNNAMED.items() if words in text]
+    shown = [f"`trainer.{name}`" + (f" ({values[name]})" if name in values else "") for name in dict.fromkeys(names)]
+    if options is not None and "://" in str(options["checkpoint"]["dirpath"]):
+        shown.append(f"`checkpoint.dirpath` ({options['checkpoint']['dirpath']})")
+    return f"{', '.join(shown) or 'the configuration'} cannot be used: {text}"
 
 
 def check_trainer(trainer: L.Trainer, model: L.LightningModule, data: L.LightningDataModule) -> None:
@@ -49,7 +64,7 @@ def check_trainer(trainer: L.Trainer, model: L.LightningModule, data: L.Lightnin
         for name in ("gradient_clip_val", "gradient_clip_algorithm"):
             if getattr(trainer, name):
                 raise ValueError(
-                    f"`trainer.{name}` is {getattr(trainer, name)}, but each agent's gradient is clipped on its own: "
+                    f"`trainer.{name}` is set, but each agent's gradient is clipped on its own: "
                     "leave it out, and set `max_grad_norm` of `model.flow` and `model.language`."
                 )
         if trainer.accumulate_grad_batches != 1:

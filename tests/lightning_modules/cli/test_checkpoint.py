@@ -12,6 +12,8 @@ from datamodules.base import PromptSample
 from lightning_modules.cli.checkpoint import Checkpoint
 from tests.datamodules.test_base import Numbers, Recorder
 
+pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
+
 STEPS = 12  # of 5 an epoch
 
 

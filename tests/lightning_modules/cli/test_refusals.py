@@ -26,7 +26,7 @@ from tests.lightning_modules.cli.test_command import (
 __all__ = ["flow_only_checkpoint", "in_the_repository"]  # fixtures
 
 LOGGER = "--trainer.logger=lightning.pytorch.loggers"
-BY_EPOCH = ["--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=20", "--trainer.limit_val_batches=1"]
+BY_EPOCH = ["--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=20", "--trainer.limit_val_batches=2"]
 REFUSED = {
     "--trainer.accelerator=tpu": r"`trainer\.accelerator` \(tpu\) cannot be used: ",
     "--trainer.accelerator=abacus": r"`trainer\.accelerator` \(abacus\) cannot be used: ",
@@ -40,10 +40,10 @@ REFUSED = {
     "--trainer.profiler=stopwatch": r"`trainer\.profiler` \(stopwatch\)",
     "--trainer.max_steps=-7": r"`trainer\.max_steps` \(-7\)",
     "--trainer.limit_val_batches=-1": r"`trainer\.limit_val_batches` \(-1\)",
-    "--trainer.gradient_clip_val=1": r"`trainer\.gradient_clip_val` is 1.*set `max_grad_norm` of `model\.flow`",
-    "--trainer.gradient_clip_algorithm=norm": r"`trainer\.gradient_clip_algorithm` is .*norm.*set `max_grad_norm`",
+    "--trainer.gradient_clip_val=1": r"`trainer\.gradient_clip_val` is set.*set `max_grad_norm` of `model\.flow`",
+    "--trainer.gradient_clip_algorithm=norm": r"`trainer\.gradient_clip_algorithm` is set.*set `max_grad_norm`",
     "--trainer.accumulate_grad_batches=2": r"`trainer\.accumulate_grad_batches` is 2.*set `data\.batch_size`",
-    "--trainer.overfit_batches=1": r"`trainer\.overfit_batches` is 1.*leave it out",
+    "--trainer.overfit_batches=2": r"`trainer\.overfit_batches` is 2.*leave it out",
     "--data.batch_size=7": r"6 training prompts do not fill one step",
     "--trainer.limit_train_batches=0": r"nothing to train: training begins, and `trainer\.limit_train_batches` is 0; ",
     "--trainer.max_steps=0": r"nothing to train: training begins, and `trainer\.max_steps` is 0; set it higher",
@@ -54,8 +54,11 @@ REFUSED = {
 }
 MISSING = {
     "--trainer.strategy=deepspeed": ("deepspeed", r"`trainer\.strategy` \(deepspeed\) cannot be used: .*DeepSpeed"),
-    f"{LOGGER}.WandbLogger": ("wandb", r"`trainer\.logger` .*wandb"),
-    "--checkpoint.dirpath=s3://bucket/x": ("s3fs", "s3fs"),
+    f"{LOGGER}.WandbLogger": (
+        "wandb",
+        r"`trainer\.logger\.class_path` \(.*WandbLogger\) cannot be used: .*pip install -U 'wandb",
+    ),
+    "--checkpoint.dirpath=s3://bucket/x": ("s3fs", r"`checkpoint\.dirpath` \(s3://bucket/x\) cannot be used: .*s3fs"),
 }
 
 
