@@ -152,6 +152,8 @@ class PromptRLCLI(LightningCLI):
             self.datamodule.setup(str(self.subcommand))
         path = self._checkpoint_path
         checkpoint = None if path is None else torch.load(path, map_location="cpu", mmap=True)
+        if checkpoint is not None and "loops" not in checkpoint:
+            raise ValueError(f"`ckpt_path` is {path}, which is no checkpoint; give a .ckpt of an earlier run.")
         if self.subcommand == "fit":
             check_trainer(self.trainer, self.model, self.datamodule)
             check_something_to_train(self.trainer, checkpoint)

@@ -40,7 +40,7 @@ def best(experiment: Path, dirpath: str | None = None, monitor: str | None = Non
     scored: list[tuple[str, float, Path]] = []
     newest = (_by_age(folder.glob("*.ckpt"))[-1:] for folder in _folders(experiment, dirpath))
     for path in _by_age(path for paths in newest for path in paths):
-        callbacks = torch.load(path, map_location="cpu", mmap=True)["callbacks"]
+        callbacks = torch.load(path, map_location="cpu", mmap=True).get("callbacks", {})
         for key, state in callbacks.items():
             if not isinstance(state, dict) or not state.get("monitor") or state.get("best_model_score") is None:
                 continue

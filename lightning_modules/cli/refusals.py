@@ -82,6 +82,12 @@ def check_trainer(trainer: L.Trainer, model: L.LightningModule, data: L.Lightnin
         )
     data.trainer = trainer
     steps = len(data.train_dataloader())  # raises ValueError for too few prompts
+    limit = trainer.limit_train_batches
+    steps = min(steps, limit) if isinstance(limit, int) else int(steps * limit)
+    if limit and not steps:
+        raise ValueError(
+            f"nothing to train: `trainer.limit_train_batches` is {limit}, less than a step; set it higher."
+        )
     every = trainer.val_check_interval
     by_epoch = trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches
     if by_epoch and isinstance(every, int) and not isinstance(every, bool) and every > steps:
@@ -101,6 +107,11 @@ def check_something_to_train(trainer: L.Trainer, checkpoint: dict[str, Any] | No
     step = epochs = 0
     start = "training begins"
     if checkpoint is not None:
+        if "optimizer_states" not in checkpoint:
+            raise ValueError(
+                "`ckpt_path` names a checkpoint with weights alone (`checkpoint.save_weights_only`), from which no fit "
+                "can go on: evaluate it, or give another."
+            )
         loop = checkpoint["loops"]["fit_loop"]
         place_in_epoch(loop)
         step, epochs = checkpoint["global_step"], loop["epoch_progress"]["current"]["processed"]

@@ -25,7 +25,9 @@ class Trainer(L.Trainer):
     def log_dir(self) -> str | None:
         """Folder of results, configuration, checkpoints and exports; to be asked on every rank, as it is broadcast."""
         folder: Path | None = self.strategy.broadcast(self._folder)
-        return super().log_dir if folder is None else str(folder)
+        if folder is None and not self.fast_dev_run:  # type: ignore[attr-defined]
+            return super().log_dir
+        return None if folder is None else str(folder)
 
     def open_folder(self, experiment: str, *, loggers: bool) -> None:
         """Claims the folder `<default_root_dir>/<experiment>/version_N` on rank 0; the other ranks learn it later.

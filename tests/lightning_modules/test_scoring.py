@@ -107,9 +107,9 @@ def test_a_reward_that_returns_nothing_ends_a_fit_before_its_evaluation(
 ) -> None:
     drawn: list[object] = []
     monkeypatch.setattr(PromptRL, "validation_step", lambda *_: drawn.append(0))
-    reward = ["--model.reward=tests.rewards.test_scores.Returns", "--model.reward.init_args.values=null"]
+    reward = "--model.reward=tests.rewards.test_scores.Returns"
     with pytest.raises(SystemExit) as stopped:
-        main([*SHORT, "--trainer.max_steps=1", f"--trainer.default_root_dir={tmp_path}", *reward])
+        main([*SHORT, "--trainer.max_steps=1", f"--trainer.default_root_dir={tmp_path}", reward])
     assert stopped.value.code == 2 and not drawn
     assert "lightning: error: Returns returned None for " in capsys.readouterr().err.splitlines()[-1]
 

@@ -18,7 +18,7 @@ from rewards.ocr import OCRReward
 class Returns(Reward):
     """Returns what it was given, whatever the images."""
 
-    def __init__(self, values: Any) -> None:
+    def __init__(self, values: Any = None) -> None:
         self.values = values
 
     def __call__(self, batch: RewardBatch) -> Any:
@@ -69,4 +69,4 @@ def test_what_is_no_score_is_refused_by_the_rewards_name(values: Any, said: str,
 
 
 def test_a_reward_without_a_name_has_its_classs() -> None:
-    assert Returns(None).name == "Returns" and OCRReward.name == "ocr"
+    assert Returns().name == "Returns" and OCRReward.name == "ocr"

@@ -46,6 +46,7 @@ REFUSED = {
     "--trainer.overfit_batches=2": r"`trainer\.overfit_batches` is 2.*leave it out",
     "--data.batch_size=7": r"6 training prompts do not fill one step",
     "--trainer.limit_train_batches=0": r"nothing to train: training begins, and `trainer\.limit_train_batches` is 0; ",
+    "--trainer.limit_train_batches=0.1": r"nothing to train: `trainer\.limit_train_batches` is 0\.1, less than a step",
     "--trainer.max_steps=0": r"nothing to train: training begins, and `trainer\.max_steps` is 0; set it higher",
     "--ckpt_path=last": r"`ckpt_path` is last, but no run in .*/runs/quickstart has a last\.ckpt",
     "--ckpt_path=best": r"`ckpt_path` is best, but no run in .*/runs/quickstart has kept a best checkpoint",
