@@ -122,7 +122,6 @@ class PromptRL(EvaluatedAgents):
     def training_step(self, batch: Sequence[PromptSample], batch_idx: int) -> None:
         """Collects a rollout for G prompts and updates both agents on it."""
         rollout, self._ahead = self._ahead or self._begin_step(batch), None
-        assert [one.id for one in rollout.samples] == [one.id for one in batch]
         self.latest = rollout
         if not self._checked or self.global_step % self.check_ratio_every == 0:
             self._checked = True
