@@ -117,15 +117,24 @@ def lora_config(network: nn.Module, lora: LoRA, default_targets: list[str] | str
     """
     targets = lora.targets if lora.targets is not None else default_targets
     modules = dict(network.named_modules())
-    for target in [targets] if isinstance(targets, str) else targets:
-        names = [name for name in modules if _matches(target, name, whole=isinstance(targets, str))]
-        wrong = [name for name in names if not isinstance(modules[name], ADAPTABLE)]
-        if wrong or not names:
-            what = f"{wrong[0]}, a {type(modules[wrong[0]]).__name__}, not a layer" if wrong else "no module"
-            raise ValueError(
-                f"`{where}.targets` names {target}, which matches {what} of {type(network).__name__}; use endings of "
-                f"module names such as {_example(network)}."
-            )
+    listed = [targets] if isinstance(targets, str) else targets
+    found = {t: [name for name in modules if _matches(t, name, whole=isinstance(targets, str))] for t in listed}
+    wrong = [
+        (target, name)
+        for target, names in found.items()
+        for name in names
+        if not isinstance(modules[name], ADAPTABLE) and any(True for _ in modules[name].parameters())
+    ]
+    unmatched = ", ".join(target for target, names in found.items() if not names)
+    if unmatched or wrong:
+        what = f"{unmatched}, which matches no module"
+        if not unmatched:
+            target, name = wrong[0]
+            what = f"{target}, which matches {name}, a {type(modules[name]).__name__} and not a single layer,"
+        raise ValueError(
+            f"`{where}.targets` names {what} of {type(network).__name__}; use endings of module names such as "
+            f"{_example(network)}."
+        )
     return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0)
 
 

@@ -102,7 +102,9 @@ def test_settings_together(capfd: pytest.CaptureFixture[str], tmp_path: Path, mo
 
 def test_a_lora_target_that_is_no_layer(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     line = complaint(capfd, tmp_path, f"--{FLOW}.lora.rank=2", f"--{FLOW}.lora.targets=[attn]")
-    said = r"`flow\.lora\.targets` names attn, which matches \S+\.attn, a \w+, not a layer of \w+; use endings"
+    said = (
+        r"`flow\.lora\.targets` names attn, which matches \S+\.attn, a \w+ and not a single layer, of \w+; use endings"
+    )
     assert re.search(said, line)
 
 
