@@ -25,6 +25,7 @@ from callbacks.predictions import SavePredictions
 from callbacks.progress import RunProgressBar
 from callbacks.report import Report
 from datamodules.base import PromptDataModule
+from lightning_modules.agents import check_precision
 from lightning_modules.cli import earlier_checkpoints
 from lightning_modules.cli.checkpoint import Checkpoint, SaveConfig
 from lightning_modules.cli.errors import complain, raised_by_us
@@ -145,6 +146,12 @@ class PromptRLCLI(LightningCLI):
             raise ValueError(f"`ckpt_path` is {path}, {what}; give a .ckpt of an earlier run.")
         if path is None and self.subcommand != "fit":
             rank_zero_warn("no `--ckpt_path` is given: the base model is evaluated, not one that a fit has trained.")
+
+    def after_instantiate_classes(self) -> None:
+        """Refuses precisions that train wrongly, or cannot take prompts; fp16 by autocast can evaluate."""
+        precision = self.trainer.precision
+        if isinstance(self.model, EvaluatedAgents) and (self.subcommand == "fit" or "mixed" not in str(precision)):
+            check_precision(precision)
 
     def before_fit(self) -> None:
         """Reads prompts, claims the run folder and loads models; a run that cannot start leaves nothing behind."""

@@ -169,3 +169,13 @@ def test_without_a_checkpoint_one_line_warns(name: str, tmp_path: Path, monkeypa
     with pytest.warns(UserWarning, match="no `--ckpt_path` is given: the base model is evaluated") as warned:
         main([name, "--config", QUICKSTART, f"--trainer.default_root_dir={tmp_path}"])
     assert len([one for one in warned if "ckpt_path" in str(one.message)]) == 1
+
+
+@pytest.mark.parametrize("name", ["validate", "test", "predict"])
+def test_precisions_that_cannot_take_prompts(
+    name: str, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Agents, "configure_model", lambda self: pytest.fail("models were loaded"))
+    with pytest.raises(SystemExit):
+        main([name, "--config", QUICKSTART, f"--trainer.default_root_dir={tmp_path}", "--trainer.precision=bf16-true"])
+    assert "lightning: error: `trainer.precision` is bf16-true" in capfd.readouterr().err

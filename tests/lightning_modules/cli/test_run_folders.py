@@ -112,6 +112,16 @@ def test_two_processes_of_one_run_have_one_folder(launcher: str, tmp_path: Path)
     assert not list((root / EXPERIMENT / "version_0").iterdir())
 
 
+@pytest.mark.slow
+def test_a_trial_run_leaves_nothing(tmp_path: Path) -> None:
+    main(
+        quick(
+            "fit", tmp_path / "runs", *STEP, "--trainer.fast_dev_run=true", "--trainer.logger=false", config=FLOW_ONLY
+        )
+    )
+    assert not (tmp_path / "runs").exists()
+
+
 # --- last and best ----------------------------------------------------------------------------------------------------
 
 

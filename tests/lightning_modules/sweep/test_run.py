@@ -197,9 +197,7 @@ def test_a_damaged_folder_is_one_runs_crash(tmp_path: Path) -> None:
 def test_a_fit_that_was_cut_off_after_its_last_step_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Resumed, it has nothing to train and is refused; its test is left to do."""
     program = tmp_path / "lightning.py"
-    program.write_text(
-        "import sys\nif sys.argv[1] == 'fit': sys.exit('lightning: error: nothing to train: step 1')"
-    )
+    program.write_text("import sys\nif sys.argv[1] == 'fit': sys.exit('lightning: error: nothing to train: step 1')")
     monkeypatch.setattr("lightning_modules.sweep.run.PROGRAM", [sys.executable, str(program)])
     (job,) = plan(root=str(tmp_path / "runs"), test_configs=["configs/miniature/evaluate.yaml"])
     fit, test = job.commands
