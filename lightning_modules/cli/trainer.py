@@ -10,6 +10,7 @@ from tempfile import TemporaryFile
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 _PROBE = 2**20
 """Bytes written and deleted to see that there is room."""
@@ -46,10 +47,10 @@ class Trainer(L.Trainer):
             raise ValueError(f"`experiment` is {experiment}; name a folder below `trainer.default_root_dir`, {root}.")
         parent = Path(root, experiment)
         if self.is_global_zero:
-            missing = [path for path in (parent, *parent.parents) if not path.exists()]
+            self._made = tuple(path for path in (parent, *parent.parents) if not path.exists())
             try:
                 self._folder = claim(parent)
-                self._made = (self._folder, *missing)
+                self._made = (self._folder, *self._made)
                 with TemporaryFile(dir=self._folder) as file:
                     file.write(bytes(_PROBE))
                     file.flush()
@@ -63,8 +64,11 @@ class Trainer(L.Trainer):
             for callback in self.checkpoint_callbacks:
                 if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                     callback.dirpath = str(self._folder / "checkpoints")
+        if isinstance(self._accelerator_connector.cluster_environment, SLURMEnvironment):
+            # Where Lightning keeps what a requeued job goes on from, and any other job would.
+            self._default_root_dir = str(parent / f"slurm_{SLURMEnvironment.job_id()}")
         if loggers:
-            # Ranks other than 0 write nothing; theirs need a version that is nobody's.
+            # Ranks other than 0 know no version, and write nothing.
             version = None if self._folder is None else int(self._folder.name.removeprefix("version_"))
             self.loggers = [
                 TensorBoardLogger(root, name=experiment, version=version, default_hp_metric=False),
@@ -74,7 +78,7 @@ class Trainer(L.Trainer):
     def drop_empty_folder(self) -> None:
         """Removes the claimed folder, and those made for it above, as far as they are empty."""
         with suppress(OSError):
-            for path in self._made:
+            for path in self._made:  # the deepest first
                 path.rmdir()
 
 

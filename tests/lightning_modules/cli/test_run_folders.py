@@ -122,6 +122,21 @@ def test_a_trial_run_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
+def test_a_slurm_job_does_not_go_on_from_another(tmp_path: Path, fitted: Path) -> None:
+    """Lightning would resume from any `hpc_ckpt_N.ckpt` in the root."""
+    root = tmp_path / "runs"
+    job = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "x", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    options = quick("fit", root, "--trainer.max_steps=3", "--trainer.limit_val_batches=0", config=FLOW_ONLY)
+    (root / EXPERIMENT / "slurm_1").mkdir(parents=True)
+    for folder in (root, root / EXPERIMENT / "slurm_1"):
+        (folder / "hpc_ckpt_1.ckpt").symlink_to(fitted / "version_1" / "checkpoints" / "last.ckpt")
+    for number, restores in ((1, True), (2, False)):
+        one = Forked(partial(main, options), tmp_path / f"{number}.log", job | {"SLURM_JOB_ID": str(number)})
+        assert one.wait() == 0, one.text
+        assert ("Restoring states from the checkpoint" in one.text) == restores, one.text
+
+
 # --- last and best ----------------------------------------------------------------------------------------------------
 
 
