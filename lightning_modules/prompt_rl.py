@@ -26,6 +26,7 @@ from torch import Tensor
 
 from datamodules.base import PromptSample, run_seed
 from datamodules.chunks import chunks
+from datamodules.resumable import ResumableLoader
 from lightning_modules.bad_steps import BadSteps
 from lightning_modules.distributed import average_gradients, clip, gather_lists, no_backward_sync, sum_over_ranks
 from lightning_modules.evaluation import EvaluatedAgents
@@ -111,6 +112,7 @@ class PromptRL(EvaluatedAgents):
         self.seed = run_seed(seed)
         self.latest: Rollout | None = None
         """Last rollout, for callbacks to show."""
+        self._ahead: Rollout | None = None
         self._checked = False
         self._invalid_steps = 0
         self._seconds: dict[str, float] = {}
@@ -130,13 +132,19 @@ class PromptRL(EvaluatedAgents):
                 "`clip_range` does nothing."
             )
 
+    def on_train_start(self) -> None:
+        """Collects the first rollout before the evaluation, which would let a reward that cannot work wait minutes."""
+        loader = self.trainer.train_dataloader
+        if self.global_step == 0 and isinstance(loader, ResumableLoader):
+            with self.trainer.precision_plugin.train_step_context():
+                self._ahead = self._begin_step(loader.first_batch())
+        super().on_train_start()
+
     # --- one step -------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Sequence[PromptSample], batch_idx: int) -> None:
         """Collects a rollout for G prompts and updates both agents on it."""
-        self._seconds = {}
-        seed_step(self.seed, self.global_step, self.global_rank)
-        rollout = self.collect(batch)
+        rollout, self._ahead = self._ahead or self._begin_step(batch), None
         self.latest = rollout
         step = self.trainer.fit_loop.epoch_loop.total_batch_idx  # as the step's own numbers go by in the log
         if not self._checked or step % self.check_ratio_every == 0:
@@ -312,6 +320,12 @@ class PromptRL(EvaluatedAgents):
         return check_ratio(self.flow, self.language, rollout)
 
     # --- helpers ------------------------------------------------------------------------------------------------------
+
+    def _begin_step(self, batch: Sequence[PromptSample]) -> Rollout:
+        """Collects the rollout of a step, the first of which does so before the evaluation."""
+        self._seconds = {}
+        seed_step(self.seed, self.global_step, self.global_rank)
+        return self.collect(batch)
 
     def _scores_on_all_ranks(self, scoring: Scoring, finite: Sequence[bool]) -> list[Score]:
         """Waits for the scores, and stops all ranks together when one has no scorer or none has had a score for long.

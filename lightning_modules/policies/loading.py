@@ -10,6 +10,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lightning_modules.policies.adapters import matching
 from lightning_modules.policies.base import LoRA
@@ -26,6 +27,9 @@ ADAPTERS = {
     "ZImagePipeline": "z_image.ZImagePolicy",
 }
 """Stock pipeline -> our adapter under `lightning_modules.policies`, for the error that a wrong one gets."""
+
+ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
+"""Kinds of layers that peft has adapters for."""
 
 
 def check_pipeline(model: str, expected: str | None = None) -> None:
@@ -115,16 +119,27 @@ def lora_config(network: nn.Module, lora: LoRA, default_targets: list[str] | str
         where: the argument that an error names.
 
     Raises:
-        ValueError: if a target matches no module.
+        ValueError: if a target matches no module, or one that peft has no adapter for.
     """
     targets = lora.targets if lora.targets is not None else default_targets
-    names = [name for name, _ in network.named_modules()]
+    modules = dict(network.named_modules())
     groups = {targets: targets} if isinstance(targets, str) else {target: [target] for target in targets}
-    unmatched = [name for name, group in groups.items() if not matching(names, group)]
-    if unmatched:
+    found = {target: matching(modules, group) for target, group in groups.items()}
+    wrong = [
+        (target, name)
+        for target, names in found.items()
+        for name in sorted(names)
+        if not isinstance(modules[name], ADAPTABLE) and any(True for _ in modules[name].parameters())
+    ]
+    unmatched = ", ".join(target for target, names in found.items() if not names)
+    if unmatched or wrong:
+        what = f"{unmatched}, which matches no module"
+        if not unmatched:
+            target, name = wrong[0]
+            what = f"{target}, which matches {name}, a {type(modules[name]).__name__} and not a single layer,"
         raise ValueError(
-            f"`{where}.targets` names {', '.join(unmatched)}, which matches no module of {type(network).__name__}; "
-            f"use endings of module names such as {_example(network)}."
+            f"`{where}.targets` names {what} of {type(network).__name__}; use endings of module names such as "
+            f"{_example(network)}."
         )
     rank, alpha = (64 if lora.rank is None else lora.rank), (128 if lora.alpha is None else lora.alpha)
     return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0)
