@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import lightning as L
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from PIL.Image import Image
 
 from datamodules.base import PredictBatch, PromptDataModule, PromptSample, bare
+from datamodules.chunks import chunks
 from lightning_modules.agents import Agents
 from lightning_modules.groups import source_images
 from lightning_modules.image_store import ImageStore
@@ -163,8 +166,22 @@ class EvaluatedAgents(Agents):
         """Records that the agents of this step have been evaluated."""
         self._validated_step = self.global_step
 
+    def on_validation_start(self) -> None:
+        """Warns of long prompts in `lightning validate`; in a fit `on_train_start` has done so."""
+        if self.trainer.state.fn == TrainerFn.VALIDATING:
+            warn_of_long_prompts(self.flow, self._data.eval_sets)
+
+    def on_test_start(self) -> None:
+        """Warns of long prompts."""
+        warn_of_long_prompts(self.flow, self._data.eval_sets)
+
+    def on_predict_start(self) -> None:
+        """Warns of long prompts."""
+        warn_of_long_prompts(self.flow, self._data.predict_samples())
+
     def on_train_start(self) -> None:
-        """Evaluates the agents before training, unless the run is resumed."""
+        """Warns of long prompts, and evaluates the agents before training, unless the run is resumed."""
+        warn_of_long_prompts(self.flow, {"training": self._data.train_samples()} | self._data.eval_samples())
         if self.global_step == 0:
             validate_now(self.trainer)
 
@@ -172,6 +189,29 @@ class EvaluatedAgents(Agents):
         """Evaluates the agents after training, unless that has just been done."""
         if self._validated_step != self.global_step:
             validate_now(self.trainer)
+
+
+@rank_zero_only
+def warn_of_long_prompts(flow: FlowPolicy, sets: Mapping[str, Sequence[PromptSample]]) -> None:
+    """Warns once if the flow model's text encoders read only the beginning of some prompts.
+
+    Args:
+        flow: the image model, loaded.
+        sets: name of the set -> its prompts.
+    """
+    found = []
+    for name, samples in sets.items():
+        samples = bare(samples)
+        parts = [samples[rows] for rows in chunks(len(samples), 1000)]
+        cut = [flow.cut([sample.asked for sample in part]) for part in parts]
+        ids = [sample.id for sample, is_cut in zip(samples, chain(*cut), strict=True) if is_cut]
+        if ids:
+            found.append(f"{len(ids)} of {len(samples)} in {name} (such as id {ids[0]!r})")
+    if found:
+        rank_zero_warn(
+            f"the text encoders of {flow.model} read only the beginning of long prompts: {', '.join(found)}; shorten "
+            "them, or raise `flow.max_sequence_length`: what stands behind has no effect on the image."
+        )
 
 
 def validate_now(trainer: L.Trainer) -> None:

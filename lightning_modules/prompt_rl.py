@@ -369,6 +369,9 @@ class PromptRL(EvaluatedAgents):
     def _log_step(self, rollout: Rollout, stats: Averages) -> None:
         """Logs the step's numbers, reduced over all ranks by one collective."""
         stats.add_rollout(rollout, self.reward.name)
+        if rollout.completions is not None:
+            cut = self.flow.cut(rollout.completions.rewrites)
+            stats.add("refine/cut", sum(cut) / len(cut), len(cut))
         logs = {f"time/{part}": seconds for part, seconds in self._seconds.items()} | stats.over_ranks()
         # Lightning would go on showing the last value of what this step lacks (another tag's scorer): a gap instead.
         logs |= {name: math.nan for name in self._logged - logs.keys()}

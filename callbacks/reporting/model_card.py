@@ -65,7 +65,7 @@ def loading_code(flow: FlowPolicy, language: LanguagePolicy | None) -> str:
     pipeline, stock = _stock_pipeline(flow), _stock_language(language)
     lines = ["import torch", f"from diffusers import {pipeline}"]
     if language is not None:
-        lines.append(f"from transformers import {', '.join(sorted([stock, 'AutoTokenizer']))}")
+        lines.append(f"from transformers import {', '.join(sorted([stock, 'AutoTokenizer', 'GenerationConfig']))}")
         if language.adapted:
             lines.append("from peft import PeftModel")
     source = "flow" if flow.trained and not flow.adapted else flow.base
@@ -85,6 +85,8 @@ def loading_code(flow: FlowPolicy, language: LanguagePolicy | None) -> str:
         tokens = "language" if language.trained or language.adapted else language.base
         lines.append(f"tokenizer = AutoTokenizer.from_pretrained({tokens!r})")
         lines.append(f"refiner = {stock}.from_pretrained({source!r}, dtype={language.dtype})")
+        # What a model's own generation config may warp is switched off, as in training.
+        lines.append(f"refiner.generation_config = GenerationConfig(eos_token_id={language.eos_token_ids})")
         if language.adapted:
             lines.append('refiner = PeftModel.from_pretrained(refiner, "language")')
     return "\n".join(lines)
@@ -105,12 +107,11 @@ def drawing_code(flow: FlowPolicy, language: LanguagePolicy | None) -> str:
             'chat = [{"role": "user", "content": template.replace("{prompt}", prompt)}]',
             f"text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True{options})",
             'asked = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(refiner.device)',
-            # What a model's own generation config may warp is switched off, as in training.
-            f"tokens = refiner.generate(**asked, max_new_tokens={language.eval_max_new_tokens}, do_sample=False,",
-            "                          repetition_penalty=1.0)",
+            f"tokens = refiner.generate(**asked, max_new_tokens={language.eval_max_new_tokens}, do_sample=False)",
             'answer = tokenizer.decode(tokens[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)',
+            'answer = answer.split("</think>")[-1].split("<think>")[0]',
             'found = re.findall(r"<answer>(.*?)</answer>", answer, re.DOTALL)',
-            "prompt = (found[-1] if found else answer).strip() or prompt",
+            'prompt = (found[-1] if found else re.sub("</?answer>", "", answer)).strip() or prompt',
         ]
     arguments = pprint.pformat(call_arguments(flow), sort_dicts=False, width=100)
     lines.append(f"arguments = {arguments}")

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, cast
 import jsonargparse
 import lightning as L
 import torch
+import yaml
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -29,6 +30,7 @@ from lightning_modules.agents import check_precision
 from lightning_modules.cli.checkpoint import Checkpoint, SaveConfig
 from lightning_modules.cli.errors import complain, raised_by_us
 from lightning_modules.cli.renamed import renamed
+from lightning_modules.cli.texts import escaped, load_config, no_such_key, read_as_mapping, texts_as_configs
 from lightning_modules.evaluation import EvaluatedAgents
 from lightning_modules.preflight.check import Mode, check
 from rewards.base import RewardUnavailable
@@ -43,13 +45,24 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends with one line instead of the usage text: ours, where a constructor of ours refused its arguments."""
         ours = raised_by_us(ex or sys.exc_info()[1])
-        sys.exit(complain(renamed(message) or (message if ours is None else str(ours))))
+        sys.exit(complain(renamed(message) or read_as_mapping(message) or (message if ours is None else str(ours))))
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Parses; jsonargparse hands a null that lies two classes deep on to itself as the text "None"."""
         if args is not None:
             args = [f"{arg[:-4]}null" if arg.startswith("--") and arg.endswith("=None") else arg for arg in args]
+            args = texts_as_configs(args)
         return super().parse_args(args, *more, **kwargs)
+
+    def dump(self, namespace: jsonargparse.Namespace, *args: Any, **kwargs: Any) -> str:
+        """Writes a configuration so that its texts stay what they are when it is read again.
+
+        To resolve `${...}` jsonargparse dumps a configuration with its links, first the whole of it, then for each
+        class (whose parser has no header) what has been resolved already.
+        """
+        if bool(self.dump_header) == kwargs.get("skip_link_targets", True):
+            namespace = escaped(namespace)
+        return super().dump(namespace, *args, **kwargs)
 
 
 class PromptRLCLI(LightningCLI):
@@ -164,7 +177,7 @@ def run(args: list[str] | None = None) -> None:
 
     Errors raised on purpose by this project's own code end in one line; any other keeps its traceback.
     """
-    jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    jsonargparse.set_loader("omegaconf+", load_config, (yaml.YAMLError,))
     words = sys.argv[1:] if args is None else args
     PromptRLCLI.wanted = words[0] if words and words[0] in LightningCLI.subcommands() else None
     try:
@@ -184,7 +197,7 @@ def run(args: list[str] | None = None) -> None:
     except SIGTERMException:
         sys.exit(128 + signal.SIGTERM)  # as shells say it; Lightning would end as if the run were complete
     except OmegaConfBaseException as error:
-        sys.exit(complain(f"in the configuration: {str(error).splitlines()[0]}"))
+        sys.exit(complain(no_such_key(error)))
     except RewardUnavailable as error:
         sys.exit(complain(f"{error} A fit stops so with its state in checkpoints/last.ckpt: go on with --ckpt_path."))
     except ValueError as error:

@@ -137,6 +137,10 @@ class FlowPolicy(Policy):
         noise = torch.stack([torch.randn(self.latent_shape, generator=generator) for generator in generators])
         return noise.to(self.device)
 
+    def cut(self, prompts: Sequence[str]) -> list[bool]:
+        """Returns, for B prompts, True where the text encoders read the beginning alone; here they read all."""
+        return [False] * len(prompts)
+
     @torch.no_grad()
     def rollout(
         self,

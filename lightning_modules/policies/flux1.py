@@ -62,6 +62,10 @@ class Flux1Policy(PipelinePolicy):
         )
         return {"embeds": embeds, "pooled": pooled}
 
+    def reading(self, texts: Sequence[str]) -> tuple[Any, list[str], int]:
+        """Describes how T5 reads texts; CLIP's vector is of their first 77 tokens."""
+        return self.pipe.tokenizer_2, list(texts), self.max_sequence_length
+
     def predict(self, latents: Tensor, sigma: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         """Predicts the velocity [B, tokens, channels]; the transformer multiplies sigma by 1000 itself."""
         batch, embeds = len(latents), conditioning["embeds"]

@@ -102,6 +102,13 @@ class Flux2KleinPolicy(PipelinePolicy):
         )
         return {"embeds": embeds}
 
+    def reading(self, texts: Sequence[str]) -> tuple[Any, list[str], int]:
+        """Describes how Qwen3 reads texts: as chats, whose end is cut off first."""
+        tokenizer = self.pipe.tokenizer
+        chats = [[{"role": "user", "content": text}] for text in texts]
+        how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        return tokenizer, tokenizer.apply_chat_template(chats, **how), self.max_sequence_length
+
     @torch.no_grad()
     def encode_sources(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """Encodes S source images into packed, batch-normalised latents (the VAE posterior's mode) and position ids."""

@@ -32,6 +32,7 @@ from lightning_modules.policies.templates import GENERAL, fill, parse_answer
 from lightning_modules.rl.log_probs import completion_mask, position_ids, token_log_probs
 from lightning_modules.rollout import Completions, SeenImages
 from rewards.arguments import check_minimum
+from rewards.format import is_tag, opens_thinking
 from rewards.pretrained import one_line_errors
 
 VISION_LANGUAGE_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -142,10 +143,10 @@ class LanguagePolicy(Policy):
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """Ids of all tokens that end a completion: the model's own (chat models have several), or the tokenizer's."""
+        """Ids of all tokens that end a completion: the model's own (chat models have several) and the tokenizer's."""
         ids = self.causal_lm.generation_config.eos_token_id
-        ids = self.tokenizer.eos_token_id if ids is None else ids
-        return list(ids) if isinstance(ids, list | tuple) else [ids]
+        ids = list(ids) if isinstance(ids, list | tuple) else [ids]
+        return list(dict.fromkeys(one for one in [*ids, self.tokenizer.eos_token_id] if one is not None))
 
     @torch.no_grad()
     def refine(self, samples: Sequence[PromptSample], num: int) -> Completions:
@@ -190,33 +191,30 @@ class LanguagePolicy(Policy):
         ids, mask = ids.repeat_interleave(num, 0), mask.repeat_interleave(num, 0)
         seen = None if seen is None else seen.repeat(num)
         recorder = _LogProbRecorder(self.temperature)
-        # Everything that would warp the distribution is switched off by name: a model's own generation config
-        # (Qwen's has top-k and a repetition penalty) fills in whatever is left unsaid.
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=not greedy,
             temperature=1.0 if greedy else self.temperature,
-            top_k=0 if not greedy else 50,
-            top_p=1.0,
-            repetition_penalty=1.0,
+            top_k=50 if greedy else 0,  # greedy takes no notice, and 50 is what it does not warn of
             eos_token_id=self.eos_token_ids,
             pad_token_id=self._pad_token_id,
         )
-        sequences = self.causal_lm.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=self._positions(mask, seen),  # Qwen-VL would take up those of the call before
-            past_key_values=cache,
-            generation_config=config,
-            logits_processor=None if greedy else LogitsProcessorList([recorder]),
-        )
+        with self._plain_generation():
+            sequences = self.causal_lm.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=self._positions(mask, seen),  # Qwen-VL would take up those of the call before
+                past_key_values=cache,
+                generation_config=config,
+                logits_processor=None if greedy else LogitsProcessorList([recorder]),
+            )
         tokens = sequences[:, ids.shape[1] :]
         answered = completion_mask(tokens, self.eos_token_ids)
         log_probs = torch.zeros(tokens.shape, device=tokens.device) if greedy else recorder.finish(tokens)
-        rows = zip(tokens, answered, strict=True)
-        texts = [self.tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in rows]
+        texts = [self._text(row[keep]) for row, keep in zip(tokens, answered, strict=True)]
+        start = "<think>" if opens_thinking(self.tokenizer.decode(ids[0, -8:])) else ""
         originals = [sample.asked for sample in samples for _ in range(num)]
-        answers = [parse_answer(text, original) for text, original in zip(texts, originals, strict=True)]
+        answers = [parse_answer(start + text, original) for text, original in zip(texts, originals, strict=True)]
         ended = torch.isin(tokens, torch.tensor(self.eos_token_ids, device=tokens.device)).any(1)
         return Completions(
             prompt_ids=ids,
@@ -230,6 +228,27 @@ class LanguagePolicy(Policy):
             truncated=~ended,
             seen=seen,
         )
+
+    @contextmanager
+    def _plain_generation(self) -> Iterator[None]:
+        """Context manager: `generate` has its library's defaults, whatever the model's folder says.
+
+        A folder's generation config (Qwen's has top-k and a repetition penalty), or config.json in its place, would
+        fill in all that a call leaves unsaid: samples of another distribution than the one that is trained.
+        """
+        model = self.causal_lm
+        own, model.generation_config = model.generation_config, GenerationConfig()
+        try:
+            yield
+        finally:
+            model.generation_config = own
+
+    def _text(self, tokens: Tensor) -> str:
+        """Decodes a completion [T] without its special tokens, of which tags of thinking and answer are none here."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        special = {token for token, content in added if content.special and not is_tag(content.content)}
+        text: str = self.tokenizer.decode([token for token in tokens.tolist() if token not in special])
+        return text
 
     def _encode(self, samples: Sequence[PromptSample]) -> tuple[Tensor, Tensor, SeenImages | None]:
         """Tokens [B, P] of the chats, their mask, and the samples' source images (None here: text alone)."""

@@ -84,6 +84,14 @@ class PipelinePolicy(FlowPolicy):
             images: D source images where the family's text encoder sees them, else None.
         """
 
+    def reading(self, texts: Sequence[str]) -> tuple[Any, list[str], int]:
+        """Describes how D texts are read by the text encoder that reads the most of them.
+
+        Returns:
+            Its tokenizer, the D texts as it gets them, and the most tokens of each that it takes.
+        """
+        return self.pipe.tokenizer, list(texts), self.pipe.tokenizer.model_max_length
+
     def encode_negatives(self, texts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, Tensor]:
         """Encodes the negative prompt, like `encode_texts`; some pipelines word it differently."""
         return self.encode_texts(texts, images)
@@ -154,6 +162,16 @@ class PipelinePolicy(FlowPolicy):
     def guided(self) -> bool:
         """True if each velocity takes two passes (classifier-free guidance)."""
         return self.guidance_scale > 1
+
+    def cut(self, prompts: Sequence[str]) -> list[bool]:
+        """Returns, for B prompts, True where every text encoder reads the beginning alone."""
+        tokenizer, frame, limit = self.reading([""])
+        # No text has more tokens than bytes, give or take some at its ends: most of a large set need not be read.
+        room = limit - len(tokenizer(frame)["input_ids"][0]) - 8
+        rows = [row for row, prompt in enumerate(prompts) if len(prompt.encode()) > room]
+        texts = self.reading([prompts[row] for row in rows])[1] if rows else []
+        cut = {row for row, text in zip(rows, texts, strict=True) if len(tokenizer(text)["input_ids"]) > limit}
+        return [row in cut for row in range(len(prompts))]
 
     def load(self) -> None:
         """Loads the pipeline; its modules become submodules, so that Lightning moves them."""

@@ -82,6 +82,11 @@ class QwenImagePolicy(GuidedPolicy):
         )
         return {"embeds": embeds, "mask": embeds.new_ones(embeds.shape[:2], dtype=torch.long) if mask is None else mask}
 
+    def reading(self, texts: Sequence[str]) -> tuple[Any, list[str], int]:
+        """Describes how Qwen2.5-VL reads texts: inside a template, whose beginning the network does not get."""
+        chats = [self.pipe.prompt_template_encode.format(text) for text in texts]
+        return self.pipe.tokenizer, chats, self.max_sequence_length + self.pipe.prompt_template_encode_start_idx
+
     def predict(self, latents: Tensor, sigma: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         """Predicts the velocity [B, tokens, channels]; the transformer multiplies sigma by 1000 itself."""
         batch, num_tokens = latents.shape[:2]

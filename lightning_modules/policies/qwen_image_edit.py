@@ -86,6 +86,10 @@ class QwenImageEditPolicy(QwenImagePolicy):
         lengths = [torch.ones(len(row), dtype=torch.long, device=row.device) for row in rows]
         return {"embeds": pad_sequence(rows, batch_first=True), "mask": pad_sequence(lengths, batch_first=True)}
 
+    def cut(self, prompts: Sequence[str]) -> list[bool]:
+        """Returns False for all prompts: this pipeline cuts none."""
+        return [False] * len(prompts)
+
     @torch.no_grad()
     def encode_sources(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """Encodes S source images into normalised latents [S, channels, h, w] (the mode of the VAE's posterior)."""

@@ -81,12 +81,24 @@ class SanaPolicy(GuidedPolicy):
             return super().scheduler()
         return FlowMatchEulerDiscreteScheduler(config.num_train_timesteps, shift=config.flow_shift)
 
-    def encode_texts(self, texts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, Tensor]:
-        """Encodes texts into Gemma's tokens behind the instruction, and a mask of those that are no padding."""
+    @property
+    def instruction(self) -> list[str] | None:
+        """Lines put before each prompt, if any."""
         lines = self.complex_human_instruction
         if lines is True:
             lines = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
-        return self._encode(texts, lines or None)
+        return lines or None
+
+    def encode_texts(self, texts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, Tensor]:
+        """Encodes texts into Gemma's tokens behind the instruction, and a mask of those that are no padding."""
+        return self._encode(texts, self.instruction)
+
+    def reading(self, texts: Sequence[str]) -> tuple[Any, list[str], int]:
+        """Describes how Gemma reads texts: in lower case, behind the instruction, which is not counted."""
+        lines = "\n".join(self.instruction or [])
+        extra = len(self.pipe.tokenizer.encode(lines)) - 2 if lines else 0
+        texts = [lines + text for text in self.pipe._text_preprocessing(list(texts))]
+        return self.pipe.tokenizer, texts, self.max_sequence_length + extra
 
     def encode_negatives(self, texts: Sequence[str], images: Sequence[Image.Image] | None = None) -> dict[str, Tensor]:
         """Encodes the negative prompt, without the instruction."""

@@ -65,6 +65,12 @@ class SD3Policy(GuidedPolicy):
         )
         return {"embeds": embeds, "pooled": pooled}
 
+    def reading(self, texts: Sequence[str]) -> tuple[Any, list[str], int]:
+        """Describes how T5 reads texts, or the CLIPs without it."""
+        if self.pipe.text_encoder_3 is None:
+            return self.pipe.tokenizer, list(texts), self.pipe.tokenizer_max_length
+        return self.pipe.tokenizer_3, list(texts), self.max_sequence_length
+
     def predict(self, latents: Tensor, sigma: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         """Predicts the velocity [B, channels, height / 8, width / 8]."""
         velocity: Tensor = self.active(

@@ -96,6 +96,13 @@ class ZImagePolicy(GuidedPolicy):
         masks = [torch.ones(len(caption), dtype=torch.bool, device=caption.device) for caption in captions]
         return {"embeds": pad_sequence(captions, batch_first=True), "mask": pad_sequence(masks, batch_first=True)}
 
+    def reading(self, texts: Sequence[str]) -> tuple[Any, list[str], int]:
+        """Describes how Qwen3 reads texts: as chats, whose end is cut off first."""
+        tokenizer = self.pipe.tokenizer
+        chats = [[{"role": "user", "content": text}] for text in texts]
+        how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
+        return tokenizer, tokenizer.apply_chat_template(chats, **how), self.max_sequence_length
+
     def predict(self, latents: Tensor, sigma: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         """Predicts the velocity [B, channels, height / 8, width / 8], minus the transformer's (noise to image)."""
         lengths = conditioning["mask"].sum(1).tolist()

@@ -22,6 +22,7 @@ from datamodules.atomic_write import write_atomically
 from datamodules.local_path import local_path
 from rewards.arguments import OnFailure, check_minimum, check_on_failure
 from rewards.base import Reward, RewardUnavailable, Score
+from rewards.format import after_thinking
 from rewards.judges.templates import JudgeTemplate
 from rewards.retries import TransientError, parse_retry_after, retrying
 
@@ -251,7 +252,7 @@ class Judge(Reward):
             except _ImageRefused as error:
                 return Answer(reason=str(error))
             try:
-                answer = Answer(template.read(reply, template.low, template.high), reply)
+                answer = Answer(template.read(after_thinking(reply), template.low, template.high), reply)
             except ValueError as error:
                 cut = f", cut off at max_tokens={self.max_tokens}" if finish == "length" else ""
                 reason = f"{error}{cut}; the reply ends: {reply[-200:]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -381,3 +382,24 @@ def test_settings_that_cannot_work_say_what_to_do(make_flow: MakeFlow, make_lang
     flow.learning_rate = None
     with pytest.raises(ValueError, match="nothing learns"):
         PromptRL(flow, Redness(), None, 8, 8).require_learner()
+
+
+def test_prompts_and_rewrites_that_are_cut_off_are_counted(
+    make_flow: MakeFlow, make_language: MakeLanguage, tmp_path: Path
+) -> None:
+    """T5 reads two words here, its end being a token too, and all of them with the miniature's own 18 tokens."""
+
+    def step(length: int) -> float:
+        module = PromptRL(make_flow(max_sequence_length=length), Redness(), make_language(), 3, num_retained=1)
+        (logged,) = fit(module, tmp_path, 1)
+        return logged["refine/cut"]
+
+    said = (
+        r"only the beginning of long prompts: 24 of 24 in training \(such as id 'train-00000'\), \d+ of .* in geneval"
+    )
+    with pytest.warns(UserWarning, match=said) as warned:
+        assert step(3) == 1.0
+    assert sum("only the beginning" in str(one.message) for one in warned) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the text encoders")
+        assert step(18) == 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,6 +112,34 @@ def test_two_passes_batched_or_apart(family: Family, folders: dict[str, Path]) -
         alone = policy.velocity(latents, sigma, conditioning)
     torch.testing.assert_close(batched, apart, atol=1e-5, rtol=1e-5)
     assert (apart - alone).abs().max() > 1e-3  # guidance does something
+
+
+@every_family
+def test_prompts_that_are_cut_off_are_known(
+    family: Family, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference: what the pipeline's own call of the tokenizer that reads the most leaves out."""
+    length = family.options.get("max_sequence_length", 24)
+    policy = family.load(folders[family.name], Sampling(4, 2), max_sequence_length=length)
+    policy.pipe.tokenizer_max_length = length  # Qwen-Image's own is 1024; what is beyond `length` it cuts off later
+    longest, left_out = policy.reading([""])[0], []
+    call = type(longest).__call__
+
+    def record(tokenizer: Any, *args: Any, **kwargs: Any) -> Any:
+        encoded = call(tokenizer, *args, **kwargs)
+        if tokenizer is longest and kwargs.get("truncation"):
+            left_out.append(bool(encoded.encodings[0].overflowing))
+        return encoded
+
+    monkeypatch.setattr(type(longest), "__call__", record)
+    prompts = [" ".join(["Circle"] * words) for words in range(40)]
+    expected = []
+    for prompt in prompts:
+        left_out.clear()
+        policy.encode_texts([prompt], family.images(1))
+        expected.append(any(left_out))
+    assert policy.cut(prompts) == expected and policy.cut([]) == []
+    assert not expected[0] and expected[-1] == (family is not QWEN_IMAGE_EDIT)
 
 
 class Red(Reward):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 
 from datamodules.base import PromptSample
 from lightning_modules.policies.base import LoRA
@@ -103,7 +103,46 @@ def test_mask_ends_with_the_first_eos_and_cut_off_completions_are_counted(
         assert not truncated and kept[-1] == eos and eos not in kept[:-1]
     cut = make_language(max_new_tokens=3).refine(samples, 2)
     assert cut.truncated.all() and cut.mask.all() and cut.formatted.sum() == 0
-    assert cut.rewrites[0] == cut.texts[0]  # without an answer the whole text is drawn
+    assert f"<answer> {cut.rewrites[0]}" == cut.texts[0]  # an answer that was cut off is drawn without its tag
+
+
+@pytest.fixture
+def thinker(tmp_path: Path) -> Path:
+    """The miniature's refiner with `<think>` and `</think>` as special tokens, as in some models, and one more."""
+    folder = shutil.copytree("miniature/language", tmp_path / "thinker")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in ("<think>", "</think>", "<|call|>")])
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(len(tokenizer))
+    for part in (tokenizer, model):
+        part.save_pretrained(folder)
+    return folder
+
+
+def test_tags_of_thinking_may_be_special_tokens(thinker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = LanguagePolicy(str(thinker), "{prompt}", dtype="float32")
+    policy.load()
+    for said, text in (
+        ("<think> a red circle </think> a blue square <end>", "<think> a red circle </think> a blue square"),
+        ("<answer> a <|call|> cross </answer> <end>", "<answer> a cross </answer>"),
+    ):
+        assert policy._text(policy.tokenizer(said, return_tensors="pt")["input_ids"][0]) == text
+
+
+def test_a_chat_template_may_open_the_thinking(thinker: Path) -> None:
+    """All that is written before `</think>` is thinking then, though no `<think>` is in it."""
+    sample = PromptSample("1", "a red circle", "", {})
+    plain = LanguagePolicy(str(thinker), "{prompt}", dtype="float32", max_new_tokens=32)
+    plain.load()
+    completions = plain.refine([sample], 4)
+    assert completions.formatted.all()
+    template = thinker / "chat_template.jinja"
+    template.write_text(template.read_text() + "{% if add_generation_prompt %}<think>\n{% endif %}")
+    opened = LanguagePolicy(str(thinker), "{prompt}", dtype="float32", max_new_tokens=32)
+    opened.load()
+    completions = opened.refine([sample], 4)
+    assert not any("think" in text for text in completions.texts)
+    assert completions.rewrites == [sample.prompt] * 4 and not completions.formatted.any()
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])

@@ -42,6 +42,7 @@ def test_a_folder_without_t5_draws_as_the_stock_pipeline_told_so(without_t5: Pat
     assert policy.pipe.text_encoder_3 is None
     embeds = policy.encode(PROMPTS)["embeds"]
     assert embeds.shape == (3, 48 + 16, 48) and embeds[:, 48:].abs().max() == 0  # zeros where T5's tokens would be
+    assert policy.cut(["a" * letters for letters in (46, 47)]) == [False, True]  # between CLIP's two ends
     perturb(policy)
     policy.save_pretrained(tmp_path)
     ours = policy.generate(PROMPTS, [0, 1, 2]).clamp(0, 1)

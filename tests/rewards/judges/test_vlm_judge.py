@@ -249,6 +249,14 @@ def test_twice_unreadable_is_invalid_never_zero(judge: Judge, text: str | None) 
     assert ("6 is not a number from 1 to 5" if text and "6" in text else "no number") in score.detail["reason"]
 
 
+def test_a_rating_that_is_thought_of_is_none(judge: Judge) -> None:
+    """Some servers leave a judge's thinking in its reply, and may cut the reply off there."""
+    judge.answer = lambda prompt, turn: Reply("<think>Final Score: 2? No.</think> Final Score: 4")
+    assert one(make(judge)).native == 4.0
+    judge.answer = lambda prompt, turn: Reply("<think>Perhaps Final Score: 2", finish="length")
+    assert not one(make(judge), "a blue cat").valid
+
+
 def test_a_cut_reply_says_so(judge: Judge) -> None:
     judge.answer = lambda prompt, turn: Reply("The image shows", finish="length")
     assert "cut off at max_tokens=16" in one(make(judge, max_tokens=16)).detail["reason"]
