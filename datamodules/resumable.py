@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -80,6 +82,10 @@ class ResumableLoader(DataLoader[PromptSample]):
             self._batches += 1
             yield batch
 
+    def first_batch(self) -> list[PromptSample]:
+        """Returns the epoch's first batch, which counts as not yet handed out."""
+        return [self.dataset[row] for row in islice(self._epoch_sampler(), self.batch_size)]
+
     def put_back(self) -> None:
         """Counts the last batch as not yet handed out, because its step was never finished."""
         self._batches -= 1
@@ -121,3 +127,34 @@ class ResumableLoader(DataLoader[PromptSample]):
                 "set trainer.use_distributed_sampler to false and trainer.overfit_batches to 0."
             )
         return self.sampler
+
+
+def place_in_epoch(fit_loop: dict[str, Any]) -> None:
+    """Sets a saved fit loop's counters to the position of its `ResumableLoader`, from which a resumed run goes on.
+
+    Lightning counts an epoch as whole in which `max_steps`, or a rule that stops training, ends a run, and a validation
+    that a checkpoint was saved after shifts its steps by one. Here the counters become those of a checkpoint that was
+    saved right after its last batch. Loops over other loaders are left as they are.
+
+    Args:
+        fit_loop: `checkpoint["loops"]["fit_loop"]`; changed in place.
+    """
+    position = next(iter(fit_loop["state_dict"].get("combined_loader", [])), None)
+    batch = fit_loop["epoch_loop.batch_progress"]
+    finished = batch["total"]["processed"]
+    if not isinstance(position, dict) or "batches" not in position or not finished:
+        return
+    epoch, batches = position["epoch"], position["batches"]
+    if batch["is_last_batch"] and batch["current"]["processed"] == batch["current"]["ready"]:
+        epoch, batches = epoch + 1, 0
+    begun = epoch + (batches > 0)
+    for epochs in (fit_loop["epoch_progress"]["total"], fit_loop["epoch_progress"]["current"]):
+        epochs.update(ready=begun, started=begun, processed=epoch, completed=epoch)
+    # As many batches as all epochs had are no fewer than the last one has: Lightning then begins to count anew.
+    for steps, number in ((batch["total"], finished), (batch["current"], batches or finished)):
+        steps.update(ready=number, started=number, processed=number, completed=number - 1)
+    batch["is_last_batch"] = False
+    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = finished - 1
+    validation = fit_loop["epoch_loop.val_loop.batch_progress"]  # none is to be finished
+    for part in (validation["total"], validation["current"]):
+        part.update(dict.fromkeys(part, part["ready"]))

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from datamodules.base import PromptSample
 from datamodules.chunks import chunks
+from datamodules.resumable import ResumableLoader
 from lightning_modules.distributed import average_gradients, clip, gather_lists, no_backward_sync
 from lightning_modules.evaluation import EvaluatedAgents
 from lightning_modules.groups import check_group, group_formats, group_prompts, source_images, tag_numbers
@@ -97,6 +98,7 @@ class PromptRL(EvaluatedAgents):
         self.seed = seed
         self.latest: Rollout | None = None
         """Last rollout, for callbacks to show."""
+        self._ahead: Rollout | None = None
         self._checked = False
         self._invalid_steps = 0
         self._seconds: dict[str, float] = {}
@@ -107,13 +109,19 @@ class PromptRL(EvaluatedAgents):
         if stage != "predict":
             self.reward.load()
 
+    def on_train_start(self) -> None:
+        """Collects the first rollout before the evaluation, which would let a reward that cannot work wait minutes."""
+        loader = self.trainer.train_dataloader
+        if self.global_step == 0 and isinstance(loader, ResumableLoader):
+            with self.trainer.precision_plugin.train_step_context():
+                self._ahead = self._begin_step(loader.first_batch())
+        super().on_train_start()
+
     # --- one step -------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Sequence[PromptSample], batch_idx: int) -> None:
         """Collects a rollout for G prompts and updates both agents on it."""
-        self._seconds = {}
-        seed_step(self.seed, self.global_step, self.global_rank)
-        rollout = self._collect_on_all_ranks(batch)
+        rollout, self._ahead = self._ahead or self._begin_step(batch), None
         self.latest = rollout
         if not self._checked or self.global_step % self.check_ratio_every == 0:
             self._checked = True
@@ -279,6 +287,12 @@ class PromptRL(EvaluatedAgents):
         return found
 
     # --- helpers ------------------------------------------------------------------------------------------------------
+
+    def _begin_step(self, batch: Sequence[PromptSample]) -> Rollout:
+        """Collects the rollout of a step, the first of which does so before the evaluation."""
+        self._seconds = {}
+        seed_step(self.seed, self.global_step, self.global_rank)
+        return self._collect_on_all_ranks(batch)
 
     def _collect_on_all_ranks(self, samples: Sequence[PromptSample]) -> Rollout:
         """Collects, and stops all ranks together when one has no scorer or none has had a score for too long.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ class Score:
     parts: dict[str, Score] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.valid and not all(math.isfinite(value) for value in (self.native, self.table, self.rl)):
+        if self.valid and not all(map(_finite, (self.native, self.table, self.rl))):
             raise ValueError(
                 f"A valid Score must be finite, got native={self.native}, table={self.table}, rl={self.rl}: "
                 "return Score.invalid(reason) for an image that could not be scored."
@@ -94,11 +95,15 @@ class Reward(ABC):
     """A callable that scores images. Constructors check and store their arguments; models load on first use."""
 
     name: str
-    """The key of this reward in logs (`reward/<name>`) and results."""
+    """The key of this reward in logs (`reward/<name>`) and results; the class's name unless it sets another."""
     needs: tuple[str, ...] = ()
     """What a sample must hold beside its prompt: keys of its metadata, and "image" for a source image."""
     native_range: tuple[float, float] = (-math.inf, math.inf)
     """Lowest and highest native score."""
+
+    def __init_subclass__(cls) -> None:
+        if not hasattr(cls, "name"):
+            cls.name = cls.__name__
 
     @property
     def version(self) -> str:
@@ -109,14 +114,15 @@ class Reward(ABC):
         """Loads the models now rather than on first use; later calls do nothing."""
 
     @abstractmethod
-    def __call__(self, batch: RewardBatch) -> list[Score]:
+    def __call__(self, batch: RewardBatch) -> Sequence[Score | float]:
         """Scores a batch of images.
 
         Args:
             batch: B images with their samples.
 
         Returns:
-            B scores in the order of the images. An image that cannot be scored gets `Score.invalid(reason)`.
+            B scores in the order of the images. An image that cannot be scored gets `Score.invalid(reason)`. A finite
+            number stands for a score whose three values are the same.
 
         Raises:
             RewardUnavailable: if no image can be scored now and the reward is configured not to go on without.
@@ -124,15 +130,54 @@ class Reward(ABC):
 
 
 def score_each(reward: Reward, batch: RewardBatch) -> list[Score]:
-    """Scores a batch and checks that there is one score per image.
+    """Scores a batch and checks that there is one score per image; a number is a score in all three units.
 
     Raises:
-        ValueError: if the reward returns fewer or more scores, of which none could be told whose it is.
+        ValueError: if the reward returns fewer or more scores, of which none could be told whose it is, or values that
+            are none.
     """
-    scores = reward(batch)
+    scores: Any = reward(batch)
+    name = type(reward).__name__
+    listed = isinstance(scores, Iterable) and getattr(scores, "shape", None) != ()
+    if not listed or isinstance(scores, str | bytes | Mapping | Set):
+        raise ValueError(f"{name} returned {_shown(scores)} for {len(batch)} images: it must return a list, {_ONE}.")
+    scores = list(scores)
     if len(scores) != len(batch):
         raise ValueError(
-            f"{type(reward).__name__} returned {len(scores)} scores for {len(batch)} images: it must return one per "
-            "image, `Score.invalid(reason)` where it failed."
+            f"{name} returned {len(scores)} scores for {len(batch)} images: it must return one per image, "
+            "`Score.invalid(reason)` where it failed."
         )
-    return scores
+    return [as_score(score, name) for score in scores]
+
+
+def as_score(value: Any, name: str) -> Score:
+    """Returns a reward's value for one image as a `Score`; a number is the native, the table and the rl value.
+
+    Args:
+        value: a `Score`, or a finite number: Python's, NumPy's, or a tensor with a single one; True is 1.
+        name: name of the reward, for the error.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
+    if isinstance(value, Score):
+        return value
+    if not _finite(value):
+        raise ValueError(f"{name} returned {_shown(value)} for an image: it must return a list, {_ONE}.")
+    number = float(value)
+    return Score(number, number, number)
+
+
+_ONE = "with a finite number or a `Score` for each image, `Score.invalid(reason)` where it failed"
+
+
+def _shown(value: Any) -> str:
+    return "None" if value is None else f"the {type(value).__name__} {reprlib.repr(value)}"
+
+
+def _finite(value: Any) -> bool:
+    """Returns True for what `float` turns into a finite number; text is no number."""
+    try:
+        return math.isfinite(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last one is torch's for a tensor of several
+        return False

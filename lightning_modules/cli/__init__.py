@@ -24,7 +24,7 @@ HELP = """usage: lightning {fit,validate,test,predict} --config FILE [--config F
 
   --config FILE             an experiment, such as configs/quickstart.yaml; later files are laid over earlier ones
   --KEY VALUE               any value of it, such as --trainer.max_steps 10 or --model.init_args.group_size 4
-  --ckpt_path FILE          a checkpoint to go on from (fit) or to evaluate
+  --ckpt_path FILE          a checkpoint to go on from (fit) or to evaluate; `last` and `best` are the experiment's
   --print_config            the whole configuration with its defaults, and no run
   lightning fit --help      all options of a subcommand
   --data.help CLASS         the arguments of a class (likewise --model.help, --trainer.callbacks.help)
@@ -41,7 +41,14 @@ def main(args: list[str] | None = None) -> None:
     if not words or words[0] in ("-h", "--help"):
         print(HELP, end="")
         return
-    mistake = misspelt(words) if words[0] in SUBCOMMANDS else None
+    if words[0] in SUBCOMMANDS:
+        mistake = misspelt(words)
+    elif words[0].startswith("-"):
+        mistake = None  # the parser's to explain
+    else:
+        mistake = (
+            f"`{words[0]}` is no command: begin with {', '.join(SUBCOMMANDS)}, such as `lightning fit --config ...`."
+        )
     if mistake is not None:
         sys.exit(complain(mistake))
     quieten()  # before the imports below, which have notices of their own

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 
-from datamodules.resumable import ResumableLoader
+from datamodules.resumable import ResumableLoader, place_in_epoch
 from rewards.base import RewardUnavailable
 
 
@@ -17,7 +17,10 @@ class SaveConfig(SaveConfigCallback):
     """Saves the resolved config once the models are loaded, so that a run that cannot start leaves nothing behind."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Waits for `on_fit_start` or `on_test_start`."""
+        """Waits for `on_fit_start` or `on_test_start`; raises ValueError if ranks resume from different files."""
+        path, first = self.config.get("ckpt_path"), trainer.strategy.broadcast(self.config.get("ckpt_path"))
+        if path != first:  # `last` and `best` are looked up by each rank, and another run may be writing its own
+            raise ValueError(f"`ckpt_path` is {first} on the first process and {path} on another: name the file.")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes `config.yaml` beside the logs."""
@@ -65,8 +68,12 @@ class Checkpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves `last.ckpt` unless this very step was saved."""
-        if self.save_last and trainer.global_step != self._last_global_step_saved:
+        if self.save_last and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Lets a run that ended within an epoch go on with the next batch of it."""
+        place_in_epoch(checkpoint["loops"]["fit_loop"])
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Saves `last.ckpt` when scores cannot be had: the step that lacked them is the first after a resume."""

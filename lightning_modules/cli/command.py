@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 import zipfile
@@ -14,8 +15,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from omegaconf.errors import OmegaConfBaseException
 
 from callbacks.dashboard import Dashboard
@@ -25,12 +26,17 @@ from callbacks.progress import RunProgressBar
 from callbacks.report import Report
 from datamodules.base import PromptDataModule
 from lightning_modules.agents import check_precision
+from lightning_modules.cli import earlier_checkpoints
 from lightning_modules.cli.checkpoint import Checkpoint, SaveConfig
 from lightning_modules.cli.errors import complain, raised_by_us
+from lightning_modules.cli.refusals import check_something_to_train, check_trainer, refused_by_lightning
 from lightning_modules.cli.renamed import renamed
+from lightning_modules.cli.trainer import Trainer
 from lightning_modules.evaluation import EvaluatedAgents
 from lightning_modules.preflight.check import Mode, check
 from rewards.base import RewardUnavailable
+
+_NO_ACCESS = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS)
 
 
 class Parser(LightningArgumentParser):
@@ -52,7 +58,7 @@ class Parser(LightningArgumentParser):
 
 
 class PromptRLCLI(LightningCLI):
-    """LightningCLI with the house's defaults: run folders, checkpoints, `${...}` resolved after merging."""
+    """LightningCLI with the house's defaults: run folders, checkpoints, refusals before models are loaded."""
 
     wanted: str | None = None
     """The one subcommand whose options are built; None builds all four, which takes four times as long."""
@@ -86,16 +92,20 @@ class PromptRLCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Lets no checkpoint override the configuration: Lightning would take its hyperparameters silently."""
 
+    def instantiate_classes(self) -> None:
+        """Says in one sentence what Lightning refuses of the trainer's settings, and which package is missing."""
+        try:
+            super().instantiate_classes()
+        except (ImportError, MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
+            said = None if raised_by_us(error) else refused_by_lightning(error, self._options)
+            if said is None:
+                raise
+            raise ValueError(said) from error
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Gives the trainer two loggers in one run folder and a bar over the run, unless configured otherwise."""
-        config = self.config[self.subcommand] if self.subcommand else self.config
-        if self.subcommand == "predict":
-            kwargs["logger"] = False  # there is nothing to log, and no run folder to fill
-        elif config["trainer"]["logger"] in (None, True):
-            root, name = config["trainer"]["default_root_dir"], config["experiment"]
-            tensorboard = TensorBoardLogger(root, name=name, default_hp_metric=False)
-            # One version for both, so that one folder holds all of a run.
-            kwargs["logger"] = [tensorboard, CSVLogger(root, name=name, version=tensorboard.version)]
+        """Adds a bar over the run, unless another is configured, and the callbacks that every run of ours has."""
+        if self.subcommand == "predict" or self._own_loggers:
+            kwargs["logger"] = False  # a prediction has nothing to log; the others get theirs with the run folder
         trainer: Any = super().instantiate_trainer(**kwargs)
         bars = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]
         if [type(bar) for bar in bars] in ([TQDMProgressBar], [RichProgressBar]):  # Lightning's default, not a choice
@@ -107,32 +117,69 @@ class PromptRLCLI(LightningCLI):
         return cast(L.Trainer, trainer)
 
     @property
+    def _options(self) -> Any:
+        return self.config[self.subcommand] if self.subcommand else self.config
+
+    @property
+    def _own_loggers(self) -> bool:
+        trainer = self._options["trainer"]
+        return trainer["logger"] in (None, True) and not trainer["fast_dev_run"] and not trainer["barebones"]
+
+    @property
     def _checkpoint_path(self) -> str | None:
-        """The file that `ckpt_path` names, if it names one rather than "last" or "best"."""
-        config = self.config[self.subcommand] if self.subcommand else self.config
-        path: str | None = config.get("ckpt_path")
-        return None if path in (None, "last", "best", "hpc") else path
+        """The file that `ckpt_path` names, if it names one."""
+        path: str | None = self._options.get("ckpt_path")
+        return None if path in (None, "hpc") else path
 
     def before_instantiate_classes(self) -> None:
-        """Refuses a checkpoint that cannot be read before anything is built or written."""
+        """Finds the checkpoint, and refuses one that cannot be read before anything is built or written."""
+        options = self._options
+        experiment = Path(options["trainer"]["default_root_dir"] or "", options["experiment"]).expanduser()
+        kept = options["checkpoint"]
+        if options.get("ckpt_path") == "last":
+            options["ckpt_path"] = str(earlier_checkpoints.last(experiment, kept["dirpath"]))
+        elif options.get("ckpt_path") == "best":
+            options["ckpt_path"] = str(earlier_checkpoints.best(experiment, kept["dirpath"], kept["monitor"]))
         path = self._checkpoint_path
         if path is not None and not zipfile.is_zipfile(path):
             what = "which is no checkpoint" if Path(path).is_file() else "but there is no such file"
             raise ValueError(f"`ckpt_path` is {path}, {what}; give a .ckpt of an earlier run.")
+        if path is None and self.subcommand != "fit":
+            rank_zero_warn("no `--ckpt_path` is given: the base model is evaluated, not one that a fit has trained.")
+
+    def after_instantiate_classes(self) -> None:
+        """Refuses precisions that train wrongly, or cannot take prompts; fp16 by autocast can evaluate."""
+        precision = self.trainer.precision
+        if isinstance(self.model, EvaluatedAgents) and (self.subcommand == "fit" or "mixed" not in str(precision)):
+            check_precision(precision)
 
     def before_fit(self) -> None:
-        """Loads models, reads prompts and compares the checkpoint before the trainer opens a run folder."""
+        """Reads prompts, claims the run folder and loads models; a run that cannot start leaves nothing behind."""
         if isinstance(self.datamodule, PromptDataModule):
             self.datamodule.setup(str(self.subcommand))
+        path = self._checkpoint_path
+        checkpoint = None if path is None else torch.load(path, map_location="cpu", mmap=True)
+        if checkpoint is not None and "loops" not in checkpoint:
+            raise ValueError(f"`ckpt_path` is {path}, which is no checkpoint; give a .ckpt of an earlier run.")
         if self.subcommand == "fit":
-            if isinstance(self.model, EvaluatedAgents):
-                self.model.require_learner()
-                check_precision(self.trainer.precision)
-            check(self.model, self.datamodule, self.trainer, self.config["fit"]["preflight"])
+            check_trainer(self.trainer, self.model, self.datamodule)
+            check_something_to_train(self.trainer, checkpoint)
+        trainer = cast(Trainer, self.trainer)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.open_folder(self._options["experiment"], loggers=self._own_loggers)
+        try:
+            self._load(checkpoint)
+        except BaseException:
+            trainer.drop_empty_folder()
+            raise
+
+    def _load(self, checkpoint: dict[str, Any] | None) -> None:
+        """Loads the models and compares the checkpoint with them."""
+        if self.subcommand == "fit":
+            check(self.model, self.datamodule, self.trainer, self._options["preflight"])
         self.model.configure_model()
         self.model.setup(str(self.subcommand))
-        if self._checkpoint_path is not None:
-            checkpoint = torch.load(self._checkpoint_path, map_location="cpu", mmap=True)
+        if checkpoint is not None:
             averages = any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
             if self.subcommand == "fit" and "current_model_state" in checkpoint and not averages:
                 raise ValueError(
@@ -164,6 +211,7 @@ def run(args: list[str] | None = None) -> None:
         PromptRLCLI(
             L.LightningModule,
             L.LightningDataModule,
+            trainer_class=Trainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
@@ -180,8 +228,14 @@ def run(args: list[str] | None = None) -> None:
         sys.exit(complain(f"in the configuration: {str(error).splitlines()[0]}"))
     except RewardUnavailable as error:
         sys.exit(complain(f"{error} A fit stops so with its state in checkpoints/last.ckpt: go on with --ckpt_path."))
-    except ValueError as error:
-        ours = raised_by_us(error)
-        if ours is None:
+    except OSError as error:
+        if error.errno not in _NO_ACCESS:
             raise
-        sys.exit(complain(str(ours)))
+        place = error.filename or "a file of the run cannot be written"
+        sys.exit(complain(f"{place}: {error.strerror}; make room or allow access, or name another place."))
+    except (MisconfigurationException, ValueError) as error:
+        ours = raised_by_us(error)
+        said = refused_by_lightning(error) if ours is None else str(ours)
+        if said is None:
+            raise
+        sys.exit(complain(said))

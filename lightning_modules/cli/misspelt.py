@@ -1,4 +1,4 @@
-"""Finds misspelt keys of a command line and its configuration files before anything slow is imported.
+"""Finds mistakes in a command line and its configuration files before anything slow is imported.
 
 The full parser finds them too, with less to say and after the seconds that torch, diffusers and Lightning take to
 import. Whatever cannot be judged here is left to it.
@@ -22,26 +22,32 @@ Node = dict[str, Any]
 
 
 def misspelt(command: Sequence[str]) -> str | None:
-    """Says which argument of a command does not exist.
+    """Says which argument of a command does not exist, which word is no option, or which file is no YAML.
 
     Args:
         command: the words after `lightning`: a subcommand, `--config` files and options.
 
     Returns:
-        One sentence with the argument's place, owner and nearest spelling; None if nothing is known to be wrong.
+        One sentence, for an argument with its place, owner and nearest spelling; None if nothing is known to be wrong.
     """
     tree: Node = {}
     words = list(command[1:])
     while words:
-        key, equals, value = words.pop(0).partition("=")
+        word = words.pop(0)
+        key, equals, value = word.partition("=")
+        if key in ("-h", "--help") or key.startswith("--") and key.endswith(".help"):
+            return None  # a question
+        if not key.startswith("--") and key != "-c":
+            return _stray(word)
         if not equals and words and not words[0].startswith("--"):
             value = words.pop(0)
-        if not key.startswith("--") and key != "-c" or key == "--help" or key.endswith(".help"):
-            return None  # not an option, or a question about some
         if key in ("--config", "-c"):
-            content = _read(Path(value))
+            try:
+                content = _read(Path(value))
+            except ValueError as error:
+                return str(error)
             if content is None:
-                return None  # a missing or malformed file is the parser's to explain
+                return None  # a missing file is the parser's to explain
             _merge(tree, content)
         else:
             _set(tree, key[2:].split("."), value)
@@ -49,11 +55,37 @@ def misspelt(command: Sequence[str]) -> str | None:
     return next((said for key, owner in places for said in _wrong(tree.get(key), owner, key)), None)
 
 
+def _stray(word: str) -> str:
+    """Says how to write a word that stands where an option should."""
+    name = word.lstrip("-\u2013\u2014")  # some programs make a long dash of two
+    if Path(word).suffix.lower() in (".yaml", ".yml"):
+        return f"`{word}` is no option: write `--config {word}`."
+    if "=" in word or "." in name:
+        return f"`{word}` is no option: write `--{name}`."
+    return (
+        f"`{word}` is no option: options begin with two dashes, such as `--trainer.max_steps 10`, and a value with "
+        "spaces stands in quotes."
+    )
+
+
 def _read(path: Path) -> Node | None:
+    """Reads a configuration file; None if it cannot be opened, or holds something else.
+
+    Raises:
+        ValueError: with file and line, if it is no YAML.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except OSError:
         return None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text: {error.reason} at byte {error.start}; save it as UTF-8.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        what = "a tab, where YAML takes spaces alone" if "'\\t'" in what else what
+        place = str(path) if mark is None else f"{path}:{mark.line + 1}"
+        raise ValueError(f"{place} is no YAML: {what}; correct the line.") from None
     return _nested(content) if isinstance(content, dict) else None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from peft import LoraConfig
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lightning_modules.policies.base import LoRA
 from rewards.pretrained import check_hub_id, one_line_errors
@@ -25,6 +26,9 @@ ADAPTERS = {
     "ZImagePipeline": "z_image.ZImagePolicy",
 }
 """Stock pipeline -> our adapter under `lightning_modules.policies`, for the error that a wrong one gets."""
+
+ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
+"""Kinds of layers that peft has adapters for."""
 
 
 def check_pipeline(model: str, expected: str | None = None) -> None:
@@ -109,20 +113,34 @@ def lora_config(network: nn.Module, lora: LoRA, default_targets: list[str] | str
         where: the argument that an error names.
 
     Raises:
-        ValueError: if a target matches no module.
+        ValueError: if a target matches no module, or one that peft has no adapter for.
     """
     targets = lora.targets if lora.targets is not None else default_targets
-    names = [name for name, _ in network.named_modules()]
-    if isinstance(targets, str):
-        unmatched = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
-    else:
-        unmatched = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
-    if unmatched:
+    modules = dict(network.named_modules())
+    listed = [targets] if isinstance(targets, str) else targets
+    found = {t: [name for name in modules if _matches(t, name, whole=isinstance(targets, str))] for t in listed}
+    wrong = [
+        (target, name)
+        for target, names in found.items()
+        for name in names
+        if not isinstance(modules[name], ADAPTABLE) and any(True for _ in modules[name].parameters())
+    ]
+    unmatched = ", ".join(target for target, names in found.items() if not names)
+    if unmatched or wrong:
+        what = f"{unmatched}, which matches no module"
+        if not unmatched:
+            target, name = wrong[0]
+            what = f"{target}, which matches {name}, a {type(modules[name]).__name__} and not a single layer,"
         raise ValueError(
-            f"`{where}.targets` names {', '.join(unmatched)}, which matches no module of {type(network).__name__}; "
-            f"use endings of module names such as {_example(network)}."
+            f"`{where}.targets` names {what} of {type(network).__name__}; use endings of module names such as "
+            f"{_example(network)}."
         )
     return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0)
+
+
+def _matches(target: str, name: str, *, whole: bool) -> bool:
+    """Returns True if a target stands for a module: as a regular expression of its whole name, or as its ending."""
+    return bool(re.fullmatch(target, name)) if whole else name == target or name.endswith(f".{target}")
 
 
 def _example(network: nn.Module) -> str:

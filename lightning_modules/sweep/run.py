@@ -123,8 +123,9 @@ def _run(job: Job, children: Children, started: float) -> Outcome:
         status = children.call([*PROGRAM, *command.options, *_checkpoint(job, command)], _started(command))
         if status is None:
             return Outcome(job.name, "stopped", time.monotonic() - started)
-        if status != 0:
-            log = command.folder / f"{command.stage}.log"
+        log = command.folder / f"{command.stage}.log"
+        # A fit that was cut off in its last validation has trained all it should.
+        if status != 0 and not (command.stage == "fit" and "nothing to train: " in _last_line(log)):
             return Outcome(job.name, "crashed", time.monotonic() - started, f"{log}: {_last_line(log)}")
         seen = command.record | {"seconds": round(time.monotonic() - begun, 1)}
         command.write_record(seen)

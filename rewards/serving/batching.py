@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from PIL.Image import Image
 
 from datamodules.sample import PromptSample
-from rewards.base import Reward, RewardBatch, RewardUnavailable, Score
+from rewards.base import Reward, RewardBatch, RewardUnavailable, as_score
 from rewards.serving.protocol import BadImage, Item, Result, Unscored, decode_image, to_result
 
 log = logging.getLogger("rewards.serving.server")
@@ -156,7 +156,7 @@ class Batcher:
                 log.error("%s returned %d scores for %d images", self.reward.name, len(scores), len(ready))
                 wrong = "the scorer returned a wrong number of scores, so that none can be told whose it is"
                 return [Unscored(valid=False, error="wrong_length", reason=wrong)] * len(ready)
-            return [_check_score(score) for score in scores]
+            return [to_result(as_score(score, type(self.reward).__name__)) for score in scores]
         except RewardUnavailable:
             raise
         except BaseException:  # SystemExit too: without its worker a queue would never be answered
@@ -166,9 +166,3 @@ class Batcher:
                     Unscored(valid=False, error="scorer_error", reason="the scorer failed; the server's log says how")
                 ]
         return [result for one in ready for result in self._score([one])]
-
-
-def _check_score(score: object) -> Result:
-    if not isinstance(score, Score):
-        raise TypeError(f"the scorer returned a {type(score).__name__} in place of a Score")
-    return to_result(score)

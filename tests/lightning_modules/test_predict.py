@@ -181,7 +181,7 @@ def test_images_of_others_settings_are_not_mixed_in(
     os.utime(checkpoint, (1e9, 1e9))
     line = complaint(capfd, folder, with_checkpoint, config=str(run / "config.yaml"))
     assert "ckpt_modified 20" in line and "which is 2001-09-09T01:46:40+00:00 now" in line
-    assert "`ckpt_path` is last; name the" in complaint(capfd, folder, "--ckpt_path=last")
+    assert "`ckpt_path` is last, but no run in " in complaint(capfd, folder, "--ckpt_path=last")
     (folder / "predictions.yaml").unlink()
     assert "not the predictions.yaml that says" in complaint(capfd, folder, with_checkpoint)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lightning_modules.cli import main
+from tests.forked import run as run_forked
 
 pytestmark = pytest.mark.slow
 
@@ -27,8 +28,13 @@ SHORT = [
 ]
 
 
-def run(root: Path, steps: int, *more: str) -> tuple[dict[str, object], list[dict[str, str]]]:
-    main([*SHORT, f"--trainer.max_steps={steps}", f"--trainer.default_root_dir={root}", *more])
+def run(root: Path, steps: int, *more: str, processes: int = 1) -> tuple[dict[str, object], list[dict[str, str]]]:
+    options = [*SHORT, f"--trainer.max_steps={steps}", f"--trainer.default_root_dir={root}", *more]
+    if processes == 1:
+        main(options)
+    else:
+        for one in run_forked(root / "output", *options, processes=processes):
+            assert one.returncode == 0, one.text
     (folder,) = (root / "quickstart").iterdir()
     with (folder / "metrics.csv").open() as file:
         rows = [{k: v for k, v in row.items() if v and not k.startswith("time/")} for row in csv.DictReader(file)]
@@ -62,3 +68,28 @@ def test_two_and_two_steps_are_four(tmp_path: Path, adapters: bool) -> None:
     assert len(train) == 4 and train[2:] == again
     # The steps differ from one another, so equality says something.
     assert len({row["reward"] + row["train/flow/grad_norm"] for row in train}) == 4
+
+
+@pytest.mark.parametrize(
+    ("ends", "processes"),
+    [((1,), 1), ((3,), 1), ((2, 4), 1), ((2,), 2)],
+    ids=["within an epoch", "at its end", "twice", "two processes"],
+)
+def test_a_run_that_ended_at_max_steps_is_continued(tmp_path: Path, ends: tuple[int, ...], processes: int) -> None:
+    """Parts with nothing saved but at their ends equal one run of five steps, over two epochs of three."""
+    more = ["--checkpoint.every_n_train_steps=100", "--trainer.limit_val_batches=0"]
+    if processes > 1:
+        more += ["--data.init_args.batch_size=1", f"--trainer.devices={processes}", "--trainer.strategy=ddp"]
+    whole, whole_rows = run(tmp_path / "whole", 5, *more, processes=processes)
+    checkpoint: list[str] = []
+    rows: list[dict[str, str]] = []
+    for number, end in enumerate((*ends, 5)):
+        part, part_rows = run(tmp_path / f"{number}", end, *more, *checkpoint, processes=processes)
+        rows += part_rows
+        checkpoint = [f"--ckpt_path={next((tmp_path / f'{number}').rglob('last.ckpt'))}"]
+    assert part["global_step"] == 5
+    assert same(whole["state_dict"], part["state_dict"])
+    assert same(whole["optimizer_states"], part["optimizer_states"])
+    steps = [[row for row in found if "reward" in row] for found in (whole_rows, rows)]
+    assert len(steps[0]) == 5 and steps[0] == steps[1]
+    assert len({row["reward"] + row["train/flow/grad_norm"] for row in steps[0]}) == 5

@@ -102,6 +102,18 @@ def test_a_reward_that_loses_a_score_is_named(samples: Sequence[PromptSample]) -
             scoring.scores()
 
 
+def test_a_reward_that_returns_nothing_ends_a_fit_before_its_evaluation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[object] = []
+    monkeypatch.setattr(PromptRL, "validation_step", lambda *_: drawn.append(0))
+    reward = "--model.reward=tests.rewards.test_scores.Returns"
+    with pytest.raises(SystemExit) as stopped:
+        main([*SHORT, "--trainer.max_steps=1", f"--trainer.default_root_dir={tmp_path}", reward])
+    assert stopped.value.code == 2 and not drawn
+    assert "lightning: error: Returns returned None for " in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_overlap_changes_nothing(make_flow: MakeFlow, make_language: MakeLanguage, samples: list[PromptSample]) -> None:
     """Scores, images and gradients of a step are bitwise the same with overlap and without."""
     found = []

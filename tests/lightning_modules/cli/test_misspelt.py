@@ -183,6 +183,46 @@ def test_a_module_that_cannot_be_read_is_left_to_its_import(
     assert misspelt([*QUICKSTART, f"--model.reward={name}.Mine", "--model.reward.scale=2"]) is None
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["configs/quickstart.yaml"],
+            "`configs/quickstart.yaml` is no option: write `--config configs/quickstart.yaml`.",
+        ),
+        (["--config", "configs/quickstart.yaml", "other.YML"], "`other.YML` is no option: write `--config other.YML`."),
+        ([*QUICKSTART[1:], "model.group_size=4"], "`model.group_size=4` is no option: write `--model.group_size=4`."),
+        ([*QUICKSTART[1:], "-model.group_size=4"], "`-model.group_size=4` is no option: write `--model.group_size=4`."),
+        ([*QUICKSTART[1:], "\u2013experiment=a"], "`\u2013experiment=a` is no option: write `--experiment=a`."),
+        ([*QUICKSTART[1:], "--experiment", "my", "run"], "`run` is no option: options begin with two dashes"),
+    ],
+)
+def test_words_that_are_no_options(words: list[str], said: str) -> None:
+    assert (misspelt(["fit", *words]) or "").startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"model:\n\tinit_args: 3\n", ":2 is no YAML: a tab, where YAML takes spaces alone; correct the line."),
+        (b"a: 1\nmodel: {init_args: [3}\n", ":2 is no YAML: expected ',' or ']', but got '}'; correct the line."),
+        (b"a: 'x\nb: 2\n", ":3 is no YAML: found unexpected end of stream; correct the line."),
+        ("a: Größe".encode("latin-1"), " is no UTF-8 text: invalid start byte at byte 5; save it as UTF-8."),
+    ],
+    ids=["tab", "brackets", "open string", "Latin-1"],
+)
+def test_files_that_are_no_yaml(content: bytes, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    assert misspelt([*QUICKSTART, "--config", str(path)]) == f"{path}{said}"
+
+
+def test_a_word_that_is_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["configs/quickstart.yaml"])
+    assert "`configs/quickstart.yaml` is no command: begin with fit, validate, test, predict" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 def test_nothing_in_our_configurations_is_misspelt(config: str) -> None:
     assert misspelt(["fit", "--config", config]) is None

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lightning_modules.policies.base import LoRA
@@ -89,3 +90,16 @@ def test_lora_targets() -> None:
             ValueError, match=rf"`flow.lora.targets` names {named}, which .* of ModuleDict; use .* such as to_q\."
         ):
             lora_config(network, LoRA(targets=targets), ["to_q"], "flow.lora")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("targets", [["attn"], ["to_q", "norm"], r"attn.*"])
+def test_lora_targets_that_are_no_layers(targets: list[str] | str) -> None:
+    """Only single layers can have adapters; peft would say so with the whole network printed."""
+    network = nn.ModuleDict({"attn": nn.ModuleDict({"to_q": nn.Linear(2, 2), "norm": nn.LayerNorm(2)})})
+    with pytest.raises(
+        ValueError, match=r"names .*, which matches attn.* and not a single layer, .* such as to_q\."
+    ) as said:
+        lora_config(network, LoRA(targets=targets), ["to_q"], "flow.lora")
+    with pytest.raises(ValueError, match="is not supported"):
+        get_peft_model(network, LoraConfig(target_modules=targets))  # type: ignore[arg-type]
+    assert "\n" not in str(said.value)

@@ -194,6 +194,22 @@ def test_a_damaged_folder_is_one_runs_crash(tmp_path: Path) -> None:
     assert "results.json is damaged" in outcomes[1].note
 
 
+def test_a_fit_that_was_cut_off_after_its_last_step_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resumed, it has nothing to train and is refused; its test is left to do."""
+    program = tmp_path / "lightning.py"
+    program.write_text("import sys\nif sys.argv[1] == 'fit': sys.exit('lightning: error: nothing to train: step 1')")
+    monkeypatch.setattr("lightning_modules.sweep.run.PROGRAM", [sys.executable, str(program)])
+    (job,) = plan(root=str(tmp_path / "runs"), test_configs=["configs/miniature/evaluate.yaml"])
+    fit, test = job.commands
+    checkpoint = fit.folder / "miniature" / "flow_only" / "version_0" / "checkpoints" / "last.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    (checkpoint.parents[1] / "metrics.csv").touch()
+    (outcome,) = run_all([job], 1, lambda outcome: None)
+    assert outcome.state == "done" and fit.finished() and test.finished()
+    assert f"--ckpt_path={checkpoint}" in (test.folder / "test.log").read_text()
+
+
 # --- real runs --------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,99 @@
+"""`Trainer`: Lightning's trainer with a run folder that no other run shares, whatever loggers it has."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+_PROBE = 2**20
+"""Bytes written and deleted to see that there is room."""
+
+
+class Trainer(L.Trainer):
+    """Lightning's trainer, whose `log_dir` is a folder of this run alone, the same whatever loggers there are."""
+
+    _folder: Path | None = None
+    _made: tuple[Path, ...] = ()
+
+    @property
+    def log_dir(self) -> str | None:
+        """Folder of results, configuration, checkpoints and exports; to be asked on every rank, as it is broadcast."""
+        folder: Path | None = self.strategy.broadcast(self._folder)
+        if folder is None and not self.fast_dev_run:  # type: ignore[attr-defined]
+            return super().log_dir
+        return None if folder is None else str(folder)
+
+    def open_folder(self, experiment: str, *, loggers: bool) -> None:
+        """Claims the folder `<default_root_dir>/<experiment>/version_N` on rank 0; the other ranks learn it later.
+
+        Args:
+            experiment: path of the experiment's folder in the root.
+            loggers: log to TensorBoard and `metrics.csv` there.
+
+        Raises:
+            ValueError: if nothing can be written there.
+        """
+        root = self.default_root_dir
+        if "://" in root:
+            raise ValueError(f"`trainer.default_root_dir` is {root}: runs are written to local folders; name one.")
+        if Path(experiment).is_absolute() or ".." in Path(experiment).parts:
+            raise ValueError(f"`experiment` is {experiment}; name a folder below `trainer.default_root_dir`, {root}.")
+        parent = Path(root, experiment)
+        if self.is_global_zero:
+            self._made = tuple(path for path in (parent, *parent.parents) if not path.exists())
+            try:
+                self._folder = claim(parent)
+                self._made = (self._folder, *self._made)
+                with TemporaryFile(dir=self._folder) as file:
+                    file.write(bytes(_PROBE))
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                self.drop_empty_folder()
+                raise ValueError(
+                    f"the run's folder cannot be written below {parent}: {error.strerror}; set "
+                    "`trainer.default_root_dir` to another folder, or make room there."
+                ) from None
+            for callback in self.checkpoint_callbacks:
+                if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                    callback.dirpath = str(self._folder / "checkpoints")
+        if isinstance(self._accelerator_connector.cluster_environment, SLURMEnvironment):
+            # Where Lightning keeps what a requeued job goes on from, and any other job would.
+            self._default_root_dir = str(parent / f"slurm_{SLURMEnvironment.job_id()}")
+        if loggers:
+            # Ranks other than 0 know no version, and write nothing.
+            version = None if self._folder is None else int(self._folder.name.removeprefix("version_"))
+            self.loggers = [
+                TensorBoardLogger(root, name=experiment, version=version, default_hp_metric=False),
+                CSVLogger(root, name=experiment, version=version),
+            ]
+
+    def drop_empty_folder(self) -> None:
+        """Removes the claimed folder, and those made for it above, as far as they are empty."""
+        with suppress(OSError):
+            for path in self._made:  # the deepest first
+                path.rmdir()
+
+
+def claim(parent: Path) -> Path:
+    """Makes the next folder `version_N`; of processes that do so at the same time each gets another.
+
+    Args:
+        parent: folder above, made if it is missing.
+    """
+    while True:
+        parent.mkdir(parents=True, exist_ok=True)
+        numbers = [path.name.removeprefix("version_") for path in parent.glob("version_*")]
+        number = max((int(number) for number in numbers if number.isdecimal()), default=-1) + 1
+        folder = parent / f"version_{number}"
+        # Another process has made it, or, giving up its own run, removed the folder above.
+        with suppress(FileExistsError, FileNotFoundError):
+            folder.mkdir()
+            return folder
