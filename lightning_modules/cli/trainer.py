@@ -41,8 +41,6 @@ class Trainer(L.Trainer):
             ValueError: if nothing can be written there.
         """
         root = self.default_root_dir
-        if "://" in root:
-            raise ValueError(f"`trainer.default_root_dir` is {root}: runs are written to local folders; name one.")
         if Path(experiment).is_absolute() or ".." in Path(experiment).parts:
             raise ValueError(f"`experiment` is {experiment}; name a folder below `trainer.default_root_dir`, {root}.")
         parent = Path(root, experiment)

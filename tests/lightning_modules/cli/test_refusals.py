@@ -118,7 +118,7 @@ def test_folders_that_cannot_be_written(
             str(tmp_path / "runs"),
             r"folder cannot be written below .*/runs/quickstart: .*set `trainer\.default_root_dir`",
         ),
-        ("s3://bucket/runs", r"`trainer\.default_root_dir` is s3://bucket/runs: runs are written to local folders"),
+        ("s3://bucket/runs", r"trainer\.default_root_dir is s3://bucket/runs, an address"),
     ):
         with pytest.raises(SystemExit):
             fit(tmp_path, f"--trainer.default_root_dir={root}")
