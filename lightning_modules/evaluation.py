@@ -196,11 +196,11 @@ def warn_of_long_prompts(flow: FlowPolicy, sets: Mapping[str, Sequence[PromptSam
     """Warns once if the flow model's text encoders read only the beginning of some prompts.
 
     Args:
-        flow: the image model, loaded.
+        flow: the image model; one that is not loaded reads nothing.
         sets: name of the set -> its prompts.
     """
     found = []
-    for name, samples in sets.items():
+    for name, samples in sets.items() if flow.network is not None else ():
         samples = bare(samples)
         parts = [samples[rows] for rows in chunks(len(samples), 1000)]
         cut = [flow.cut([sample.asked for sample in part]) for part in parts]

@@ -393,7 +393,7 @@ def test_description_and_arguments(reward: EditReward) -> None:
         ({"dtype": "int8"}, "use null or one of bfloat16, float16, float32"),
         ({"batch_size": 0}, "use at least 1"),
         ({"rubrics": ["a.txt"]}, "give 2 text files"),
-        ({"rubrics": ["a.txt", "b.txt"]}, "names a.txt, which cannot be read"),
+        ({"rubrics": ["a.txt", "b.txt"]}, "rubrics is 'a.txt', which is not a file"),
     ]:
         with pytest.raises(ValueError, match=message):
             EditReward(**kwargs)  # type: ignore[arg-type]

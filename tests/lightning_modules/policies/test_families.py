@@ -161,7 +161,7 @@ def test_a_few_steps_make_images_redder(family: Family, folders: dict[str, Path]
     images = family.images(2) or [None, None]
     samples = [PromptSample(str(i), PROMPTS[i], "", {}, image) for i, image in enumerate(images)]
     before = mean_red(module, samples)
-    for step in range(6):
+    for step in range(8):
         module.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed = step
         module.update(module.collect(samples))
     assert mean_red(module, samples) > before + 0.005

@@ -271,7 +271,7 @@ def test_sample_reaches_the_scorer(serve: Callable[..., str]) -> None:
     assert codes(response) == ["ok", "ok", "missing_need", "missing_need"]
     first, second, third, _ = response.json()["results"]
     told = {"id": "7", "prompt": "é", "tag": "t", "metadata": {"kind": [1, None]}, "image": 6}
-    assert first["detail"] == {**told, "wording": None}  # rewards are told of the original alone
+    assert first["detail"] == {**told, "wording": None, "repeats": 1}  # rewards are told of the original alone
     assert second["detail"] == {**first["detail"], "id": "8"}
     assert third["reason"] == "the item lacks image, which the reward needs"
 
