@@ -337,15 +337,17 @@ class PromptRL(EvaluatedAgents):
         Raises:
             RewardUnavailable: on every rank; one that stopped alone would leave the others waiting.
         """
-        failure: RewardUnavailable | None = None
+        failure: ValueError | None = None
         scores: list[Score] = []
         try:
             scores = [
                 score if drawn else Score.invalid("its pixels are not finite")
                 for score, drawn in zip(scoring.scores(), finite, strict=True)
             ]
-        except RewardUnavailable as error:
-            failure = error
+        except ValueError as error:
+            # What the reward did wrong on this rank alone has to end the others too, which save their state together.
+            alone = isinstance(error, RewardUnavailable) or self.trainer.world_size == 1
+            failure = error if alone else RewardUnavailable(str(error))
         here = [float(failure is not None), float(any(score.valid for score in scores))]
         failed, scored = sum_over_ranks(torch.tensor(here, device=self.device)).tolist()
         if failed:

@@ -144,7 +144,10 @@ def test_two_processes_validate_and_write_results(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_scorer_lost_on_one_rank_stops_both_with_a_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("broken", "said"), [("false", "the reward server is gone."), ("true", "DownAfter returned None for an image")]
+)
+def test_a_scorer_lost_on_one_rank_stops_both_with_a_checkpoint(tmp_path: Path, broken: str, said: str) -> None:
     """Rank 1 alone gets no scores in the second step; nobody hangs, and the state before that step is saved."""
     options = [
         "fit",
@@ -152,6 +155,7 @@ def test_a_scorer_lost_on_one_rank_stops_both_with_a_checkpoint(tmp_path: Path) 
         "--model.init_args.reward=tests.lightning_modules.test_scoring.DownAfter",
         "--model.init_args.reward.init_args.batches=1",
         "--model.init_args.reward.init_args.rank=1",
+        f"--model.init_args.reward.init_args.broken={broken}",
         "--trainer.accelerator=cpu",
         "--trainer.devices=2",
         "--trainer.strategy=ddp",
@@ -163,7 +167,7 @@ def test_a_scorer_lost_on_one_rank_stops_both_with_a_checkpoint(tmp_path: Path) 
     ]
     zero, one = run(tmp_path / "output", *options, processes=2)
     assert zero.returncode != 0 and one.returncode != 0
-    assert "lightning: error: the reward server is gone." in one.text
+    assert f"lightning: error: {said}" in one.text
     (path,) = tmp_path.rglob("last.ckpt")
     assert torch.load(path, weights_only=True)["global_step"] == 1
 

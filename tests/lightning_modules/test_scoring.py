@@ -48,15 +48,18 @@ class Width(Reward):
 
 
 class DownAfter(GenEvalReward):
-    """The miniature's reward until its server is gone for good, on one rank or on all."""
+    """The miniature's reward until its server is gone for good, or it returns no scores, on one rank or on all."""
 
-    def __init__(self, batches: int, rank: int | None = None) -> None:
+    def __init__(self, batches: int, rank: int | None = None, broken: bool = False) -> None:
         super().__init__(ShapesDetector())
         self.batches = batches
         self.rank = rank
+        self.broken = broken
 
     def __call__(self, batch: RewardBatch) -> list[Score]:
         if self.batches == 0 and self.rank in (None, int(os.environ.get("LOCAL_RANK", 0))):
+            if self.broken:
+                return [None] * len(batch)  # type: ignore[list-item]
             raise RewardUnavailable("the reward server is gone.")
         self.batches = max(self.batches - 1, 0)
         return super().__call__(batch)
