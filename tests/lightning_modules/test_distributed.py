@@ -64,6 +64,22 @@ def sgd(groups: list[dict[str, Any]]) -> torch.optim.SGD:
     return torch.optim.SGD([{"name": g["name"], "params": g["params"], "lr": 0.05} for g in groups])
 
 
+def trainer_of(world: int, **kwargs: Any) -> L.Trainer:
+    return L.Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy="ddp" if world > 1 else "auto",
+        plugins=[LightningEnvironment()],
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **kwargs,
+    )
+
+
 def train(rank: int, world: int, folder: Path) -> None:
     data = ShapesPrompts(train_prompts=16, batch_size=2)
     # Ranks run different numbers of micro-batches.
@@ -82,20 +98,7 @@ def train(rank: int, world: int, folder: Path) -> None:
     )
     module = Shared(flow, GenEvalReward(ShapesDetector()), language, 4, 2, optimizer=sgd)
     module.union = [data.train_samples()[i : i + 4] for i in (0, 4)]
-    strategy = "ddp" if world > 1 else "auto"
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=world,
-        strategy=strategy,
-        plugins=[LightningEnvironment()],
-        max_steps=2,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = trainer_of(world, max_steps=2)
     trainer.fit(module, data)
     weights = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
     torch.save({"weights": weights, "rollouts": module.num_rollouts}, folder / f"{world}-{rank}.pt")
@@ -194,20 +197,7 @@ def step_on_two_ranks(rank: int, folder: Path, scale: str) -> None:
     language = LanguagePolicy("miniature/language", template="{prompt}", max_new_tokens=32, dtype="float32")
     module = PromptRL(flow, ByRank(rank), language, 4, 2, advantage_scale=scale)  # type: ignore[arg-type]
     spoiled, collector = Spoiled("flow", {1}, rank=1), Collector()
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy="ddp",
-        plugins=[LightningEnvironment()],
-        max_steps=3,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[spoiled, collector],
-    )
+    trainer = trainer_of(2, max_steps=3, callbacks=[spoiled, collector])
     rollouts = []
     collect = module.collect
 

@@ -21,8 +21,7 @@ from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.policies.sd3 import SD3Policy
 from lightning_modules.policies.z_image import ZImagePolicy
 from lightning_modules.prompt_rl import PromptRL
-from miniature.scenes.prompts import ShapesPrompts
-from tests.lightning_modules.test_prompt_rl import Collector, Redness, attach
+from tests.lightning_modules.test_prompt_rl import Redness, attach, fit
 
 MakeFlow = Callable[..., Flux1Policy]
 MakeLanguage = Callable[..., LanguagePolicy]
@@ -54,24 +53,6 @@ class Spoiled(L.Callback):
         """Keeps the weight after every step."""
         weight = next(p for p in getattr(pl_module, self.agent).parameters() if p.requires_grad)
         self.weights.append(weight.detach().clone())
-
-
-def fit(module: PromptRL, folder: Path, steps: int, spoiled: Spoiled) -> list[dict[str, float]]:
-    collector = Collector()
-    trainer = L.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        default_root_dir=folder,
-        callbacks=[spoiled, collector],
-        use_distributed_sampler=False,
-    )
-    trainer.fit(module, ShapesPrompts(train_prompts=24, batch_size=2))
-    return collector.steps
 
 
 @pytest.mark.parametrize("agent", ["flow", "language"])

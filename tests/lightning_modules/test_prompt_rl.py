@@ -70,7 +70,7 @@ class Collector(L.Callback):
         self.steps.append({k: float(v) for k, v in trainer.callback_metrics.items()})
 
 
-def fit(module: PromptRL, tmp_path: Path, steps: int, **data: Any) -> list[dict[str, float]]:
+def fit(module: PromptRL, tmp_path: Path, steps: int, *callbacks: L.Callback, **data: Any) -> list[dict[str, float]]:
     collector = Collector()
     trainer = L.Trainer(
         max_steps=steps,
@@ -81,7 +81,7 @@ def fit(module: PromptRL, tmp_path: Path, steps: int, **data: Any) -> list[dict[
         enable_model_summary=False,
         limit_val_batches=0,
         default_root_dir=tmp_path,
-        callbacks=[collector],
+        callbacks=[*callbacks, collector],
         use_distributed_sampler=False,
     )
     trainer.fit(module, ShapesPrompts(train_prompts=24, **({"batch_size": 2} | data)))
