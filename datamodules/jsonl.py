@@ -15,6 +15,7 @@ Record = dict[str, Any]
 Broken = Literal["stop", "skip_last", "skip"]
 """Treatment of lines that hold no JSON object; see `json_lines`."""
 _NO_TEXT = re.compile("[\0\udc80-\udcff]")  # NUL, of UTF-16, and the surrogates of bytes that are no UTF-8
+_HALF = re.compile("[\ud800-\udfff]")  # one of the two escapes of an emoji, which no tokenizer and no file takes
 _KINDS = {".jsonl": ".jsonl (a JSON object a line)", ".txt": ".txt (a prompt a line)"}
 
 
@@ -40,6 +41,8 @@ def json_lines(path: str | Path, *, broken: Broken = "stop") -> Iterator[tuple[s
                 f"{where}: not valid JSON ({error.msg} at column {error.colno}): correct or delete the line."
             ) from None
         if isinstance(record, dict):
+            if broken == "stop" and "\\u" in text and _HALF.search(json.dumps(record, ensure_ascii=False)):
+                raise ValueError(f"{where}: half a character (\\ud800 to \\udfff, alone): correct or delete it.")
             yield where, record
         elif broken != "skip":
             raise ValueError(f"{where}: a JSON {type(record).__name__} in place of an object: write {{...}}.")
@@ -118,7 +121,10 @@ def _bare_prompts(path: str | Path) -> Iterator[tuple[str, Record]]:
     for number, line in _lines(path, "prompt"):
         where = f"{path}:{number}"
         if _holds_object(line.strip().rstrip(",")):
-            raise ValueError(f"{where}: JSON in a file of bare prompts: write an object a line, into a .jsonl file.")
+            raise ValueError(
+                f"{where}: JSON in a file of bare prompts: write an object a line, into a .jsonl file (a prompt that "
+                "is JSON itself as the text of `prompt`)."
+            )
         yield where, {"prompt": line.strip()}
 
 
