@@ -59,7 +59,7 @@ def read_records(path: str | Path, suffixes: Sequence[str] = (".jsonl",)) -> lis
 
     Returns:
         `file:line` and the record of each prompt, in file order: `id` (unique text), `prompt` (not blank) and whatever
-        else its line holds.
+        else its line holds. A null is as good as no key: tables that became JSON have one where a row has no value.
 
     Raises:
         ValueError: naming `file:line`, what is wrong and what to do.
@@ -70,7 +70,8 @@ def read_records(path: str | Path, suffixes: Sequence[str] = (".jsonl",)) -> lis
         raise ValueError(f"{path}: its name ends in {suffix!r}: give a file whose name ends in {kinds}.")
     records: list[tuple[str, Record]] = []
     places: dict[str, str] = {}
-    for where, record in json_lines(path) if suffix == ".jsonl" else _bare_prompts(path):
+    for where, given in json_lines(path) if suffix == ".jsonl" else _bare_prompts(path):
+        record = _without_null(given)
         prompt = record.get("prompt")
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"{where}: `prompt` is {prompt!r}: give the text of the prompt.")
@@ -80,6 +81,12 @@ def read_records(path: str | Path, suffixes: Sequence[str] = (".jsonl",)) -> lis
         places[name] = where
         records.append((where, record))
     return records
+
+
+def _without_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_null(entry) for key, entry in value.items() if entry is not None}
+    return [_without_null(entry) for entry in value] if isinstance(value, list) else value
 
 
 def id_of(value: Any, position: int, where: str) -> str:
