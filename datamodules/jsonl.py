@@ -15,6 +15,7 @@ Record = dict[str, Any]
 Broken = Literal["stop", "skip_last", "skip"]
 """Treatment of lines that hold no JSON object; see `json_lines`."""
 _NO_TEXT = re.compile("[\0\udc80-\udcff]")  # NUL, of UTF-16, and the surrogates of bytes that are no UTF-8
+_HALF = re.compile("[\ud800-\udfff]")  # one of the two escapes of an emoji, which no tokenizer and no file takes
 _KINDS = {".jsonl": ".jsonl (a JSON object a line)", ".txt": ".txt (a prompt a line)"}
 
 
@@ -40,6 +41,8 @@ def json_lines(path: str | Path, *, broken: Broken = "stop") -> Iterator[tuple[s
                 f"{where}: not valid JSON ({error.msg} at column {error.colno}): correct or delete the line."
             ) from None
         if isinstance(record, dict):
+            if broken == "stop" and "\\u" in text and _HALF.search(json.dumps(record, ensure_ascii=False)):
+                raise ValueError(f"{where}: half a character (\\ud800 to \\udfff, alone): correct or delete it.")
             yield where, record
         elif broken != "skip":
             raise ValueError(f"{where}: a JSON {type(record).__name__} in place of an object: write {{...}}.")
@@ -56,7 +59,7 @@ def read_records(path: str | Path, suffixes: Sequence[str] = (".jsonl",)) -> lis
 
     Returns:
         `file:line` and the record of each prompt, in file order: `id` (unique text), `prompt` (not blank) and whatever
-        else its line holds.
+        else its line holds. A null is as good as no key: tables that became JSON have one where a row has no value.
 
     Raises:
         ValueError: naming `file:line`, what is wrong and what to do.
@@ -67,7 +70,8 @@ def read_records(path: str | Path, suffixes: Sequence[str] = (".jsonl",)) -> lis
         raise ValueError(f"{path}: its name ends in {suffix!r}: give a file whose name ends in {kinds}.")
     records: list[tuple[str, Record]] = []
     places: dict[str, str] = {}
-    for where, record in json_lines(path) if suffix == ".jsonl" else _bare_prompts(path):
+    for where, given in json_lines(path) if suffix == ".jsonl" else _bare_prompts(path):
+        record = _without_null(given)
         prompt = record.get("prompt")
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"{where}: `prompt` is {prompt!r}: give the text of the prompt.")
@@ -77,6 +81,12 @@ def read_records(path: str | Path, suffixes: Sequence[str] = (".jsonl",)) -> lis
         places[name] = where
         records.append((where, record))
     return records
+
+
+def _without_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_null(entry) for key, entry in value.items() if entry is not None}
+    return [_without_null(entry) for entry in value] if isinstance(value, list) else value
 
 
 def id_of(value: Any, position: int, where: str) -> str:
@@ -118,7 +128,10 @@ def _bare_prompts(path: str | Path) -> Iterator[tuple[str, Record]]:
     for number, line in _lines(path, "prompt"):
         where = f"{path}:{number}"
         if _holds_object(line.strip().rstrip(",")):
-            raise ValueError(f"{where}: JSON in a file of bare prompts: write an object a line, into a .jsonl file.")
+            raise ValueError(
+                f"{where}: JSON in a file of bare prompts: write an object a line, into a .jsonl file (a prompt that "
+                "is JSON itself as the text of `prompt`)."
+            )
         yield where, {"prompt": line.strip()}
 
 

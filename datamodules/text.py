@@ -23,7 +23,7 @@ class TextPrompts(PromptFiles):
         samples = []
         for where, record in read_records(path, self.suffixes):
             metadata = {key: value for key, value in record.items() if key not in ("id", "prompt")}
-            tag = "text" if record.get("tag") is None else record["tag"]
+            tag = record.get("tag", "text")
             if not isinstance(tag, str) or not tag:
                 raise ValueError(f"{where}: `tag` is {tag!r}: give text, or leave the key out.")
             samples.append(PromptSample(record["id"], record["prompt"], tag, metadata))

@@ -154,8 +154,12 @@ class EvaluatedAgents(Agents):
         return self.language.rewrite(samples)
 
     def _repeats(self, name: str) -> int:
-        """Returns the number of times that the file of a set lists each of its prompts, or the rarest of them."""
-        return min((sample.repeats for sample in bare(self._data.eval_sets[name])), default=1)
+        """Returns the number of times that the file of a set lists each of its prompts, or the rarest of them.
+
+        Other wordings are drawn as often as their originals, of which they may lack the rarest.
+        """
+        samples = self._data.eval_sets[self._data.originals.get(name, name)]
+        return min((sample.repeats for sample in bare(samples)), default=1)
 
     @property
     def _data(self) -> PromptDataModule:

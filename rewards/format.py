@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
-_THINK = r"(?:think|thinking|thought|reasoning)\s*"
-_OPEN_THINKING = re.compile(rf"<\s*{_THINK}>|\[{_THINK}\]", re.IGNORECASE)
-_END_THINKING = re.compile(rf"<\s*/\s*{_THINK}>|\[/{_THINK}\]", re.IGNORECASE)
+_THINK = r"(?:(?:seed:)?think|thinking|thought|reasoning)\s*"
+# In square brackets a thought or reasoning is a heading, or a text to draw.
+_OPEN_THINKING = re.compile(rf"[<◁]\s*{_THINK}[>▷]|\[think\]", re.IGNORECASE)
+_END_THINKING = re.compile(rf"[<◁]\s*/\s*{_THINK}[>▷]|\[/think\]", re.IGNORECASE)
 _ANSWER = re.compile(r"<answer>((?:(?!(?i:<\s*/?\s*answer\s*>)).)*)</answer>", re.DOTALL)
 _OPEN_ANSWER = re.compile(r"<\s*answer\s*>", re.IGNORECASE)
 _END_ANSWER = re.compile(r"<\s*/\s*answer\s*>|</?a?n?s?w?e?r?\s*\Z", re.IGNORECASE)  # whole, or cut off

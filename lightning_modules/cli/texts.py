@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace, get_loader
 from omegaconf.errors import OmegaConfBaseException
 
@@ -40,7 +41,7 @@ def texts_as_configs(words: Sequence[str]) -> list[str]:
     """Writes options whose value is a text as configurations, since options' values are read as YAML.
 
     >>> texts_as_configs(["--model.flow.negative_prompt", "a: {b}"])
-    ['--config={"model": {"init_args": {"flow": {"init_args": {"negative_prompt": "a: {b}"}}}}}']
+    ["--config={model: {init_args: {flow: {init_args: {negative_prompt: 'a: {b}'}}}}}"]
     """
     words, written = list(words), []
     while words:
@@ -49,7 +50,8 @@ def texts_as_configs(words: Sequence[str]) -> list[str]:
         found = _TEXT.fullmatch(key)
         if found and (equals or words):
             own = {found[2]: value if equals else words.pop(0)}
-            word = "--config=" + json.dumps({"model": {"init_args": {found[1]: {"init_args": own}}}})
+            config = {"model": {"init_args": {found[1]: {"init_args": own}}}}
+            word = "--config=" + yaml.safe_dump(config, default_flow_style=True, width=math.inf).strip()
         written.append(word)
     return written
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from datamodules.base import PromptSample, Reworded
 from lightning_modules.cli import main
+from lightning_modules.evaluation import EvaluatedAgents
 from lightning_modules.policies.flux1 import Flux1Policy
 from tests.short_runs import QUICK
 
@@ -58,3 +61,12 @@ def test_validation_draws_the_repeats_too(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Flux1Policy, "generate", noted)
     main(options(tmp_path, "validate"))
     assert len(seeds) == 2 * 12 and len(set(seeds)) == 12
+
+
+def test_other_wordings_are_drawn_as_often_as_their_originals() -> None:
+    """Of which they may lack the prompt that is listed least often: paired differences are on the same noise."""
+    samples = [PromptSample(f"{number}", "a cat", "text", {}, repeats=number) for number in (1, 3)]
+    sets = {"text": samples, "text.typos": Reworded(samples, {1: "a cta"})}
+    data = SimpleNamespace(eval_sets=sets, originals={"text.typos": "text"})
+    agents: Any = SimpleNamespace(_data=data)
+    assert [EvaluatedAgents._repeats(agents, name) for name in sets] == [1, 1]

@@ -32,6 +32,13 @@ def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
     assert len(read_prompts(path)) == 1
 
 
+def test_a_null_is_as_good_as_no_key(tmp_path: Path) -> None:
+    """Tables that became JSON, such as data sets of Hugging Face, have one where a row has no value."""
+    include = [{"class": "dog", "count": 1, "color": None, "position": None}]
+    (sample,) = read_prompts(write(tmp_path / "p.jsonl", {**DOG, "include": include, "exclude": None, "id": None}))
+    assert sample.id == "00000" and sample.metadata == {"tag": DOG["tag"], "include": DOG["include"]}
+
+
 POSITION = [{"class": "sink", "count": 1}, {"class": "tie", "count": 1, "position": ["above", 2]}]
 
 

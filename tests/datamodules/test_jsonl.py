@@ -75,6 +75,13 @@ def test_json_is_no_bare_prompt(tmp_path: Path, line: str) -> None:
         read_records(tmp_path / "p.txt", (".txt",))
 
 
+def test_half_a_character_is_named_by_line(tmp_path: Path) -> None:
+    """It ended in a traceback of a tokenizer, or of the first file that was written."""
+    path = write(tmp_path, '{"prompt": "\\ud83d\\ude00 \\\\ud83d \\ufffd"}\n{"prompt": "a \\ud83d cat"}\n')
+    with pytest.raises(ValueError, match=r"p\.jsonl:2: half a character"):
+        read_records(path)
+
+
 @pytest.mark.parametrize(("given", "name"), [("null", "00001"), ("7", "7"), ("7.0", "7"), ('"x"', "x"), ("-1", "-1")])
 def test_ids(tmp_path: Path, given: str, name: str) -> None:
     path = write(tmp_path, f'{{"prompt": "a", "id": null}}\n{{"prompt": "b", "id": {given}}}\n')

@@ -88,7 +88,7 @@ def test_reads_jsonl_files(tmp_path: Path) -> None:
     """A line's own `text` counts before quotes, and its prompt does not count for the file's style."""
     path = write(
         tmp_path / "p.jsonl",
-        {"prompt": 'a "Red" door', "id": 7},
+        {"prompt": 'a "Red" door', "id": 7, "text": None},
         {"prompt": "a door that says red", "text": "Red"},
         {"prompt": "two doors", "text": ["Red", "Blue"]},
     )

@@ -40,7 +40,7 @@ def test_tagged_prompts_become_one_set_a_tag(tmp_path: Path) -> None:
         {"prompt": "two dogs", "tag": "geneval", "metadata": metadata},
         {"prompt": 'a sign "Open"', "tag": "ocr"},
         {"prompt": "a note", "tag": "ocr", "metadata": {"text": "Later"}},
-        {"prompt": "a hill", "tag": "pickscore"},
+        {"prompt": "a hill", "tag": "pickscore", "metadata": None},
     ]
     path = write(tmp_path / "t.jsonl", *rows)
     data = TaggedPrompts(path, path)

@@ -16,7 +16,7 @@ from tests.short_runs import quick
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 
-TEMPLATE = "Rewrite: ${5}, ${} and ${ 1\n\"{prompt}\" [a: b] # 'c'" + " in many words" * 30
+TEMPLATE = "Rewrite: ${5}, ${} and ${ 1\n\"{prompt}\" [a: b] # 'c' 😀\x85\x7f" + " in many words" * 30
 
 
 def overlay(folder: Path, line: str) -> str:

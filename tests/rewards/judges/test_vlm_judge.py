@@ -255,6 +255,8 @@ def test_a_rating_that_is_thought_of_is_none(judge: Judge) -> None:
     assert one(make(judge)).native == 4.0
     judge.answer = lambda prompt, turn: Reply("<think>Perhaps Final Score: 2", finish="length")
     assert not one(make(judge), "a blue cat").valid
+    judge.answer = lambda prompt, turn: Reply("[Reasoning] All is there. [Rating] Final Score: 3")  # headings
+    assert one(make(judge), "a green cat").native == 3.0
 
 
 def test_a_cut_reply_says_so(judge: Judge) -> None:
