@@ -147,7 +147,6 @@ def place_in_epoch(fit_loop: dict[str, Any]) -> None:
     epoch, batches = position["epoch"], position["batches"]
     if batch["is_last_batch"] and batch["current"]["processed"] == batch["current"]["ready"]:
         epoch, batches = epoch + 1, 0
-        position.update(epoch=epoch, batches=batches)  # a second call, of a run with two `Checkpoint`s, changes nothing
     begun = epoch + (batches > 0)
     for epochs in (fit_loop["epoch_progress"]["total"], fit_loop["epoch_progress"]["current"]):
         epochs.update(ready=begun, started=begun, processed=epoch, completed=epoch)

@@ -35,14 +35,12 @@ class Watched(Recorder):
         self.validated.append(self.global_step)
 
 
-def fit(
-    root: Path, steps: int, ckpt_path: Path | None = None, every: int | None = None, more: Any = (), **kwargs: Any
-) -> Watched:
+def fit(root: Path, steps: int, ckpt_path: Path | None = None, every: int | None = None, **kwargs: Any) -> Watched:
     module = Watched()
     trainer = L.Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         num_sanity_val_steps=0, use_distributed_sampler=False, max_steps=steps,
-        callbacks=[Checkpoint(root, save_last=True, every_n_train_steps=every), *more], **kwargs,
+        callbacks=[Checkpoint(root, save_last=True, every_n_train_steps=every)], **kwargs,
     )  # fmt: skip
     trainer.fit(module, Numbers(), ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
     return module
@@ -68,14 +66,6 @@ def test_a_run_that_ended_goes_on_where_it_was(tmp_path: Path, every: int | None
         assert on.seen == whole.seen[end:], f"ended after step {end}"
         assert on.steps == whole.steps[end:], f"ended after step {end}"
         assert on.validated == [step for step in whole.validated if step > end], f"ended after step {end}"
-
-
-def test_two_checkpoint_callbacks_place_a_run_once(tmp_path: Path) -> None:
-    whole = fit(tmp_path / "whole", STEPS)
-    fit(tmp_path / "5", 5)  # an epoch
-    two = Checkpoint(tmp_path / "two", monitor="loss", save_top_k=0)
-    on = fit(tmp_path / "on", STEPS, tmp_path / "5" / "last.ckpt", more=[two])
-    assert on.seen == whole.seen[5:] and on.steps == whole.steps[5:]
 
 
 def test_a_run_that_ends_after_every_step(tmp_path: Path) -> None:
