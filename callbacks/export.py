@@ -95,7 +95,8 @@ class Export(L.Callback):
     def _export(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, EvaluatedAgents)
         check_finite({name: weight for name, weight in pl_module.named_parameters() if weight.requires_grad})
-        if not trainer.is_global_zero:
+        # A trial run has no folder of its own.
+        if not trainer.is_global_zero or (self.directory is None and trainer.fast_dev_run):  # type: ignore[attr-defined]
             return
         folder = self._logs / "export" if self.directory is None else self.directory
         _refuse_foreign(folder)

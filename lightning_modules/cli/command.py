@@ -123,6 +123,11 @@ class PromptRLCLI(LightningCLI):
         """Adds a bar over the run, unless another is configured, and the callbacks that every run of ours has."""
         if self.subcommand == "predict" or self._own_loggers:
             kwargs["logger"] = False  # a prediction has nothing to log; the others get theirs with the run folder
+        parser, options = self._parser(self.subcommand), self._options["trainer"]
+        left_out = ["checkpoint"] if options["enable_checkpointing"] is False else []
+        if options["fast_dev_run"]:  # a trial run keeps nothing, least of all where other runs look for theirs
+            left_out += ["images", "predictions"]
+        parser.callback_keys = [key for key in parser.callback_keys if key not in left_out]
         trainer: Any = super().instantiate_trainer(**kwargs)
         bars = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]
         if [type(bar) for bar in bars] in ([TQDMProgressBar], [RichProgressBar]):  # Lightning's default, not a choice

@@ -48,7 +48,8 @@ def refused_by_lightning(error: BaseException | None, options: Mapping[str, Any]
         return None
     names += [name for name in inspect.signature(L.Trainer).parameters if re.search(rf"\b{name}\b", text)]
     names += [name for words, name in _UNNAMED.items() if words in text]
-    shown = [f"`trainer.{name}`" + (f" ({values[name]})" if name in values else "") for name in dict.fromkeys(names)]
+    short = {name: f" ({value})" for name, value in values.items() if isinstance(value, str | int | float)}
+    shown = [f"`trainer.{name}`{short.get(name, '')}" for name in dict.fromkeys(names)]
     if options is not None and "://" in str(options["checkpoint"]["dirpath"]):
         shown.append(f"`checkpoint.dirpath` ({options['checkpoint']['dirpath']})")
     return f"{', '.join(shown) or 'the configuration'} cannot be used: {text}"
@@ -86,7 +87,7 @@ def check_trainer(trainer: L.Trainer, model: L.LightningModule, data: L.Lightnin
         raise ValueError(
             f"nothing to train: `trainer.limit_train_batches` is {limit}, less than a step; set it higher."
         )
-    every = trainer.val_check_interval
+    every = getattr(trainer, "val_check_interval", None)  # not there if it is a time
     by_epoch = trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches
     if by_epoch and isinstance(every, int) and not isinstance(every, bool) and every > steps:
         raise ValueError(
@@ -120,6 +121,8 @@ def check_something_to_train(trainer: L.Trainer, checkpoint: dict[str, Any] | No
         "limit_train_batches": trainer.limit_train_batches == 0,
     }
     name = next((name for name, reached in ends.items() if reached), None)
+    if name is not None and trainer.fast_dev_run:  # type: ignore[attr-defined]
+        raise ValueError(f"nothing to train: {start}, where `trainer.fast_dev_run` ends; leave one of the two out.")
     if name is not None:
         raise ValueError(
             f"nothing to train: {start}, and `trainer.{name}` is {getattr(trainer, name)}; set it higher, or evaluate "

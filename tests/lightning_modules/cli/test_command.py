@@ -15,7 +15,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 ROOT = Path(__file__).parents[3]
 QUICKSTART = "configs/quickstart.yaml"
 LANGUAGE, FLOW = "model.init_args.language.init_args", "model.init_args.flow.init_args"
-NOTICES = ("Seed set to ", "GPU available: ", "TPU available: ", "💡 Tip: ")  # Lightning's own
+NOTICES = (
+    "Running in `fast_dev_run` mode",
+    "Seed set to ",
+    "GPU available: ",
+    "TPU available: ",
+    "💡 Tip: ",
+)  # Lightning's own
 SMALL = ["--trainer.max_steps=1", "--trainer.limit_val_batches=0", "--trainer.accelerator=cpu",
          "--trainer.enable_model_summary=false", "--data.batch_size=1", "--data.train_prompts=6",
          "--data.eval_prompts=6"]  # fmt: skip

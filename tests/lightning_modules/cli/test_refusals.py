@@ -98,6 +98,13 @@ def test_settings_together(capfd: pytest.CaptureFixture[str], tmp_path: Path, mo
     assert re.search(r"`trainer\.val_check_interval` is 20, but an epoch has 6 steps: .*or the interval to 6", line)
     line = told_in_time(capfd, tmp_path, monkeypatch, "--trainer.max_steps=-1", "--trainer.max_epochs=0")
     assert "nothing to train: training begins, and `trainer.max_epochs` is 0" in line
+    line = told_in_time(
+        capfd, tmp_path, monkeypatch, "--trainer.val_check_interval=00:00:01:00", "--trainer.max_steps=0"
+    )
+    assert "nothing to train: training begins, and `trainer.max_steps` is 0" in line  # a time is no mistake
+    callbacks = ["--trainer.enable_checkpointing=false", "--trainer.callbacks=ModelCheckpoint"]
+    line = told_in_time(capfd, tmp_path, monkeypatch, *callbacks)
+    assert "`trainer.callbacks`, `trainer.enable_checkpointing` (False) cannot be used: " in line
 
 
 def test_a_lora_target_that_is_no_layer(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -161,6 +168,9 @@ def test_a_checkpoint_at_the_end_has_nothing_to_train(
     monkeypatch.setattr(Agents, "configure_model", lambda self: pytest.fail("models were loaded"))
     line = complaint(capfd, tmp_path, f"--ckpt_path={flow_only_checkpoint}", config="configs/miniature/flow_only.yaml")
     assert "nothing to train: the checkpoint is of step 1, epoch 0, and `trainer.max_steps` is 1; set it higher" in line
+    options = [f"--ckpt_path={flow_only_checkpoint}", "--trainer.fast_dev_run=true"]
+    line = complaint(capfd, tmp_path, *options, config="configs/miniature/flow_only.yaml")
+    assert "of step 1, epoch 0, where `trainer.fast_dev_run` ends; leave one of the two out" in line
 
 
 @pytest.mark.parametrize("name", ["validate", "test", "predict"])

@@ -113,13 +113,28 @@ def test_two_processes_of_one_run_have_one_folder(launcher: str, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_trial_run_leaves_nothing(tmp_path: Path) -> None:
-    main(
-        quick(
-            "fit", tmp_path / "runs", *STEP, "--trainer.fast_dev_run=true", "--trainer.logger=false", config=FLOW_ONLY
-        )
-    )
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["fit", *STEP, "--trainer.logger=false"],
+        ["fit", *STEP, "--trainer.callbacks+=callbacks.export.Export"],
+        ["test"],
+        ["predict"],
+    ],
+    ids=["fit", "export", "test", "predict"],
+)
+def test_a_trial_run_leaves_nothing(words: list[str], tmp_path: Path) -> None:
+    if words == ["predict"]:
+        words = ["predict", f"--predictions.directory={tmp_path / 'runs'}"]
+    main(quick(words[0], tmp_path / "runs", *words[1:], "--trainer.fast_dev_run=true", config=FLOW_ONLY))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_run_without_checkpoints(tmp_path: Path) -> None:
+    main(quick("fit", tmp_path, *STEP, "--trainer.enable_checkpointing=false", config=FLOW_ONLY))
+    assert (tmp_path / EXPERIMENT / "version_0" / "results.json").is_file()
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 @pytest.mark.slow
