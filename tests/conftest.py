@@ -53,10 +53,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     import torch
 
     monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # the seed of a command that an earlier test ran
     torch.set_num_threads(1)
     torch.manual_seed(0)
     yield
