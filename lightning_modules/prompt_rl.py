@@ -153,8 +153,7 @@ class PromptRL(EvaluatedAgents):
             ratios = {f"train/{agent}/max_log_ratio": value for agent, value in self.check_ratio(rollout).items()}
             for logger in self.loggers:
                 logger.log_metrics(ratios, step=step)
-        stats = Averages()
-        self.update(rollout, stats)
+        stats = self.update(rollout)
         self.num_rollouts += len(rollout.images) * self.trainer.world_size
         self._log_step(rollout, stats)
         self.bad_steps.end_step()
@@ -222,21 +221,17 @@ class PromptRL(EvaluatedAgents):
             language_counted=counted.view(slots).any(-1)[:, self.num_retained :].flatten() if refines else None,
         )
 
-    def update(self, rollout: Rollout, stats: Averages | None = None) -> dict[str, float]:
+    def update(self, rollout: Rollout) -> Averages:
         """Takes `updates_per_rollout` optimizer steps on a rollout.
 
         An agent whose loss or gradient is not finite on any process is left as it is on all of them.
 
-        Args:
-            rollout: experience of one step.
-            stats: takes up the numbers for the log.
-
         Returns:
-            Name -> mean of these numbers on this process.
+            Numbers for the log, of this process.
         """
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
-        stats = Averages() if stats is None else stats
+        stats = Averages()
         old: dict[Any, ObjectiveResult] = {}  # (agent, rows, step) -> result of the policy that drew the rollout
         for number in range(self.updates_per_rollout):
             optimizer.zero_grad()
@@ -263,7 +258,7 @@ class PromptRL(EvaluatedAgents):
                     for parameter in group["params"]:
                         parameter.grad = None  # the optimizer leaves it alone, weight decay and momentum included
             optimizer.step()
-        return stats.compute()
+        return stats
 
     def _language_backward(
         self, policy: LanguagePolicy, rollout: Rollout, stats: Averages, old: dict[Any, ObjectiveResult], first: bool

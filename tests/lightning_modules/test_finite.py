@@ -93,7 +93,7 @@ def test_a_sample_without_a_finite_log_prob_is_named(make_flow: MakeFlow, sample
 
     module.flow.velocity = broken  # type: ignore[method-assign]
     with pytest.warns(UserWarning, match=rf"the loss of the flow agent is not finite \(prompts {samples[1].id}\)"):
-        stats = module.update(rollout)
+        stats = module.update(rollout).compute()
     assert stats["train/flow/skipped"] == 1
     drawn = module.collect(samples[:3])
     assert drawn.valid.tolist() == [[True, True], [False, True], [True, True]]

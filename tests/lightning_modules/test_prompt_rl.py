@@ -220,11 +220,11 @@ def test_a_second_update_on_a_rollout_is_clipped_against_the_first(
     module = attach(PromptRL(flow, Redness(), make_language(), 4, 2, updates_per_rollout=2))
     rollout = module.collect(samples[:2])
     first = rollout.trajectory.log_probs
-    stats = module.update(rollout)
+    stats = module.update(rollout).compute()
     assert stats["train/flow/max_abs_log_ratio"] > 1e-3  # the second update saw a policy that had moved
     assert 0 < stats["train/flow/clip_fraction"] <= 0.5  # at most the second of the two
     module.updates_per_rollout = 1
-    assert module.update(module.collect(samples[:2]))["train/flow/max_abs_log_ratio"] == 0
+    assert module.update(module.collect(samples[:2])).compute()["train/flow/max_abs_log_ratio"] == 0
     assert torch.equal(first, rollout.trajectory.log_probs)
 
 
