@@ -10,21 +10,16 @@ of 8, of which the refiner (Qwen2.5-VL-3B with LoRA, or none) rewrites 6.
 from __future__ import annotations
 
 import argparse
-import json
-import pydoc
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
-import yaml
 
+from benchmarks.system.published import write_pipeline, write_refiner
 from lightning_modules.policies.base import LoRA
 from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.language import LanguagePolicy
-from lightning_modules.policies.pipeline import PipelinePolicy
 from lightning_modules.preflight.check import Estimate, Setting, estimate, size_text
 from lightning_modules.prompt_rl import PromptRL
 from miniature.scenes.detector import ShapesDetector
@@ -41,48 +36,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "LoRA, nf4, checkpointing, offload": ADAPTERS
     | {"gradient_checkpointing": True, "quantization": "nf4", "offload": True},
 }
-
-
-MODELS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("preflight_models.yaml").read_text(encoding="utf-8"))
-"""Sizes of published models: `pipelines` by name, and the `refiner`."""
-
-
-def write_pipeline(folder: Path, cls: type[PipelinePolicy], parts: dict[str, dict[str, Any]], more: Any) -> None:
-    """Writes a pipeline folder without weights: each part's configuration, and an empty file for a tokenizer.
-
-    Args:
-        folder: folder to write.
-        cls: policy that reads it.
-        parts: name of a part -> class -> arguments of its configuration.
-        more: further entries of `model_index.json`.
-    """
-    index = {"_class_name": cls.pipeline_class.__name__, "_diffusers_version": diffusers.__version__, **more}
-    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
-    scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.save_config(folder / "scheduler")
-    for name, part in parts.items():
-        ((kind, settings),) = part.items()
-        library = "diffusers" if hasattr(diffusers, kind) else "transformers"
-        index[name] = [library, kind]
-        if name.startswith("tokenizer"):
-            (folder / name).mkdir()
-            (folder / name / "tokenizer_config.json").write_text("{}")
-        elif library == "transformers":
-            getattr(transformers, kind).config_class(**settings).save_pretrained(folder / name)
-        else:
-            with torch.device("meta"):
-                getattr(diffusers, kind)(**settings).save_config(folder / name)
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
-
-
-def write_language(folder: Path) -> None:
-    """Writes a refiner's folder without weights; loading looks for a file of them first, so an empty one is there."""
-    ((kind, settings),) = MODELS["refiner"].items()
-    config = getattr(transformers, kind).config_class(**settings)
-    config.architectures = [kind]
-    config.save_pretrained(folder)
-    for name in ("model.safetensors", "tokenizer.json"):
-        (folder / name).touch()
+SHOWN = ("FLUX.1-dev", "FLUX.2-klein-base-4B", "SD3.5-medium", "Qwen-Image", "Z-Image", "Sana-1600M")
+"""Models of the table."""
 
 
 def row(name: str, preset: str, found: Estimate) -> str:
@@ -111,11 +66,10 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as temporary:
         language = Path(temporary, "language")
-        write_language(language)
-        for name, model in MODELS["pipelines"].items():
+        write_refiner(language, "Qwen2.5-VL-3B")
+        for name in SHOWN:
             folder = Path(temporary, name)
-            cls: Any = pydoc.locate(model["policy"])
-            write_pipeline(folder, cls, model["parts"], model.get("index", {}))
+            cls: Any = write_pipeline(folder, name)
             for preset, settings in PRESETS.items():
                 for refiner in (False, True) if preset.startswith("LoRA, ch") else (False,):
                     flow = cls(

@@ -36,15 +36,18 @@ def quantize_linears(network: nn.Module, kind: Quantization, compute_dtype: torc
                 continue
             bias, weight = child.bias is not None, child.weight.data
             new: nn.Linear
+            with torch.device("meta"):  # its first weights would be drawn: minutes for a large model
+                if kind == "nf4":
+                    new = bnb.nn.Linear4bit(
+                        child.in_features, child.out_features, bias, compute_dtype=compute_dtype, quant_type="nf4"
+                    )
+                else:
+                    new = bnb.nn.Linear8bitLt(child.in_features, child.out_features, bias, has_fp16_weights=False)
             if kind == "nf4":
-                new = bnb.nn.Linear4bit(
-                    child.in_features, child.out_features, bias, compute_dtype=compute_dtype, quant_type="nf4"
-                )
                 new.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
                 # A CPU kernel that rounds otherwise, repacks the weights for good and fails once gradients are on.
                 new.support_avx512bf16_for_cpu = False
             else:
-                new = bnb.nn.Linear8bitLt(child.in_features, child.out_features, bias, has_fp16_weights=False)
                 new.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
             if bias:
                 new.bias = nn.Parameter(child.bias.data, requires_grad=False)

@@ -179,12 +179,16 @@ def _component(policy: PipelinePolicy, name: str, value: Any) -> Any:
 
 
 def _cast(network: nn.Module, dtype: torch.dtype) -> Any:
-    """Casts a network as `from_pretrained` would: some layers stay in fp32, with transformers only beside float16."""
+    """Casts a network as `from_pretrained` would."""
+    nn.Module.to(network, dtype)
+    for module in kept_in_fp32(network, dtype):
+        module.to(torch.float32)
+    return network
+
+
+def kept_in_fp32(network: nn.Module, dtype: torch.dtype) -> list[nn.Module]:
+    """Lists the layers that `from_pretrained` leaves in fp32, some of transformers' only beside float16."""
     kept = set(getattr(network, "_keep_in_fp32_modules_strict", None) or ())
     if dtype == torch.float16 or isinstance(network, diffusers.ModelMixin):
         kept |= set(getattr(network, "_keep_in_fp32_modules", None) or ())
-    nn.Module.to(network, dtype)
-    for name, module in network.named_modules():
-        if kept.intersection(name.split(".")):
-            module.to(torch.float32)
-    return network
+    return [module for name, module in network.named_modules() if kept.intersection(name.split("."))]

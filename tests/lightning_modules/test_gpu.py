@@ -1,4 +1,4 @@
-"""Tests that need a GPU: devices that do not match, and rounding in bf16 kernels."""
+"""Tests that need a GPU: devices that do not match, rounding in bf16 kernels, quantized weights that move."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lightning_modules.cli import main
+from lightning_modules.policies.base import LoRA
 from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.flux1 import Flux1Policy
 from lightning_modules.rl.sde import SDEType
@@ -48,3 +49,23 @@ def test_replayed_log_probs_are_the_sampled_ones(
     for step in range(3):
         replayed = policy.replay(trajectory, step).log_prob(trajectory.next_latents[:, step])
         assert (replayed - trajectory.log_probs[:, step]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_weights_quantized_on_the_cpu_are_the_same_on_the_gpu(
+    make_flow: Callable[..., Flux1Policy], quantization: str
+) -> None:
+    """Loading rounds them on the CPU, and Lightning moves them: images, log-probs and gradients follow."""
+    prompts, seeds = ["a photo of a circle", "a photo of two crosses"], [1, 2]
+    policy = make_flow(
+        sampling=Sampling(6, 3), dtype="float32", lora=LoRA(4, 8), quantization=quantization, micro_batch_size=2
+    )
+    expected = policy.generate(prompts, seeds)
+    policy.to("cuda")
+    assert (policy.generate(prompts, seeds).cpu() - expected).abs().mean() < 0.02  # int8 rounds activations too
+    trajectory = policy.rollout(prompts, seeds)
+    replayed = policy.replay(trajectory, 0).log_prob(trajectory.next_latents[:, 0])
+    assert (replayed - trajectory.log_probs[:, 0]).abs().max() < 1e-6
+    replayed.sum().backward()
+    gradients = [weight.grad for weight in policy.parameters() if weight.requires_grad]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
