@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to ask for a GPU 
 import torch
 from tqdm import tqdm
 
-if torch.cuda.is_available():  # bitsandbytes, which diffusers imports, would use it at once
+if torch.cuda.is_available() and find_spec("bitsandbytes"):  # which diffusers imports, and which would use it at once
     sys.modules.setdefault("bitsandbytes", LateModule("bitsandbytes", {}))
 
 from benchmarks.system import gpu_cases

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,7 @@ class Running:
     def __init__(self, case: Case, options: Options) -> None:
         self.device = options.device
         if options.tiny:
-            torch.compiler.set_default_backend("aot_eager")  # a C++ compiler takes a minute and a half
+            torch.compiler.set_default_backend("eager")  # traced alone: C++ takes a minute and a half
         self.module, precision = configured(case, options)
         kind = "gpu" if self.device.type == "cuda" else "cpu"
         self.trainer = L.Trainer(
@@ -240,8 +241,8 @@ def peak(device: torch.device) -> Row:
 
 def card(case: Case, options: Options) -> Iterator[Row]:
     """Names what runs, and measures how fast a GPU multiplies two bf16 matrices: other rates are shares of it."""
-    figures: Row = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft", "bitsandbytes")}
-    yield {"setting": "versions", "figures": figures}
+    names = ("torch", "diffusers", "transformers", "peft", "bitsandbytes")
+    yield {"setting": "versions", "figures": {name: version(name) for name in names if find_spec(name)}}
     if options.device.type != "cuda":
         return
     size, times = 8192, 10
