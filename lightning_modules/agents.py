@@ -7,11 +7,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from lightning_modules.policies.flow import FlowPolicy
 from lightning_modules.policies.language import LanguagePolicy
+from rewards.arguments import check_minimum
 
 
 class NotFinite(ValueError):
@@ -25,15 +27,27 @@ class Agents(L.LightningModule):
         flow: the image model.
         language: the refiner, or null.
         optimizer: gets one parameter group per learning agent.
+        lr_scheduler: one of torch's schedules of the learning rates, which counts optimizer steps; null is constant.
+        warmup_steps: optimizer steps over which the learning rates also rise linearly from near 0.
     """
 
-    def __init__(self, flow: FlowPolicy, language: LanguagePolicy | None, optimizer: OptimizerCallable) -> None:
+    def __init__(
+        self,
+        flow: FlowPolicy,
+        language: LanguagePolicy | None,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        warmup_steps: int = 0,
+    ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints hold what is trained; on_load_checkpoint compares the names
         self.flow = flow
         self.language = language
         self.optimizer = optimizer
+        check_minimum("model", 0, warmup_steps=warmup_steps)
+        self.lr_scheduler = lr_scheduler
+        self.warmup_steps = warmup_steps
         self.num_rollouts = 0
         """Images drawn for training so far, over all ranks."""
 
@@ -53,10 +67,22 @@ class Agents(L.LightningModule):
         """Raises ValueError for precisions that would train wrongly in silence."""
         check_precision(self.trainer.precision)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Makes one optimizer with a parameter group per learning agent: one RL step is one `global_step`."""
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Makes one optimizer with a parameter group per learning agent, and its schedule of learning rates."""
         self.require_learner()
-        return self.optimizer([agent.parameter_group() for agent in self._learners()])
+        optimizer = self.optimizer([agent.parameter_group() for agent in self._learners()])
+        if self.lr_scheduler is None and not self.warmup_steps:
+            return optimizer
+        schedule = torch.optim.lr_scheduler
+        made = [] if self.lr_scheduler is None else [self.lr_scheduler(optimizer)]
+        if any(isinstance(one, schedule.ReduceLROnPlateau) for one in made):
+            raise ValueError(
+                "`model.lr_scheduler` is ReduceLROnPlateau, which waits for a loss; use one that counts steps."
+            )
+        if self.warmup_steps:
+            first = 1 / self.warmup_steps
+            made.append(schedule.LinearLR(optimizer, first, total_iters=max(1, self.warmup_steps - 1)))
+        return {"optimizer": optimizer, "lr_scheduler": schedule.ChainedScheduler(made, optimizer)}
 
     def require_learner(self) -> None:
         """Raises a ValueError if nothing can be trained; evaluation does without."""

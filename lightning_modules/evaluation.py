@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 import lightning as L
-from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from PIL.Image import Image
@@ -52,10 +52,19 @@ class EvaluatedAgents(Agents):
         flow: the image model.
         language: the refiner, or null.
         optimizer: gets one parameter group per learning agent.
+        lr_scheduler: schedule of the learning rates, as for `Agents`.
+        warmup_steps: optimizer steps of warm-up.
     """
 
-    def __init__(self, flow: FlowPolicy, language: LanguagePolicy | None, optimizer: OptimizerCallable) -> None:
-        super().__init__(flow, language, optimizer)
+    def __init__(
+        self,
+        flow: FlowPolicy,
+        language: LanguagePolicy | None,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(flow, language, optimizer, lr_scheduler, warmup_steps)
         self.images_per_evaluation: int | None = None
         """Number of images of each prompt in each mode in `lightning test` and `predict`.
 

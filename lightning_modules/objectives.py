@@ -63,8 +63,8 @@ def flow_objective(
     number = trajectory.sde_steps[step]
     dt = (trajectory.sigmas[number] - trajectory.sigmas[number + 1]).to(log_probs.device)
     old_log_probs, old_mean = log_probs.detach(), transition.mean.detach()
-    if old is not None and old.mean is not None:
-        old_log_probs, old_mean = old.log_probs, old.mean
+    if old is not None:
+        old_log_probs, old_mean = old.log_probs, (old_mean if old.mean is None else old.mean)
     log_ratio = log_probs - old_log_probs
     if normalize_ratio:
         log_ratio = guard_log_ratio(log_ratio, transition.mean, old_mean, transition.std)

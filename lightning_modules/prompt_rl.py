@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from PIL.Image import Image
 from torch import Tensor
@@ -58,10 +58,14 @@ class PromptRL(EvaluatedAgents):
         task_weight: weight of the task reward.
         advantage_scale: divide by the std of the "group", of the "tag" in the step's batch over all processes, or not
             ("none").
-        updates_per_rollout: optimizer steps on one rollout; 1 is strictly on-policy.
+        updates_per_rollout: passes over one rollout; 1 is strictly on-policy if there is one mini-batch.
+        num_minibatches: optimizer steps of a pass, each on a part of the rollout's prompts; those after the first are
+            off the policy that drew the rollout, and clipped. `max_steps` counts optimizer steps.
         ratio_normalization: normalises the flow policy's ratio as in GRPO-Guard; `over_dt` also weighs each SDE step's
             surrogate by 1/|dt|, as the published code does. For several updates per rollout.
         optimizer: gets one parameter group per agent; weight decay and betas are the agents' own.
+        lr_scheduler: one of torch's schedules of the learning rates, which counts optimizer steps; null is constant.
+        warmup_steps: optimizer steps over which the learning rates also rise linearly from near 0.
         check_ratio_every: number of steps between two checks that replayed log-probs equal sampled ones.
         max_invalid_steps: stop after this many steps in a row in which no image could be scored.
         max_bad_steps: stop after this many steps in a row in which an agent's loss or gradient was not finite; its
@@ -82,20 +86,23 @@ class PromptRL(EvaluatedAgents):
         task_weight: float = 1.0,
         advantage_scale: Literal["group", "tag", "none"] = "group",
         updates_per_rollout: int = 1,
+        num_minibatches: int = 1,
         ratio_normalization: RatioNormalization = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        warmup_steps: int = 0,
         check_ratio_every: int = 50,
         max_invalid_steps: int = 5,
         max_bad_steps: int = 5,
         overlap_scoring: bool = True,
         seed: int | None = None,
     ) -> None:
-        super().__init__(flow, language, optimizer)
+        super().__init__(flow, language, optimizer, lr_scheduler, warmup_steps)
         check_group(group_size, num_retained, language is not None)
         check_minimum("model", -math.inf, format_weight=format_weight, task_weight=task_weight)
         check_minimum("model", 1, images_per_prompt=images_per_prompt, updates_per_rollout=updates_per_rollout)
         check_minimum("model", 1, check_ratio_every=check_ratio_every, max_invalid_steps=max_invalid_steps)
-        check_minimum("model", 1, max_bad_steps=max_bad_steps)
+        check_minimum("model", 1, max_bad_steps=max_bad_steps, num_minibatches=num_minibatches)
         self.reward = reward
         self.group_size = group_size
         self.num_retained = num_retained
@@ -104,6 +111,7 @@ class PromptRL(EvaluatedAgents):
         self.task_weight = task_weight
         self.advantage_scale = advantage_scale
         self.updates_per_rollout = updates_per_rollout
+        self.num_minibatches = num_minibatches
         self.ratio_normalization = ratio_normalization
         self.check_ratio_every = check_ratio_every
         self.max_invalid_steps = max_invalid_steps
@@ -124,12 +132,18 @@ class PromptRL(EvaluatedAgents):
             self.reward.load()
 
     def on_fit_start(self) -> None:
-        """Says so if the clip ranges do nothing."""
+        """Says so if the clip ranges do nothing; raises ValueError if a rollout has too few prompts to be split."""
         super().on_fit_start()
-        if self.updates_per_rollout == 1:
+        prompts = getattr(self.trainer.datamodule, "batch_size", self.num_minibatches)  # type: ignore[attr-defined]
+        if self.num_minibatches > prompts:
+            raise ValueError(
+                f"`model.num_minibatches` is {self.num_minibatches}, but a rollout has {prompts} prompts a process "
+                "(`data.batch_size`), which are not split: use at most as many."
+            )
+        if self.updates_per_rollout == self.num_minibatches == 1:
             rank_zero_info(
-                "Clipping is idle: with one update per rollout (`updates_per_rollout`) the policies' ratio is 1, and "
-                "`clip_range` does nothing."
+                "Clipping is idle: with one update per rollout (`updates_per_rollout`, `num_minibatches`) the policies'"
+                " ratio is 1, and `clip_range` does nothing."
             )
 
     def on_train_start(self) -> None:
@@ -222,46 +236,93 @@ class PromptRL(EvaluatedAgents):
         )
 
     def update(self, rollout: Rollout) -> Averages:
-        """Takes `updates_per_rollout` optimizer steps on a rollout.
+        """Takes `updates_per_rollout` passes over a rollout, with an optimizer step on each of its mini-batches.
 
         An agent whose loss or gradient is not finite on any process is left as it is on all of them.
 
         Returns:
             Numbers for the log, of this process.
         """
-        optimizer = self.optimizers()
-        assert not isinstance(optimizer, list)
-        stats = Averages()
-        old: dict[Any, ObjectiveResult] = {}  # (agent, rows, step) -> result of the policy that drew the rollout
-        for number in range(self.updates_per_rollout):
-            optimizer.zero_grad()
-            finite: dict[str, Tensor] = {}
-            with no_backward_sync(self.trainer):
-                if self.language is not None and self.language.trained:
-                    with self._timed("language_update"):
-                        finite["language"] = self._language_backward(self.language, rollout, stats, old, number == 0)
-                if self.flow.trained:
-                    with self._timed("flow_update"):
-                        finite["flow"] = self._flow_backward(rollout, stats, old, number == 0)
-            norms = {}
-            for agent, group in zip(self._learners(), optimizer.param_groups, strict=True):
-                average_gradients(group["params"])
-                norms[agent.agent] = clip(group["params"], agent.max_grad_norm)
-                stats.add(f"train/{agent.agent}/grad_norm", norms[agent.agent])
-            # One decision for all ranks: a loss may be bad on one of them alone.
-            flags = torch.stack([(~finite[name]).any() | ~norm.isfinite() for name, norm in norms.items()])
-            for group, flag in zip(optimizer.param_groups, sum_over_ranks(flags.float()).tolist(), strict=True):
-                name = group["name"]
-                stats.add(f"train/{name}/skipped", float(flag > 0))
-                if flag:
-                    self.bad_steps.add(name, self.global_step, rollout, finite[name])
-                    for parameter in group["params"]:
-                        parameter.grad = None  # the optimizer leaves it alone, weight decay and momentum included
-            optimizer.step()
+        stats, total = Averages(), len(rollout.samples)
+        bounds = [total * number // self.num_minibatches for number in range(self.num_minibatches + 1)]
+        parts = [rollout.groups(slice(*pair)) for pair in zip(bounds, bounds[1:], strict=False)]
+        # What each part is compared with: results of the policies that drew it, before the first step moves them.
+        old = [{} if number == 0 else self._results_of_rollout(part) for number, part in enumerate(parts)]
+        for update in range(self.updates_per_rollout):
+            for number, part in enumerate(parts):
+                self._step_on(part, stats, old[number], drew_it=update == number == 0)
         return stats
 
+    def _step_on(self, rollout: Rollout, stats: Averages, old: dict[Any, ObjectiveResult], *, drew_it: bool) -> None:
+        """Takes an optimizer step on a rollout, or on a part of one.
+
+        Args:
+            rollout: experience of G prompts.
+            stats: gets numbers for the log.
+            old: (agent, rows, step) -> result of the policy that drew the rollout; filled by the policy itself.
+            drew_it: True if the current policies drew the rollout.
+        """
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        optimizer.zero_grad()
+        finite: dict[str, Tensor] = {}
+        with no_backward_sync(self.trainer):
+            if self.language is not None and self.language.trained:
+                with self._timed("language_update"):
+                    finite["language"] = self._language_backward(self.language, rollout, stats, old, drew_it)
+            if self.flow.trained:
+                with self._timed("flow_update"):
+                    finite["flow"] = self._flow_backward(rollout, stats, old, drew_it)
+        norms = {}
+        for agent, group in zip(self._learners(), optimizer.param_groups, strict=True):
+            average_gradients(group["params"])
+            norms[agent.agent] = clip(group["params"], agent.max_grad_norm)
+            stats.add(f"train/{agent.agent}/grad_norm", norms[agent.agent])
+            if self.lr_scheduler is not None or self.warmup_steps:
+                stats.add(f"train/{agent.agent}/learning_rate", group["lr"])
+        # One decision for all ranks: a loss may be bad on one of them alone.
+        flags = torch.stack([(~finite[name]).any() | ~norm.isfinite() for name, norm in norms.items()])
+        for group, flag in zip(optimizer.param_groups, sum_over_ranks(flags.float()).tolist(), strict=True):
+            name = group["name"]
+            stats.add(f"train/{name}/skipped", float(flag > 0))
+            if flag:
+                self.bad_steps.add(name, self.global_step, rollout, finite[name])
+                for parameter in group["params"]:
+                    parameter.grad = None  # the optimizer leaves it alone, weight decay and momentum included
+        optimizer.step()
+        scheduler = self.lr_schedulers()
+        if scheduler is not None:
+            scheduler.step()  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def _results_of_rollout(self, rollout: Rollout) -> dict[Any, ObjectiveResult]:
+        """Log-probs (and, to normalise ratios, means) of the current policies, which drew the rollout.
+
+        Those of the flow model's SDE steps are the trajectory's own, where rollout and update have the same
+        micro-batches; a refiner's were drawn with cached keys and values, which round otherwise.
+        """
+        old: dict[Any, ObjectiveResult] = {}
+        loss = torch.zeros((), device=self.device)
+        if self.language is not None and self.language.trained and rollout.completions is not None:
+            with self._timed("language_update"):
+                for rows in chunks(len(rollout.completions), self.language.micro_batch_size):
+                    log_probs = self.language.log_probs(rollout.completions.rows(rows))
+                    old["language", rows.start] = ObjectiveResult(loss, {}, log_probs)
+        flow, trajectory = self.flow, rollout.trajectory
+        replays = self.ratio_normalization or flow.drawn_together != flow.micro_batch_size
+        with self._timed("flow_update"):
+            for rows in chunks(len(trajectory), flow.micro_batch_size) if flow.trained else ():
+                part = trajectory.rows(rows)
+                for step in range(len(trajectory.sde_steps)):
+                    log_probs, mean = part.log_probs[:, step], None
+                    if replays:
+                        transition = flow.replay(part, step)
+                        log_probs, mean = transition.log_prob(part.next_latents[:, step]), transition.mean
+                    old["flow", rows.start, step] = ObjectiveResult(loss, {}, log_probs, mean)
+        return old
+
     def _language_backward(
-        self, policy: LanguagePolicy, rollout: Rollout, stats: Averages, old: dict[Any, ObjectiveResult], first: bool
+        self, policy: LanguagePolicy, rollout: Rollout, stats: Averages, old: dict[Any, ObjectiveResult], drew_it: bool
     ) -> Tensor:
         """Adds to the refiner's gradients; returns [B] bool, False for completions whose loss is not finite."""
         assert rollout.completions is not None and rollout.language_advantages is not None
@@ -277,21 +338,28 @@ class PromptRL(EvaluatedAgents):
             result = language_objective(
                 policy, rollout.completions.rows(rows), rollout.language_advantages[rows], old=old.get(key)
             )
-            if first and self.updates_per_rollout > 1:
+            if drew_it and self.updates_per_rollout > 1:
                 old[key] = result.detach()
             finite[rows] = result.loss.isfinite()
             self.manual_backward((result.loss * counted).sum() / total)
             stats.add_all("train/language", result.stats, weight=len(counted))
         return finite
 
-    def _flow_backward(self, rollout: Rollout, stats: Averages, old: dict[Any, ObjectiveResult], first: bool) -> Tensor:
-        """Adds to the flow model's gradients; returns [B] bool, False for samples whose loss is not finite."""
+    def _flow_backward(
+        self, rollout: Rollout, stats: Averages, old: dict[Any, ObjectiveResult], drew_it: bool
+    ) -> Tensor:
+        """Adds to the flow model's gradients; returns [B] bool, False for samples whose loss is not finite.
+
+        Micro-batches without an advantage, such as those of groups whose rewards are all equal, are left out where
+        there is no KL: their gradient is 0.
+        """
         trajectory, advantages, counts = rollout.trajectory, rollout.advantages.flatten(), rollout.counted.flatten()
         steps = range(len(trajectory.sde_steps))
         finite = torch.ones_like(advantages, dtype=torch.bool)
+        speaks = counts if self.flow.kl_weight > 0 else counts & (advantages != 0)
         for rows in chunks(len(trajectory), self.flow.micro_batch_size):
             part, counted = trajectory.rows(rows), counts[rows]
-            if not counted.any():
+            if not speaks[rows].any():
                 continue
             for step in steps:
                 key = ("flow", rows.start, step)
@@ -303,11 +371,15 @@ class PromptRL(EvaluatedAgents):
                     old=old.get(key),
                     normalize_ratio=self.ratio_normalization,
                 )
-                if first and self.updates_per_rollout > 1:
+                if drew_it and self.updates_per_rollout > 1:
                     old[key] = result.detach()
                 finite[rows] &= result.loss.isfinite()
                 self.manual_backward((result.loss * counted).sum() / (len(trajectory) * len(steps)))
                 stats.add_all("train/flow", result.stats, weight=len(counted))
+        stats.add("train/flow/silent", (counts & ~speaks).float().mean(), len(counts))
+        if counts.any() and not speaks.any():
+            for parameter in self.flow.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         return finite
 
     def check_ratio(self, rollout: Rollout) -> dict[str, float]:

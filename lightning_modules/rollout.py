@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 
+import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from datamodules.base import PromptSample
+from lightning_modules.rl.log_probs import position_ids
 from rewards.base import Score
 
 
@@ -28,6 +31,17 @@ class SeenImages:
     index: tuple[int, ...]
     mask: Tensor
     positions: Tensor
+
+    @classmethod
+    def absent(cls, none: Tensor, prompt_mask: Tensor) -> SeenImages:
+        """Makes the record of B prompts without images.
+
+        Args:
+            none: features [0, 1 + layers, hidden] of no image.
+            prompt_mask: [B, P] 1 for tokens, 0 for padding.
+        """
+        positions = position_ids(prompt_mask)[:, None].expand(-1, 3, -1)
+        return cls((none,), (0,) * len(prompt_mask), torch.zeros_like(prompt_mask, dtype=torch.bool), positions)
 
     def rows(self, rows: slice) -> SeenImages:
         """Selects some rows."""
@@ -73,6 +87,44 @@ class Completions:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Completions], pad_token_id: int) -> Completions:
+        """Joins completions that were written apart, padded to the longest prompt and completion."""
+        if len(parts) == 1:
+            return parts[0]
+        prompt = max(part.prompt_ids.shape[1] for part in parts)
+        length = max(part.tokens.shape[1] for part in parts)
+
+        def right(value: Tensor, fill: float = 0) -> Tensor:
+            return F.pad(value, (0, length - value.shape[1]), value=fill)
+
+        def left(value: Tensor, fill: float = 0) -> Tensor:
+            return F.pad(value, (prompt - value.shape[-1], 0), value=fill)
+
+        seen = None
+        if shown := [part.seen for part in parts if part.seen is not None]:
+            none = shown[0].features[0][:0]
+            every = [part.seen or SeenImages.absent(none, part.prompt_mask) for part in parts]
+            first = [sum(len(other.features) for other in every[:number]) for number in range(len(every))]
+            seen = SeenImages(
+                features=tuple(image for one in every for image in one.features),
+                index=tuple(start + image for start, one in zip(first, every, strict=True) for image in one.index),
+                mask=torch.cat([left(one.mask) for one in every]),
+                positions=torch.cat([left(one.positions) for one in every]),
+            )
+        return cls(
+            prompt_ids=torch.cat([left(part.prompt_ids, pad_token_id) for part in parts]),
+            prompt_mask=torch.cat([left(part.prompt_mask) for part in parts]),
+            tokens=torch.cat([right(part.tokens, pad_token_id) for part in parts]),
+            mask=torch.cat([right(part.mask) for part in parts]),
+            log_probs=torch.cat([right(part.log_probs) for part in parts]),
+            texts=[text for part in parts for text in part.texts],
+            rewrites=[text for part in parts for text in part.rewrites],
+            formatted=torch.cat([part.formatted for part in parts]),
+            truncated=torch.cat([part.truncated for part in parts]),
+            seen=seen,
+        )
 
     def rows(self, rows: slice) -> Completions:
         """Selects the completions of some rows."""
@@ -173,6 +225,28 @@ class Rollout:
     advantages: Tensor
     language_advantages: Tensor | None
     language_counted: Tensor | None = None
+
+    def groups(self, rows: slice) -> Rollout:
+        """Selects some of the G groups; those of a whole rollout in parts are its mini-batches."""
+        size = self.rewards.shape[1]
+        images = slice(rows.start * size, rows.stop * size)
+        written = 0 if self.completions is None else len(self.completions) // len(self.samples)
+        texts = slice(rows.start * written, rows.stop * written)
+        completions, advantages, counted = self.completions, self.language_advantages, self.language_counted
+        return replace(
+            self,
+            samples=self.samples[rows],
+            prompts=self.prompts[images],
+            completions=None if completions is None else completions.rows(texts),
+            trajectory=self.trajectory.rows(images),
+            images=self.images[images],
+            scores=self.scores[images],
+            rewards=self.rewards[rows],
+            valid=self.valid[rows],
+            advantages=self.advantages[rows],
+            language_advantages=None if advantages is None else advantages[texts],
+            language_counted=None if counted is None else counted[texts],
+        )
 
     @property
     def counted(self) -> Tensor:

@@ -61,6 +61,9 @@ class Policy(nn.Module, ABC):
             pipeline's text encoders and VAE; null is `dtype`. With bfloat16 and `trainer.precision: bf16-mixed` the KL
             of published weights, which are bf16, is 0 at the start; in 32-true it would have bf16's rounding.
         micro_batch_size: samples per forward pass of the update, and of a flow model's rollout; null is all at once.
+        rollout_batch_size: samples of a rollout that are drawn together; null is `micro_batch_size` for a flow model,
+            and all completions for a refiner. Other batches may round otherwise, so that `max_log_ratio` has to be
+            higher in half precision.
         gradient_checkpointing: computes activations again in the backward pass instead of keeping them.
         quantization: keeps the frozen weights in 4 or 8 bits (bitsandbytes); an agent that learns needs `lora` then.
     """
@@ -83,6 +86,7 @@ class Policy(nn.Module, ABC):
         dtype: DType = "bfloat16",
         frozen_dtype: DType | None = None,
         micro_batch_size: int | None = None,
+        rollout_batch_size: int | None = None,
         gradient_checkpointing: bool = False,
         quantization: Quantization | None = None,
     ) -> None:
@@ -91,7 +95,7 @@ class Policy(nn.Module, ABC):
         own = f"model.{agent}"
         check_minimum(own, 0, learning_rate=learning_rate, weight_decay=weight_decay, kl_weight=kl_weight)
         check_minimum(own, 0, clip_range=clip_range, max_log_ratio=max_log_ratio, beta_1=betas[0], beta_2=betas[1])
-        check_minimum(own, 1, micro_batch_size=micro_batch_size)
+        check_minimum(own, 1, micro_batch_size=micro_batch_size, rollout_batch_size=rollout_batch_size)
         if lora is not None:
             check_minimum(f"{own}.lora", 1, rank=lora.rank, alpha=lora.alpha)
         if max(betas) >= 1:
@@ -114,6 +118,7 @@ class Policy(nn.Module, ABC):
         self.frozen_dtype: torch.dtype = getattr(torch, frozen_dtype or dtype)
         self.dtype: torch.dtype = self.frozen_dtype if learning_rate is None else getattr(torch, dtype)
         self.micro_batch_size = micro_batch_size
+        self.rollout_batch_size = rollout_batch_size
         self.gradient_checkpointing = gradient_checkpointing
         self.quantization: Quantization | None = quantization
         self.network: Any = None

@@ -132,6 +132,11 @@ class FlowPolicy(Policy):
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes latents [B, ...] into images [B, 3, height, width] in [0, 1]."""
 
+    @property
+    def drawn_together(self) -> int | None:
+        """Number of samples per forward pass of a rollout or an evaluation; None is all at once."""
+        return self.rollout_batch_size or self.micro_batch_size
+
     def prepare_latents(self, generators: Sequence[torch.Generator]) -> Tensor:
         """Draws standard normal noise [B, ...] fp32, each sample's from its own generator."""
         noise = torch.stack([torch.randn(self.latent_shape, generator=generator) for generator in generators])
@@ -182,7 +187,7 @@ class FlowPolicy(Policy):
     def final_images(self, trajectory: Trajectory) -> Tensor:
         """Decodes the ends of B trajectories into images [B, 3, height, width] in [0, 1]."""
         with self.decoding():
-            parts = [self.decode(trajectory.final[rows]) for rows in chunks(len(trajectory), self.micro_batch_size)]
+            parts = [self.decode(trajectory.final[rows]) for rows in chunks(len(trajectory), self.drawn_together)]
         return torch.cat(parts)
 
     def decoding(self) -> AbstractContextManager[None]:
@@ -219,7 +224,7 @@ class FlowPolicy(Policy):
     ) -> Trajectory:
         sigmas = sigmas.to(self.device)
         paths = []
-        for rows in chunks(len(seeds), self.micro_batch_size):
+        for rows in chunks(len(seeds), self.drawn_together):
             draw_noise = partial(self.prepare_latents, generators_for(seeds[rows]))
             path = sample(
                 self._velocity_of(conditioning.rows(rows)),

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from datamodules.base import PromptSample
+from datamodules.chunks import chunks
 from lightning_modules.policies.adapters import DEFAULT, load_language_lora
 from lightning_modules.policies.base import LoRA, Policy
 from lightning_modules.policies.loading import check_language_model, lora_config
@@ -152,16 +153,24 @@ class LanguagePolicy(Policy):
     def refine(self, samples: Sequence[PromptSample], num: int) -> Completions:
         """Draws `num` rewrites of every sample's prompt, those of one sample side by side.
 
-        The prompt is read once per sample: its keys and values are shared by the group.
+        The prompt is read once per sample: its keys and values are shared by the group, so that `rollout_batch_size`
+        holds at least the rewrites of one.
         """
-        return self._write(samples, num, self.max_new_tokens, greedy=False)
+        size = None if self.rollout_batch_size is None else max(1, self.rollout_batch_size // num)
+        parts = [
+            self._write(samples[rows], num, self.max_new_tokens, greedy=False) for rows in chunks(len(samples), size)
+        ]
+        return Completions.joined(parts, self._pad_token_id)
 
     @torch.no_grad()
     def rewrite(self, samples: Sequence[PromptSample]) -> list[str]:
         """Writes one greedy rewrite per sample, for evaluation ("with PE")."""
         if not samples:
             return []
-        return self._write(samples, 1, self.eval_max_new_tokens, greedy=True).rewrites
+        rewrites = []
+        for rows in chunks(len(samples), self.rollout_batch_size):
+            rewrites += self._write(samples[rows], 1, self.eval_max_new_tokens, greedy=True).rewrites
+        return rewrites
 
     def log_probs(self, completions: Completions) -> Tensor:
         """Computes the log-probs [B, T] fp32 of the completions' tokens under the current policy.

@@ -183,6 +183,7 @@ def _flow(module: PromptRL, policy: PipelinePolicy, setting: Setting, persistent
     rows = min(policy.micro_batch_size or images, images)
     refined = 0 if module.language is None else module.group_size - module.num_retained
     trajectory = meta_trajectory(meta, rows, setting.source)
+    drawn = meta_trajectory(meta, min(policy.drawn_together or images, images), setting.source)
     trajectories = trajectory_bytes(meta.latent_shape, len(trajectory.sde_steps), images)
     found.per_step["trajectories"] = trajectories
     num_prompts = setting.batch_size * (1 + refined)
@@ -190,11 +191,11 @@ def _flow(module: PromptRL, policy: PipelinePolicy, setting: Setting, persistent
 
     @torch.no_grad()
     def draw() -> None:
-        meta.transition(trajectory.final, trajectory.sigmas, 0, trajectory.conditioning)
+        meta.transition(drawn.final, drawn.sigmas, 0, drawn.conditioning)
 
     @torch.no_grad()
     def decode() -> None:
-        meta.decode(trajectory.final)
+        meta.decode(drawn.final)
 
     def update() -> None:
         flow_objective(meta, trajectory, 0, torch.empty(rows, device="meta")).loss.mean().backward()
@@ -228,8 +229,9 @@ def _language(module: PromptRL, policy: LanguagePolicy, setting: Setting, persis
     def update() -> None:
         language_objective(meta, completions, torch.empty(rows, device="meta")).loss.mean().backward()
 
-    logits = total * config.get_text_config().vocab_size * (itemsize + 4 * LOGITS_COPIES)
-    found.transient["refining"] = logits + cache_bytes(config, total, prompt + policy.max_new_tokens, itemsize)
+    written = min(policy.rollout_batch_size or total, total)
+    logits = written * config.get_text_config().vocab_size * (itemsize + 4 * LOGITS_COPIES)
+    found.transient["refining"] = logits + cache_bytes(config, written, prompt + policy.max_new_tokens, itemsize)
     if policy.trained:
         found.transient["updating language"] = _Peaks(meta, setting).of(update)
     return found

@@ -9,17 +9,19 @@ import torch
 
 @dataclass(frozen=True)
 class Window:
-    """Consecutive SDE steps at a random place in the schedule (Flow-GRPO-Fast, MixGRPO arXiv 2507.21802).
+    """SDE steps at a random place in the schedule (Flow-GRPO-Fast, MixGRPO arXiv 2507.21802).
 
     Args:
-        size: number of consecutive steps.
+        size: number of steps.
         start: first step that the window may cover.
         stop: end (exclusive) of the steps that it may cover; null is the end of the schedule.
+        contiguous: false draws each of the steps by itself from those that the window may cover.
     """
 
     size: int
     start: int = 0
     stop: int | None = None
+    contiguous: bool = True
 
 
 def dynamic_mu(
@@ -93,5 +95,8 @@ def _draw_window(window: Window, num_steps: int, generator: torch.Generator | No
             f"`sde_steps` is a window of {window.size} steps, which does not fit into [{window.start}, {stop}); "
             "lower `size` or widen `start` and `stop`."
         )
+    if not window.contiguous:
+        drawn = torch.randperm(stop - window.start, generator=generator)[: window.size]
+        return tuple(sorted(window.start + step for step in drawn.tolist()))
     first = window.start + int(torch.randint(stop - window.start - window.size + 1, (), generator=generator))
     return tuple(range(first, first + window.size))

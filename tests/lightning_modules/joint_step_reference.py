@@ -254,14 +254,27 @@ class JointStep:
     def __init__(self, settings: Any, rollout: Any, flow: Flow | None, language: Language | None) -> None:
         self.settings, self.rollout, self.flow, self.language = settings, rollout, flow, language
         self.experience = experience(rollout, settings)
+        self.part = np.arange(len(rollout.samples))  # groups of the mini-batch
         # Of the policies that drew the rollout: by SDE step [B] and [B, tokens, C], by completion [T].
         self.flow_log_probs: list[Array] = []
         self.flow_means: list[Array] = []
         self.token_log_probs: list[Array] = []
 
     def updates(self) -> list[Update]:
-        """Takes all steps."""
-        return [self._update(number) for number in range(1, self.settings.updates_per_rollout + 1)]
+        """Takes all steps: passes over the rollout, each in mini-batches of whole groups, of nearly equal numbers."""
+        groups, parts = len(self.rollout.samples), self.settings.num_minibatches
+        bounds = [groups * number // parts for number in range(parts + 1)]
+        taken: list[Update] = []
+        for _ in range(self.settings.updates_per_rollout):
+            for first, end in zip(bounds, bounds[1:], strict=False):
+                self.part = np.arange(groups)[first:end]
+                taken.append(self._update(len(taken) + 1))
+        return taken
+
+    def inside(self, total: int) -> NDArray[np.bool_]:
+        """Finds which of `total` images, or rewrites, are in the mini-batch."""
+        per_group = total // len(self.rollout.samples)
+        return np.isin(np.arange(total) // per_group, self.part)
 
     def _update(self, number: int) -> Update:
         update = Update()
@@ -282,7 +295,9 @@ class JointStep:
         """Clipped surrogate of the SDE steps plus the KL of each: its value and the share outside the clip range."""
         path, settings, loss, outside = self.rollout.trajectory, flow.settings, 0.0, []
         texts, sigmas = flow.texts(self.experience.prompts), path.sigmas.double().tolist()
-        share = self.experience.counted / (len(self.experience.counted) * len(path.sde_steps))
+        inside = self.inside(len(self.experience.counted))
+        counted = self.experience.counted & inside
+        share = counted / (inside.sum() * len(path.sde_steps))
         for place, step in enumerate(path.sde_steps):
             x, drawn = (part[:, place].double().numpy() for part in (path.latents, path.next_latents))
             span, dims = (sigmas[step], sigmas[step + 1], sigmas[1]), x[0].size
@@ -311,7 +326,7 @@ class JointStep:
             losses = losses + settings.kl_weight * mean_per_sample(away**2 / (2 * variance))
             by_mean = by_ratio[:, None, None] * slope + settings.kl_weight * away / (variance * dims)
             loss += float((share * losses).sum())
-            outside.append(beyond[self.experience.counted].mean())
+            outside.append(beyond[counted].mean())
             by_velocity = by_mean * flow.transition(0.0, 1.0, *span)[0]
             flow.pull(output, share[:, None, None] * by_velocity, gradients)
         return loss, float(np.mean(outside))
@@ -319,15 +334,16 @@ class JointStep:
     def _language(self, language: Language, gradients: dict[str, Array]) -> tuple[float, float]:
         """Clipped surrogate of the rewrites' tokens plus k3: its value and the share outside the clip range."""
         samples, tokens, loss, outside = self.rollout.samples, self.rollout.completions.tokens.numpy(), 0.0, []
-        total, settings = len(tokens), language.settings
-        for row in range(total):
-            prompt = language.prompt(samples[row * len(samples) // total].prompt)
+        settings, inside = language.settings, self.inside(len(tokens))
+        total = inside.sum()
+        for row in range(len(tokens)):
+            prompt = language.prompt(samples[row * len(samples) // len(tokens)].prompt)
             written = language.written(tokens[row])
             output = language.logits(language.network, prompt, written)
             log_probs, softmax = chosen(output, written, settings.temperature)
             if len(self.token_log_probs) == row:
                 self.token_log_probs.append(log_probs)
-            if not self.experience.language_counted[row]:
+            if not (self.experience.language_counted[row] and inside[row]):
                 continue
             with torch.no_grad():
                 output_before = language.logits(language.before, prompt, written)

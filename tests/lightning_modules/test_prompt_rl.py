@@ -6,6 +6,7 @@ import csv
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,70 @@ def test_a_second_update_on_a_rollout_is_clipped_against_the_first(
     module.updates_per_rollout = 1
     assert module.update(module.collect(samples[:2])).compute()["train/flow/max_abs_log_ratio"] == 0
     assert torch.equal(first, rollout.trajectory.log_probs)
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 0.1])
+def test_groups_that_say_nothing_cost_nothing(
+    make_flow: MakeFlow, samples: list[PromptSample], monkeypatch: pytest.MonkeyPatch, kl_weight: float
+) -> None:
+    """The second group's rewards are equal: it has no surrogate, but a KL; the first group's gradient is the same."""
+    flow = make_flow(
+        kl_weight=kl_weight, max_grad_norm=1e9, micro_batch_size=2, rollout_batch_size=8, learning_rate=0.0
+    )
+    perturb(flow)
+    module = attach(PromptRL(flow, Listed([0.0, 1.0, 2.0, 3.0, 1.0, 1.0, 1.0, 1.0]), None, 4, 4))
+    rollout = module.collect(samples[:2])
+    replays: list[int] = []
+    replay = flow.replay
+    monkeypatch.setattr(flow, "replay", lambda part, step: (replays.append(len(part)), replay(part, step))[1])
+    stats = module.update(rollout).compute()
+    found = gradients(module)
+    assert stats["train/flow/silent"] == (0.5 if kl_weight == 0 else 0)
+    assert sum(replays) == (4 if kl_weight == 0 else 2 * 8) * len(rollout.trajectory.sde_steps)
+    if kl_weight == 0:  # twice the loss of the first group alone, which is a mean over half as many
+        module.update(rollout.groups(slice(0, 1)))
+        for name, gradient in gradients(module).items():
+            torch.testing.assert_close(2 * found[name], gradient)
+
+
+def test_a_step_that_says_nothing_moves_weights_as_a_gradient_of_zeros_does(
+    make_flow: MakeFlow, samples: list[PromptSample]
+) -> None:
+    """Weight decay alone, not an agent that was left out."""
+    flow = make_flow(learning_rate=0.1, weight_decay=0.5)
+    module = attach(PromptRL(flow, Listed([1.0] * 4), None, 4, 4))
+    before = {name: weight.detach().clone() for name, weight in module.named_parameters() if weight.requires_grad}
+    stats = module.update(module.collect(samples[:1])).compute()
+    assert stats["train/flow/silent"] == 1 and stats["train/flow/grad_norm"] == 0
+    for name, weight in module.named_parameters():
+        if weight.requires_grad:
+            torch.testing.assert_close(weight, before[name] * (1 - 0.1 * 0.5))
+
+
+def test_a_rollout_of_too_few_prompts_is_not_split(make_flow: MakeFlow, tmp_path: Path) -> None:
+    module = PromptRL(make_flow(), Redness(), None, 2, 2, num_minibatches=3)
+    with pytest.raises(ValueError, match=r"`model.num_minibatches` is 3, but a rollout has 2 prompts a process"):
+        fit(module, tmp_path, 1)
+
+
+def test_learning_rates_follow_their_schedules(make_flow: MakeFlow, tmp_path: Path) -> None:
+    """A warm-up over three optimizer steps times a decay over four; both steps of a rollout count."""
+    decay = partial(torch.optim.lr_scheduler.PolynomialLR, total_iters=4)
+    module = PromptRL(
+        make_flow(learning_rate=0.01), Redness(), None, 2, 2, num_minibatches=2, lr_scheduler=decay, warmup_steps=3
+    )
+    steps = fit(module, tmp_path, 4)
+    factors = [1 / 3, 2 / 3 * 0.75, 0.5, 0.25]
+    assert [step["train/flow/learning_rate"] for step in steps] == pytest.approx(
+        [0.01 * sum(factors[:2]) / 2, 0.01 * sum(factors[2:]) / 2], rel=1e-5
+    )
+    assert module.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_schedule_that_waits_for_a_loss_is_refused(make_flow: MakeFlow, tmp_path: Path) -> None:
+    plateau: Any = torch.optim.lr_scheduler.ReduceLROnPlateau
+    with pytest.raises(ValueError, match=r"`model.lr_scheduler` is ReduceLROnPlateau.*counts steps"):
+        fit(PromptRL(make_flow(), Redness(), None, 2, 2, lr_scheduler=plateau), tmp_path, 1)
 
 
 @pytest.mark.parametrize("normalization", [True, "over_dt"])

@@ -51,18 +51,24 @@ def same(a: object, b: object) -> bool:
     return a == b
 
 
-@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
-def test_two_and_two_steps_are_four(tmp_path: Path, adapters: bool) -> None:
-    lora = [f"--model.init_args.{agent}.init_args.lora.rank=4" for agent in ("flow", "language")] if adapters else []
-    whole, whole_rows = run(tmp_path / "whole", 4, *lora)
-    run(tmp_path / "first", 2, *lora)
+@pytest.mark.parametrize("parts", [1, 2], ids=["full", "lora, mini-batches, warm-up"])
+def test_two_and_two_steps_are_four(tmp_path: Path, parts: int) -> None:
+    """A step has one rollout, and as many optimizer steps as mini-batches."""
+    more = [f"--model.init_args.num_minibatches={parts}"]
+    if parts > 1:
+        more += [f"--model.init_args.{agent}.init_args.lora.rank=4" for agent in ("flow", "language")]
+        more += ["--model.init_args.lr_scheduler=CosineAnnealingLR", "--model.init_args.warmup_steps=6"]
+        more += ["--model.init_args.lr_scheduler.init_args.T_max=9"]
+    whole, whole_rows = run(tmp_path / "whole", 4 * parts, *more)
+    run(tmp_path / "first", 2 * parts, *more)
     (checkpoint,) = (tmp_path / "first").rglob("last.ckpt")
-    resumed, resumed_rows = run(tmp_path / "second", 4, f"--ckpt_path={checkpoint}", *lora)
-    assert whole["global_step"] == resumed["global_step"] == 4
+    resumed, resumed_rows = run(tmp_path / "second", 4 * parts, f"--ckpt_path={checkpoint}", *more)
+    assert whole["global_step"] == resumed["global_step"] == 4 * parts
     assert same(whole["state_dict"], resumed["state_dict"])
     assert same(whole["optimizer_states"], resumed["optimizer_states"])
+    assert same(whole["lr_schedulers"], resumed["lr_schedulers"]) and bool(whole["lr_schedulers"]) == (parts > 1)
     assert whole["num_rollouts"] == resumed["num_rollouts"] == 4 * 16
-    assert all(("lora" in name) == adapters for name in whole["state_dict"])  # type: ignore[attr-defined]
+    assert all(("lora" in name) == (parts > 1) for name in whole["state_dict"])  # type: ignore[attr-defined]
     train = [row for row in whole_rows if "reward" in row]
     again = [row for row in resumed_rows if "reward" in row]
     assert len(train) == 4 and train[2:] == again

@@ -111,6 +111,27 @@ def test_replayed_log_probs_are_the_sampled_ones(
     assert largest_difference(policy, policy.refine(SAMPLES, 4)) < 2e-6  # what rounding log-probs to fp32 leaves
 
 
+@every_kind
+@seeing_or_not
+def test_rewrites_that_are_drawn_in_parts_are_one_batch(folders: dict[str, Path], kind: str, cls: Any) -> None:
+    """One prompt at a time, of three lengths, the last without an image; each completion fits its own prompt."""
+    policy = load(folders[kind], cls, rollout_batch_size=4)
+    perturb(policy)
+    parts = [policy._write([sample], 4, 12, greedy=False) for sample in SAMPLES]
+    torch.manual_seed(0)
+    completions = policy.refine(SAMPLES, 4)
+    assert len(completions) == 12 and completions.prompt_ids.shape[1] == max(p.prompt_ids.shape[1] for p in parts)
+    assert completions.prompt_mask.sum(1).unique().numel() == 3
+    assert largest_difference(policy, completions) < 1e-5
+    torch.manual_seed(0)
+    alone = [policy._write([sample], 4, 12, greedy=False) for sample in SAMPLES]  # the same draws, not joined
+    assert completions.rewrites == [rewrite for part in alone for rewrite in part.rewrites]
+    for number, part in enumerate(alone):
+        rows = completions.rows(slice(4 * number, 4 * number + 4))
+        torch.testing.assert_close(rows.log_probs[rows.mask], part.log_probs[part.mask])
+    assert policy.rewrite(SAMPLES) == [policy.rewrite([sample])[0] for sample in SAMPLES]
+
+
 @pytest.mark.slow
 @every_kind
 @seeing_or_not

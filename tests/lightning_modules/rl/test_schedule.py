@@ -49,6 +49,15 @@ def test_window_is_uniform_over_its_places() -> None:
     assert all(abs(count - 400) < 80 for count in draws.values())
 
 
+def test_scattered_steps_are_uniform_over_their_sets() -> None:
+    generator, window = torch.Generator().manual_seed(0), Window(2, 1, 5, contiguous=False)
+    draws = Counter(sde_step_indices(window, 10, generator=generator) for _ in range(1200))
+    # 4 over 2 = 6 sets, each 200 +- 13 times; 5 sigma
+    assert set(draws) == {(1, 2), (1, 3), (1, 4), (2, 3), (2, 4), (3, 4)}
+    assert all(abs(count - 200) < 65 for count in draws.values())
+    assert sde_step_indices(Window(5, contiguous=False), 5) == (0, 1, 2, 3, 4)
+
+
 def test_window_reaches_the_last_step_and_is_the_generators_alone() -> None:
     draws = [
         [sde_step_indices(Window(2), 8, generator=generator) for _ in range(100)]
@@ -72,6 +81,7 @@ def test_window_reaches_the_last_step_and_is_the_generators_alone() -> None:
         (Window(3, 1, 3), r"3 steps, which does not fit into \[1, 3\); lower `size`"),
         (Window(2, 4), r"does not fit into \[4, 5\)"),
         (Window(6), r"does not fit into \[0, 5\)"),
+        (Window(6, contiguous=False), r"does not fit into \[0, 5\)"),
     ],
 )
 def test_sde_steps_that_cannot_be(spec: int | list[int] | Window, message: str) -> None:
