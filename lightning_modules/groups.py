@@ -72,9 +72,3 @@ def source_images(samples: Sequence[PromptSample]) -> list[Image] | None:
         bare = next(sample for sample in samples if sample.image is None)
         raise ValueError(f"the prompt {bare.id!r} has no source image, but others of its batch have; do not mix them.")
     return images or None
-
-
-def tag_numbers(tags: Sequence[str]) -> Tensor:
-    """Numbers G tags: [G] index of each among the distinct ones in alphabetical order."""
-    distinct = sorted(set(tags))
-    return torch.tensor([distinct.index(tag) for tag in tags])

@@ -28,14 +28,14 @@ from datamodules.base import PromptSample, run_seed
 from datamodules.chunks import chunks
 from datamodules.resumable import ResumableLoader
 from lightning_modules.bad_steps import BadSteps
-from lightning_modules.distributed import average_gradients, clip, gather_lists, no_backward_sync, sum_over_ranks
+from lightning_modules.comparison import compared, compared_apart, task_terms
+from lightning_modules.distributed import average_gradients, clip, no_backward_sync, sum_over_ranks
 from lightning_modules.evaluation import EvaluatedAgents
-from lightning_modules.groups import check_group, group_formats, group_prompts, source_images, tag_numbers
+from lightning_modules.groups import check_group, group_formats, group_prompts, source_images
 from lightning_modules.objectives import ObjectiveResult, RatioNormalization, flow_objective, language_objective
 from lightning_modules.on_policy import check_ratio
 from lightning_modules.policies.flow import FlowPolicy, to_pil
 from lightning_modules.policies.language import LanguagePolicy
-from lightning_modules.rl.advantages import group_advantages
 from lightning_modules.rollout import Rollout
 from lightning_modules.scoring import Scoring
 from lightning_modules.seeding import seed_of, seed_step
@@ -58,6 +58,9 @@ class PromptRL(EvaluatedAgents):
         task_weight: weight of the task reward.
         advantage_scale: divide by the std of the "group", of the "tag" in the step's batch over all processes, or not
             ("none").
+        normalize: advantages of the "sum" of task and format reward, or of "each" reward apart, also of the parts of a
+            `WeightedSum`, weighed and summed after it (GDPO, arXiv 2601.05242): a rare malformed answer does not drown
+            the task, nor one scorer's scale another's.
         updates_per_rollout: passes over one rollout; 1 is strictly on-policy if there is one mini-batch.
         num_minibatches: optimizer steps of a pass, each on a part of the rollout's prompts; those after the first are
             off the policy that drew the rollout, and clipped. `max_steps` counts optimizer steps.
@@ -85,6 +88,7 @@ class PromptRL(EvaluatedAgents):
         format_weight: float = 1.0,
         task_weight: float = 1.0,
         advantage_scale: Literal["group", "tag", "none"] = "group",
+        normalize: Literal["sum", "each"] = "sum",
         updates_per_rollout: int = 1,
         num_minibatches: int = 1,
         ratio_normalization: RatioNormalization = False,
@@ -110,6 +114,7 @@ class PromptRL(EvaluatedAgents):
         self.format_weight = format_weight
         self.task_weight = task_weight
         self.advantage_scale = advantage_scale
+        self.normalize = normalize
         self.updates_per_rollout = updates_per_rollout
         self.num_minibatches = num_minibatches
         self.ratio_normalization = ratio_normalization
@@ -201,7 +206,7 @@ class PromptRL(EvaluatedAgents):
             finite.extend(pixels.isfinite().flatten(1).all(1).tolist())
             scoring.submit(judged[rows], images[rows])
 
-        with Scoring(self.reward, self.device, overlap=self.overlap_scoring) as scoring:
+        with Scoring(self.reward, self.device, overlap=self.overlap_scoring, group=per_group) as scoring:
             with self._timed("rollout"):
                 window_seed = seed_of("window", self.seed, self.global_step)
                 trajectory = self.flow.rollout(
@@ -211,11 +216,17 @@ class PromptRL(EvaluatedAgents):
                 scores = self._scores_on_all_ranks(scoring, finite)
         valid = torch.tensor([score.valid for score in scores], device=self.device).view(-1, per_group)
         task = torch.tensor([score.rl for score in scores], device=self.device).view(-1, per_group)
-        rewards = self.task_weight * task
+        rewards, formats = self.task_weight * task, None
         if completions is not None:
             formats = group_formats(completions.formatted, len(samples), self.num_retained, self.images_per_prompt)
             rewards = rewards + self.format_weight * formats
-        advantages = self._advantages([sample.tag for sample in samples], rewards, valid)
+        tags = [sample.tag for sample in samples]
+        if self.normalize == "each":
+            terms = [(self.task_weight * weight, values.view_as(valid)) for weight, values in task_terms(scores)]
+            terms += [] if formats is None else [(self.format_weight, formats)]
+            advantages = compared_apart(tags, terms, valid, self.advantage_scale)
+        else:
+            advantages = compared(tags, rewards, valid, self.advantage_scale)
         counted = valid & (valid.sum(1, keepdim=True) >= 2)
         slots = (len(samples), self.group_size, self.images_per_prompt)
         # The mean over a rewrite's scored images; without any, the rewrite does not count.
@@ -426,18 +437,6 @@ class PromptRL(EvaluatedAgents):
                 f"reason was: {scores[0].detail.get('reason', 'unknown')}."
             )
         return scores
-
-    def _advantages(self, tags: Sequence[str], rewards: Tensor, valid: Tensor) -> Tensor:
-        """Computes the advantages [G, N] of G groups, with the other processes' groups where tags share a std."""
-        if self.advantage_scale != "tag":
-            return group_advantages(rewards, valid, scale=self.advantage_scale)
-        groups = gather_lists(list(zip(tags, rewards.cpu(), valid.cpu(), strict=True)))
-        all_tags, all_rewards, all_valid = zip(*groups, strict=True)
-        advantages = group_advantages(
-            torch.stack(all_rewards), torch.stack(all_valid), scale="tag", tags=tag_numbers(all_tags)
-        )
-        start = self.global_rank * len(tags)  # every rank has as many groups
-        return advantages[start : start + len(tags)].to(rewards.device)
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:

@@ -23,11 +23,14 @@ class Scoring:
         reward: called by one thread at a time, once per chunk.
         device: device of the training; becomes the thread's current GPU.
         overlap: `submit` returns at once; otherwise it waits for the chunk's scores.
+        group: images of a group, which stand side by side; a `groupwise` reward gets whole groups.
     """
 
-    def __init__(self, reward: Reward, device: torch.device, *, overlap: bool = True) -> None:
+    def __init__(self, reward: Reward, device: torch.device, *, overlap: bool = True, group: int = 1) -> None:
         self.reward = reward
         self.overlap = overlap
+        self._size = group if reward.groupwise else 1
+        self._waiting: list[tuple[PromptSample, Image.Image]] = []
         self._device = device
         self._chunks: list[Future[list[Score]]] = []
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward")
@@ -42,7 +45,13 @@ class Scoring:
 
     def submit(self, samples: Sequence[PromptSample], images: Sequence[Image.Image]) -> None:
         """Hands over the next chunk: B images and their samples."""
-        self._chunks.append(self._thread.submit(self._score, RewardBatch(samples, images)))
+        self._waiting += zip(samples, images, strict=True)
+        ready = self._waiting[: len(self._waiting) // self._size * self._size]
+        if not ready:
+            return
+        self._waiting = self._waiting[len(ready) :]
+        batch = RewardBatch([sample for sample, _ in ready], [image for _, image in ready])
+        self._chunks.append(self._thread.submit(self._score, batch))
         if not self.overlap:
             self._chunks[-1].exception()  # waits; `scores` raises it
 

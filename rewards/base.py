@@ -26,6 +26,7 @@ class Score:
         valid: False when the scorer failed. A failure is never a 0: it is masked before a group is normalised.
         detail: the raw breakdown, for logs and images.
         parts: scorer name -> its own score, where a reward only routes to or sums up others.
+        weights: scorer name -> its weight, where `rl` is the weighted sum of `parts`.
     """
 
     native: float
@@ -34,6 +35,7 @@ class Score:
     valid: bool = True
     detail: dict[str, Any] = field(default_factory=dict)
     parts: dict[str, Score] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.valid and not all(map(_finite, (self.native, self.table, self.rl))):
@@ -100,6 +102,8 @@ class Reward(ABC):
     """What a sample must hold beside its prompt: keys of its metadata, and "image" for a source image."""
     native_range: tuple[float, float] = (-math.inf, math.inf)
     """Lowest and highest native score."""
+    groupwise: bool = False
+    """True if in training a batch holds whole groups, whose images stand side by side: scores that compare them."""
 
     def __init_subclass__(cls) -> None:
         if not hasattr(cls, "name"):
@@ -136,18 +140,31 @@ def score_each(reward: Reward, batch: RewardBatch) -> list[Score]:
         ValueError: if the reward returns fewer or more scores, of which none could be told whose it is, or values that
             are none.
     """
-    scores: Any = reward(batch)
     name = type(reward).__name__
+    return [as_score(score, name) for score in checked_list(reward(batch), name, len(batch))]
+
+
+def checked_list(scores: Any, name: str, images: int) -> list[Any]:
+    """Returns what a reward returned as a list.
+
+    Args:
+        scores: what it returned.
+        name: name of the reward, for the error.
+        images: number of images that it got.
+
+    Raises:
+        ValueError: if it is no sequence of that length.
+    """
     listed = isinstance(scores, Iterable) and getattr(scores, "shape", None) != ()
     if not listed or isinstance(scores, str | bytes | Mapping | Set):
-        raise ValueError(f"{name} returned {_shown(scores)} for {len(batch)} images: it must return a list, {_ONE}.")
-    scores = list(scores)
-    if len(scores) != len(batch):
+        raise ValueError(f"{name} returned {_shown(scores)} for {images} images: it must return a list, {_ONE}.")
+    values: list[Any] = list(scores)
+    if len(values) != images:
         raise ValueError(
-            f"{name} returned {len(scores)} scores for {len(batch)} images: it must return one per image, "
+            f"{name} returned {len(values)} scores for {images} images: it must return one per image, "
             "`Score.invalid(reason)` where it failed."
         )
-    return [as_score(score, name) for score in scores]
+    return values
 
 
 def as_score(value: Any, name: str) -> Score:

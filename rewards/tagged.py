@@ -17,6 +17,7 @@ class _Composite(Reward):
         if not rewards:
             raise ValueError(f"{type(self).__name__}.rewards is empty: give at least one scorer.")
         self.rewards = rewards
+        self.groupwise = any(reward.groupwise for reward in rewards.values())
 
     def load(self) -> None:
         """Loads the models of every scorer."""
@@ -73,7 +74,8 @@ class WeightedSum(_Composite):
     """Adds up several scorers' rl values, each times its weight; native and table are that sum too.
 
     An image that any of them could not score is invalid: a sum without one part would compare unlike things. Mind the
-    scales: weights act on `rl` values, whose ranges differ from scorer to scorer.
+    scales: weights act on `rl` values, whose ranges differ from scorer to scorer, or, with `normalize: each` in
+    `PromptRL`, on advantages, which have one scale.
 
     Args:
         rewards: name -> scorer; the name is the scorer's key in the logs.
@@ -109,4 +111,4 @@ class WeightedSum(_Composite):
         if failed:
             return replace(Score.invalid("; ".join(failed)), parts=dict(parts))
         total = sum(self.weights[name] * score.rl for name, score in parts.items())
-        return Score(native=total, table=total, rl=total, parts=dict(parts))
+        return Score(native=total, table=total, rl=total, parts=dict(parts), weights=dict(self.weights))

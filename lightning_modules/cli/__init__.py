@@ -8,6 +8,7 @@ nothing slow: `--help` and misspelt keys are answered before torch is imported.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 
@@ -38,6 +39,8 @@ def main(args: list[str] | None = None) -> None:
         args: the words after `lightning`; None takes the process's own.
     """
     words = sys.argv[1:] if args is None else args
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())  # last, so that a user's folder called `rewards` hides nothing
     if not words or words[0] in ("-h", "--help"):
         print(HELP, end="")
         return

@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from datamodules.sample import PromptSample
 from datamodules.tagged import TaggedPrompts
-from rewards.base import RewardBatch
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "extending.md"
@@ -29,9 +27,7 @@ def test_the_readmes_reward_scores_red() -> None:
     names: dict[str, Any] = {"__name__": "my_rewards"}
     run_blocks(ROOT / "README.md", names)
     images = [Image.new("RGB", (4, 4), color) for color in ((255, 0, 0), (85, 85, 85))]
-    samples = [PromptSample("0", "a red thing", "text", {})] * 2
-    red, grey = names["Redness"]()(RewardBatch(samples, images))
-    assert red.rl == pytest.approx(255 / 256) and grey.rl == pytest.approx(85 / 256)
+    assert names["redness"](["a red thing"] * 2, images, [{}, {}]) == pytest.approx([255 / 256, 85 / 256])
 
 
 def test_a_file_of_tagged_prompts_is_made_as_the_page_says(tmp_path: Path) -> None:
@@ -52,3 +48,6 @@ def test_its_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     names: dict[str, Any] = {"__name__": "mine"}
     run_blocks(PAGE, names)
     assert {"ColorShare", "CSVPrompts", "TinyPolicy", "BetterHalf"} <= names.keys()
+    images = [Image.new("RGB", size, (level,) * 3) for size, level in (((2, 2), 255), ((1, 1), 9), ((2, 2), 51))]
+    assert names["brightness"](["x"] * 3, images, [{}] * 3) == [1.0, None, 0.2]
+    assert names["above_the_group"](["x", "y", "x"], images[:1] + images[2:] + images[2:], []) == [0.5, 0, 0]

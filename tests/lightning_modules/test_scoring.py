@@ -23,6 +23,7 @@ from lightning_modules.scoring import Scoring
 from miniature.scenes.detector import ShapesDetector
 from rewards.base import Reward, RewardBatch, RewardUnavailable, Score
 from rewards.geneval.reward import GenEvalReward
+from rewards.tagged import TaggedReward
 from tests.lightning_modules.test_prompt_rl import Listed, attach, fit, gradients
 from tests.lightning_modules.test_resume import SHORT, same
 
@@ -92,6 +93,26 @@ def test_drawing_goes_on_while_a_chunk_is_scored(samples: Sequence[PromptSample]
         scoring.submit(samples[:1], make_images(3))
         drawn.set()  # reached only if `submit` did not wait
         assert [score.native for score in scoring.scores()] == [3]
+
+
+def test_a_groupwise_reward_gets_whole_groups(samples: Sequence[PromptSample]) -> None:
+    """Groups of 3 that are drawn in chunks of 2, 5, 1 and 4 images."""
+    sizes: list[int] = []
+
+    class Wider(Reward):
+        groupwise = True
+
+        def __call__(self, batch: RewardBatch) -> list[Score]:
+            sizes.append(len(batch))
+            assert all(len({sample.id for sample in batch.samples[i : i + 3]}) == 1 for i in range(0, len(batch), 3))
+            return [Score(image.width, 0, 0) for image in batch.images]
+
+    judged = [sample for sample in samples[:4] for _ in range(3)]
+    with Scoring(TaggedReward({sample.tag: Wider() for sample in judged}), torch.device("cpu"), group=3) as scoring:
+        for rows in (slice(0, 2), slice(2, 7), slice(7, 8), slice(8, 12)):
+            scoring.submit(judged[rows], make_images(*range(1, 13)[rows]))
+        assert [score.native for score in scoring.scores()] == list(range(1, 13))
+    assert all(size % 3 == 0 for size in sizes) and sum(sizes) == 12
 
 
 def test_a_reward_that_loses_a_score_is_named(samples: Sequence[PromptSample]) -> None:

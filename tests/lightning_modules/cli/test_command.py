@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from lightning_modules.cli import main
+from rewards.function import FunctionReward
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 
@@ -36,6 +39,20 @@ def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def fit(runs: Path, *options: str, config: str = QUICKSTART) -> None:
     main(["fit", "--config", config, "--trainer.default_root_dir", str(runs), *SMALL, *options])
+
+
+def test_a_module_in_the_current_folder_is_found_and_hides_none_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rewards").mkdir()
+    (tmp_path / "rewards" / "__init__.py").write_text("raise SystemExit('the wrong one')")
+    (tmp_path / "a_module_of_mine.py").write_text("def score(prompts, images, metadata): return [1.0] * len(images)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry])
+    main(["--help"])
+    assert FunctionReward("a_module_of_mine.score").score(["a"], [None], [{}]) == [1.0]
+    assert importlib.util.find_spec("rewards").origin == str(ROOT / "rewards" / "__init__.py")  # type: ignore[union-attr]
+    assert sys.path[-1] == str(tmp_path)
 
 
 def complaint(capfd: pytest.CaptureFixture[str], tmp_path: Path, *options: str, config: str = QUICKSTART) -> str:
