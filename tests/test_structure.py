@@ -26,7 +26,7 @@ for room in ("datamodules", "rewards", "lightning_modules", "callbacks"):
 from lightning_modules.cli import command, main
 built = []
 command.PromptRLCLI._run_subcommand = lambda self, _: built.append(type(self.model).__name__)
-for config in ("geneval/flux1_promptrl", "lora/sd3_5_medium_flow_only", "edit/kontext_prompt_only"):
+for config in ("geneval/flux1_promptrl", "edit/flux2_klein_4b_flow_only", "edit/kontext_prompt_only"):
     main(["fit", f"--config=configs/{config}.yaml", "--trainer.accelerator=cpu"])
 print("built", *built)
 """

@@ -37,46 +37,43 @@ if torch.cuda.is_available() and find_spec("bitsandbytes"):  # which diffusers i
 
 from benchmarks.system import gpu_cases
 from benchmarks.system.gpu_cases import Case, Options, Row, Variant, one_line
+from benchmarks.system.recipes import recipe
 
 SIZES = (Variant(4), Variant(1), Variant(8))
 BACKENDS = ("_native_flash", "_native_cudnn", "_native_efficient", "flash", "sage")
 FLUX, KLEIN, SD3 = "FLUX.1-dev", "FLUX.2-klein-base-4B", "SD3.5-medium"
 QWEN_VL = "Qwen2.5-VL-3B"
-LORA = {FLUX: "lora/flux1_dev", KLEIN: "lora/flux2_klein_4b", SD3: "lora/sd3_5_medium"}
-OF_PRESET = {model: (f"{path}_promptrl.yaml",) for model, path in LORA.items()}
-FLOW_ONLY = {model: (f"{path}_flow_only.yaml",) for model, path in LORA.items()}
 
 
 def step(name: str, seconds: int, flow: str, **more: Any) -> Case:
     """A case of joint steps, flow-only unless it has a refiner."""
-    return Case(name, seconds, gpu_cases.steps, flow, **({"configs": FLOW_ONLY.get(flow, FLOW_ONLY[FLUX])} | more))
+    return Case(name, seconds, gpu_cases.steps, flow, **more)
 
 
 CASES = (
     Case("card", 10, gpu_cases.card),
-    step("klein", 45, KLEIN, refiner="Qwen3-4B", configs=OF_PRESET[KLEIN], variants=SIZES),
-    step("flux1", 60, FLUX, refiner=QWEN_VL, configs=OF_PRESET[FLUX], variants=SIZES),
-    step("sd3", 40, SD3, refiner=QWEN_VL, configs=OF_PRESET[SD3], variants=(Variant(8), Variant(1), Variant(4))),
+    step("klein", 45, KLEIN, refiner="Qwen3-4B", variants=SIZES),
+    step("flux1", 60, FLUX, refiner=QWEN_VL, variants=SIZES),
+    step("sd3", 40, SD3, refiner=QWEN_VL, variants=SIZES),
     Case(
         "attention",
         60,
         gpu_cases.attention,
         FLUX,
-        configs=FLOW_ONLY[FLUX],
         variants=(Variant(), *(Variant(backend=name) for name in BACKENDS)),
     ),
     step("compiled blocks", 90, FLUX, changes={"flow.init_args.compile": True}),
-    Case("precision", 30, gpu_cases.precision, KLEIN, configs=FLOW_ONLY[KLEIN]),
+    Case("precision", 30, gpu_cases.precision, KLEIN),
     step("nf4", 40, FLUX, changes={"flow.init_args.quantization": "nf4"}),
     step("int8", 40, FLUX, changes={"flow.init_args.quantization": "int8"}),
     step("8-bit Adam", 40, FLUX, changes={"optimizer": {"class_path": "bitsandbytes.optim.AdamW8bit"}}),
     *(
-        step(f"{name}, {memory} GB", 45, model, refiner=QWEN_VL, configs=(*OF_PRESET[model], f"gpu/{memory}gb.yaml"))
+        step(f"{name}, {memory} GB", 45, model, refiner=QWEN_VL, configs=recipe(model, memory, "promptrl"))
         for name, model in (("flux1", FLUX), ("klein", KLEIN), ("sd3", SD3))
         for memory in (48, 24)
     ),
     Case("decoding", 60, gpu_cases.decoding, KLEIN, "Qwen3-4B", changes={"language.init_args.max_new_tokens": 256}),
-    step("qwen-image, nf4", 60, "Qwen-Image", changes={"flow.init_args.quantization": "nf4"}),
+    step("qwen-image, nf4", 60, "Qwen-Image"),
     step("z-image", 30, "Z-Image"),
     step("sana", 20, "Sana-1600M"),
     step(
@@ -89,9 +86,7 @@ CASES = (
     step(
         "klein edits, 1024 px", 60, KLEIN, refiner=QWEN_VL, configs=("edit/flux2_klein_4b_promptrl.yaml",), source=1024
     ),
-    step(
-        "qwen-image-edit, nf4", 90, "Qwen-Image-Edit-2509", source=512, changes={"flow.init_args.quantization": "nf4"}
-    ),
+    step("qwen-image-edit, nf4", 90, "Qwen-Image-Edit-2509", source=512),
     Case("tests", 60, gpu_cases.gpu_tests),
 )
 """All cases, the most important first. Seconds are guesses until a card has run them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -12,15 +13,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import lightning as L
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig
 
-from benchmarks.system.published import MODELS, random_weights, write_pipeline, write_refiner
+from benchmarks.system.published import random_weights
+from benchmarks.system.recipes import configured, recipe
 from datamodules.sample import PromptSample
 from lightning_modules.preflight.estimate import CUDA_CONTEXT, Setting, estimate
 from lightning_modules.prompt_rl import PromptRL
@@ -31,17 +31,22 @@ Row = dict[str, Any]
 """Figures by name; `setting` says which variant of the case they are of."""
 
 PROMPT = "a photo of two red apples left of a blue ceramic bowl on a wooden table"
+GROUP = 8
+"""Images of a step, which has one prompt."""
 TOKENS = 64
 """Tokens of a rewrite within a step: decoding is measured by itself, in the case `refiner`."""
 
 
 class Constant(Reward):
-    """Takes 10 ms an image, whatever it shows, and prefers every second one."""
+    """Takes 10 ms an image, whatever it shows, and prefers every second one, whatever the batches."""
+
+    def __init__(self) -> None:
+        self.values = itertools.cycle([0.0, 1.0])
 
     def __call__(self, batch: RewardBatch) -> Sequence[Score]:
         """Scores the images."""
         time.sleep(0.01 * len(batch))
-        return [Score(value, value, value) for value in (float(i % 2) for i in range(len(batch)))]
+        return [Score(value, value, value) for _, value in zip(batch.images, self.values, strict=False)]
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,9 @@ class Case:
         seconds: time that it takes on an H100, guessed; a case that does not fit the time left is skipped.
         measure: yields the rows.
         flow: name of a pipeline in `published.yaml`.
-        refiner: name of a refiner in `published.yaml`; None is flow-only.
-        configs: configuration files under `configs/`, later ones laid over earlier ones.
+        refiner: name of a refiner in `published.yaml`; empty is flow-only.
+        configs: configuration files under `configs/`, later ones laid over earlier ones; null is the recipe for GenEval
+            on 80 GB.
         changes: dotted key under `model.init_args` -> value, laid over these.
         source: side of a source image, which editing models get; 0 is none.
         variants: settings to measure, one row each.
@@ -93,8 +99,8 @@ class Case:
     seconds: int
     measure: Callable[[Case, Options], Iterator[Row]]
     flow: str = ""
-    refiner: str | None = None
-    configs: tuple[str, ...] = ("lora/flux1_dev_promptrl.yaml",)
+    refiner: str = ""
+    configs: tuple[str, ...] | None = None
     changes: dict[str, Any] = field(default_factory=dict)
     source: int = 0
     variants: tuple[Variant, ...] = (Variant(),)
@@ -120,41 +126,23 @@ class Options:
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
-def configured(case: Case, options: Options) -> tuple[PromptRL, str]:
+def agents(case: Case, options: Options) -> tuple[PromptRL, str]:
     """Builds a case's agents by its configuration files, without loading them; also returns the precision."""
-    config: Any = OmegaConf.merge(*(OmegaConf.load(ROOT / "configs" / name) for name in case.configs))
-    model, folder = config.model.init_args, options.folder / case.name
-    policy = write_pipeline(folder / "flow", case.flow, tiny=options.tiny)
-    if model.flow.class_path != (path := f"{policy.__module__}.{policy.__qualname__}"):
-        model.flow.class_path = path  # a model without a file of its own has FLUX.1-dev's settings
-        model.flow.init_args.pop("guidance")
-    changes: dict[str, Any] = {
-        "flow.init_args.model": str(folder / "flow"),
-        "reward": {"class_path": f"{__name__}.Constant"},
-    }
-    changes |= {"flow.init_args.sampling.num_steps": 4, "flow.init_args.sampling.sde_steps": 1}
-    if case.refiner is None:
-        changes |= {"language": None, "num_retained": model.group_size}
+    changes = {"reward": {"class_path": f"{__name__}.Constant"}, "group_size": GROUP, "num_minibatches": 1}
+    changes |= {"flow.init_args.sampling.num_steps": 4, "flow.init_args.sampling.sde_steps": 1, "warmup_steps": 0}
+    if case.refiner:
+        changes |= {"language.init_args.max_new_tokens": TOKENS, "num_retained": GROUP // 4}
     else:
-        write_refiner(folder / "language", case.refiner, tiny=options.tiny)
-        changes |= {"language.init_args.model": str(folder / "language"), "language.init_args.max_new_tokens": TOKENS}
-    changes |= case.changes
-    if options.tiny:
-        small = {"height": 64, "width": 64, "max_sequence_length": 64} | MODELS["pipelines"][case.flow].get("tiny", {})
-        changes |= {f"flow.init_args.{key}": value for key, value in small.items()}
-        changes |= {"group_size": 4, "num_retained": 4 if case.refiner is None else 2}
-        changes |= {} if case.refiner is None else {"language.init_args.max_new_tokens": 8}
-    for key, value in changes.items():
-        OmegaConf.update(model, key, value, merge=False)
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(L.LightningModule, "model", fail_untyped=False)
-    parsed = parser.parse_object({"model": OmegaConf.to_container(config.model)})
-    return parser.instantiate(parsed).model, str(config.trainer.precision)
+        changes |= {"num_retained": GROUP}
+    files = case.configs or recipe(case.flow, 80, "promptrl" if case.refiner else "flow_only")
+    folder = options.folder / case.name
+    module, config = configured(files, case.flow, case.refiner, folder, changes | case.changes, tiny=options.tiny)
+    return module, str(config.trainer.precision)
 
 
 def estimated(case: Case, options: Options) -> dict[str, int]:
     """Estimates the peak memory of each variant as preflight does: name -> bytes that PyTorch allocates."""
-    module, precision = configured(case, options)
+    module, precision = agents(case, options)
     source = (case.source, case.source) if case.source else None
     setting = Setting(source=source, autocast=torch.bfloat16 if precision == "bf16-mixed" else None)
     found = {}
@@ -172,7 +160,7 @@ class Running:
         self.device = options.device
         if options.tiny:
             torch.compiler.set_default_backend("eager")  # traced alone: C++ takes a minute and a half
-        self.module, precision = configured(case, options)
+        self.module, precision = agents(case, options)
         kind = "gpu" if self.device.type == "cuda" else "cpu"
         self.trainer = L.Trainer(
             accelerator=kind,
@@ -212,7 +200,7 @@ class Running:
         wrong = [name for name, value in stats.items() if name.endswith("skipped") and value]
         if wrong:
             raise ValueError(f"the update was skipped, since a loss or gradient is not finite: {', '.join(wrong)}")
-        return {"seconds": seconds, "log_ratio": ratios} | peak(self.device)
+        return {"seconds": seconds, "log_ratio": ratios, "silent": stats["train/flow/silent"]} | peak(self.device)
 
     def now(self) -> float:
         """Seconds on a clock, once the device has done what it was given."""

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from benchmarks.system import gpu
-from benchmarks.system.gpu_cases import Case, Options, Row
+from benchmarks.system.gpu_cases import Case, Constant, Options, Row
 from benchmarks.system.published import MODELS
+from datamodules.sample import PromptSample
+from rewards.base import RewardBatch
 
 pytestmark = pytest.mark.slow
 
@@ -111,8 +113,14 @@ def test_a_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     _, row = (json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines())
     assert row["log_ratio"]["flow"] == 0 and 0 <= row["log_ratio"]["language"] < 0.1
     assert {"refine", "rollout", "reward", "language_update", "flow_update", "step"} == set(row["seconds"])
-    assert row["flops"] > 0 and row["estimate"] > 0
+    assert row["flops"] > 0 and row["estimate"] > 0 and row["silent"] == 0
     assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
+
+
+def test_the_reward_prefers_every_second_image_whatever_the_batches() -> None:
+    reward, sample = Constant(), PromptSample("0", "x", "", {})
+    batches = [RewardBatch([sample] * num, [None] * num) for num in (1, 1, 3, 1)]  # type: ignore[list-item]
+    assert [score.rl for batch in batches for score in reward(batch)] == [0, 1, 0, 1, 0, 1]
 
 
 def test_every_case_is_of_a_published_model() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import lightning as L
 import pytest
 import yaml
 
+from benchmarks.system.recipes import FILES, recipe
 from callbacks.benchmark import Benchmark
 from lightning_modules import cli
 from lightning_modules.cli import command
@@ -22,11 +24,15 @@ ROOT = Path(__file__).parents[2]
 EVERY = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
 SERVED = [config for config in EVERY if config.startswith("configs/rewards/")]
 SWEEPS = [config for config in EVERY if config.startswith("configs/sweeps/")]
-OVERLAYS = [config for config in EVERY if config.startswith("configs/gpu/")]
+OVERLAYS = [config for config in EVERY if config.startswith(("configs/gpu/", "configs/recipes/"))]
+MODELS = ["FLUX.1-dev", "FLUX.2-klein-base-4B", "SD3.5-medium", "Qwen-Image", "Z-Image", "Sana-1600M"]
+GPUS = [80, 48, 24]
+TASKS = ["geneval", "ocr", "pickscore", "multi_reward", "own"]
+MODES = ["promptrl", "flow_only", "prompt_only"]
+PARTS = ["gpu", "recipes/mode", "recipes/model", "recipes/task"]
 FOR_TESTS = [config for config in EVERY if config.startswith("configs/benchmarks/") or config.endswith("evaluate.yaml")]
 CONFIGS = [config for config in EVERY if config not in {*SERVED, *SWEEPS, *OVERLAYS, *FOR_TESTS}]
 MINIATURE = [config for config in CONFIGS if config.startswith("configs/miniature/") and "pretrain" not in config]
-LORA = [config for config in CONFIGS if config.startswith("configs/lora/")]
 JOINT = [config for config in CONFIGS if config.endswith("promptrl.yaml")]
 
 
@@ -121,22 +127,37 @@ def test_three_modes_differ_in_their_agents_alone(joint: str) -> None:
     assert f"{model}.language" in differ
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
-@pytest.mark.parametrize("config", LORA)
-def test_overlay(config: str, overlay: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A smaller GPU's settings replace the file's own, whichever family it is for."""
+@pytest.mark.parametrize(("model", "gpu"), list(product(MODELS, GPUS)))
+def test_recipe(model: str, gpu: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Five files laid over each other; over all models and GPUs every task and every mode has its turn."""
+    number = len(GPUS) * MODELS.index(model) + GPUS.index(gpu)
+    task, mode = TASKS[number % len(TASKS)], MODES[(number + number // len(GPUS)) % len(MODES)]
+    files = recipe(model, gpu, mode, task)
     built: list[command.PromptRLCLI] = []
+    (tmp_path / "my_rewards.py").write_text("def score(prompts, images, metadata): return [0.0] * len(images)")
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(command.PromptRLCLI, "_run_subcommand", lambda self, _: built.append(self))
-    options = ["--trainer.accelerator=cpu", "--trainer.default_root_dir", str(tmp_path)]
-    cli.main(["fit", "--config", config, "--config", overlay, *options])
-    flow: Any = built[0].model.flow
-    wanted = yaml.safe_load((ROOT / overlay).read_text())["model"]["init_args"]["flow"]["init_args"]
-    assert flow.offload and flow.gradient_checkpointing
-    assert (flow.micro_batch_size, flow.quantization) == (wanted["micro_batch_size"], wanted.get("quantization"))
-    assert (
-        flow.lora is not None
-        and flow.model
-        == yaml.safe_load((ROOT / config).read_text())["model"]["init_args"]["flow"]["init_args"]["model"]
-    )
-    assert re.search(rf"--config {re.escape(overlay)}$", (ROOT / overlay).read_text(), re.MULTILINE)
+    options = [f"--config=configs/{file}" for file in files]
+    cli.main(["fit", *options, "--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}"])
+    module: Any = built[0].model
+    flow, language = module.flow, module.language
+    wanted = yaml.safe_load((ROOT / "configs" / files[2]).read_text())["model"]["init_args"]["flow"]["init_args"]
+    assert (flow.offload, flow.micro_batch_size) == (wanted.get("offload", False), wanted["micro_batch_size"])
+    assert flow.quantization == ("nf4" if gpu == 24 or model == "Qwen-Image" else None)
+    assert (language is not None, flow.trained) == {
+        "promptrl": (True, True),
+        "flow_only": (False, True),
+        "prompt_only": (True, False),
+    }[mode]
+    assert flow.gradient_checkpointing and flow.lora is not None
+    assert module.group_size * built[0].datamodule.batch_size == 384 and module.num_minibatches == 2
+    names = [type(callback).__name__ for callback in built[0].trainer.callbacks]  # type: ignore[attr-defined]
+    assert names.index("EMA") < names.index("Export") and len([name for name in names if "Benchmark" in name]) >= 1
+
+
+def test_all_parts_of_recipes_are_tried() -> None:
+    folders = {folder: {path.stem for path in (ROOT / "configs" / folder).glob("*.yaml")} for folder in PARTS}
+    assert folders["gpu"] == {f"{gpu}gb" for gpu in GPUS} and folders["recipes/mode"] == set(MODES)
+    assert folders["recipes/model"] == {FILES[model] for model in MODELS} and folders["recipes/task"] == set(TASKS)
+    assert len(MODELS) * len(GPUS) >= len(TASKS) * len(MODES)
