@@ -13,26 +13,20 @@ Departures from the paper:
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
 from PIL.Image import Image
 from torch import Tensor
 
 from datamodules.base import PromptSample, run_seed
-from datamodules.chunks import chunks
 from datamodules.resumable import ResumableLoader
-from lightning_modules.bad_steps import BadSteps
 from lightning_modules.comparison import compared, compared_apart, task_terms
-from lightning_modules.distributed import average_gradients, clip, no_backward_sync, sum_over_ranks
-from lightning_modules.evaluation import EvaluatedAgents
+from lightning_modules.distributed import sum_over_ranks
 from lightning_modules.groups import check_group, group_formats, group_prompts, source_images
-from lightning_modules.objectives import ObjectiveResult, RatioNormalization, flow_objective, language_objective
+from lightning_modules.objectives import RatioNormalization
 from lightning_modules.on_policy import check_ratio
 from lightning_modules.policies.flow import FlowPolicy, to_pil
 from lightning_modules.policies.language import LanguagePolicy
@@ -40,11 +34,12 @@ from lightning_modules.rollout import Rollout
 from lightning_modules.scoring import Scoring
 from lightning_modules.seeding import seed_of, seed_step
 from lightning_modules.step_metrics import Averages
+from lightning_modules.updates import UpdatedAgents
 from rewards.arguments import check_minimum
 from rewards.base import Reward, RewardUnavailable, Score
 
 
-class PromptRL(EvaluatedAgents):
+class PromptRL(UpdatedAgents):
     """Trains both agents. `language: null` is flow-only RL; an agent whose learning rate is null is frozen.
 
     Args:
@@ -101,12 +96,21 @@ class PromptRL(EvaluatedAgents):
         overlap_scoring: bool = True,
         seed: int | None = None,
     ) -> None:
-        super().__init__(flow, language, optimizer, lr_scheduler, warmup_steps)
+        super().__init__(
+            flow,
+            language,
+            optimizer,
+            lr_scheduler,
+            warmup_steps,
+            updates_per_rollout,
+            num_minibatches,
+            ratio_normalization,
+            max_bad_steps,
+        )
         check_group(group_size, num_retained, language is not None)
         check_minimum("model", -math.inf, format_weight=format_weight, task_weight=task_weight)
-        check_minimum("model", 1, images_per_prompt=images_per_prompt, updates_per_rollout=updates_per_rollout)
+        check_minimum("model", 1, images_per_prompt=images_per_prompt)
         check_minimum("model", 1, check_ratio_every=check_ratio_every, max_invalid_steps=max_invalid_steps)
-        check_minimum("model", 1, max_bad_steps=max_bad_steps, num_minibatches=num_minibatches)
         self.reward = reward
         self.group_size = group_size
         self.num_retained = num_retained
@@ -115,12 +119,8 @@ class PromptRL(EvaluatedAgents):
         self.task_weight = task_weight
         self.advantage_scale = advantage_scale
         self.normalize = normalize
-        self.updates_per_rollout = updates_per_rollout
-        self.num_minibatches = num_minibatches
-        self.ratio_normalization = ratio_normalization
         self.check_ratio_every = check_ratio_every
         self.max_invalid_steps = max_invalid_steps
-        self.bad_steps = BadSteps(max_bad_steps)
         self.overlap_scoring = overlap_scoring
         self.seed = run_seed(seed)
         self.latest: Rollout | None = None
@@ -128,28 +128,12 @@ class PromptRL(EvaluatedAgents):
         self._ahead: Rollout | None = None
         self._checked = False
         self._invalid_steps = 0
-        self._seconds: dict[str, float] = {}
         self._logged: set[str] = set()
 
     def setup(self, stage: str) -> None:
         """Loads the scorers, except for predictions, which need none."""
         if stage != "predict":
             self.reward.load()
-
-    def on_fit_start(self) -> None:
-        """Says so if the clip ranges do nothing; raises ValueError if a rollout has too few prompts to be split."""
-        super().on_fit_start()
-        prompts = getattr(self.trainer.datamodule, "batch_size", self.num_minibatches)  # type: ignore[attr-defined]
-        if self.num_minibatches > prompts:
-            raise ValueError(
-                f"`model.num_minibatches` is {self.num_minibatches}, but a rollout has {prompts} prompts a process "
-                "(`data.batch_size`), which are not split: use at most as many."
-            )
-        if self.updates_per_rollout == self.num_minibatches == 1:
-            rank_zero_info(
-                "Clipping is idle: with one update per rollout (`updates_per_rollout`, `num_minibatches`) the policies'"
-                " ratio is 1, and `clip_range` does nothing."
-            )
 
     def on_train_start(self) -> None:
         """Collects the first rollout before the evaluation, which would let a reward that cannot work wait minutes."""
@@ -246,153 +230,6 @@ class PromptRL(EvaluatedAgents):
             language_counted=counted.view(slots).any(-1)[:, self.num_retained :].flatten() if refines else None,
         )
 
-    def update(self, rollout: Rollout) -> Averages:
-        """Takes `updates_per_rollout` passes over a rollout, with an optimizer step on each of its mini-batches.
-
-        An agent whose loss or gradient is not finite on any process is left as it is on all of them.
-
-        Returns:
-            Numbers for the log, of this process.
-        """
-        stats, total = Averages(), len(rollout.samples)
-        bounds = [total * number // self.num_minibatches for number in range(self.num_minibatches + 1)]
-        parts = [rollout.groups(slice(*pair)) for pair in zip(bounds, bounds[1:], strict=False)]
-        # What each part is compared with: results of the policies that drew it, before the first step moves them.
-        old = [{} if number == 0 else self._results_of_rollout(part) for number, part in enumerate(parts)]
-        for update in range(self.updates_per_rollout):
-            for number, part in enumerate(parts):
-                self._step_on(part, stats, old[number], drew_it=update == number == 0)
-        return stats
-
-    def _step_on(self, rollout: Rollout, stats: Averages, old: dict[Any, ObjectiveResult], *, drew_it: bool) -> None:
-        """Takes an optimizer step on a rollout, or on a part of one.
-
-        Args:
-            rollout: experience of G prompts.
-            stats: gets numbers for the log.
-            old: (agent, rows, step) -> result of the policy that drew the rollout; filled by the policy itself.
-            drew_it: True if the current policies drew the rollout.
-        """
-        optimizer = self.optimizers()
-        assert not isinstance(optimizer, list)
-        optimizer.zero_grad()
-        finite: dict[str, Tensor] = {}
-        with no_backward_sync(self.trainer):
-            if self.language is not None and self.language.trained:
-                with self._timed("language_update"):
-                    finite["language"] = self._language_backward(self.language, rollout, stats, old, drew_it)
-            if self.flow.trained:
-                with self._timed("flow_update"):
-                    finite["flow"] = self._flow_backward(rollout, stats, old, drew_it)
-        norms = {}
-        for agent, group in zip(self._learners(), optimizer.param_groups, strict=True):
-            average_gradients(group["params"])
-            norms[agent.agent] = clip(group["params"], agent.max_grad_norm)
-            stats.add(f"train/{agent.agent}/grad_norm", norms[agent.agent])
-            if self.lr_scheduler is not None or self.warmup_steps:
-                stats.add(f"train/{agent.agent}/learning_rate", group["lr"])
-        # One decision for all ranks: a loss may be bad on one of them alone.
-        flags = torch.stack([(~finite[name]).any() | ~norm.isfinite() for name, norm in norms.items()])
-        for group, flag in zip(optimizer.param_groups, sum_over_ranks(flags.float()).tolist(), strict=True):
-            name = group["name"]
-            stats.add(f"train/{name}/skipped", float(flag > 0))
-            if flag:
-                self.bad_steps.add(name, self.global_step, rollout, finite[name])
-                for parameter in group["params"]:
-                    parameter.grad = None  # the optimizer leaves it alone, weight decay and momentum included
-        optimizer.step()
-        scheduler = self.lr_schedulers()
-        if scheduler is not None:
-            scheduler.step()  # type: ignore[union-attr]
-
-    @torch.no_grad()
-    def _results_of_rollout(self, rollout: Rollout) -> dict[Any, ObjectiveResult]:
-        """Log-probs (and, to normalise ratios, means) of the current policies, which drew the rollout.
-
-        Those of the flow model's SDE steps are the trajectory's own, where rollout and update have the same
-        micro-batches; a refiner's were drawn with cached keys and values, which round otherwise.
-        """
-        old: dict[Any, ObjectiveResult] = {}
-        loss = torch.zeros((), device=self.device)
-        if self.language is not None and self.language.trained and rollout.completions is not None:
-            with self._timed("language_update"):
-                for rows in chunks(len(rollout.completions), self.language.micro_batch_size):
-                    log_probs = self.language.log_probs(rollout.completions.rows(rows))
-                    old["language", rows.start] = ObjectiveResult(loss, {}, log_probs)
-        flow, trajectory = self.flow, rollout.trajectory
-        replays = self.ratio_normalization or flow.drawn_together != flow.micro_batch_size
-        with self._timed("flow_update"):
-            for rows in chunks(len(trajectory), flow.micro_batch_size) if flow.trained else ():
-                part = trajectory.rows(rows)
-                for step in range(len(trajectory.sde_steps)):
-                    log_probs, mean = part.log_probs[:, step], None
-                    if replays:
-                        transition = flow.replay(part, step)
-                        log_probs, mean = transition.log_prob(part.next_latents[:, step]), transition.mean
-                    old["flow", rows.start, step] = ObjectiveResult(loss, {}, log_probs, mean)
-        return old
-
-    def _language_backward(
-        self, policy: LanguagePolicy, rollout: Rollout, stats: Averages, old: dict[Any, ObjectiveResult], drew_it: bool
-    ) -> Tensor:
-        """Adds to the refiner's gradients; returns [B] bool, False for completions whose loss is not finite."""
-        assert rollout.completions is not None and rollout.language_advantages is not None
-        counts = rollout.language_counted
-        counts = torch.ones_like(rollout.language_advantages) if counts is None else counts
-        total = len(rollout.completions)
-        finite = torch.ones_like(rollout.language_advantages, dtype=torch.bool)
-        for rows in chunks(total, policy.micro_batch_size):
-            counted = counts[rows]
-            if not counted.any():
-                continue
-            key = ("language", rows.start)
-            result = language_objective(
-                policy, rollout.completions.rows(rows), rollout.language_advantages[rows], old=old.get(key)
-            )
-            if drew_it and self.updates_per_rollout > 1:
-                old[key] = result.detach()
-            finite[rows] = result.loss.isfinite()
-            self.manual_backward((result.loss * counted).sum() / total)
-            stats.add_all("train/language", result.stats, weight=len(counted))
-        return finite
-
-    def _flow_backward(
-        self, rollout: Rollout, stats: Averages, old: dict[Any, ObjectiveResult], drew_it: bool
-    ) -> Tensor:
-        """Adds to the flow model's gradients; returns [B] bool, False for samples whose loss is not finite.
-
-        Micro-batches without an advantage, such as those of groups whose rewards are all equal, are left out where
-        there is no KL: their gradient is 0.
-        """
-        trajectory, advantages, counts = rollout.trajectory, rollout.advantages.flatten(), rollout.counted.flatten()
-        steps = range(len(trajectory.sde_steps))
-        finite = torch.ones_like(advantages, dtype=torch.bool)
-        speaks = counts if self.flow.kl_weight > 0 else counts & (advantages != 0)
-        for rows in chunks(len(trajectory), self.flow.micro_batch_size):
-            part, counted = trajectory.rows(rows), counts[rows]
-            if not speaks[rows].any():
-                continue
-            for step in steps:
-                key = ("flow", rows.start, step)
-                result = flow_objective(
-                    self.flow,
-                    part,
-                    step,
-                    advantages[rows],
-                    old=old.get(key),
-                    normalize_ratio=self.ratio_normalization,
-                )
-                if drew_it and self.updates_per_rollout > 1:
-                    old[key] = result.detach()
-                finite[rows] &= result.loss.isfinite()
-                self.manual_backward((result.loss * counted).sum() / (len(trajectory) * len(steps)))
-                stats.add_all("train/flow", result.stats, weight=len(counted))
-        stats.add("train/flow/silent", (counts & ~speaks).float().mean(), len(counts))
-        if counts.any() and not speaks.any():
-            for parameter in self.flow.parameters():
-                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        return finite
-
     def check_ratio(self, rollout: Rollout) -> dict[str, float]:
         """Returns agent -> max |log ratio| of a replay before any update; see `on_policy.check_ratio`."""
         return check_ratio(self.flow, self.language, rollout)
@@ -437,16 +274,6 @@ class PromptRL(EvaluatedAgents):
                 f"reason was: {scores[0].detail.get('reason', 'unknown')}."
             )
         return scores
-
-    @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - start
 
     def _log_step(self, rollout: Rollout, stats: Averages) -> None:
         """Logs the step's numbers, reduced over all ranks by one collective."""

@@ -1,0 +1,233 @@
+"""`UpdatedAgents`: takes optimizer steps on rollouts, for both agents and in mini-batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from datamodules.chunks import chunks
+from lightning_modules.bad_steps import BadSteps
+from lightning_modules.distributed import average_gradients, clip, no_backward_sync, sum_over_ranks
+from lightning_modules.evaluation import EvaluatedAgents
+from lightning_modules.objectives import ObjectiveResult, RatioNormalization, flow_objective, language_objective
+from lightning_modules.policies.flow import FlowPolicy
+from lightning_modules.policies.language import LanguagePolicy
+from lightning_modules.rollout import Rollout
+from lightning_modules.step_metrics import Averages
+from rewards.arguments import check_minimum
+
+
+class UpdatedAgents(EvaluatedAgents):
+    """Agents that learn from rollouts.
+
+    Args:
+        flow: the image model.
+        language: the refiner, or null.
+        optimizer: gets one parameter group per learning agent.
+        lr_scheduler: one of torch's schedules of the learning rates; null is constant.
+        warmup_steps: optimizer steps over which the learning rates also rise linearly from near 0.
+        updates_per_rollout: passes over one rollout.
+        num_minibatches: optimizer steps of a pass, each on a part of the rollout's prompts.
+        ratio_normalization: normalises the flow policy's ratio as in GRPO-Guard.
+        max_bad_steps: stop after this many steps in a row in which an agent's loss or gradient was not finite.
+    """
+
+    def __init__(
+        self,
+        flow: FlowPolicy,
+        language: LanguagePolicy | None,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None,
+        warmup_steps: int,
+        updates_per_rollout: int,
+        num_minibatches: int,
+        ratio_normalization: RatioNormalization,
+        max_bad_steps: int,
+    ) -> None:
+        super().__init__(flow, language, optimizer, lr_scheduler, warmup_steps)
+        check_minimum("model", 1, updates_per_rollout=updates_per_rollout, num_minibatches=num_minibatches)
+        check_minimum("model", 1, max_bad_steps=max_bad_steps)
+        self.updates_per_rollout = updates_per_rollout
+        self.num_minibatches = num_minibatches
+        self.ratio_normalization = ratio_normalization
+        self.bad_steps = BadSteps(max_bad_steps)
+        self._seconds: dict[str, float] = {}
+
+    def on_fit_start(self) -> None:
+        """Says so if the clip ranges do nothing; raises ValueError if a rollout has too few prompts to be split."""
+        super().on_fit_start()
+        prompts = getattr(self.trainer.datamodule, "batch_size", self.num_minibatches)  # type: ignore[attr-defined]
+        if self.num_minibatches > prompts:
+            raise ValueError(
+                f"`model.num_minibatches` is {self.num_minibatches}, but a rollout has {prompts} prompts a process "
+                "(`data.batch_size`), which are not split: use at most as many."
+            )
+        if self.updates_per_rollout == self.num_minibatches == 1:
+            rank_zero_info(
+                "Clipping is idle: with one update per rollout (`updates_per_rollout`, `num_minibatches`) the policies'"
+                " ratio is 1, and `clip_range` does nothing."
+            )
+
+    def update(self, rollout: Rollout) -> Averages:
+        """Takes `updates_per_rollout` passes over a rollout, with an optimizer step on each of its mini-batches.
+
+        An agent whose loss or gradient is not finite on any process is left as it is on all of them.
+
+        Returns:
+            Numbers for the log, of this process.
+        """
+        stats, total = Averages(), len(rollout.samples)
+        bounds = [total * number // self.num_minibatches for number in range(self.num_minibatches + 1)]
+        parts = [rollout.groups(slice(*pair)) for pair in zip(bounds, bounds[1:], strict=False)]
+        # What each part is compared with: results of the policies that drew it, before the first step moves them.
+        old = [{} if number == 0 else self._results_of_rollout(part) for number, part in enumerate(parts)]
+        for update in range(self.updates_per_rollout):
+            for number, part in enumerate(parts):
+                self._step_on(part, stats, old[number], drew_it=update == number == 0)
+        return stats
+
+    def _step_on(self, rollout: Rollout, stats: Averages, old: dict[Any, ObjectiveResult], *, drew_it: bool) -> None:
+        """Takes an optimizer step on a rollout, or on a part of one.
+
+        Args:
+            rollout: experience of G prompts.
+            stats: gets numbers for the log.
+            old: (agent, rows, step) -> result of the policy that drew the rollout; filled by the policy itself.
+            drew_it: True if the current policies drew the rollout.
+        """
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        optimizer.zero_grad()
+        finite: dict[str, Tensor] = {}
+        with no_backward_sync(self.trainer):
+            if self.language is not None and self.language.trained:
+                with self._timed("language_update"):
+                    finite["language"] = self._language_backward(self.language, rollout, stats, old, drew_it)
+            if self.flow.trained:
+                with self._timed("flow_update"):
+                    finite["flow"] = self._flow_backward(rollout, stats, old, drew_it)
+        norms = {}
+        for agent, group in zip(self._learners(), optimizer.param_groups, strict=True):
+            average_gradients(group["params"])
+            norms[agent.agent] = clip(group["params"], agent.max_grad_norm)
+            stats.add(f"train/{agent.agent}/grad_norm", norms[agent.agent])
+            if self.lr_scheduler is not None or self.warmup_steps:
+                stats.add(f"train/{agent.agent}/learning_rate", group["lr"])
+        # One decision for all ranks: a loss may be bad on one of them alone.
+        flags = torch.stack([(~finite[name]).any() | ~norm.isfinite() for name, norm in norms.items()])
+        for group, flag in zip(optimizer.param_groups, sum_over_ranks(flags.float()).tolist(), strict=True):
+            name = group["name"]
+            stats.add(f"train/{name}/skipped", float(flag > 0))
+            if flag:
+                self.bad_steps.add(name, self.global_step, rollout, finite[name])
+                for parameter in group["params"]:
+                    parameter.grad = None  # the optimizer leaves it alone, weight decay and momentum included
+        optimizer.step()
+        scheduler = self.lr_schedulers()
+        if scheduler is not None:
+            scheduler.step()  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def _results_of_rollout(self, rollout: Rollout) -> dict[Any, ObjectiveResult]:
+        """Log-probs (and, to normalise ratios, means) of the current policies, which drew the rollout.
+
+        Those of the flow model's SDE steps are the trajectory's own, where rollout and update have the same
+        micro-batches; a refiner's were drawn with cached keys and values, which round otherwise.
+        """
+        old: dict[Any, ObjectiveResult] = {}
+        loss = torch.zeros((), device=self.device)
+        if self.language is not None and self.language.trained and rollout.completions is not None:
+            with self._timed("language_update"):
+                for rows in chunks(len(rollout.completions), self.language.micro_batch_size):
+                    log_probs = self.language.log_probs(rollout.completions.rows(rows))
+                    old["language", rows.start] = ObjectiveResult(loss, {}, log_probs)
+        flow, trajectory = self.flow, rollout.trajectory
+        replays = self.ratio_normalization or flow.drawn_together != flow.micro_batch_size
+        with self._timed("flow_update"):
+            for rows in chunks(len(trajectory), flow.micro_batch_size) if flow.trained else ():
+                part = trajectory.rows(rows)
+                for step in range(len(trajectory.sde_steps)):
+                    log_probs, mean = part.log_probs[:, step], None
+                    if replays:
+                        transition = flow.replay(part, step)
+                        log_probs, mean = transition.log_prob(part.next_latents[:, step]), transition.mean
+                    old["flow", rows.start, step] = ObjectiveResult(loss, {}, log_probs, mean)
+        return old
+
+    def _language_backward(
+        self, policy: LanguagePolicy, rollout: Rollout, stats: Averages, old: dict[Any, ObjectiveResult], drew_it: bool
+    ) -> Tensor:
+        """Adds to the refiner's gradients; returns [B] bool, False for completions whose loss is not finite."""
+        assert rollout.completions is not None and rollout.language_advantages is not None
+        counts = rollout.language_counted
+        counts = torch.ones_like(rollout.language_advantages) if counts is None else counts
+        total = len(rollout.completions)
+        finite = torch.ones_like(rollout.language_advantages, dtype=torch.bool)
+        for rows in chunks(total, policy.micro_batch_size):
+            counted = counts[rows]
+            if not counted.any():
+                continue
+            key = ("language", rows.start)
+            result = language_objective(
+                policy, rollout.completions.rows(rows), rollout.language_advantages[rows], old=old.get(key)
+            )
+            if drew_it and self.updates_per_rollout > 1:
+                old[key] = result.detach()
+            finite[rows] = result.loss.isfinite()
+            self.manual_backward((result.loss * counted).sum() / total)
+            stats.add_all("train/language", result.stats, weight=len(counted))
+        return finite
+
+    def _flow_backward(
+        self, rollout: Rollout, stats: Averages, old: dict[Any, ObjectiveResult], drew_it: bool
+    ) -> Tensor:
+        """Adds to the flow model's gradients; returns [B] bool, False for samples whose loss is not finite.
+
+        Micro-batches without an advantage, such as those of groups whose rewards are all equal, are left out where
+        there is no KL: their gradient is 0.
+        """
+        trajectory, advantages, counts = rollout.trajectory, rollout.advantages.flatten(), rollout.counted.flatten()
+        steps = range(len(trajectory.sde_steps))
+        finite = torch.ones_like(advantages, dtype=torch.bool)
+        speaks = counts if self.flow.kl_weight > 0 else counts & (advantages != 0)
+        for rows in chunks(len(trajectory), self.flow.micro_batch_size):
+            part, counted = trajectory.rows(rows), counts[rows]
+            if not speaks[rows].any():
+                continue
+            for step in steps:
+                key = ("flow", rows.start, step)
+                result = flow_objective(
+                    self.flow,
+                    part,
+                    step,
+                    advantages[rows],
+                    old=old.get(key),
+                    normalize_ratio=self.ratio_normalization,
+                )
+                if drew_it and self.updates_per_rollout > 1:
+                    old[key] = result.detach()
+                finite[rows] &= result.loss.isfinite()
+                self.manual_backward((result.loss * counted).sum() / (len(trajectory) * len(steps)))
+                stats.add_all("train/flow", result.stats, weight=len(counted))
+        stats.add("train/flow/silent", (counts & ~speaks).float().mean(), len(counts))
+        if counts.any() and not speaks.any():
+            for parameter in self.flow.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        return finite
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - start
