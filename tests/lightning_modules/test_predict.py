@@ -351,3 +351,11 @@ def test_two_processes_draw_what_one_does(whole: Path, tmp_path: Path) -> None:
     predict(folder)
     assert listed(folder) == listed(whole)
     assert contents(folder).keys() == contents(whole).keys()
+
+
+def test_more_processes_than_prompts(tmp_path: Path) -> None:
+    words = ["predict", f"--config={QUICKSTART}", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    words += [f"--predictions.directory={tmp_path}/drawn", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    for process in run(tmp_path, *words, "--prompt=a red circle", processes=2):
+        assert process.returncode == 0, process.text
+    assert [line["mode"] for line in listed(tmp_path / "drawn")] == list(MODES)
