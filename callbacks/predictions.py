@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from callbacks.run_config import checkpoint_note, folder_stamps, require_settings, resolved_config, write_settings
+from callbacks.run_config import (
+    changed_setting,
+    checkpoint_note,
+    folder_stamps,
+    require_settings,
+    resolved_config,
+    write_settings,
+)
 from datamodules.base import PromptDataModule, PromptSample, bare
 from datamodules.local_path import local_path
 from lightning_modules.evaluation import MODES, EvaluatedAgents
@@ -25,14 +33,16 @@ class SavePredictions(L.Callback):
     depend on; a run with anything else stops rather than mix its images in.
 
     Args:
-        directory: folder of images and lists.
+        directory: folder of images and lists; null is `predictions/version_N`, the first that is new or holds images
+            with these very settings and prompts, so that the same command goes on and another starts afresh.
         images_per_prompt: K images of each prompt in each mode; the first has the noise of validation's.
     """
 
-    def __init__(self, directory: str = "predictions", images_per_prompt: int = 1) -> None:
+    def __init__(self, directory: str | None = None, images_per_prompt: int = 1) -> None:
         if images_per_prompt < 1:
             raise ValueError(f"`predictions.images_per_prompt` is {images_per_prompt}, use at least 1.")
-        self.directory = local_path(directory, "predictions.directory")
+        self.directory = local_path(directory or "predictions", "predictions.directory")
+        self._numbered = directory is None
         self.images_per_prompt = images_per_prompt
         self._settings: dict[str, Any] = {}
         self._store = ImageStore(self.directory, "predictions", _place)
@@ -49,8 +59,10 @@ class SavePredictions(L.Callback):
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(pl_module, EvaluatedAgents) and isinstance(data, PromptDataModule)
-        self._store = ImageStore(self.directory, "predictions", _place, trainer.global_rank)
         self._settings = self._describe(trainer, data)
+        if self._numbered:
+            self.directory = self._free(self.directory)
+        self._store = ImageStore(self.directory, "predictions", _place, trainer.global_rank)
         self._compare()
         pl_module.images_per_evaluation = self.images_per_prompt
         pl_module.image_store = self._store
@@ -80,6 +92,18 @@ class SavePredictions(L.Callback):
             assert isinstance(pl_module, EvaluatedAgents)
             self._merge(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
 
+    def summary(self) -> str:
+        """Returns the sentence for a command's end: how many images are listed, and where."""
+        return f"{len(self._store.read())} images are in {self.directory}, listed in {self._store.path.name}"
+
+    def _free(self, folder: Path) -> Path:
+        for number in count():
+            version = folder / f"version_{number}"
+            note = version / self._note.name
+            if not version.exists() or (note.is_file() and changed_setting(note, self._settings) is None):
+                break
+        return version
+
     @property
     def _note(self) -> Path:
         return self.directory / "predictions.yaml"
@@ -103,8 +127,9 @@ class SavePredictions(L.Callback):
     # --- what the images depend on ----------------------------------------------------------------------------------
 
     def _describe(self, trainer: L.Trainer, data: PromptDataModule) -> dict[str, Any]:
+        # Lazy samples come without their images, which take long to read; those of the command line have theirs.
         prompts = [
-            (name, sample.id, sample.prompt)
+            (name, sample.id, sample.prompt, *([sample.content] if sample.image is not None else []))
             for name, samples in data.predict_samples().items()
             for sample in bare(samples)
         ]

@@ -71,17 +71,23 @@ def require_settings(note: Path, settings: dict[str, Any], option: str) -> None:
         settings: settings of this command.
         option: the command's option that names the folder.
     """
-    if not note.is_file():
-        return
+    changed = changed_setting(note, settings) if note.is_file() else None
+    if changed is not None:
+        raise ValueError(
+            f"the images in {note.parent} were drawn with {changed} now: set `{option}` to another folder, or undo the "
+            "change."
+        )
+
+
+def changed_setting(note: Path, settings: dict[str, Any]) -> str | None:
+    """Returns "name old, which is new" of a setting that is not as `write_settings` noted it; None if all are."""
     before = dict(_leaves(yaml.safe_load(note.read_text(encoding="utf-8"))))
     now = dict(_leaves(yaml.safe_load(yaml.safe_dump(settings, sort_keys=False))))
     for name in {**now, **before}:
         old, new = before.get(name, "nothing"), now.get(name, "nothing")
         if old != new:
-            raise ValueError(
-                f"the images in {note.parent} were drawn with {name} {old}, which is {new} now: set `{option}` to "
-                "another folder, or undo the change."
-            )
+            return f"{name} {old}, which is {new}"
+    return None
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -141,15 +141,24 @@ class PromptDataModule(L.LightningDataModule):
         is to give the images of an unbroken one.
         """
         rank, world = self._rank_and_world()
-        batches = []
-        for name, samples in self.predict_samples().items():
-            share = samples[rank::world]
-            for rows in chunks(len(share), self.eval_batch_size):
-                batch = PredictBatch(name, share[rows])
-                if not all((name, sample.id) in self.predicted for sample in batch.samples):
-                    batches.append(batch)
+        sets = self.predict_samples()
+        batches = self._unpredicted(sets, rank, world)
+        # Lightning would let a process without any batch leave before the others, which would wait for it.
+        if not batches and any(self._unpredicted(sets, other, world) for other in range(world)):
+            batches = [PredictBatch(next(iter(sets)), [])]
         dataset = cast("Dataset[PredictBatch]", batches)
         return DataLoader(dataset, batch_size=None, num_workers=self.num_workers, collate_fn=_as_it_is)
+
+    def _unpredicted(self, sets: Mapping[str, list[PromptSample]], rank: int, world: int) -> list[PredictBatch]:
+        """Returns a process's batches of all sets without those that are all `predicted`."""
+        batches = []
+        for name, samples in sets.items():
+            share = samples[rank::world]
+            ids = [sample.id for sample in bare(share)]
+            for rows in chunks(len(share), self.eval_batch_size):
+                if not all((name, one) in self.predicted for one in ids[rows]):
+                    batches.append(PredictBatch(name, share[rows]))
+        return batches
 
     def transfer_batch_to_device(self, batch: _Batch, device: torch.device, dataloader_idx: int) -> _Batch:
         """Returns the batch as it is: Lightning's default would try to rewrite the frozen samples and fail."""

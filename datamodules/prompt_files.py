@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from datamodules.base import Chosen, LazySamples, PromptDataModule, PromptSample, contents, spread
+from datamodules.editing.hub import locate
 from datamodules.jsonl import read_records
 from datamodules.local_path import local_path
+from datamodules.public_sets import origin
 from datamodules.repeats import distinct
+from datamodules.splits import files_for
 
 EVALUATED = ("eval_file", "test_file")
 """Settings of the files whose equal prompts are one."""
@@ -23,6 +26,9 @@ class PromptFiles(PromptDataModule):
     Equal prompts (text, tag and metadata) of an evaluation or test file are one prompt, of which validation and test
     draw at least as many images. In training a prompt counts as often as it is listed, and `lightning predict` draws
     each line of `predict_file`.
+
+    A file is a path, a folder (of which `train*`, `test*` and so on are taken, as in Flow-GRPO's `dataset/geneval`), or
+    one on the hub: `hf://datasets/owner/name/train.jsonl`.
 
     Args:
         train_file: training prompts.
@@ -107,11 +113,7 @@ class PromptFiles(PromptDataModule):
 
     def _read(self, key: str) -> list[PromptSample]:
         key = "eval_file" if key == "test_file" and self.test_file is None else key
-        path = local_path(getattr(self, key), f"data.{key}")
-        if not path.is_file():
-            bare = (".txt",) if key == "predict_file" else ()
-            kinds = " or ".join(dict.fromkeys(self.suffixes + bare))
-            raise ValueError(f"data.{key} is {str(path)!r}, which is not a file: give the path of a {kinds} file.")
+        path = self._find(key)
         if key == "predict_file" and path.suffix == ".txt":
             samples = [PromptSample(r["id"], r["prompt"], "text", {}) for _, r in read_records(path, (".txt",))]
         else:
@@ -121,6 +123,32 @@ class PromptFiles(PromptDataModule):
             if len(listed) < len(samples):
                 samples = [replace(samples[row], repeats=number) for row, number in listed.items()]
         return _at_most(samples, self.limit)
+
+    def _find(self, key: str) -> Path:
+        """Returns the file that a setting names, of a folder the one whose name says that it is for this setting."""
+        name = str(getattr(self, key))
+        suffixes = tuple(dict.fromkeys((*self.suffixes, *((".txt",) if key == "predict_file" else ()))))
+        kinds = " or ".join(suffixes)
+        if name.startswith("hf://"):
+            (path, *more) = locate(name, f"data.{key}")
+            if more:
+                raise ValueError(f"data.{key} is {name!r}, {len(more) + 1} files: name one of them, or their folder.")
+        else:
+            path = local_path(name, f"data.{key}")
+        if path.is_dir():
+            files = sorted(file for file in path.iterdir() if file.suffix in suffixes)
+            found = files_for(key, files)
+            if len(found) != 1:
+                has = ", ".join(file.name for file in found or files) or f"no {kinds} file"
+                raise ValueError(f"data.{key} is the folder {name!r}, which holds {has}: name the file.")
+            return found[0]
+        if not path.is_file():
+            advice = origin(path)
+            raise ValueError(
+                f"data.{key} is {name!r}, which is not a file: "
+                f"{f'{advice}; or ' if advice else ''}give the path of a {kinds} file."
+            )
+        return path
 
 
 def _at_most(samples: list[PromptSample], limit: int | None) -> list[PromptSample]:

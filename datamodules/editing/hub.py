@@ -9,6 +9,8 @@ from typing import Literal
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
+from datamodules.public_sets import origin
+
 RepoType = Literal["model", "dataset"]
 DATA_SUFFIXES = (".parquet", ".arrow", ".jsonl")
 """Kinds of files of rows."""
@@ -43,7 +45,7 @@ class HubPath:
             if not files:
                 raise ValueError(f"{self._place} has no files {path}: check the pattern.")
             return files
-        if Path(path).suffix in DATA_SUFFIXES:
+        if Path(path).suffix in (*DATA_SUFFIXES, ".txt"):
             try:
                 return [Path(hf_hub_download(self.repo, path, repo_type=self.repo_type, revision=self.revision))]
             except Exception as error:
@@ -141,7 +143,11 @@ def locate(name: str, setting: str, repo_type: RepoType | None = None) -> list[P
         return [path]
     found = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))) if _is_pattern(name) else []
     if not found:
-        raise ValueError(f"{setting} is {name!r}, which is not a file: give {_KINDS}, a folder, or a path on the hub.")
+        advice = origin(path)
+        raise ValueError(
+            f"{setting} is {name!r}, which is not a file: {f'{advice}; or ' if advice else ''}give {_KINDS}, a folder, "
+            "or a path on the hub."
+        )
     return found
 
 

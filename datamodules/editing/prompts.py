@@ -16,6 +16,7 @@ from datamodules.editing.hub import RepoType, locate
 from datamodules.editing.images import ImageRules, check_image, read_image
 from datamodules.editing.rows import COLUMNS, BadRows, Row, distinct_rows, read_rows
 from datamodules.prompt_files import EVALUATED, PromptFiles
+from datamodules.splits import files_for
 
 _LONG = 1000
 """Rows whose check is worth a progress bar."""
@@ -92,7 +93,9 @@ class EditPrompts(PromptFiles):
     `.arrow` suits training, whose order is random: the file is mapped into memory (0.2 ms an image), while Parquet has
     to unpack a row group for each image (76 ms where groups have 15 MB).
 
-    Paths of images are relative to the file that names them. Columns are found by name (OmniEdit's `src_img`,
+    Of a folder with `train.jsonl` and `test.jsonl` each setting takes its own (see `PromptFiles`). Paths of images are
+    relative to the file that names them, or to the folder `images/` beside it, as in Flow-Factory's sets; a list of one
+    path, or UniRL's `media: [{"uri": path}]`, does as well. Columns are found by name (OmniEdit's `src_img`,
     `edited_prompt_list`, `task` and `omni_edit_id` among others) unless `columns` says which. The category becomes the
     tag, `task_obj_swap` and its like under the names of the editing table (swap, style, addition,
     attribute_modification, env, removal); without one the id's beginning says it, else it is `edit`. Everything else
@@ -167,7 +170,10 @@ class EditPrompts(PromptFiles):
         key = "eval_file" if key == "test_file" and self.test_file is None else key
         name: str = getattr(self, key)
         evaluated = f"data.{key}" if key in EVALUATED else None
-        return self._samples_of(locate(name, f"data.{key}", self.repo_type), name, self.limit, evaluated)
+        places = locate(name, f"data.{key}", self.repo_type)
+        if len(places) == 1 and places[0].is_dir():
+            places = files_for(key, sorted(places[0].glob("*.jsonl"))) or places
+        return self._samples_of(places, name, self.limit, evaluated)
 
     def _samples_of(
         self, places: Sequence[Path], name: str, limit: int | None, evaluated: str | None

@@ -25,8 +25,10 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".g
 COLUMNS = ("image", "prompt", "category", "id")
 """Roles that a column can have."""
 
-# Names in the order of preference. `image` counts before all others; of two other names for images neither does.
+# Names in the order of preference. `image` counts before all others; of two other names for images neither does. The
+# lists of images of Flow-Factory and UniRL count where there is no such column.
 _IMAGES = ("src_img", "source_img", "source_image", "input_image", "original_image", "input_image_raw", "file_name")
+_LISTS = ("images", "media")
 _KNOWN = {
     "prompt": ("prompt", "instruction", "edit_instruction", "edit_prompt", "edited_prompt_list", "text", "caption"),
     "category": ("category", "task", "task_type", "edit_type"),
@@ -187,17 +189,23 @@ class Table:
         """
         if self.stored is not None and column not in record:
             return self.stored(number, column)
-        name = record.get(column)
+        value = record.get(column)
+        if isinstance(value, list):
+            if len(value) != 1:
+                raise ValueError(f"`{column}` has {len(value)} entries: give the one source image.")
+            value = value[0]
+        name = value.get("uri") if isinstance(value, dict) else value
         if not isinstance(name, str) or not name:
-            raise ValueError(f"`{column}` is {name!r}: give the path of the source image.")
+            raise ValueError(f"`{column}` is {record.get(column)!r}: give the path of the source image.")
         return image_file(self.path if self.path.is_dir() else self.path.parent, name)
 
 
 def image_file(folder: Path, name: str) -> Path:
-    """Returns the path of an image in a folder; raises ValueError if it is not there."""
-    if not (folder / name).is_file():
-        raise ValueError(f"there is no image {folder / name}: paths are relative to {folder}.")
-    return folder / name
+    """Returns the path of an image in a folder or its `images/`; raises ValueError if it is in neither."""
+    for path in (folder / name, folder / "images" / name):
+        if path.is_file():
+            return path
+    raise ValueError(f"there is no image {folder / name}: paths are relative to {folder}, or to images/ in it.")
 
 
 def find_columns(table: Table, given: Mapping[str, str]) -> dict[str, str]:
@@ -220,7 +228,7 @@ def find_columns(table: Table, given: Mapping[str, str]) -> dict[str, str]:
     found = dict(given)
     if "image" not in found:
         named = ["image"] if "image" in table.columns else [name for name in _IMAGES if name in table.columns]
-        likely = named or list(table.images)
+        likely = named or list(table.images) or [name for name in _LISTS if name in table.columns]
         if len(likely) != 1:
             which = f"any of {', '.join(likely)}" if likely else "no column"
             raise ValueError(

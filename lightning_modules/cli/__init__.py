@@ -21,11 +21,12 @@ HELP = """usage: lightning {fit,validate,test,predict} --config FILE [--config F
   fit        train both agents, one of them, or flow-only (`language: null`)
   validate   score the validation prompts
   test       score fresh prompts, with intervals; images are kept
-  predict    draw prompts with and without the refiner into a folder
+  predict    draw prompts (`--prompt TEXT`, or the data's) with and without the refiner into a folder
 
   --config FILE             an experiment, such as configs/quickstart.yaml; later files are laid over earlier ones
   --KEY VALUE               any value of it, such as --trainer.max_steps 10 or --model.init_args.group_size 4
   --ckpt_path FILE          a checkpoint to go on from (fit) or to evaluate; `last` and `best` are the experiment's
+  --prompt TEXT             a prompt for predict, given once for each; with `--image FILE` where the model edits
   --print_config            the whole configuration with its defaults, and no run
   lightning fit --help      all options of a subcommand
   --data.help CLASS         the arguments of a class (likewise --model.help, --trainer.callbacks.help)

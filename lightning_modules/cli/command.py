@@ -6,8 +6,9 @@ import errno
 import signal
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn, cast
 
 import jsonargparse
@@ -27,15 +28,18 @@ from callbacks.progress import RunProgressBar
 from callbacks.report import Report
 from datamodules.base import PromptDataModule
 from datamodules.local_path import local_path
+from datamodules.typed import TypedPrompts
 from lightning_modules.agents import check_precision
 from lightning_modules.cli import earlier_checkpoints
 from lightning_modules.cli.checkpoint import Checkpoint, SaveConfig
 from lightning_modules.cli.errors import complain, raised_by_us
+from lightning_modules.cli.prompts import TEXTS, split_prompts
 from lightning_modules.cli.refusals import check_something_to_train, check_trainer, refused_by_lightning
 from lightning_modules.cli.renamed import renamed
 from lightning_modules.cli.texts import escaped, load_config, no_such_key, read_as_mapping, texts_as_configs
 from lightning_modules.cli.trainer import Trainer
 from lightning_modules.evaluation import EvaluatedAgents
+from lightning_modules.policies.pipeline import PipelinePolicy
 from lightning_modules.preflight.check import Mode, check
 from rewards.base import RewardUnavailable
 
@@ -55,10 +59,12 @@ class Parser(LightningArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Parses; jsonargparse hands a null that lies two classes deep on to itself as the text "None"."""
-        if args is not None:
-            args = [f"{arg[:-4]}null" if arg.startswith("--") and arg.endswith("=None") else arg for arg in args]
-            args = texts_as_configs(args)
-        return super().parse_args(args, *more, **kwargs)
+        args, texts = split_prompts(sys.argv[1:] if args is None else args)
+        args = [f"{arg[:-4]}null" if arg.startswith("--") and arg.endswith("=None") else arg for arg in args]
+        parsed = super().parse_args(texts_as_configs(args), *more, **kwargs)
+        for option, given in texts.items():
+            parsed.predict[option] = given
+        return parsed
 
     def dump(self, namespace: jsonargparse.Namespace, *args: Any, **kwargs: Any) -> str:
         """Writes a configuration so that its texts stay what they are when it is read again.
@@ -76,6 +82,8 @@ class PromptRLCLI(LightningCLI):
 
     wanted: str | None = None
     """The one subcommand whose options are built; None builds all four, which takes four times as long."""
+    texts: Mapping[str, Sequence[str]] = MappingProxyType({})
+    """Prompts for `lightning predict` to draw in place of the data's, and their images; see `split_prompts`."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -92,9 +100,13 @@ class PromptRLCLI(LightningCLI):
         parser.set_defaults({"checkpoint.save_last": True, "trainer.default_root_dir": "runs"})
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        """Adds `predictions` and `images` (where they go, how many) to `lightning predict` and `lightning test`."""
+        """Adds `prompt`, `image` and `predictions` to `lightning predict`, and `images` to `lightning test`."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "predict":
+            said = "prompts to draw in place of the data's: `--prompt TEXT` for each, or a list"
+            parser.add_argument("--prompt", type=list[str], default=[], help=said)
+            said = "source images of the prompts, for models that edit: `--image FILE` once for all, or for each"
+            parser.add_argument("--image", type=list[str], default=[], help=said)
             parser.add_lightning_class_args(SavePredictions, "predictions")
             parser.set_defaults({"return_predictions": False})  # they are on the disk; thousands would fill the memory
         if subcommand in ("validate", "test"):
@@ -156,6 +168,8 @@ class PromptRLCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Finds the checkpoint, and refuses one that cannot be read before anything is built or written."""
         options = self._options
+        if self.subcommand == "predict":  # out of the configuration, where `{}` and `${}` would mean something
+            self.texts = {name: options.pop(name) for name in TEXTS}
         local_path(options["trainer"]["default_root_dir"] or "", "trainer.default_root_dir")
         local_path(options["experiment"], "experiment")
         experiment = Path(options["trainer"]["default_root_dir"] or "", options["experiment"]).expanduser()
@@ -221,6 +235,29 @@ class PromptRLCLI(LightningCLI):
                 f"`lightning predict` draws prompts, but this configuration has {type(self.model).__name__} and "
                 f"{type(self.datamodule).__name__}: use one of PromptRL."
             )
+        data, flow = self.datamodule, self.model.flow
+        prompts, images = self.texts["prompt"], self.texts["image"]
+        if images and not prompts:
+            raise ValueError("`--image` is given without `--prompt`: say what to draw from it.")
+        if images and isinstance(flow, PipelinePolicy) and not flow.edits:
+            raise ValueError(
+                f"`--image` is given, but {type(flow).__name__} draws from text alone: leave it out, or use the "
+                "configuration of a model that edits images."
+            )
+        if not prompts:
+            return
+        file = getattr(data, "predict_file", None)
+        if file is not None:
+            raise ValueError(f"`--prompt` and `data.predict_file` ({file}) are both given: keep one.")
+        self.datamodule = TypedPrompts(
+            prompts, images, eval_batch_size=data.eval_batch_size, seed=data.seed, num_workers=data.num_workers
+        )
+
+    def after_predict(self) -> None:
+        """Says where the images are."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SavePredictions) and self.trainer.is_global_zero:
+                print(callback.summary())
 
 
 def run(args: list[str] | None = None) -> None:

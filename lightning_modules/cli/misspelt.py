@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from lightning_modules.cli.prompts import split_prompts
 from lightning_modules.cli.renamed import renamed
 from lightning_modules.cli.signatures import arguments
 
@@ -31,7 +32,10 @@ def misspelt(command: Sequence[str]) -> str | None:
         One sentence, for an argument with its place, owner and nearest spelling; None if nothing is known to be wrong.
     """
     tree: Node = {}
-    words = list(command[1:])
+    try:
+        words = split_prompts(command)[0][1:]
+    except ValueError as error:
+        return str(error)
     while words:
         word = words.pop(0)
         key, equals, value = word.partition("=")

@@ -152,6 +152,11 @@ class PipelinePolicy(FlowPolicy):
         """Encodes S source images into conditioning tensors: name -> [S, ...]."""
         raise ValueError(f"{type(self).__name__} draws from text alone; take an editing model for source images.")
 
+    @property
+    def edits(self) -> bool:
+        """True if the family can start from a source image."""
+        return type(self).encode_sources is not PipelinePolicy.encode_sources
+
     def guide(self, positive: Tensor, negative: Tensor) -> Tensor:
         """Combines two fp32 velocities [B, ...] by classifier-free guidance (arXiv 2207.12598)."""
         return negative + self.guidance_scale * (positive - negative)

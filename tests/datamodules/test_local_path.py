@@ -43,7 +43,6 @@ def setup(data: Any) -> None:
             "WrittenParaphrases.cache",
         ),
         (lambda name: FileParaphrases(name).kinds, "FileParaphrases.path"),
-        (lambda name: setup(TextPrompts(name, name)), "data.eval_file"),
         (lambda name: setup(ImgEditPrompts(name, ".")), "data.file"),
         (lambda name: ImgEditJudge(URL, "m", cache_dir=name), "ImgEditJudge's cache_dir"),
         (lambda name: ImgEditJudge(URL, "m", wording=name), "ImgEditJudge's wording"),
@@ -55,6 +54,13 @@ def setup(data: Any) -> None:
 def test_addresses_are_refused(make: Callable[[str], object], setting: str, name: str) -> None:
     with pytest.raises(ValueError, match=rf"^{setting} is {name}, an address: give a path on this machine\.$"):
         make(name)
+
+
+def test_prompts_may_lie_on_the_hub_but_not_elsewhere() -> None:
+    with pytest.raises(
+        ValueError, match=r"^data\.eval_file is s3://b/x\.txt, an address: give a path on this machine\.$"
+    ):
+        setup(TextPrompts("s3://b/x.txt", "s3://b/x.txt"))
 
 
 def test_commands_refuse_them_too(capfd: pytest.CaptureFixture[str]) -> None:

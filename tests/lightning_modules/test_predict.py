@@ -216,6 +216,72 @@ def test_flow_only_draws_a_file_of_bare_prompts_in_one_mode(
     assert "data.predict_file is 'gone.txt', which is not a file: give the path of a .jsonl or .txt file." in line
 
 
+TYPED = ["a red circle", "--a {x}: ${y}", '["x"', "null", "\\${a} 'q' \"q\"", "a red circle", "two red circles " * 300]
+
+
+def test_typed_prompts_are_drawn_as_those_of_a_file(
+    tmp_path: Path, drawn: list[int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever data the configuration has: its files need not be there."""
+    (tmp_path / "prompts.txt").write_text("\n".join(TYPED))
+    from_file = files_config(tmp_path, predict_file=f"{tmp_path}/prompts.txt")
+    predict(tmp_path / "file", config=from_file, data=[])
+    words = [word for prompt in TYPED[1:] for word in ("--prompt", prompt)]
+    typed = [f"--prompt={json.dumps(TYPED[:1])}", *words]
+    line = complaint(capfd, tmp_path / "file", *typed, config=from_file, data=[])
+    assert f"`--prompt` and `data.predict_file` ({tmp_path}/prompts.txt) are both given: keep one." in line
+    predict(tmp_path / "typed", *typed, config=files_config(tmp_path), data=[])
+    assert [line["prompt"] for line in listed(tmp_path / "typed")] == [prompt.strip() for prompt in TYPED[:-1]] + TYPED[
+        -1:
+    ]
+    images = [
+        {name: data for name, data in contents(tmp_path / folder).items() if name.endswith(".png")}
+        for folder in ("file", "typed")
+    ]
+    assert images[0] == images[1] and len({*images[0].values()}) == len(TYPED)
+    assert drawn == [7, 7]
+
+
+def test_every_request_gets_a_folder_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn: list[int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = files_config(tmp_path)
+    (tmp_path / "miniature").symlink_to(Path("miniature").absolute())
+    monkeypatch.chdir(tmp_path)
+    words = ["predict", f"--config={config}", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    for prompt, version, number in (("a red circle", 0, 1), ("a blue circle", 1, 2), ("a red circle", 0, 2)):
+        main([*words, "--prompt", prompt])
+        said = capfd.readouterr().out.splitlines()[-1]
+        assert said == f"1 images are in predictions/version_{version}, listed in predictions.jsonl"
+        assert [line["prompt"] for line in listed(Path(f"predictions/version_{version}"))] == [prompt]
+        assert len(drawn) == number
+
+
+def test_typed_prompts_edit_images(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    edit = "configs/quickstart_edit.yaml"
+    for name, size in (("wide", (40, 32)), ("red", (32, 32))):
+        Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
+    steps, prompts = [f"--{FLOW}.sampling.eval_steps=2"], ["--prompt=remove it", "--prompt=paint it blue"]
+    wide, red = (f"--image={tmp_path}/{name}.png" for name in ("wide", "red"))
+
+    def sources(folder: str, *images: str) -> list[str]:
+        predict(tmp_path / folder, *prompts, *images, config=edit, data=steps)
+        return [line["source"] for line in listed(tmp_path / folder)]
+
+    one, both = sources("one", wide), sources("both", wide, red)
+    assert one == one[:1] * 4 and both[:2] == one[:2] and both[2] == both[3] != one[0]
+    folder = tmp_path / "one"
+    line = complaint(capfd, folder, *prompts, red, config=edit, data=steps)
+    assert f"the images in {folder} were drawn with prompts 2 (" in line
+    line = complaint(capfd, folder, *prompts, "--prompt=c", wide, red, config=edit, data=steps)
+    assert "`--image` is given 2 times and `--prompt` 3 times: give one image for all prompts, or one for each." in line
+    line = complaint(capfd, folder, *prompts, "--image", "gone.png", config=edit, data=steps)
+    assert "`--image` gone.png cannot be read (" in line
+    assert "`--image` is given without `--prompt`" in complaint(capfd, folder, wide, config=edit, data=steps)
+    line = complaint(capfd, folder, *prompts, wide, data=steps)
+    assert "`--image` is given, but Flux1Policy draws from text alone" in line
+
+
 def test_ids_become_file_names(tmp_path: Path) -> None:
     record = {"tag": "colors", "prompt": "a red circle", "include": [{"class": "circle", "count": 1}]}
     ids = ["a/b", "a_b", "../../up", "..", "", "x" * 300, "x" * 301, "ein Kreis", "圆", "方"]
@@ -285,3 +351,11 @@ def test_two_processes_draw_what_one_does(whole: Path, tmp_path: Path) -> None:
     predict(folder)
     assert listed(folder) == listed(whole)
     assert contents(folder).keys() == contents(whole).keys()
+
+
+def test_more_processes_than_prompts(tmp_path: Path) -> None:
+    words = ["predict", f"--config={QUICKSTART}", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    words += [f"--predictions.directory={tmp_path}/drawn", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    for process in run(tmp_path, *words, "--prompt=a red circle", processes=2):
+        assert process.returncode == 0, process.text
+    assert [line["mode"] for line in listed(tmp_path / "drawn")] == list(MODES)
