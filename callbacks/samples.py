@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -15,8 +15,10 @@ from lightning_modules.evaluation import EvaluationBatch
 from lightning_modules.rollout import Rollout
 from rewards.arguments import check_minimum
 
-_SIDE = 160
-_CAPTION = 78
+_WIDTH, _GAP = 208, 12
+"""Width of an image in a sheet, and the space between two, in pixels."""
+_FONT = ImageFont.load_default(13)
+_ROWS = {"without_pe": "prompts as written", "with_pe": "rewritten by the refiner (with PE)"}
 
 
 class SampleImages(L.Callback):
@@ -40,10 +42,10 @@ class SampleImages(L.Callback):
         assert isinstance(outputs, EvaluationBatch)
         if batch_idx > 0 or not trainer.is_global_zero or not outputs.samples:
             return
-        rows = [
-            [captioned(image, text) for image, text in zip(images[0][: self.num], outputs.prompts[mode], strict=False)]
+        rows = {
+            _ROWS[mode]: list(zip(images[0][: self.num], outputs.prompts[mode], strict=False))
             for mode, images in outputs.images.items()
-        ]
+        }
         _log(trainer, f"samples/{outputs.name}", sheet(rows))
         if "with_pe" in outputs.prompts:
             asked = [sample.asked for sample in outputs.samples[: self.num]]
@@ -61,32 +63,68 @@ class SampleImages(L.Callback):
         size = rollout.rewards.shape[1]
         numbers = zip(rollout.rewards[0].tolist(), rollout.advantages[0].tolist(), strict=True)
         tiles = [
-            captioned(image, f"{prompt} | reward {reward:.2f}, advantage {advantage:+.2f}")
+            (image, f"reward {reward:.2f}, advantage {advantage:+.2f}\n{prompt}")
             for image, prompt, (reward, advantage) in zip(
                 rollout.images[:size], rollout.prompts[:size], numbers, strict=True
             )
         ]
-        half = (len(tiles) + 1) // 2
-        _log(trainer, "samples/group", sheet([tiles[:half], tiles[half:]]))
+        half = (size + 1) // 2
+        title = f"one group: {rollout.samples[0].prompt}"
+        _log(trainer, "samples/group", sheet({title: tiles[:half], "the same group, continued": tiles[half:]}))
 
 
-def captioned(image: Image.Image, text: str) -> Image.Image:
-    """Returns an image with its caption below; small images are enlarged without smoothing."""
-    tile = Image.new("RGB", (_SIDE, _SIDE + _CAPTION), "white")
-    resample = Image.Resampling.NEAREST if image.width < _SIDE else Image.Resampling.LANCZOS
-    tile.paste(image.resize((_SIDE - 8, _SIDE - 8), resample), (4, 4))
-    wrapped = "\n".join(textwrap.wrap(text, 26)[:5])
-    ImageDraw.Draw(tile).multiline_text((4, _SIDE), wrapped, fill="black", font=ImageFont.load_default(11))
-    return tile
+def sheet(rows: Mapping[str, Sequence[tuple[Image.Image, str]]]) -> Image.Image:
+    """Pastes rows of images into one, each with its whole caption below.
 
-
-def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Pastes rows of captioned images into one."""
-    whole = Image.new("RGB", (max(map(len, rows)) * _SIDE, len(rows) * (_SIDE + _CAPTION)), "white")
-    for y, row in enumerate(rows):
-        for x, tile in enumerate(row):
-            whole.paste(tile, (x * _SIDE, y * (_SIDE + _CAPTION)))
+    Args:
+        rows: label of a row -> its images and captions. Images keep their aspect ratio; small ones are enlarged
+            without smoothing.
+    """
+    width = max(map(len, rows.values())) * (_WIDTH + _GAP) + _GAP
+    parts: list[tuple[int, int, Image.Image | str]] = []
+    y = 0
+    for label, tiles in rows.items():
+        title = _wrapped(label, width - 2 * _GAP)
+        parts.append((_GAP, y + _GAP, title))
+        y += _GAP + _height(title) + _GAP
+        shown = [
+            image.resize((_WIDTH, round(image.height * _WIDTH / image.width)), _filter(image)) for image, _ in tiles
+        ]
+        captions = [_wrapped(text, _WIDTH) for _, text in tiles]
+        below = max((image.height for image in shown), default=0) + _GAP // 2
+        for column, (image, caption) in enumerate(zip(shown, captions, strict=True)):
+            x = _GAP + column * (_WIDTH + _GAP)
+            parts += [(x, y, image), (x, y + below, caption)]
+        y += below + max(map(_height, captions), default=0) + _GAP
+    whole = Image.new("RGB", (width, y), "white")
+    draw = ImageDraw.Draw(whole)
+    for left, top, part in parts:
+        if isinstance(part, str):
+            draw.multiline_text((left, top), part, fill="black", font=_FONT)
+        else:
+            whole.paste(part, (left, top))
     return whole
+
+
+def _filter(image: Image.Image) -> Image.Resampling:
+    return Image.Resampling.NEAREST if image.width < _WIDTH else Image.Resampling.LANCZOS
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Breaks a text into lines of at most `width` pixels; a word that is longer is broken too."""
+    lines: list[str] = []
+    for paragraph in text.splitlines():
+        letters = max(1, int(width / max(_FONT.getlength(paragraph) / max(len(paragraph), 1), 1)))
+        tried = textwrap.wrap(paragraph, letters)
+        while letters > 1 and any(_FONT.getlength(line) > width for line in tried):
+            letters -= 1
+            tried = textwrap.wrap(paragraph, letters)
+        lines += tried
+    return "\n".join(lines)
+
+
+def _height(text: str) -> int:
+    return round(ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font=_FONT)[3])
 
 
 def _log(trainer: L.Trainer, tag: str, image: Image.Image) -> None:

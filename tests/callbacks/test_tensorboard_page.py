@@ -113,16 +113,21 @@ def asked(page: webdriver.Chrome, script: str) -> list[Any]:
         return []
 
 
-def curves(common: str, *refined: str) -> list[str]:
-    """Returns a legend's names of a tag that both runs have, and of those that PromptRL has alone."""
-    return sorted([f"{common} ({FLOW_ONLY})", *(f"{tag} ({PROMPTRL})" for tag in (common, *refined))])
+def curves(tag: str) -> list[str]:
+    """Returns a legend's names of a tag that both runs have."""
+    return [f"{tag} ({run})" for run in (FLOW_ONLY, PROMPTRL)]
 
 
 def test_curves_of_both_runs_in_common_charts(address: str, browser: webdriver.Chrome) -> None:
     browser.get(f"{address}#custom_scalars")
-    expected = {"reward": curves("reward"), "by_rollouts/reward/": curves("by_rollouts/reward/geneval")}
+    expected = {
+        "task reward": curves("reward/geneval"),
+        "total reward (with format)": curves("reward"),
+        "task reward by rollouts": curves("by_rollouts/reward/geneval"),
+    }
     for title in ("val/geneval", "val/unseen", "by_rollouts/val/geneval"):
-        expected[title] = curves(f"{title}/without_pe", f"{title}/with_pe")
+        expected[f"{title}/without_pe"] = curves(f"{title}/without_pe")
+        expected[f"{title}/with_pe"] = [f"{title}/with_pe ({PROMPTRL})"]
 
     def charts() -> dict[str, dict[str, Any]]:
         return {chart["title"]: chart for chart in asked(browser, CHARTS)}
@@ -139,6 +144,7 @@ def test_curves_of_both_runs_in_common_charts(address: str, browser: webdriver.C
     shown = asked(browser, CHARTS)
     titles = [chart["title"] for chart in shown]
     assert len(titles) == len(set(titles)), "a chart that both runs have is shown once"
+    assert titles[0] == "task reward" and "" not in titles
     for title, legend in expected.items():
         chart = charts()[title]
         assert sorted(chart["curves"]) == legend
@@ -146,7 +152,7 @@ def test_curves_of_both_runs_in_common_charts(address: str, browser: webdriver.C
         # step (before and after the first update) but not the number of rollouts.
         assert chart["points"] == [3 if title.startswith("by_rollouts/val/") else 2] * len(legend)
         assert sorted(chart["strokes"]) == sorted(chart["colors"])
-        assert len(set(chart["strokes"])) == 2
+        assert len(set(chart["strokes"])) == len(legend)
 
 
 def test_a_row_of_hyperparameters_and_scores_for_each_run(address: str, browser: webdriver.Chrome) -> None:
