@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -17,15 +16,9 @@ import pytest
 from selenium import webdriver
 from selenium.common.exceptions import WebDriverException
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+from tests.browser import chromium, needs_browser
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(
-        CHROMIUM is None or DRIVER is None,
-        reason="chromium or chromedriver is not on PATH (Debian: apt-get install chromium chromium-driver)",
-    ),
-]
+pytestmark = needs_browser
 
 FLOW_ONLY, PROMPTRL = "miniature/flow_only/version_0", "miniature/promptrl/version_0"
 WAIT = 120
@@ -92,17 +85,9 @@ def has_read_both(address: str) -> bool:
 @pytest.fixture
 def browser() -> Iterator[webdriver.Chrome]:
     """A headless Chromium, tall enough that all charts are in sight: others are not drawn."""
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    options.page_load_strategy = "none"
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1400,4000"):
-        options.add_argument(f"--{flag}")
-    page = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
-    try:
+    with chromium(1400, 4000, load="none") as page:
         page.set_script_timeout(WAIT)
         yield page
-    finally:
-        page.quit()
 
 
 def asked(page: webdriver.Chrome, script: str) -> list[Any]:

@@ -1,0 +1,32 @@
+"""`python -m callbacks.runs.report RUN RUN ...`: one page that compares runs; of one run its own page, drawn again."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from callbacks.reporting.page import comparison_page, run_page
+from callbacks.runs.loading import load
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of the command.
+
+    Args:
+        args: the words after the command; None takes the process's own.
+    """
+    parser = argparse.ArgumentParser(prog="python -m callbacks.runs.report", description=__doc__.partition(":")[2])
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, one above several, or a pattern")
+    parser.add_argument("--output", type=Path, default=Path("comparison.html"), help="the page that compares several")
+    options = parser.parse_args(args)
+    try:
+        runs = load(*options.runs, stage=None, skip_broken=True)
+        page = run_page(runs[0].folder) if len(runs) == 1 else comparison_page(runs, options.output)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(page)
+
+
+if __name__ == "__main__":
+    main()
