@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import pandas as pd
@@ -19,11 +19,12 @@ _POINTS = 300
 """Points of a curve; a longer one is averaged over equal stretches."""
 
 
-def line_chart(curves: Mapping[str, pd.Series], *, noisy: bool = False) -> str:
+def line_chart(curves: Mapping[str, pd.Series], order: Sequence[str], *, noisy: bool = False) -> str:
     """Draws curves over rollouts.
 
     Args:
         curves: label -> values by rollouts, without gaps.
+        order: all labels of a page, so that each has the same colour in every chart.
         noisy: draw a running mean over a tenth of the curve, and pale the values themselves.
 
     Returns:
@@ -33,8 +34,8 @@ def line_chart(curves: Mapping[str, pd.Series], *, noisy: bool = False) -> str:
         figure = Figure(figsize=(5.2, 3.3), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
-        for number, (label, curve) in enumerate(curves.items()):
-            curve = _short(curve)
+        for label, curve in curves.items():
+            number, curve = list(order).index(label), _short(curve)
             color, dash = COLORS[number % len(COLORS)], _DASHES[number % len(_DASHES)]  # equal curves both show
             marker = "o" if len(curve) <= 25 else ""
             if noisy and len(curve) >= 10:
@@ -48,7 +49,7 @@ def line_chart(curves: Mapping[str, pd.Series], *, noisy: bool = False) -> str:
         axes.spines[["top", "right"]].set_visible(False)
         if len(curves) > 1:
             widest = max(map(len, curves))
-            figure.legend(loc="outside lower center", ncols=max(1, min(len(curves), 46 // (widest + 6))), frameon=False)
+            figure.legend(loc="outside lower center", ncols=max(1, min(len(curves), 52 // (widest + 6))), frameon=False)
         file = io.BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     return f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -82,7 +82,7 @@ def comparison_page(runs: Sequence[Run], path: Path) -> Path:
         path,
         title=" · ".join(named),
         lead=f"{len(runs)} runs side by side; the images have the same prompts and the same noise.",
-        facts=[(label, f"{_lead(run)} ({run.folder})") for label, run in named.items()],
+        facts=[(label, f"{_lead(run).removeprefix(f'{run.mode}: ')} ({run.folder})") for label, run in named.items()],
         scores=_scores(named),
         changes=any(len(run.history) > 1 for run in runs),
         curves=_curves(named),
@@ -207,6 +207,7 @@ def _interval(ends: Sequence[float | None] | None, *, signed: bool) -> str:
 def _curves(runs: Mapping[str, Run]) -> list[tuple[str, str]]:
     """Draws scores and task rewards by rollouts: both modes of one run in a chart, or one chart for each mode."""
     found: dict[str, dict[str, pd.Series]] = {}
+    rewards: dict[str, dict[str, pd.Series]] = {}
     for label, run in runs.items():
         if len(run.history) < 2 and not len(run.training):
             continue
@@ -216,10 +217,11 @@ def _curves(runs: Mapping[str, Run]) -> list[tuple[str, str]]:
                 found.setdefault(key_label(key), {})[MODE_LABELS[mode]] = series
             else:
                 found.setdefault(f"{key_label(key)}, {MODE_LABELS[mode]}", {})[label] = series
-        for column in run.training:
-            if str(column).startswith("reward/") and str(column).count("/") == 1:
-                found.setdefault(f"Task reward in training: {str(column)[7:]}", {})[label] = _series(run, str(column))
-    return _charts(found)
+        for column in map(str, run.training):
+            if column.startswith("reward/") and column.count("/") == 1:
+                rewards.setdefault(f"Task reward in training: {column[7:]}", {})[label] = _series(run, column)
+    labels = list(runs)
+    return _charts(found, labels if len(runs) > 1 else list(MODE_LABELS.values())) + _charts(rewards, labels)
 
 
 def _health(runs: Mapping[str, Run]) -> list[tuple[str, str]]:
@@ -231,6 +233,7 @@ def _health(runs: Mapping[str, Run]) -> list[tuple[str, str]]:
             title: {label: _series(run, column) for label, run in runs.items() if column in run.training}
             for title, column in columns.items()
         },
+        list(runs),
         flat=False,
     )
 
@@ -240,13 +243,15 @@ def _series(run: Run, column: str) -> pd.Series:
     return curve(run, column) if known else pd.Series(dtype=float)
 
 
-def _charts(found: Mapping[str, Mapping[str, pd.Series]], *, flat: bool = True) -> list[tuple[str, str]]:
+def _charts(
+    found: Mapping[str, Mapping[str, pd.Series]], order: Sequence[str], *, flat: bool = True
+) -> list[tuple[str, str]]:
     """Draws charts of at least two points, and where `flat` is False of those alone that are not 0 throughout."""
     charts = []
     for title, curves in found.items():
         shown = {label: series for label, series in curves.items() if len(series) > 1}
         if shown and (flat or any((series != 0).any() for series in shown.values())):
-            charts.append((title, line_chart(shown, noisy=max(map(len, shown.values())) > 25)))
+            charts.append((title, line_chart(shown, order, noisy=max(map(len, shown.values())) > 25)))
     return charts
 
 
@@ -331,7 +336,7 @@ def _group(group: Group, folder: Path, label: str = "") -> Card:
             said = "not scored"
         else:
             task = f" (task {slot.task:.2f})" if abs(slot.task - slot.reward) > 1e-6 else ""
-            said = f"reward {slot.reward:.2f}{task}, advantage {slot.advantage:+.2f}"
+            said = f"reward {slot.reward:.2f}{task}, advantage {slot.advantage:+.2f}".replace("-", "\N{MINUS SIGN}")
         badge = "retained" if slot.retained else ""
         tiles.append(Tile(folder / slot.file, said, slot.right, slot.drawn, badge))
     source = None if group.source is None else Tile(folder / group.source, text="the image to edit")

@@ -16,8 +16,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks import samples
+from callbacks.reporting.sheets import sheet as sheet_of
 from callbacks.samples import SampleImages
-from callbacks.samples import sheet as sheet_of
 from datamodules.base import PromptDataModule, PromptSample
 from lightning_modules.evaluation import EvaluationBatch
 from lightning_modules.rollout import Conditioning, Rollout, Trajectory

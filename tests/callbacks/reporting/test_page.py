@@ -43,7 +43,7 @@ def test_first_middle_and_last_step_with_marks(tmp_path: Path) -> None:
     page = run_page(made_run(tmp_path / "run", refines=False))
     card = texts(page).split("make it blue")[1].split("One group")[0]
     assert card.split() == "the image to edit as written step 0 step 20 step 30 ✗ wrong ✓ right ✓ right".split()
-    assert "retained ✗ reward 1.50 (task 0.50), advantage -1.50" in texts(page)
+    assert "retained ✗ reward 1.50 (task 0.50), advantage \N{MINUS SIGN}1.50" in texts(page)
     assert texts(page).count("retained ") == 2 and "with PE" not in texts(page)
 
 
@@ -126,11 +126,24 @@ def test_a_page_that_compares_runs(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "PromptRL, without PE 0.200 0.500 +0.300 [+0.111, +0.444]" in shown
     assert "flow-only, without PE 0.200 0.500 +0.300 [+0.111, +0.444]" in shown
     assert "as written PromptRL flow-only ✓ right ✓ right rewritten (PE) PromptRL flow-only ✓ right" in shown
+    assert shown.count("none") == 2, "a run without a refiner has no rewrites"
     assert "PromptRL, step 30" in shown and "flow-only, step 30" in shown
     main([str(tmp_path / "a")])
     assert capsys.readouterr().out.strip() == str(tmp_path / "a/version_0/report.html")
     with pytest.raises(SystemExit, match="error: there is no run in nowhere"):
         main(["nowhere"])
+
+
+def test_an_animation_has_a_frame_for_each_evaluation(tmp_path: Path) -> None:
+    made_run(tmp_path / "run", size=(32, 32))
+    main([str(tmp_path / "run"), "--gif", str(tmp_path / "run.gif")])
+    with Image.open(tmp_path / "run.gif") as gif:
+        assert gif.n_frames == 4 and gif.width == 12 + 2 * 220  # type: ignore[attr-defined]
+    made_run(tmp_path / "other")
+    for path in (tmp_path / "other" / "report").iterdir():
+        path.unlink()
+    with pytest.raises(SystemExit, match="error: .*other has no images of evaluations"):
+        main([str(tmp_path / "other"), "--gif", str(tmp_path / "other.gif")])
 
 
 def test_predictions_with_and_without_a_source(tmp_path: Path) -> None:
