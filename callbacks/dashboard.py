@@ -151,16 +151,17 @@ def layout(trainer: L.Trainer, *, refines: bool) -> Layout:
     learned = ("flow/kl", "flow/grad_norm", *(("language/kl", "language/grad_norm", "language/entropy") * refines))
     health |= _charts(f"train/{name}" for name in learned)
     return {
-        "Reward": {"task reward": _scorers(""), **_charts(["format"] * refines), TOTAL: _chart("reward")},
+        "Reward": {"task reward": _scorers(""), **_charts(["format"] * refines)},
         "Benchmarks": _charts(own),
         "By rollouts": {
             "task reward by rollouts": _scorers(f"{BY_ROLLOUTS}/"),
             **_charts(by_rollouts + differences),
-            f"{TOTAL} by rollouts": _chart(f"{BY_ROLLOUTS}/reward"),
         },
         "Other wordings": _charts(derived),
         "Diversity": diversity,
         "Health": health,
+        # A category of its own: within another, charts that later runs add would come after it.
+        "Total reward": {TOTAL: _chart("reward"), f"{TOTAL} by rollouts": _chart(f"{BY_ROLLOUTS}/reward")},
     }
 
 

@@ -43,7 +43,7 @@ from tests.short_runs import folder, short_fit
 pytestmark = pytest.mark.slow
 
 EXPERIMENTS = ("flow_only", "promptrl")
-CATEGORIES = ["Reward", "Benchmarks", "By rollouts", "Other wordings", "Diversity", "Health"]
+CATEGORIES = ["Reward", "Benchmarks", "By rollouts", "Other wordings", "Diversity", "Health", "Total reward"]
 
 
 def events(run: Path) -> EventAccumulator:
@@ -148,8 +148,11 @@ def test_layout_shows_what_was_logged(two_runs: Path) -> None:
     assert list(shown["Reward"].items()) == [
         ("task reward", ["reward/[^/]+$"]),
         ("format", ["format$"]),
-        ("total reward (with format)", ["reward$"]),
     ]
+    assert shown["Total reward"] == {
+        "total reward (with format)": ["reward$"],
+        "total reward (with format) by rollouts": ["by_rollouts/reward$"],
+    }
     modes = ("without_pe", "with_pe")
     assert shown["Benchmarks"] == {f"val/geneval/{mode}": [f"val/geneval/{mode}$"] for mode in modes}
     assert list(shown["Other wordings"]) == [
@@ -160,7 +163,6 @@ def test_layout_shows_what_was_logged(two_runs: Path) -> None:
         *(f"by_rollouts/val/geneval/{mode}" for mode in modes),
         *(f"by_rollouts/val/robustness/GenEvalBenchmark/paraphrase/{mode}" for mode in modes),
         *(f"by_rollouts/val/robustness/GenEvalBenchmark/unseen/{mode}" for mode in modes),
-        "total reward (with format) by rollouts",
     ]
     for run, layout_of_it in (("promptrl", shown), ("flow_only", charts(flow_only))):
         logged = events(folder(two_runs, run)).Tags()["scalars"]

@@ -107,7 +107,6 @@ def test_curves_of_both_runs_in_common_charts(address: str, browser: webdriver.C
     browser.get(f"{address}#custom_scalars")
     expected = {
         "task reward": curves("reward/geneval"),
-        "total reward (with format)": curves("reward"),
         "task reward by rollouts": curves("by_rollouts/reward/geneval"),
     }
     for title in ("val/geneval", "val/unseen", "by_rollouts/val/geneval"):
