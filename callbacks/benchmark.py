@@ -17,6 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from PIL.Image import Image
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from callbacks.scores.bootstrap import enough, interval, resample
@@ -38,8 +39,9 @@ class Benchmark(L.Callback, ABC):
 
     Logs `val/<set>/<mode>` (the headline number) and `val/<set>/<mode>/<score>`, with mode `without_pe` (images of
     the prompts as they are) or `with_pe` (images of the refiner's greedy rewrites). At the end of a fit or test it
-    prints a table and writes `results.json` beside the logs, with 95 % intervals from a bootstrap over prompts within
-    each tag (where each tag has a few), equal ones together; a test also leaves `scores.jsonl`, a line for each prompt.
+    prints a table and writes `results.json` beside the logs, with 95 % intervals of the scores and of their changes
+    since the first validation, from a bootstrap over prompts within each tag (where each tag has a few), equal ones
+    together; a test also leaves `scores.jsonl`, a line for each prompt.
 
     Args:
         sets: evaluation sets to score, with the sets that reword them; null is all of the data module's.
@@ -62,6 +64,7 @@ class Benchmark(L.Callback, ABC):
         """(Set, mode) -> scores by prompt in the latest evaluation, over all ranks."""
         self.intervals: Intervals = {}
         """95 % intervals of the latest evaluation."""
+        self._first: dict[tuple[str, str], PromptTable] = {}
         self._metrics: dict[tuple[str, str], PromptScores] = {}
         self._sets: Sets = {}
         self._started = time.monotonic()
@@ -185,6 +188,7 @@ class Benchmark(L.Callback, ABC):
         rollouts = getattr(pl_module, "num_rollouts", 0)
         seconds = self._seconds_before + time.monotonic() - self._started
         entry = {"step": trainer.global_step, "rollouts": rollouts, "seconds": round(seconds, 1), "results": results}
+        self._first = self._first if self.history else self.tables
         self.history.append(entry | {"sets": self._sets})
         folder = trainer.log_dir  # asked on every rank: Lightning broadcasts it
         if trainer.is_global_zero and folder is not None:
@@ -216,12 +220,15 @@ class Benchmark(L.Callback, ABC):
             self.on_fit_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the history and the seconds so far for the checkpoint, so that a resumed run keeps its beginning."""
-        return {"history": self.history, "seconds": self._seconds_before + time.monotonic() - self._started}
+        """Returns the history, the first scores and the seconds so far, so that a resumed run keeps its beginning."""
+        first = {key: vars(table) for key, table in self._first.items()}
+        seconds = self._seconds_before + time.monotonic() - self._started
+        return {"history": self.history, "seconds": seconds, "first": first}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the history and the seconds of the run that is resumed."""
         self.history = list(state_dict["history"])
+        self._first = {key: PromptTable(**table) for key, table in state_dict.get("first", {}).items()}
         self._seconds_before = state_dict["seconds"]
 
     # --- reports ----------------------------------------------------------------------------------------------------
@@ -235,15 +242,38 @@ class Benchmark(L.Callback, ABC):
         same = [key for key, one in last.get("sets", {}).items() if first.get("sets", {}).get(key) == one]
         return {key: modes for key, modes in first["results"].items() if key in same}
 
+    def _changes(self) -> Intervals:
+        """Returns the 95 % intervals of the scores' changes since the first evaluation, for sets with equal prompts.
+
+        A prompt is drawn for both evaluations together: what makes it hard in both does not blur the change.
+        """
+        if len(self.history) < 2:
+            return {}
+        found: Intervals = {}
+        for (name, mode), last in self.tables.items():
+            key, first = self.key(name), self._first.get((name, mode))
+            if first is None or key not in self._before() or not enough(last.tags, last.prompts):
+                continue
+            row_of = {prompt: row for row, prompt in enumerate(first.ids)}
+            weights = resample(last.tags, self.resamples, prompts=last.prompts)
+            before = self.summarize(first.rows([row_of[prompt] for prompt in last.ids]), weights)
+            after = self.summarize(last, weights)
+            ends = {score: list(interval(after[score] - before[score])) for score in after if score in before}
+            found.setdefault(key, {})[mode] = ends
+        return found
+
     def print_table(self) -> None:
         """Prints the headline scores before and after training, per set and mode."""
         last, before = self.history[-1], self._before()
         later = last["step"] > self.history[0]["step"]
         fitted = later and bool(before)
+        ends = self._changes() if fitted else self.intervals
         table = Table(title=f"{self.title} after {last['rollouts']:,} rollouts ({last['seconds']:.0f} s)")
         numbers = ("before", "after", "change") if fitted else ("score",)
-        for column in ("set", "prompt", *numbers, "95 % interval"):
-            table.add_column(column, justify="left" if column in ("set", "prompt") else "right")
+        for column in ("set", "prompt", *numbers):
+            last_one = column == numbers[-1]
+            heading = Text(f"{column} [95 % interval]" if last_one else column)  # no markup
+            table.add_column(heading, justify="left" if last_one or column in ("set", "prompt") else "right")
         for name, modes in last["results"].items():
             for mode, scores in modes.items():
                 after = scores[self.headline]
@@ -251,21 +281,23 @@ class Benchmark(L.Callback, ABC):
                 if fitted:
                     was = before.get(name, {}).get(mode, {}).get(self.headline)
                     cells = ["", *cells, ""] if was is None else [f"{was:.3f}", *cells, f"{after - was:+.3f}"]
-                ends = self.intervals.get(name, {}).get(mode, {}).get(self.headline)
-                cells.append("" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}")
-                table.add_row(name, mode.replace("_", " ").replace("pe", "PE"), *cells)
+                sign = "+" if fitted else ""
+                low_high = ends.get(name, {}).get(mode, {}).get(self.headline)
+                cells[-1] += "" if low_high is None else f" [{low_high[0]:{sign}.3f}, {low_high[1]:{sign}.3f}]"
+                table.add_row(name, mode.replace("_", " ").replace("pe", "PE"), *map(Text, cells))
         if later and not last["results"].keys() <= before.keys():
             table.caption = "No change is shown where the prompts are not those of the first validation."
         Console().print(table)
 
     def _write(self, path: Path) -> None:
-        """Writes `results.json`: the last scores by set and mode, those before training, and the history."""
+        """Writes `results.json`: the last scores by set and mode, those before training, intervals, and the history."""
         merged = json.loads(path.read_text()) if path.is_file() else {}
         last = self.history[-1]
         merged |= last["results"] | {"rollouts": last["rollouts"], "seconds": last["seconds"]}
         merged["headlines"] = merged.get("headlines", {}) | dict.fromkeys(last["results"], self.headline)
         merged["intervals"] = merged.get("intervals", {}) | self.intervals
         merged["before"] = merged.get("before", {}) | self._before()
+        merged["changes"] = merged.get("changes", {}) | self._changes()
         merged["sets"] = merged.get("sets", {}) | last["sets"]
         merged.setdefault("history", {})[self.title] = self.history
         _dump(merged, path)

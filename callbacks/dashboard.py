@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
@@ -21,6 +22,7 @@ from lightning_modules.run_folder import mode_of
 BY_ROLLOUTS = "by_rollouts"
 REWARDS = "reward(/[^/]+)?"
 """Pattern of the names that a step's rewards are logged under: the total, and each scorer's native value."""
+TOTAL = "total reward (with format)"
 STATISTICS = ("blank_share", "flat_area", "saturation", "duplicates")
 """Statistics `health/...` that show a collapse; the others are under Time Series."""
 
@@ -54,7 +56,7 @@ class Dashboard(L.Callback):
         """Writes the layout and the hyperparameters; the evaluation sets are known by now."""
         if not isinstance(pl_module, PromptRL) or not trainer.is_global_zero:
             return
-        self._lay_out(trainer)
+        self._lay_out(trainer, pl_module)
         for logger in tensorboards(trainer):
             # Without torch's `experiment`, of which TensorBoard reads one run's alone: a flow-only run's would hide the
             # scores with PE of all others. So it takes the columns from all runs, and puts those that differ first.
@@ -74,7 +76,7 @@ class Dashboard(L.Callback):
         """Logs the headline scores, and the differences of paraphrased sets to their originals, over rollouts."""
         if not isinstance(pl_module, PromptRL) or trainer.sanity_checking or not trainer.is_global_zero:
             return
-        self._lay_out(trainer)
+        self._lay_out(trainer, pl_module)
         originals = _data(trainer).originals
         values: dict[str, float] = {}
         for benchmark in _all(trainer, Benchmark):
@@ -94,43 +96,48 @@ class Dashboard(L.Callback):
             for logger in tensorboards(trainer):
                 logger.experiment.file_writer.add_summary(end)
 
-    def _lay_out(self, trainer: L.Trainer) -> None:
+    def _lay_out(self, trainer: L.Trainer, module: PromptRL) -> None:
         """Writes the layout once, and again if evaluation sets have come to it: the last one counts."""
-        now = layout(trainer)
+        now = layout(trainer, refines=module.language is not None)
         if now != self._laid_out:
             self._laid_out = now
             for logger in tensorboards(trainer):
                 logger.experiment.add_custom_scalars(now)
 
 
-def layout(trainer: L.Trainer) -> Layout:
+def layout(trainer: L.Trainer, *, refines: bool) -> Layout:
     """Returns the charts of a run.
 
-    TensorBoard merges the layouts of all runs: category by category, equal charts once, in the first run's order. So a
-    chart's title, which is the beginning of its tags, says all that is in it: both modes and both agents, also where a
-    run has one. And all runs have all categories, since one that the first lacks is merged wrongly from the third on
-    (`custom_scalars_plugin.py` of TensorBoard 2.21).
+    TensorBoard merges the layouts of all runs: category by category, equal charts once, in the first run's order. A run
+    has one colour, so each mode has a chart of its own. All runs have all categories, since one that the first lacks is
+    merged wrongly from the third on (`custom_scalars_plugin.py` of TensorBoard 2.21). The task reward comes first, as
+    it is measured alike in all runs; the total, which has the format reward in it where there is a refiner, last.
+
+    Args:
+        trainer: knows the callbacks and the evaluation sets.
+        refines: True if the run has a refiner.
     """
     originals = _data(trainer).originals
-    own: dict[str, Chart] = {}
-    derived: dict[str, Chart] = {}
-    by_rollouts = _reward_charts(f"{BY_ROLLOUTS}/")
-    differences: dict[str, Chart] = {}
+    modes = MODES if refines else MODES[:1]
+    own: list[str] = []
+    derived: list[str] = []
+    by_rollouts: list[str] = []
+    differences: list[str] = []
     for benchmark in _all(trainer, Benchmark):
         for name in _data(trainer).eval_sets:
             if not benchmark.scores_set(_data(trainer), name):
                 continue
-            prefix = f"val/{benchmark.key(name)}"
+            tags = [f"val/{benchmark.key(name)}/{mode}" for mode in modes]
             if name in originals:
-                derived[prefix] = _chart(prefix, MODES)
+                derived += tags
                 prefix = f"val/robustness/{benchmark.title}/{name}"
-                differences[f"{BY_ROLLOUTS}/{prefix}"] = _chart(f"{BY_ROLLOUTS}/{prefix}", MODES)
+                differences += [f"{BY_ROLLOUTS}/{prefix}/{mode}" for mode in modes]
                 if _all(trainer, PromptRobustness):
-                    derived[prefix] = _chart(prefix, (*MODES, "against_pe"))
+                    derived += [f"{prefix}/{end}" for end in (*modes, *(["against_pe"] if refines else []))]
             else:
-                own[prefix] = _chart(prefix, MODES)
-                by_rollouts[f"{BY_ROLLOUTS}/{prefix}"] = _chart(f"{BY_ROLLOUTS}/{prefix}", MODES)
-    diversity = {tag: _chart(tag) for tag in ("group/image_similarity", "group/zero_std_share", "refine/distinct")}
+                own += tags
+                by_rollouts += [f"{BY_ROLLOUTS}/{tag}" for tag in tags]
+    diversity = _charts(["group/image_similarity", "group/zero_std_share", *["refine/distinct"] * refines])
     for probe in _all(trainer, Diversity):
         if probe.every_n_validations is not None:
             for name in probe.sets or [name for name in _data(trainer).eval_sets if name not in originals][:1]:
@@ -139,18 +146,22 @@ def layout(trainer: L.Trainer) -> Layout:
     health: dict[str, Chart] = {}
     for watch in _all(trainer, Health):
         if watch.held_out is not None:
-            health[f"health/held_out/{watch.held_out.name}"] = _chart(f"health/held_out/{watch.held_out.name}")
-        health |= {f"health/{name}": _chart(f"health/{name}") for name in STATISTICS}
-    for name in ("kl", "grad_norm"):
-        health[f"train/{name}"] = _chart("train", (f"flow/{name}", f"language/{name}"))
-    health["train/language/entropy"] = _chart("train/language/entropy")
+            health |= _charts([f"health/held_out/{watch.held_out.name}"])
+        health |= _charts(f"health/{name}" for name in STATISTICS)
+    learned = ("flow/kl", "flow/grad_norm", *(("language/kl", "language/grad_norm", "language/entropy") * refines))
+    health |= _charts(f"train/{name}" for name in learned)
     return {
-        "Reward": _reward_charts("") | {"format": _chart("format")},
-        "Benchmarks": own,
-        "By rollouts": by_rollouts | differences,
-        "Other wordings": derived,
+        "Reward": {"task reward": _scorers(""), **_charts(["format"] * refines)},
+        "Benchmarks": _charts(own),
+        "By rollouts": {
+            "task reward by rollouts": _scorers(f"{BY_ROLLOUTS}/"),
+            **_charts(by_rollouts + differences),
+        },
+        "Other wordings": _charts(derived),
         "Diversity": diversity,
         "Health": health,
+        # A category of its own: within another, charts that later runs add would come after it.
+        "Total reward": {TOTAL: _chart("reward"), f"{TOTAL} by rollouts": _chart(f"{BY_ROLLOUTS}/reward")},
     }
 
 
@@ -185,9 +196,14 @@ def _chart(prefix: str, ends: tuple[str, ...] | list[str] = ()) -> Chart:
     return ["Multiline", [f"{re.escape(tag)}$" for tag in tags]]
 
 
-def _reward_charts(prefix: str) -> dict[str, Chart]:
-    """Returns two charts: the total reward (with a refiner, the format reward is part of it) and each scorer's."""
-    return {f"{prefix}reward": _chart(f"{prefix}reward"), f"{prefix}reward/": ["Multiline", [f"{prefix}reward/[^/]+$"]]}
+def _charts(tags: Iterable[str]) -> dict[str, Chart]:
+    """Returns a chart for each tag, which is its title."""
+    return {tag: _chart(tag) for tag in tags}
+
+
+def _scorers(prefix: str) -> Chart:
+    """Returns the chart of each scorer's native value, below which the total reward is not."""
+    return ["Multiline", [f"{prefix}reward/[^/]+$"]]
 
 
 def _log(trainer: L.Trainer, values: dict[str, float], rollouts: int) -> None:

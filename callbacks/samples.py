@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from callbacks.reporting.sheets import ROWS, sheet
 from lightning_modules.evaluation import EvaluationBatch
 from lightning_modules.rollout import Rollout
 from rewards.arguments import check_minimum
-
-_SIDE = 160
-_CAPTION = 78
 
 
 class SampleImages(L.Callback):
@@ -40,10 +36,10 @@ class SampleImages(L.Callback):
         assert isinstance(outputs, EvaluationBatch)
         if batch_idx > 0 or not trainer.is_global_zero or not outputs.samples:
             return
-        rows = [
-            [captioned(image, text) for image, text in zip(images[0][: self.num], outputs.prompts[mode], strict=False)]
+        rows = {
+            ROWS[mode]: list(zip(images[0][: self.num], outputs.prompts[mode], strict=False))
             for mode, images in outputs.images.items()
-        ]
+        }
         _log(trainer, f"samples/{outputs.name}", sheet(rows))
         if "with_pe" in outputs.prompts:
             asked = [sample.asked for sample in outputs.samples[: self.num]]
@@ -61,32 +57,14 @@ class SampleImages(L.Callback):
         size = rollout.rewards.shape[1]
         numbers = zip(rollout.rewards[0].tolist(), rollout.advantages[0].tolist(), strict=True)
         tiles = [
-            captioned(image, f"{prompt} | reward {reward:.2f}, advantage {advantage:+.2f}")
+            (image, f"reward {reward:.2f}, advantage {advantage:+.2f}\n{prompt}")
             for image, prompt, (reward, advantage) in zip(
                 rollout.images[:size], rollout.prompts[:size], numbers, strict=True
             )
         ]
-        half = (len(tiles) + 1) // 2
-        _log(trainer, "samples/group", sheet([tiles[:half], tiles[half:]]))
-
-
-def captioned(image: Image.Image, text: str) -> Image.Image:
-    """Returns an image with its caption below; small images are enlarged without smoothing."""
-    tile = Image.new("RGB", (_SIDE, _SIDE + _CAPTION), "white")
-    resample = Image.Resampling.NEAREST if image.width < _SIDE else Image.Resampling.LANCZOS
-    tile.paste(image.resize((_SIDE - 8, _SIDE - 8), resample), (4, 4))
-    wrapped = "\n".join(textwrap.wrap(text, 26)[:5])
-    ImageDraw.Draw(tile).multiline_text((4, _SIDE), wrapped, fill="black", font=ImageFont.load_default(11))
-    return tile
-
-
-def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Pastes rows of captioned images into one."""
-    whole = Image.new("RGB", (max(map(len, rows)) * _SIDE, len(rows) * (_SIDE + _CAPTION)), "white")
-    for y, row in enumerate(rows):
-        for x, tile in enumerate(row):
-            whole.paste(tile, (x * _SIDE, y * (_SIDE + _CAPTION)))
-    return whole
+        half = (size + 1) // 2
+        title = f"one group: {rollout.samples[0].prompt}"
+        _log(trainer, "samples/group", sheet({title: tiles[:half], "the same group, continued": tiles[half:]}))
 
 
 def _log(trainer: L.Trainer, tag: str, image: Image.Image) -> None:

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from callbacks.dashboard import Dashboard
 from callbacks.kept_images import KeepImages
+from callbacks.page import Page
 from callbacks.predictions import SavePredictions
 from callbacks.progress import RunProgressBar
 from callbacks.report import Report
@@ -147,7 +148,9 @@ class PromptRLCLI(LightningCLI):
         if self.subcommand == "fit":
             trainer.callbacks.append(Dashboard())
         if self.subcommand != "predict":
-            trainer.callbacks.append(Report())  # the last one, which reads what the others leave
+            trainer.callbacks.append(Report())
+        if not options["fast_dev_run"]:
+            trainer.callbacks.append(Page())  # the last one, which reads what the others leave
         return cast(L.Trainer, trainer)
 
     @property

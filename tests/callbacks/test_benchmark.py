@@ -132,7 +132,7 @@ def test_a_fit_leaves_results_before_after_and_history(tmp_path: Path, capsys: p
         "few": {"without_pe": one_tag(1), "with_pe": one_tag(1)},
     }
     assert set(results) == {
-        *("geneval", "few", "rollouts", "seconds", "intervals", "before", "history", "headlines", "sets")
+        *("geneval", "few", "rollouts", "seconds", "intervals", "before", "changes", "history", "headlines", "sets")
     }
     assert {name: one["prompts"] for name, one in results["sets"].items()} == {"geneval": 3, "few": 1}
     assert results["headlines"] == {"geneval": "overall", "few": "overall"}
@@ -368,6 +368,31 @@ def test_equal_prompts_of_any_data_module_are_resampled_together(tmp_path: Path)
         lines = [json.loads(line) for line in (run / "scores.jsonl").read_text().splitlines()]
         assert len(lines) == 4 * times and len({line["prompt"] for line in lines}) == 4
     assert ends[1] == ends[5] == [0, 1]
+
+
+class Better(HalfRight):
+    """Draws the prompt 2 right before training, and all but the prompt 3 after it."""
+
+    def validation_step(self, batch: list[PromptSample], batch_idx: int, dataloader_idx: int) -> Any:
+        right = ("circle 2",) if self.global_step == 0 else ("circle 0", "circle 1", "circle 2")
+        drawn = super().validation_step(batch, batch_idx, dataloader_idx)
+        images = [Image.fromarray(render(CIRCLE if s.metadata["of"] in right else CROSSES)) for s in batch]
+        return EvaluationBatch(drawn.name, batch, drawn.prompts, drawn.seeds, {"without_pe": [images]})
+
+
+def test_the_interval_beside_a_change_is_the_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two of four prompts get better: a change of 0.5 in 0 to 1. The score after has 0.25 to 1. Also after a resume."""
+    first = make_trainer(tmp_path, GenEvalBenchmark(ShapesDetector(), sets=["geneval"]))
+    first.fit(Better(IMPROVES, refines=False), Repeated(1))
+    first.save_checkpoint(tmp_path / "at_2.ckpt")
+    resumed = make_trainer(tmp_path, GenEvalBenchmark(ShapesDetector(), sets=["geneval"]), max_steps=4)
+    resumed.fit(Better(IMPROVES, refines=False), Repeated(1), ckpt_path=tmp_path / "at_2.ckpt")
+    printed = capsys.readouterr().out
+    assert printed.count("change [95 % interval]") == printed.count("+0.500 [+0.000, +1.000]") == 2
+    for version in (0, 1):
+        results = json.loads((tmp_path / f"run/version_{version}/results.json").read_text())
+        assert results["changes"]["geneval"]["without_pe"]["overall"] == [0, 1]
+        assert results["intervals"]["geneval"]["without_pe"]["overall"] == [0.25, 1]
 
 
 def test_one_prompt_of_a_tag_has_no_interval(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ from tests.short_runs import folder, short_fit
 pytestmark = pytest.mark.slow
 
 EXPERIMENTS = ("flow_only", "promptrl")
-CATEGORIES = ["Reward", "Benchmarks", "By rollouts", "Other wordings", "Diversity", "Health"]
+CATEGORIES = ["Reward", "Benchmarks", "By rollouts", "Other wordings", "Diversity", "Health", "Total reward"]
 
 
 def events(run: Path) -> EventAccumulator:
@@ -122,7 +122,7 @@ def test_a_resumed_run_goes_on_counting(two_runs: Path, tmp_path: Path) -> None:
     first, second = layouts(run)
     assert charts(first)["Benchmarks"] == {}
     assert second == layouts(folder(two_runs, "flow_only"))[0]
-    assert merged(tmp_path)["Benchmarks"] == ["val/geneval"], "the last layout counts"
+    assert merged(tmp_path)["Benchmarks"] == ["val/geneval/without_pe"], "the last layout counts"
 
 
 def test_other_modules_are_left_alone(tmp_path: Path) -> None:
@@ -141,28 +141,36 @@ def test_other_modules_are_left_alone(tmp_path: Path) -> None:
 
 def test_layout_shows_what_was_logged(two_runs: Path) -> None:
     (flow_only,), (promptrl,) = (layouts(folder(two_runs, experiment)) for experiment in EXPERIMENTS)
-    assert flow_only == promptrl, "equal charts are shown once, with the curves of both runs"
     shown = charts(promptrl)
-    assert list(shown) == CATEGORIES
-    assert shown["Reward"] == {"reward": ["reward$"], "reward/": ["reward/[^/]+$"], "format": ["format$"]}
-    assert shown["Benchmarks"] == {"val/geneval": ["val/geneval/without_pe$", "val/geneval/with_pe$"]}
-    assert shown["Other wordings"] == {
-        "val/paraphrase": ["val/paraphrase/without_pe$", "val/paraphrase/with_pe$"],
-        "val/unseen": ["val/unseen/without_pe$", "val/unseen/with_pe$"],
-    }
-    assert list(shown["By rollouts"]) == [
-        "by_rollouts/reward",
-        "by_rollouts/reward/",
-        "by_rollouts/val/geneval",
-        "by_rollouts/val/robustness/GenEvalBenchmark/paraphrase",
-        "by_rollouts/val/robustness/GenEvalBenchmark/unseen",
+    assert list(shown) == list(charts(flow_only)) == CATEGORIES
+    for category, titles in charts(flow_only).items():
+        assert titles.items() <= shown[category].items(), "equal charts are shown once, with the curves of both runs"
+    assert list(shown["Reward"].items()) == [
+        ("task reward", ["reward/[^/]+$"]),
+        ("format", ["format$"]),
     ]
-    logged = events(folder(two_runs, "promptrl")).Tags()["scalars"]
-    for titles in shown.values():
-        for title, patterns in titles.items():
-            # TensorBoard's way of looking for them. A KL weight of 0 leaves no KL of the flow model.
-            matches = [tag for tag in logged for pattern in patterns if re.match(pattern, tag)]
-            assert len(matches) == (1 if title == "train/kl" else len(patterns)), title
+    assert shown["Total reward"] == {
+        "total reward (with format)": ["reward$"],
+        "total reward (with format) by rollouts": ["by_rollouts/reward$"],
+    }
+    modes = ("without_pe", "with_pe")
+    assert shown["Benchmarks"] == {f"val/geneval/{mode}": [f"val/geneval/{mode}$"] for mode in modes}
+    assert list(shown["Other wordings"]) == [
+        f"val/{name}/{mode}" for name in ("paraphrase", "unseen") for mode in modes
+    ]
+    assert list(shown["By rollouts"]) == [
+        "task reward by rollouts",
+        *(f"by_rollouts/val/geneval/{mode}" for mode in modes),
+        *(f"by_rollouts/val/robustness/GenEvalBenchmark/paraphrase/{mode}" for mode in modes),
+        *(f"by_rollouts/val/robustness/GenEvalBenchmark/unseen/{mode}" for mode in modes),
+    ]
+    for run, layout_of_it in (("promptrl", shown), ("flow_only", charts(flow_only))):
+        logged = events(folder(two_runs, run)).Tags()["scalars"]
+        for titles in layout_of_it.values():
+            for title, patterns in titles.items():
+                # TensorBoard's way of looking for them. A KL weight of 0 leaves no KL of the flow model.
+                matches = [tag for tag in logged for pattern in patterns if re.match(pattern, tag)]
+                assert len(matches) == (0 if title == "train/flow/kl" else 1), title
 
 
 class Prompts(PromptDataModule):
@@ -202,19 +210,24 @@ def test_layout_of_other_callbacks() -> None:
             Diversity(PixelEncoder(), every_n_validations=2),
             Diversity(PixelEncoder(), name="diversity_tests"),  # `every_n_validations: null`: not within a fit
             Health(),
-        )
+        ),
+        refines=True,
     )
     name = ShapesQuality().name
+    modes = ("without_pe", "with_pe")
     assert shown["Benchmarks"] == {
-        f"val/a+b/{name}": ["Multiline", [rf"val/a\+b/{name}/without_pe$", rf"val/a\+b/{name}/with_pe$"]],
-        f"val/c/{name}": ["Multiline", [f"val/c/{name}/without_pe$", f"val/c/{name}/with_pe$"]],
-        "val/c": ["Multiline", ["val/c/without_pe$", "val/c/with_pe$"]],
+        **{f"val/a+b/{name}/{mode}": ["Multiline", [rf"val/a\+b/{name}/{mode}$"]] for mode in modes},
+        **{f"val/c/{name}/{mode}": ["Multiline", [f"val/c/{name}/{mode}$"]] for mode in modes},
+        **{f"val/c/{mode}": ["Multiline", [f"val/c/{mode}$"]] for mode in modes},
     }
     title = f"val/robustness/{RewardBenchmark(ShapesQuality()).title}/a+b.typos"
-    assert list(shown["Other wordings"]) == [f"val/a+b.typos/{name}", title]
-    assert shown["Other wordings"][title][1] == [
-        f"{re.escape(title)}/{mode}$" for mode in ("without_pe", "with_pe", "against_pe")
-    ]
+    assert shown["Other wordings"] == {
+        tag: ["Multiline", [f"{re.escape(tag)}$"]]
+        for tag in [
+            *(f"val/a+b.typos/{name}/{mode}" for mode in modes),
+            *(f"{title}/{mode}" for mode in (*modes, "against_pe")),
+        ]
+    }
     assert shown["Diversity"]["val/diversity/a+b"][1] == [
         rf"val/diversity/a\+b/{arm}/image_similarity$" for arm in ("same_prompt", "rewrites", "rewrites_shared_noise")
     ]
@@ -223,15 +236,16 @@ def test_layout_of_other_callbacks() -> None:
 
 
 def test_layouts_of_unlike_runs_become_one(tmp_path: Path) -> None:
-    """The first run rewords nothing, the second and third different kinds."""
+    """The first run rewords nothing and has no refiner, the second and third different kinds."""
     for run, kinds in (("1", ()), ("2", ("typos",)), ("3", ("order", "typos"))):
         trainer = prepared(Prompts(*kinds), GenEvalBenchmark(ShapesDetector()))
         with SummaryWriter(tmp_path / run) as writer:
-            writer.add_custom_scalars(layout(trainer))
+            writer.add_custom_scalars(layout(trainer, refines=run != "1"))
     found = merged(tmp_path)
     assert list(found) == CATEGORIES
-    assert found["Benchmarks"] == ["val/a+b", "val/c"]
-    assert found["Other wordings"] == ["val/a+b.typos", "val/a+b.order"]
+    modes = ("without_pe", "with_pe")
+    assert found["Benchmarks"] == [f"val/{name}/{mode}" for mode in modes for name in ("a+b", "c")]
+    assert found["Other wordings"] == [f"val/a+b.{kind}/{mode}" for kind in ("typos", "order") for mode in modes]
 
 
 # --- HParams --------------------------------------------------------------------------------------------------------

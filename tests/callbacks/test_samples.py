@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from callbacks import samples
+from callbacks.reporting.sheets import sheet as sheet_of
 from callbacks.samples import SampleImages
 from datamodules.base import PromptDataModule, PromptSample
 from lightning_modules.evaluation import EvaluationBatch
@@ -22,9 +25,7 @@ from rewards.base import Score
 
 pytestmark = pytest.mark.filterwarnings("ignore:Experiment logs directory", "ignore:The dirpath has changed")
 
-TILE = (160, 160 + 78)
 RED, GREEN, BLUE = (200, 0, 0), (0, 200, 0), (0, 0, 200)
-WHITE = (255, 255, 255)
 
 
 def plain(color: tuple[int, int, int], size: int = 32) -> Image.Image:
@@ -99,23 +100,28 @@ def sheet(events: EventAccumulator, tag: str) -> Image.Image:
     return Image.open(io.BytesIO(event.encoded_image_string))
 
 
-def middles(image: Image.Image) -> list[list[Any]]:
-    """The colour in the middle of every tile's image, by rows."""
-    columns, rows = image.width // TILE[0], image.height // TILE[1]
-    return [[image.getpixel((x * 160 + 80, y * 238 + 80)) for x in range(columns)] for y in range(rows)]
+def color_rows(image: Image.Image) -> list[list[Any]]:
+    """The colours of images 208 pixels wide, by rows from the top: runs of equal rows of pixels that hold them."""
+    pixels = np.asarray(image)
+    rows: list[list[Any]] = []
+    was = False
+    for line in pixels:
+        found = [tuple(map(int, line[12 + x * 220 + 104])) for x in range(image.width // 220)]
+        edges = [tuple(map(int, line[12 + x * 220])) for x in range(image.width // 220)]
+        now = [color for color, edge in zip(found, edges, strict=True) if color == edge and color in (RED, GREEN, BLUE)]
+        if now and not was:
+            rows.append(now)
+        was = bool(now)
+    return rows
 
 
 def test_sheets_of_both_modes_and_a_table_of_rewrites(tmp_path: Path) -> None:
     events = validate(tmp_path, Painter(), num=3)
     assert events.Tags()["images"] == ["samples/geneval", "samples/few"]
     large, small = sheet(events, "samples/geneval"), sheet(events, "samples/few")
-    assert large.size == (3 * 160, 2 * 238)  # 3 of the first batch of 4
-    assert small.size == (2 * 160, 2 * 238)
-    assert middles(large) == [[RED, GREEN, BLUE], [BLUE, BLUE, BLUE]]
-    assert middles(small) == [[RED, GREEN], [BLUE, BLUE]]
-    # A frame of 4 white pixels, then the image without smoothing; black ink in the caption below.
-    assert [large.getpixel((x, 80)) for x in (3, 4, 155, 156)] == [WHITE, RED, RED, WHITE]
-    assert large.crop((0, 160, 160, 238)).convert("L").getextrema() == (0, 255)
+    assert (large.width, small.width) == (12 + 3 * 220, 12 + 2 * 220)  # 3 of the first batch of 4
+    assert color_rows(large) == [[RED, GREEN, BLUE], [BLUE, BLUE, BLUE]]
+    assert color_rows(small) == [[RED, GREEN], [BLUE, BLUE]]
 
     assert events.Tags()["tensors"] == ["rewrites/geneval/text_summary", "rewrites/few/text_summary"]
     (text,) = events.Tensors("rewrites/few/text_summary")
@@ -127,28 +133,57 @@ def test_sheets_of_both_modes_and_a_table_of_rewrites(tmp_path: Path) -> None:
     ]
 
 
-def test_captions_are_each_images_own(tmp_path: Path) -> None:
-    """Equal images with unlike captions give unlike tiles: the rewrite stands below the lower row."""
-    large = sheet(validate(tmp_path, Painter(), num=4), "samples/geneval")
-    below = [large.crop((3 * 160, y + 160, 4 * 160, y + 238)).tobytes() for y in (0, 238)]
-    first = large.crop((0, 160, 160, 238)).tobytes()
-    assert len({*below, first}) == 3
+def height(image: Image.Image, color: tuple[int, int, int]) -> int:
+    """Number of the first column's pixels that have a colour."""
+    return int((np.asarray(image)[:, 12 + 104] == color).all(-1).sum())
+
+
+@pytest.mark.parametrize(("size", "shown"), [((1024, 512), 104), ((24, 48), 416), ((32, 32), 208)])
+def test_images_keep_their_aspect_ratio(size: tuple[int, int], shown: int) -> None:
+    assert height(sheet_of({"a row": [(Image.new("RGB", size, RED), "caption")]}), RED) == shown
+
+
+def ink(image: Image.Image) -> int:
+    """Number of dark pixels."""
+    return int((np.asarray(image.convert("L")) < 128).sum())
+
+
+def test_captions_are_whole_and_collide_with_nothing() -> None:
+    """Twice the words, twice the ink; below the images, within their width, and the row's label above them."""
+    image = plain((255, 255, 255))
+    words = "a red circle left of a large blue square and two small green crosses " * 4
+    one, two = sheet_of({"row": [(image, words)]}), sheet_of({"row": [(image, words * 2)]})
+    label = ink(sheet_of({"row": [(image, "")]}))
+    assert label > 20
+    assert ink(two) - label == pytest.approx(2 * (ink(one) - label), rel=0.02)
+    margin = np.asarray(two.convert("L"))[:, 12 + 208 :]
+    assert (margin > 200).all(), "no letter stands right of its image"
+    unbroken = sheet_of({"row": [(image, "W" * 300)]})
+    assert (np.asarray(unbroken.convert("L"))[:, 12 + 208 :] > 200).all()
+
+
+def test_the_reward_stands_before_the_prompt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    drawn: list[Mapping[str, Any]] = []
+    monkeypatch.setattr(samples, "sheet", lambda rows: drawn.append(rows) or plain(RED))
+    validate(tmp_path, Painter(latest=rollout([RED, GREEN], 2)), num=1)
+    label, ((_, caption),) = next(iter(drawn[-1].items()))
+    assert label == "one group: prompt 0"
+    assert caption.startswith("reward 0.00, advantage +0.00\na prompt that goes on")
+    assert list(drawn[0]) == ["prompts as written", "rewritten by the refiner (with PE)"]
 
 
 def test_without_a_refiner_there_is_one_row_and_no_table(tmp_path: Path) -> None:
     events = validate(tmp_path, Painter(refines=False), num=8)
-    assert sheet(events, "samples/geneval").size == (4 * 160, 238)
+    assert color_rows(sheet(events, "samples/geneval")) == [[RED, GREEN, BLUE, RED]]
     assert events.Tags()["tensors"] == []
 
 
 @pytest.mark.parametrize(
     ("size", "rows"),
-    [(4, [[RED, RED], [GREEN, BLUE]]), (5, [[RED, RED, GREEN], [BLUE, RED, WHITE]]), (2, [[RED], [RED]])],
+    [(4, [[RED, RED], [GREEN, BLUE]]), (5, [[RED, RED, GREEN], [BLUE, RED]]), (2, [[RED], [RED]])],
 )
 def test_one_group_of_the_latest_rollout(tmp_path: Path, size: int, rows: list[list[Any]]) -> None:
     """The first group only, its slots in order over two rows."""
     colors = [RED, RED, GREEN, BLUE, RED][:size] + [GREEN] * size
     events = validate(tmp_path, Painter(latest=rollout(colors, size)), num=3)
-    image = sheet(events, "samples/group")
-    assert image.size == (len(rows[0]) * 160, 2 * 238)
-    assert middles(image) == rows
+    assert color_rows(sheet(events, "samples/group")) == rows

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -17,15 +16,9 @@ import pytest
 from selenium import webdriver
 from selenium.common.exceptions import WebDriverException
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+from tests.browser import chromium, needs_browser
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(
-        CHROMIUM is None or DRIVER is None,
-        reason="chromium or chromedriver is not on PATH (Debian: apt-get install chromium chromium-driver)",
-    ),
-]
+pytestmark = needs_browser
 
 FLOW_ONLY, PROMPTRL = "miniature/flow_only/version_0", "miniature/promptrl/version_0"
 WAIT = 120
@@ -92,17 +85,9 @@ def has_read_both(address: str) -> bool:
 @pytest.fixture
 def browser() -> Iterator[webdriver.Chrome]:
     """A headless Chromium, tall enough that all charts are in sight: others are not drawn."""
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    options.page_load_strategy = "none"
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1400,4000"):
-        options.add_argument(f"--{flag}")
-    page = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
-    try:
+    with chromium(1400, 4000, load="none") as page:
         page.set_script_timeout(WAIT)
         yield page
-    finally:
-        page.quit()
 
 
 def asked(page: webdriver.Chrome, script: str) -> list[Any]:
@@ -113,16 +98,20 @@ def asked(page: webdriver.Chrome, script: str) -> list[Any]:
         return []
 
 
-def curves(common: str, *refined: str) -> list[str]:
-    """Returns a legend's names of a tag that both runs have, and of those that PromptRL has alone."""
-    return sorted([f"{common} ({FLOW_ONLY})", *(f"{tag} ({PROMPTRL})" for tag in (common, *refined))])
+def curves(tag: str) -> list[str]:
+    """Returns a legend's names of a tag that both runs have."""
+    return [f"{tag} ({run})" for run in (FLOW_ONLY, PROMPTRL)]
 
 
 def test_curves_of_both_runs_in_common_charts(address: str, browser: webdriver.Chrome) -> None:
     browser.get(f"{address}#custom_scalars")
-    expected = {"reward": curves("reward"), "by_rollouts/reward/": curves("by_rollouts/reward/geneval")}
+    expected = {
+        "task reward": curves("reward/geneval"),
+        "task reward by rollouts": curves("by_rollouts/reward/geneval"),
+    }
     for title in ("val/geneval", "val/unseen", "by_rollouts/val/geneval"):
-        expected[title] = curves(f"{title}/without_pe", f"{title}/with_pe")
+        expected[f"{title}/without_pe"] = curves(f"{title}/without_pe")
+        expected[f"{title}/with_pe"] = [f"{title}/with_pe ({PROMPTRL})"]
 
     def charts() -> dict[str, dict[str, Any]]:
         return {chart["title"]: chart for chart in asked(browser, CHARTS)}
@@ -139,6 +128,7 @@ def test_curves_of_both_runs_in_common_charts(address: str, browser: webdriver.C
     shown = asked(browser, CHARTS)
     titles = [chart["title"] for chart in shown]
     assert len(titles) == len(set(titles)), "a chart that both runs have is shown once"
+    assert titles[0] == "task reward" and "" not in titles
     for title, legend in expected.items():
         chart = charts()[title]
         assert sorted(chart["curves"]) == legend
@@ -146,7 +136,7 @@ def test_curves_of_both_runs_in_common_charts(address: str, browser: webdriver.C
         # step (before and after the first update) but not the number of rollouts.
         assert chart["points"] == [3 if title.startswith("by_rollouts/val/") else 2] * len(legend)
         assert sorted(chart["strokes"]) == sorted(chart["colors"])
-        assert len(set(chart["strokes"])) == 2
+        assert len(set(chart["strokes"])) == len(legend)
 
 
 def test_a_row_of_hyperparameters_and_scores_for_each_run(address: str, browser: webdriver.Chrome) -> None:

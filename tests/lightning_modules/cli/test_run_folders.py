@@ -108,7 +108,15 @@ def test_two_processes_of_one_run_have_one_folder(launcher: str, tmp_path: Path)
         subprocess.run([sys.executable, "-m", "lightning_modules.cli", *options], check=True)
     assert versions(root) == ["version_0", "version_1"]
     written = {path.name for path in (root / EXPERIMENT / "version_1").iterdir()}
-    assert written == {"checkpoints", "config.yaml", "results.json", "results.md", "results.tex"}
+    assert written == {
+        "checkpoints",
+        "config.yaml",
+        "report",
+        "report.html",
+        "results.json",
+        "results.md",
+        "results.tex",
+    }
     assert not list((root / EXPERIMENT / "version_0").iterdir())
 
 
