@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import lightning as L
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from callbacks.reporting.results import tables_of
 from callbacks.reporting.tables import markdown, report
@@ -37,7 +36,6 @@ class Report(L.Callback):
         for logger in tensorboards(trainer):
             for table in tables:
                 logger.experiment.add_text(f"results/{table.title}", markdown(table), trainer.global_step)
-        rank_zero_info(f"Tables are in {path.with_suffix('.md')} and {path.with_suffix('.tex').name}.")
 
     on_test_end = on_fit_end
 

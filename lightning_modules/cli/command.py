@@ -30,6 +30,7 @@ from datamodules.local_path import local_path
 from lightning_modules.agents import check_precision
 from lightning_modules.cli import earlier_checkpoints
 from lightning_modules.cli.checkpoint import Checkpoint, SaveConfig
+from lightning_modules.cli.closing import closing
 from lightning_modules.cli.errors import complain, raised_by_us
 from lightning_modules.cli.refusals import check_something_to_train, check_trainer, refused_by_lightning
 from lightning_modules.cli.renamed import renamed
@@ -90,6 +91,8 @@ class PromptRLCLI(LightningCLI):
         parser.add_argument("--preflight", type=Mode, default="stop", help=said)
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "trainer.default_root_dir": "runs"})
+        # Lightning's table of parameters counts other things than the preflight's, and its FLOPs are 0.
+        parser.set_defaults({"trainer.enable_model_summary": False})
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """Adds `predictions` and `images` (where they go, how many) to `lightning predict` and `lightning test`."""
@@ -214,6 +217,15 @@ class PromptRLCLI(LightningCLI):
 
     before_validate = before_test = before_fit
 
+    def say_where_things_are(self) -> None:
+        """Prints the last lines of a run, unless it has no folder of its own."""
+        folder, prompt = cast(Trainer, self.trainer).folder, None
+        if folder is None:  # predictions, trial runs, ranks other than 0
+            return
+        if self.subcommand == "fit" and isinstance(self.datamodule, PromptDataModule):
+            prompt = next((sample.asked for sample in self.datamodule.train_samples()), None)
+        print(closing(folder, Path(self._options["trainer"]["default_root_dir"] or ""), prompt))
+
     def before_predict(self) -> None:
         """Opens no run folder, so it leaves loading to the trainer, behind the check of the images' folder."""
         if not isinstance(self.model, EvaluatedAgents) or not isinstance(self.datamodule, PromptDataModule):
@@ -232,7 +244,7 @@ def run(args: list[str] | None = None) -> None:
     words = sys.argv[1:] if args is None else args
     PromptRLCLI.wanted = words[0] if words and words[0] in LightningCLI.subcommands() else None
     try:
-        PromptRLCLI(
+        cli = PromptRLCLI(
             L.LightningModule,
             L.LightningDataModule,
             trainer_class=Trainer,
@@ -246,6 +258,7 @@ def run(args: list[str] | None = None) -> None:
             seed_everything_default=42,
             args=args,
         )
+        cli.say_where_things_are()
     except SIGTERMException:
         sys.exit(128 + signal.SIGTERM)  # as shells say it; Lightning would end as if the run were complete
     except OmegaConfBaseException as error:
