@@ -1,4 +1,4 @@
-"""`SampleImages`: images in TensorBoard, of the same prompts and noise every time, captioned by prompt or rewrite."""
+"""`SampleImages`: images for the trackers, of the same prompts and noise every time, captioned by prompt or rewrite."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
-import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image, ImageDraw, ImageFont
 
+from callbacks.trackers import log_image, log_table
 from lightning_modules.evaluation import EvaluationBatch
 from lightning_modules.rollout import Rollout
 from rewards.arguments import check_minimum
@@ -44,14 +44,11 @@ class SampleImages(L.Callback):
             [captioned(image, text) for image, text in zip(images[0][: self.num], outputs.prompts[mode], strict=False)]
             for mode, images in outputs.images.items()
         ]
-        _log(trainer, f"samples/{outputs.name}", sheet(rows))
+        log_image(trainer, f"samples/{outputs.name}", sheet(rows))
         if "with_pe" in outputs.prompts:
             asked = [sample.asked for sample in outputs.samples[: self.num]]
-            pairs = zip(asked, outputs.prompts["with_pe"], strict=False)
-            lines = [f"| {prompt} | {rewrite} |" for prompt, rewrite in pairs]
-            table = "\n".join(["| prompt | rewrite |", "|---|---|", *lines])
-            for logger in tensorboards(trainer):
-                logger.experiment.add_text(f"rewrites/{outputs.name}", table, trainer.global_step)
+            pairs = list(zip(asked, outputs.prompts["with_pe"], strict=False))
+            log_table(trainer, f"rewrites/{outputs.name}", ("prompt", "rewrite"), pairs)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs one group of the latest rollout."""
@@ -67,7 +64,7 @@ class SampleImages(L.Callback):
             )
         ]
         half = (len(tiles) + 1) // 2
-        _log(trainer, "samples/group", sheet([tiles[:half], tiles[half:]]))
+        log_image(trainer, "samples/group", sheet([tiles[:half], tiles[half:]]))
 
 
 def captioned(image: Image.Image, text: str) -> Image.Image:
@@ -87,11 +84,6 @@ def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
         for x, tile in enumerate(row):
             whole.paste(tile, (x * _SIDE, y * (_SIDE + _CAPTION)))
     return whole
-
-
-def _log(trainer: L.Trainer, tag: str, image: Image.Image) -> None:
-    for logger in tensorboards(trainer):
-        logger.experiment.add_image(tag, np.asarray(image), trainer.global_step, dataformats="HWC")
 
 
 def tensorboards(trainer: L.Trainer) -> list[TensorBoardLogger]:

@@ -88,12 +88,17 @@ class Table:
 
 def markdown(table: Table) -> str:
     """Renders a table in GitHub's Markdown with its notes, without the title."""
-    lines = [("", *_headings(table)), ("---", *("---:" for _ in table.columns))]
-    for row in (row for part in _parts(table) for row in part):
-        cells = (_plain(*_cell(table, row, column)) for column in table.columns)
-        lines.append((_label(row), *cells))
+    head, *rows = cells(table)
+    lines = [head, ("---", *("---:" for _ in table.columns)), *rows]
     pipes = "\n".join(f"| {' | '.join(map(_escape_markdown, line))} |" for line in lines)
     return "\n\n".join([pipes, *_notes(table)])
+
+
+def cells(table: Table) -> list[tuple[str, ...]]:
+    """Returns headings and rows as texts, the labels first."""
+    rows = [row for part in _parts(table) for row in part]
+    texts = [(_label(row), *(_plain(*_cell(table, row, column)) for column in table.columns)) for row in rows]
+    return [("", *_headings(table)), *texts]
 
 
 def latex(table: Table) -> str:

@@ -16,6 +16,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from omegaconf.errors import OmegaConfBaseException
@@ -25,6 +26,7 @@ from callbacks.kept_images import KeepImages
 from callbacks.predictions import SavePredictions
 from callbacks.progress import RunProgressBar
 from callbacks.report import Report
+from callbacks.run_config import resolved_config
 from datamodules.base import PromptDataModule
 from datamodules.local_path import local_path
 from lightning_modules.agents import check_precision
@@ -32,6 +34,7 @@ from lightning_modules.cli import earlier_checkpoints
 from lightning_modules.cli.checkpoint import Checkpoint, SaveConfig
 from lightning_modules.cli.closing import closing
 from lightning_modules.cli.errors import complain, raised_by_us
+from lightning_modules.cli.loggers import open_loggers
 from lightning_modules.cli.refusals import check_something_to_train, check_trainer, refused_by_lightning
 from lightning_modules.cli.renamed import renamed
 from lightning_modules.cli.texts import escaped, load_config, no_such_key, read_as_mapping, texts_as_configs
@@ -89,6 +92,8 @@ class PromptRLCLI(LightningCLI):
         parser.add_argument("--experiment", type=str, default="default", help="name of the run folder")
         said = "if a fit's weights and optimizer cannot fit the device: stop, warn, or do not look"
         parser.add_argument("--preflight", type=Mode, default="stop", help=said)
+        said = "loggers beside the run's TensorBoard and metrics.csv, such as lightning.pytorch.loggers.WandbLogger"
+        parser.add_argument("--loggers", type=list[Logger], default=[], help=said)
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "trainer.default_root_dir": "runs"})
         # Lightning's table of parameters counts other things than the preflight's, and its FLOPs are 0.
@@ -114,8 +119,11 @@ class PromptRLCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Says in one sentence what Lightning refuses of the trainer's settings, and which package is missing."""
+        options, loggers = self._options, self._options["loggers"]
+        options["loggers"] = []  # they are built once there is a folder for them
         try:
             super().instantiate_classes()
+            options["loggers"] = loggers
         except (ImportError, MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
             said = None if raised_by_us(error) else refused_by_lightning(error, self._options)
             if said is None:
@@ -195,6 +203,9 @@ class PromptRLCLI(LightningCLI):
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.open_folder(self._options["experiment"], loggers=self._own_loggers)
         try:
+            if trainer.folder is not None and self._options["loggers"] and not trainer.barebones:
+                more = open_loggers(self._options["loggers"], trainer.folder, resolved_config(trainer))
+                trainer.loggers = [*trainer.loggers, *more]
             self._load(checkpoint)
         except BaseException:
             trainer.drop_empty_folder()
