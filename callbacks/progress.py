@@ -6,9 +6,8 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.callbacks.progress.rich_progress import CustomBarColumn
+from lightning.pytorch.callbacks.progress.rich_progress import BatchesProcessedColumn, CustomBarColumn
 from rich.progress import TextColumn, TimeRemainingColumn
-from rich.table import Column
 
 from lightning_modules.evaluation import EvaluatedAgents
 
@@ -36,9 +35,9 @@ class RunProgressBar(RichProgressBar):
     def configure_columns(self, trainer: L.Trainer) -> list[Any]:
         """Returns columns that leave half of a terminal of 80 columns to the metrics."""
         bar = CustomBarColumn(
-            bar_width=12, complete_style=self.theme.progress_bar, finished_style=self.theme.progress_bar_finished
+            bar_width=8, complete_style=self.theme.progress_bar, finished_style=self.theme.progress_bar_finished
         )
-        count = TextColumn("{task.completed:.0f}/{task.total}", table_column=Column(no_wrap=True))
+        count = BatchesProcessedColumn(style=self.theme.batch_progress)
         return [TextColumn("{task.description}"), bar, count, TimeRemainingColumn(compact=True)]
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
