@@ -35,8 +35,8 @@ def open_loggers(specs: Sequence[Namespace], folder: Path, config: dict[str, Any
     parser.add_argument("--loggers", type=list[Logger])
     try:
         loggers: list[Logger] = parser.instantiate_classes(Namespace(loggers=specs)).loggers
-    except (ImportError, MisconfigurationException) as error:
-        raise ValueError(f"`loggers` cannot be used: {' '.join(str(error).split())}") from error
+    except (ImportError, MisconfigurationException, ValueError) as error:  # the parser wraps what a class raises
+        raise ValueError(f"`loggers` cannot be used: {' '.join(str(error.__cause__ or error).split())}") from error
     for logger in loggers:
         logger.log_hyperparams(config)
     return loggers

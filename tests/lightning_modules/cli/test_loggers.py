@@ -56,5 +56,5 @@ def test_a_missing_package_is_one_sentence(
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(SystemExit, match="2"):
         main(quick("fit", tmp_path, *WANDB))
-    assert " cannot be used: " in capfd.readouterr().err.splitlines()[-1]
+    assert "error: `loggers` cannot be used: " in capfd.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
