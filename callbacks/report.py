@@ -1,4 +1,4 @@
-"""`Report`: a run's results beside the paper's as `results.md`, `results.tex` and text in TensorBoard."""
+"""`Report`: a run's results beside the paper's as `results.md`, `results.tex` and a table in the trackers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 
 import lightning as L
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from callbacks.reporting.results import tables_of
-from callbacks.reporting.tables import markdown, report
+from callbacks.reporting.tables import cells, markdown, report
 from callbacks.run_config import resolved_config
-from callbacks.samples import tensorboards
+from callbacks.trackers import log_table
 from datamodules.atomic_write import write_atomically
 
 
@@ -34,10 +33,9 @@ class Report(L.Callback):
         text, tex = report(tables)
         write_atomically(path.with_suffix(".tex"), tex)
         write_atomically(path.with_suffix(".md"), f"# {label}\n\n{text}")
-        for logger in tensorboards(trainer):
-            for table in tables:
-                logger.experiment.add_text(f"results/{table.title}", markdown(table), trainer.global_step)
-        rank_zero_info(f"Tables are in {path.with_suffix('.md')} and {path.with_suffix('.tex').name}.")
+        for table in tables:
+            (_, *columns), *rows = cells(table)
+            log_table(trainer, f"results/{table.title}", ["model", *columns], rows, markdown(table))
 
     on_test_end = on_fit_end
 

@@ -1,15 +1,14 @@
-"""`SampleImages`: images in TensorBoard, of the same prompts and noise every time, captioned by prompt or rewrite."""
+"""`SampleImages`: images for the trackers, of the same prompts and noise every time, captioned by prompt or rewrite."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import lightning as L
-import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
-from PIL import Image
 
 from callbacks.reporting.sheets import ROWS, sheet
+from callbacks.trackers import log_image, log_table
 from lightning_modules.evaluation import EvaluationBatch
 from lightning_modules.rollout import Rollout
 from rewards.arguments import check_minimum
@@ -40,14 +39,11 @@ class SampleImages(L.Callback):
             ROWS[mode]: list(zip(images[0][: self.num], outputs.prompts[mode], strict=False))
             for mode, images in outputs.images.items()
         }
-        _log(trainer, f"samples/{outputs.name}", sheet(rows))
+        log_image(trainer, f"samples/{outputs.name}", sheet(rows))
         if "with_pe" in outputs.prompts:
             asked = [sample.asked for sample in outputs.samples[: self.num]]
-            pairs = zip(asked, outputs.prompts["with_pe"], strict=False)
-            lines = [f"| {prompt} | {rewrite} |" for prompt, rewrite in pairs]
-            table = "\n".join(["| prompt | rewrite |", "|---|---|", *lines])
-            for logger in tensorboards(trainer):
-                logger.experiment.add_text(f"rewrites/{outputs.name}", table, trainer.global_step)
+            pairs = list(zip(asked, outputs.prompts["with_pe"], strict=False))
+            log_table(trainer, f"rewrites/{outputs.name}", ("prompt", "rewrite"), pairs)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs one group of the latest rollout."""
@@ -64,12 +60,8 @@ class SampleImages(L.Callback):
         ]
         half = (size + 1) // 2
         title = f"one group: {rollout.samples[0].prompt}"
-        _log(trainer, "samples/group", sheet({title: tiles[:half], "the same group, continued": tiles[half:]}))
-
-
-def _log(trainer: L.Trainer, tag: str, image: Image.Image) -> None:
-    for logger in tensorboards(trainer):
-        logger.experiment.add_image(tag, np.asarray(image), trainer.global_step, dataformats="HWC")
+        whole = sheet({title: tiles[:half], "the same group, continued": tiles[half:]})
+        log_image(trainer, "samples/group", whole)
 
 
 def tensorboards(trainer: L.Trainer) -> list[TensorBoardLogger]:

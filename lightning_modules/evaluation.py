@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -72,6 +72,9 @@ class EvaluatedAgents(Agents):
         """
         self.image_store: ImageStore | None = None
         """Folder in which `lightning test` and `predict` keep images; set by a callback."""
+        self.on_share_drawn: Callable[[float], None] | None = None
+        """Called with the share of an evaluation's batch that is drawn, after every micro-batch; set by a callback."""
+        self._drawn = self._to_draw = 0
         self._validated_step = -1
 
     def validation_step(  # type: ignore[override]
@@ -127,7 +130,7 @@ class EvaluatedAgents(Agents):
                 return kept
         light = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         steps = self.flow.sampling.val_steps if light else None
-        pixels = self.flow.generate(prompts, seeds, steps, source_images(samples))
+        pixels = self.flow.generate(prompts, seeds, steps, source_images(samples), on_sampled=self._count)
         wrong = [sample.id for sample, image in zip(samples, pixels, strict=True) if not image.isfinite().all()]
         if wrong:
             warnings.warn(
@@ -143,12 +146,19 @@ class EvaluatedAgents(Agents):
     def _draw_batch(self, name: str, samples: Sequence[PromptSample], num: int) -> EvaluationBatch:
         prompts = {mode: self._prompts(name, mode, samples) for mode in self.modes(name)}
         seeds = [evaluation_seeds(samples, k) for k in range(num)]
+        self._drawn, self._to_draw = 0, len(prompts) * num * len(samples)
         # Image by image, so that the first ones come from the same batch as in validation, to the last bit.
         images = {
             mode: [self.draw(name, mode, k, samples, texts, seeds[k]) for k in range(num)]
             for mode, texts in prompts.items()
         }
+        self._to_draw = 0
         return EvaluationBatch(name, samples, prompts, seeds, images)
+
+    def _count(self, num: int) -> None:
+        self._drawn += num
+        if self.on_share_drawn is not None and self._to_draw:
+            self.on_share_drawn(self._drawn / self._to_draw)
 
     def _prompts(self, name: str, mode: str, samples: Sequence[PromptSample]) -> list[str]:
         """Returns the prompts to draw for B samples in a mode: saved rewrites first, else new ones."""

@@ -71,8 +71,8 @@ class UpdatedAgents(EvaluatedAgents):
             )
         if self.updates_per_rollout == self.num_minibatches == 1:
             rank_zero_info(
-                "Clipping is idle: with one update per rollout (`updates_per_rollout`, `num_minibatches`) the policies'"
-                " ratio is 1, and `clip_range` does nothing."
+                "Clipping is idle: with one update per rollout the policies' ratio is 1, and\n`clip_range` does nothing"
+                " (`updates_per_rollout`, `num_minibatches`)."
             )
 
     def update(self, rollout: Rollout) -> Averages:

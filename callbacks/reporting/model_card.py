@@ -12,7 +12,8 @@ import diffusers
 import yaml
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lightning_modules.evaluation import MODES, EvaluatedAgents
+from callbacks.reporting.tables import escape_markdown
+from lightning_modules.evaluation import MODES, EvaluatedAgents, EvaluationBatch
 from lightning_modules.policies.flow import FlowPolicy
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.policies.loading import absent_parts
@@ -29,26 +30,41 @@ HOW = {
 }
 
 
-def model_card(agents: EvaluatedAgents, step: int, *, results: dict[str, Any] | None, configured: bool) -> str:
+def model_card(
+    agents: EvaluatedAgents,
+    step: int,
+    *,
+    where: str,
+    results: dict[str, Any] | None,
+    configured: bool,
+    samples: EvaluationBatch | None,
+) -> str:
     """Writes the card as Markdown with front matter.
 
     Args:
         agents: the policies that are exported.
         step: number of optimizer steps so far.
+        where: Python expression of the export's folder, for `loading_code`.
         results: contents of `results.json`; None without a benchmark.
         configured: True if a `config.yaml` lies beside the card.
+        samples: prompts whose images lie beside the card as `samples/<number>_<mode>.png`; None without any.
     """
+    prompt = "..." if samples is None else samples.samples[0].asked
     flow, language = agents.flow, agents.language
     parts = [
         _front_matter(flow, language),
         "# PromptRL export",
         f"Trained by [PromptRL]({PAPER}). Optimizer steps: {step:,}; images drawn for them: {agents.num_rollouts:,}.",
         "\n".join(_described(flow, language)),
+    ]
+    if samples is not None:
+        parts += ["## Samples", "Held-out prompts of the last evaluation; a row has one noise.", _samples(samples)]
+    parts += [
         "## Load",
-        f"From this folder{_relative_note(flow, language)}:",
-        f"```python\n{loading_code(flow, language)}\n```",
+        f"It runs in any folder{_relative_note(flow, language)}:",
+        f"```python\n{loading_code(flow, language, where)}\n```",
         "## Draw",
-        f"```python\n{drawing_code(flow, language)}\n```",
+        f"```python\n{drawing_code(flow, language, prompt)}\n```",
     ]
     if language is not None:
         parts += ["## The refiner's template", f"````text\n{language.template}\n````"]
@@ -60,20 +76,29 @@ def model_card(agents: EvaluatedAgents, step: int, *, results: dict[str, Any] | 
     return "\n\n".join(parts) + "\n"
 
 
-def loading_code(flow: FlowPolicy, language: LanguagePolicy | None) -> str:
-    """Returns Python code that loads `pipe` and, with a refiner, `tokenizer` and `refiner` in the export's folder."""
+def loading_code(flow: FlowPolicy, language: LanguagePolicy | None, where: str = "'.'") -> str:
+    """Returns Python code that loads `pipe` and, with a refiner, `tokenizer` and `refiner` from an export.
+
+    Args:
+        flow: the image model.
+        language: the refiner, or None.
+        where: Python expression of the export's folder; one that calls `snapshot_download` gets the import.
+    """
     pipeline, stock = _stock_pipeline(flow), _stock_language(language)
     lines = ["import torch", f"from diffusers import {pipeline}"]
     if language is not None:
         lines.append(f"from transformers import {', '.join(sorted([stock, 'AutoTokenizer', 'GenerationConfig']))}")
         if language.adapted:
             lines.append("from peft import PeftModel")
-    source = "flow" if flow.trained and not flow.adapted else flow.base
+    if where.startswith("snapshot_download"):
+        lines.append("from huggingface_hub import snapshot_download")
+    flow_export, language_export = 'f"{export}/flow"', 'f"{export}/language"'
+    source = flow_export if flow.trained and not flow.adapted else repr(flow.base)
     # Stock pipelines want to be told of the optional parts that a folder lacks, such as SD3's T5.
     absent = "".join(f", {name}=None" for name in absent_parts(flow.model))
-    lines += ["", f"pipe = {pipeline}.from_pretrained({source!r}, torch_dtype={flow.dtype}{absent})"]
+    lines += ["", f"export = {where}", f"pipe = {pipeline}.from_pretrained({source}, torch_dtype={flow.dtype}{absent})"]
     if flow.adapted:
-        lines.append('pipe.load_lora_weights("flow")')
+        lines.append(f"pipe.load_lora_weights({flow_export})")
     policy: Any = flow
     ours, theirs = policy.scheduler(), policy.pipe.scheduler
     if type(ours) is not type(theirs):
@@ -81,20 +106,20 @@ def loading_code(flow: FlowPolicy, language: LanguagePolicy | None) -> str:
         lines[1] = f"from diffusers import {', '.join(sorted([name, pipeline]))}"
         lines.append(f"pipe.scheduler = {name}({ours.config.num_train_timesteps}, shift={ours.config.shift})")
     if language is not None:
-        source = "language" if language.trained and not language.adapted else language.base
-        tokens = "language" if language.trained or language.adapted else language.base
-        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({tokens!r})")
-        lines.append(f"refiner = {stock}.from_pretrained({source!r}, dtype={language.dtype})")
+        source = language_export if language.trained and not language.adapted else repr(language.base)
+        tokens = language_export if language.trained or language.adapted else repr(language.base)
+        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({tokens})")
+        lines.append(f"refiner = {stock}.from_pretrained({source}, dtype={language.dtype})")
         # What a model's own generation config may warp is switched off, as in training.
         lines.append(f"refiner.generation_config = GenerationConfig(eos_token_id={language.eos_token_ids})")
         if language.adapted:
-            lines.append('refiner = PeftModel.from_pretrained(refiner, "language")')
+            lines.append(f"refiner = PeftModel.from_pretrained(refiner, {language_export})")
     return "\n".join(lines)
 
 
-def drawing_code(flow: FlowPolicy, language: LanguagePolicy | None) -> str:
-    """Returns Python code that draws `image` from `prompt`, after `loading_code`."""
-    lines = ['prompt = "..."']
+def drawing_code(flow: FlowPolicy, language: LanguagePolicy | None, prompt: str = "...") -> str:
+    """Returns Python code that draws `image` from `prompt`, after `loading_code`, and saves it."""
+    lines = [f"prompt = {prompt!r}"]
     if language is not None:
         sees = getattr(language, "see_source", False)
         options = "".join(f", {name}={value!r}" for name, value in language.chat_template_kwargs.items())
@@ -120,7 +145,7 @@ def drawing_code(flow: FlowPolicy, language: LanguagePolicy | None) -> str:
         lines.append('arguments["image"] = Image.new("RGB", (512, 512))  # the image to edit: Image.open(...)')
     elif type(flow).encode_sources is not PipelinePolicy.encode_sources:  # type: ignore[attr-defined]
         lines.append('# To edit an image: arguments["image"] = PIL.Image.open(...)')
-    return "\n".join([*lines, "image = pipe(prompt=prompt, **arguments).images[0]"])
+    return "\n".join([*lines, "image = pipe(prompt=prompt, **arguments).images[0]", 'image.save("image.png")'])
 
 
 def call_arguments(flow: FlowPolicy) -> dict[str, Any]:
@@ -195,6 +220,19 @@ def _sampling(flow: FlowPolicy, language: LanguagePolicy | None) -> str:
             ("evaluation: refiner", f"greedy, {language.eval_max_new_tokens} tokens"),
         ]
     return "\n".join(["| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _samples(batch: EvaluationBatch) -> str:
+    """Makes a Markdown table of prompts with their images, and of rewrites where there are some."""
+    heads = ["prompt", *(mode.replace("_", " ").replace("pe", "PE") for mode in batch.images)]
+    heads += ["rewrite"] * ("with_pe" in batch.images)
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for number, sample in enumerate(batch.samples):
+        cells = [escape_markdown(sample.asked)]
+        cells += [f'<img src="samples/{number}_{mode}.png" width="160">' for mode in batch.images]
+        cells += [escape_markdown(batch.prompts[mode][number]) for mode in batch.images if mode == "with_pe"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _tables(results: dict[str, Any]) -> list[str]:

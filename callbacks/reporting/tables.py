@@ -88,12 +88,17 @@ class Table:
 
 def markdown(table: Table) -> str:
     """Renders a table in GitHub's Markdown with its notes, without the title."""
-    lines = [("", *_headings(table)), ("---", *("---:" for _ in table.columns))]
-    for row in (row for part in _parts(table) for row in part):
-        cells = (_plain(*_cell(table, row, column)) for column in table.columns)
-        lines.append((_label(row), *cells))
-    pipes = "\n".join(f"| {' | '.join(map(_escape_markdown, line))} |" for line in lines)
+    head, *rows = cells(table)
+    lines = [head, ("---", *("---:" for _ in table.columns)), *rows]
+    pipes = "\n".join(f"| {' | '.join(map(escape_markdown, line))} |" for line in lines)
     return "\n\n".join([pipes, *_notes(table)])
+
+
+def cells(table: Table) -> list[tuple[str, ...]]:
+    """Returns headings and rows as texts, the labels first."""
+    rows = [row for part in _parts(table) for row in part]
+    texts = [(_label(row), *(_plain(*_cell(table, row, column)) for column in table.columns)) for row in rows]
+    return [("", *_headings(table)), *texts]
 
 
 def latex(table: Table) -> str:
@@ -124,7 +129,7 @@ def latex(table: Table) -> str:
 
 def report(tables: Sequence[Table]) -> tuple[str, str]:
     r"""Renders several tables as Markdown with headings, and as LaTeX for `\input`."""
-    sections = [f"## {_escape_markdown(table.title)}\n\n{markdown(table)}" for table in tables]
+    sections = [f"## {escape_markdown(table.title)}\n\n{markdown(table)}" for table in tables]
     head = r"% Needs \usepackage{booktabs} in the preamble."
     return "\n\n".join(sections) + "\n", "\n\n".join([head, *map(latex, tables)]) + "\n"
 
@@ -308,5 +313,6 @@ def _escape_latex(text: str) -> str:
     return "".join(_TEX.get(character, character) for character in text)
 
 
-def _escape_markdown(text: str) -> str:
+def escape_markdown(text: str) -> str:
+    """Escapes a text for a cell of a Markdown table."""
     return "".join(f"\\{character}" if character in "\\|<" else character for character in text).replace("\n", " ")

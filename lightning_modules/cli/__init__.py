@@ -1,4 +1,4 @@
-"""The `lightning` command: `lightning fit|validate|test|predict --config ...`.
+"""The `promptrl` command, also called `lightning`: `promptrl fit|validate|test|predict --config ...`.
 
 Every run writes to `<trainer.default_root_dir>/<experiment>/version_N/`: TensorBoard events, `metrics.csv`, the
 resolved `config.yaml` and `checkpoints/` (with `last.ckpt`). This room alone imports `callbacks`, and its front door
@@ -9,37 +9,45 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 
 from lightning_modules.cli.errors import complain
 from lightning_modules.cli.misspelt import misspelt
+from lightning_modules.cli.shipped import shipped_words
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
-HELP = """usage: lightning {fit,validate,test,predict} --config FILE [--config FILE ...] [--KEY VALUE ...]
+QUICKSTART = ["fit", "--config", "configs/quickstart.yaml"]
+HELP = """usage: promptrl {fit,validate,test,predict} --config FILE [--config FILE ...] [--KEY VALUE ...]
+       promptrl quickstart [--KEY VALUE ...]   (`lightning` is another name of `promptrl`)
 
   fit        train both agents, one of them, or flow-only (`language: null`)
   validate   score the validation prompts
   test       score fresh prompts, with intervals; images are kept
   predict    draw prompts (`--prompt TEXT`, or the data's) with and without the refiner into a folder
+  quickstart fit in the small world that comes with the package: two minutes on a CPU
 
-  --config FILE             an experiment, such as configs/quickstart.yaml; later files are laid over earlier ones
+  --config FILE             an experiment, such as configs/quickstart.yaml; later files are laid over earlier ones;
+                            configs/... and miniature/... are the package's where the current folder has none
   --KEY VALUE               any value of it, such as --trainer.max_steps 10 or --model.init_args.group_size 4
   --ckpt_path FILE          a checkpoint to go on from (fit) or to evaluate; `last` and `best` are the experiment's
   --prompt TEXT             a prompt for predict, given once for each; with `--image FILE` where the model edits
   --print_config            the whole configuration with its defaults, and no run
-  lightning fit --help      all options of a subcommand
+  promptrl fit --help       all options of a subcommand
   --data.help CLASS         the arguments of a class (likewise --model.help, --trainer.callbacks.help)
 """
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point of the `lightning` script.
+    """Entry point of the `promptrl` and `lightning` scripts.
 
     Args:
-        args: the words after `lightning`; None takes the process's own.
+        args: the words after the command's name; None takes the process's own.
     """
-    words = sys.argv[1:] if args is None else args
+    words = shipped_words(sys.argv[1:] if args is None else args)
+    if words[:1] == ["quickstart"]:
+        words = shipped_words([*QUICKSTART, *words[1:]])
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())  # last, so that a user's folder called `rewards` hides nothing
     if not words or words[0] in ("-h", "--help"):
@@ -51,14 +59,15 @@ def main(args: list[str] | None = None) -> None:
         mistake = None  # the parser's to explain
     else:
         mistake = (
-            f"`{words[0]}` is no command: begin with {', '.join(SUBCOMMANDS)}, such as `lightning fit --config ...`."
+            f"`{words[0]}` is no command: begin with {', '.join(SUBCOMMANDS)} or quickstart, such as `promptrl fit "
+            "--config ...`."
         )
     if mistake is not None:
         sys.exit(complain(mistake))
     quieten()  # before the imports below, which have notices of their own
     from lightning_modules.cli.command import run  # imports torch, diffusers and Lightning: seconds
 
-    run(args)
+    run(words)
 
 
 def quieten() -> None:
@@ -72,8 +81,9 @@ def quieten() -> None:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "Tip:" not in record.getMessage()
+        lambda record: not re.search("Tip:|stopped: `max_(steps|epochs)=", record.getMessage())
     )
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")  # our words are the command line's
     warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated.*")
     warnings.filterwarnings("ignore", message="Found .* module\\(s\\) in eval mode.*")  # ours stay so on purpose
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")

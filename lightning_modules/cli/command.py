@@ -17,6 +17,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from omegaconf.errors import OmegaConfBaseException
@@ -27,13 +28,16 @@ from callbacks.page import Page
 from callbacks.predictions import SavePredictions
 from callbacks.progress import RunProgressBar
 from callbacks.report import Report
+from callbacks.run_config import resolved_config
 from datamodules.base import PromptDataModule
 from datamodules.local_path import local_path
 from datamodules.typed import TypedPrompts
 from lightning_modules.agents import check_precision
 from lightning_modules.cli import earlier_checkpoints
 from lightning_modules.cli.checkpoint import Checkpoint, SaveConfig
+from lightning_modules.cli.closing import closing
 from lightning_modules.cli.errors import complain, raised_by_us
+from lightning_modules.cli.loggers import open_loggers
 from lightning_modules.cli.prompts import TEXTS, split_prompts
 from lightning_modules.cli.refusals import check_something_to_train, check_trainer, refused_by_lightning
 from lightning_modules.cli.renamed import renamed
@@ -97,8 +101,12 @@ class PromptRLCLI(LightningCLI):
         parser.add_argument("--experiment", type=str, default="default", help="name of the run folder")
         said = "if a fit's weights and optimizer cannot fit the device: stop, warn, or do not look"
         parser.add_argument("--preflight", type=Mode, default="stop", help=said)
+        said = "loggers beside the run's TensorBoard and metrics.csv, such as lightning.pytorch.loggers.WandbLogger"
+        parser.add_argument("--loggers", type=list[Logger], default=[], help=said)
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "trainer.default_root_dir": "runs"})
+        # Lightning's table of parameters counts other things than the preflight's, and its FLOPs are 0.
+        parser.set_defaults({"trainer.enable_model_summary": False})
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """Adds `prompt`, `image` and `predictions` to `lightning predict`, and `images` to `lightning test`."""
@@ -124,8 +132,11 @@ class PromptRLCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Says in one sentence what Lightning refuses of the trainer's settings, and which package is missing."""
+        options, loggers = self._options, self._options["loggers"]
+        options["loggers"] = []  # they are built once there is a folder for them
         try:
             super().instantiate_classes()
+            options["loggers"] = loggers
         except (ImportError, MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
             said = None if raised_by_us(error) else refused_by_lightning(error, self._options)
             if said is None:
@@ -209,6 +220,9 @@ class PromptRLCLI(LightningCLI):
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.open_folder(self._options["experiment"], loggers=self._own_loggers)
         try:
+            if trainer.folder is not None and self._options["loggers"] and not trainer.barebones:
+                more = open_loggers(self._options["loggers"], trainer.folder, resolved_config(trainer))
+                trainer.loggers = [*trainer.loggers, *more]
             self._load(checkpoint)
         except BaseException:
             trainer.drop_empty_folder()
@@ -230,6 +244,15 @@ class PromptRLCLI(LightningCLI):
             self.model.on_load_checkpoint(checkpoint)
 
     before_validate = before_test = before_fit
+
+    def say_where_things_are(self) -> None:
+        """Prints the last lines of a run, unless it has no folder of its own."""
+        folder, prompt = cast(Trainer, self.trainer).folder, None
+        if folder is None:  # predictions, trial runs, ranks other than 0
+            return
+        if self.subcommand == "fit" and isinstance(self.datamodule, PromptDataModule):
+            prompt = next((sample.asked for sample in self.datamodule.train_samples()), None)
+        print(closing(folder, Path(self._options["trainer"]["default_root_dir"] or ""), prompt))
 
     def before_predict(self) -> None:
         """Opens no run folder, so it leaves loading to the trainer, behind the check of the images' folder."""
@@ -272,7 +295,7 @@ def run(args: list[str] | None = None) -> None:
     words = sys.argv[1:] if args is None else args
     PromptRLCLI.wanted = words[0] if words and words[0] in LightningCLI.subcommands() else None
     try:
-        PromptRLCLI(
+        cli = PromptRLCLI(
             L.LightningModule,
             L.LightningDataModule,
             trainer_class=Trainer,
@@ -286,6 +309,7 @@ def run(args: list[str] | None = None) -> None:
             seed_everything_default=42,
             args=args,
         )
+        cli.say_where_things_are()
     except SIGTERMException:
         sys.exit(128 + signal.SIGTERM)  # as shells say it; Lightning would end as if the run were complete
     except OmegaConfBaseException as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from pathlib import Path
 
 OUR_PACKAGES = ("lightning_modules", "datamodules", "rewards", "callbacks", "miniature")
 
@@ -14,7 +15,8 @@ def complain(message: str) -> int:
     Returns:
         The exit status of a command that was used wrongly, 2.
     """
-    print(f"lightning: error: {' '.join(message.split())}", file=sys.stderr)
+    name = Path(sys.argv[0]).name
+    print(f"{name if name == 'promptrl' else 'lightning'}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 

@@ -11,6 +11,8 @@ import yaml
 from jsonargparse import Namespace, get_loader
 from omegaconf.errors import OmegaConfBaseException
 
+from lightning_modules.cli.shipped import shipped
+
 _TEXT = re.compile(r"--model\.(?:init_args\.)?(language|flow)\.(?:init_args\.)?(template|negative_prompt)")
 _MAPPING = re.compile(r"Parser key \"(?P<key>\w+)\":\s*Expected a <class 'str'>\. Got value: [{\[]")
 _KEY = re.compile(r"(?<!\\)\$\{([a-zA-Z][\w.\[\]]*)\}")
@@ -19,6 +21,8 @@ _NO_KEY = re.compile(r"(?<!\\)\$\{(?!\s*[a-zA-Z_.\[$])")
 
 def load_config(text: str) -> Any:
     r"""Reads YAML; `${key}` counts from the file's root also below a subcommand, `${5}` and `\${key}` are text.
+
+    Names of files that the current folder lacks and the package has become their paths.
 
     >>> load_config(r"{a: {b: '${c.d} ${5} \${c}'}}")
     {'a': {'b': '${..c.d} \\${5} \\${c}'}}
@@ -33,7 +37,7 @@ def _prepared(content: Any, depth: int) -> Any:
     if isinstance(content, list):
         return [_prepared(value, depth + 1) for value in content]
     if isinstance(content, str):
-        return _KEY.sub(rf"${{{'.' * depth}\1}}", _NO_KEY.sub(r"\\${", content))
+        return _KEY.sub(rf"${{{'.' * depth}\1}}", _NO_KEY.sub(r"\\${", shipped(content)))
     return content
 
 

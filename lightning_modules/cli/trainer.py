@@ -19,13 +19,14 @@ _PROBE = 2**20
 class Trainer(L.Trainer):
     """Lightning's trainer, whose `log_dir` is a folder of this run alone, the same whatever loggers there are."""
 
-    _folder: Path | None = None
+    folder: Path | None = None
+    """Folder of the run on rank 0, once it is claimed; None on other ranks and for a trial run."""
     _made: tuple[Path, ...] = ()
 
     @property
     def log_dir(self) -> str | None:
         """Folder of results, configuration, checkpoints and exports; to be asked on every rank, as it is broadcast."""
-        folder: Path | None = self.strategy.broadcast(self._folder)
+        folder: Path | None = self.strategy.broadcast(self.folder)
         if folder is None and not self.fast_dev_run:  # type: ignore[attr-defined]
             return super().log_dir
         return None if folder is None else str(folder)
@@ -47,9 +48,9 @@ class Trainer(L.Trainer):
         if self.is_global_zero:
             self._made = tuple(path for path in (parent, *parent.parents) if not path.exists())
             try:
-                self._folder = claim(parent)
-                self._made = (self._folder, *self._made)
-                with TemporaryFile(dir=self._folder) as file:
+                self.folder = claim(parent)
+                self._made = (self.folder, *self._made)
+                with TemporaryFile(dir=self.folder) as file:
                     file.write(bytes(_PROBE))
                     file.flush()
                     os.fsync(file.fileno())
@@ -61,13 +62,13 @@ class Trainer(L.Trainer):
                 ) from None
             for callback in self.checkpoint_callbacks:
                 if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                    callback.dirpath = str(self._folder / "checkpoints")
+                    callback.dirpath = str(self.folder / "checkpoints")
         if isinstance(self._accelerator_connector.cluster_environment, SLURMEnvironment):
             # Where Lightning keeps what a requeued job goes on from, and any other job would.
             self._default_root_dir = str(parent / f"slurm_{SLURMEnvironment.job_id()}")
         if loggers:
             # Ranks other than 0 know no version, and write nothing.
-            version = None if self._folder is None else int(self._folder.name.removeprefix("version_"))
+            version = None if self.folder is None else int(self.folder.name.removeprefix("version_"))
             self.loggers = [
                 TensorBoardLogger(root, name=experiment, version=version, default_hp_metric=False),
                 CSVLogger(root, name=experiment, version=version),

@@ -178,10 +178,20 @@ class FlowPolicy(Policy):
         seeds: Sequence[int],
         num_steps: int | None = None,
         images: Sequence[Image.Image] | None = None,
+        *,
+        on_sampled: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """Draws images [B, 3, height, width] in [0, 1] without added noise, as stock pipelines do."""
-        num_steps = num_steps or self.sampling.eval_steps or self.sampling.num_steps
-        return self.final_images(self._sample(self.encode(prompts, images), seeds, self.sigmas(num_steps), ()))
+        """Draws images [B, 3, height, width] in [0, 1] without added noise, as stock pipelines do.
+
+        Args:
+            prompts: B prompts.
+            seeds: B seeds.
+            num_steps: sampler steps; None is evaluation's.
+            images: B source images for an editing model.
+            on_sampled: called after every micro-batch with the number of its images.
+        """
+        sigmas = self.sigmas(num_steps or self.sampling.eval_steps or self.sampling.num_steps)
+        return self.final_images(self._sample(self.encode(prompts, images), seeds, sigmas, (), on_sampled=on_sampled))
 
     @torch.no_grad()
     def final_images(self, trajectory: Trajectory) -> Tensor:
@@ -221,6 +231,7 @@ class FlowPolicy(Policy):
         sigmas: Tensor,
         sde_steps: tuple[int, ...],
         on_drawn: Callable[[slice, Tensor], None] | None = None,
+        on_sampled: Callable[[int], None] | None = None,
     ) -> Trajectory:
         sigmas = sigmas.to(self.device)
         paths = []
@@ -239,6 +250,8 @@ class FlowPolicy(Policy):
             if on_drawn is not None:
                 with self.decoding():
                     on_drawn(rows, self.decode(path.final))
+            if on_sampled is not None:
+                on_sampled(len(path.final))
         return Trajectory(
             latents=torch.cat([path.latents for path in paths]),
             next_latents=torch.cat([path.next_latents for path in paths]),

@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,19 +16,21 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from callbacks.export import Export
 from callbacks.reporting.model_card import drawing_code, loading_code
 from datamodules.base import PromptSample
 from lightning_modules.cli import main
-from lightning_modules.evaluation import EvaluatedAgents
+from lightning_modules.evaluation import EvaluatedAgents, evaluation_seeds
 from lightning_modules.policies.base import LoRA
-from lightning_modules.policies.flow import Sampling
+from lightning_modules.policies.flow import Sampling, to_pil
 from lightning_modules.policies.flux1 import Flux1Policy
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.prompt_rl import PromptRL
 from lightning_modules.seeding import generators_for
+from miniature.scenes.prompts import ShapesPrompts
 from tests.lightning_modules.policies import tiny_sd3
 from tests.lightning_modules.policies.family import PROMPTS, Family
 from tests.lightning_modules.policies.test_families import FAMILIES
@@ -42,7 +45,7 @@ FLOW, LANGUAGE = "model.init_args.flow.init_args", "model.init_args.language.ini
 ADAPTERS = [f"--{FLOW}.lora.rank=4", f"--{LANGUAGE}.lora.rank=4"]
 LARGE = [f"--{FLOW}.learning_rate=3e-3", f"--{LANGUAGE}.learning_rate=3e-3"]  # so that a step shows in the images
 PROMPT = "a photo of two red circles"
-CONTENTS = {"flow", "language", "README.md", "config.yaml"}
+CONTENTS = {"flow", "language", "samples", "README.md", "config.yaml"}
 
 
 class Keep(L.Callback):
@@ -105,11 +108,13 @@ def card_code(export: Path) -> str:
 
 
 def use_card(export: Path, monkeypatch: pytest.MonkeyPatch, prompt: str = PROMPT) -> dict[str, Any]:
-    """Runs the card's code in the export's folder."""
-    monkeypatch.chdir(export)
-    names: dict[str, Any] = {}
-    exec(card_code(export).replace('prompt = "..."', f"prompt = {prompt!r}"), names)
-    monkeypatch.chdir(ROOT)
+    """Runs the card's code in a folder of its own."""
+    with TemporaryDirectory() as fresh:
+        monkeypatch.chdir(fresh)
+        names: dict[str, Any] = {}
+        exec(re.sub(r"^prompt = '.*'$", f"prompt = {prompt!r}", card_code(export), flags=re.MULTILINE), names)
+        assert Image.open("image.png").size == (32, 32)
+        monkeypatch.chdir(ROOT)
     return names
 
 
@@ -177,6 +182,72 @@ def test_contents_of_the_card(lora: Exported) -> None:
     assert "| paraphrase |" in card and "| unseen |" in card
 
 
+def test_the_card_has_images_of_the_last_validation(lora: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four prompts, each with and without PE, that are what the exported agents draw of them."""
+    card = (lora.export / "README.md").read_text()
+    linked = re.findall(r'<img src="(.*?)"', card)
+    assert linked == [f"samples/{number}_{mode}.png" for number in range(4) for mode in ("without_pe", "with_pe")]
+    assert {path.name for path in (lora.export / "samples").iterdir()} == {Path(name).name for name in linked}
+    samples = ShapesPrompts(eval_prompts=6).held_out("val")["geneval"][:6]
+    (drawn, *_) = to_pil(lora.module.flow.generate([one.prompt for one in samples], evaluation_seeds(samples)))
+    assert Image.open(lora.export / linked[0]).tobytes() == drawn.tobytes()
+    assert f"| {samples[0].prompt} | <img" in card and f"prompt = {samples[0].prompt!r}\n" in card
+
+
+class Hub:
+    """Stands for huggingface_hub's `HfApi`."""
+
+    calls: list[Any] = []
+    error: OSError | None = None
+
+    def create_repo(self, repo_id: str, **options: Any) -> None:
+        self.calls.append(("create", repo_id, options))
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> str:
+        if self.error is not None:
+            raise self.error
+        self.calls.append(("upload", repo_id, {path.name for path in folder_path.iterdir()}))
+        return f"https://huggingface.co/{repo_id}"
+
+
+def test_a_token_pushes_the_export_at_the_end_alone(
+    lora: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("callbacks.export.HfApi", Hub)
+    monkeypatch.setattr("callbacks.export.get_token", lambda: "hf_x")
+    monkeypatch.setattr(Hub, "calls", [])
+    export = Export(str(tmp_path / "model"), hub_id="me/small", every_n_train_steps=1)
+    export.setup(fake_trainer(), lora.module, "fit")
+    export.on_train_batch_end(fake_trainer(1), lora.module, None, None, 0)
+    assert Hub.calls == []
+    export.on_fit_end(fake_trainer(1), lora.module)
+    assert Hub.calls == [
+        ("create", "me/small", {"private": True, "exist_ok": True}),
+        ("upload", "me/small", {"flow", "language", "README.md"}),
+    ]
+    code = card_code(tmp_path / "model")
+    assert "from huggingface_hub import snapshot_download\n" in code
+    assert "\nexport = snapshot_download('me/small')\n" in code
+
+    monkeypatch.setattr(Hub, "error", OSError("403 Forbidden\nmore"))
+    with pytest.warns(UserWarning, match=r"could not be pushed to me/small: 403 Forbidden; try `hf upload me/small"):
+        export.on_fit_end(fake_trainer(1), lora.module)
+
+
+def test_without_a_token_nothing_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("callbacks.export.get_token", lambda: None)
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path, export={"hub_id": "me/small"})
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert "`hub_id` is me/small, but there is no token to push with: run `hf auth login`" in said
+    agents = EvaluatedAgents(Flux1Policy("nowhere", Sampling(8, 3)), None, torch.optim.SGD)
+    with pytest.raises(ValueError, match="`hub_id` is small: give `owner/name`"):
+        Export(hub_id="small").setup(fake_trainer(), agents, "fit")
+    Export(hub_id="me/small").setup(fake_trainer(), agents, "test")  # which pushes nothing
+
+
 def test_only_what_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompt-only RL, exported during training: the card takes the image model from its base."""
     frozen = (f"--{FLOW}.learning_rate=null", f"--{LANGUAGE}.learning_rate=3e-3", "--trainer.limit_val_batches=0")
@@ -222,7 +293,7 @@ def fake_trainer(step: int = 0) -> Any:
 def test_steps_of_exports_during_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports come when another three steps are complete, also where a rollout has two, and after a resume."""
     steps: list[int] = []
-    monkeypatch.setattr(Export, "_export", lambda self, trainer, module: steps.append(trainer.global_step))
+    monkeypatch.setattr(Export, "_export", lambda self, trainer, *_, **__: steps.append(trainer.global_step))
     export, nothing = Export(every_n_train_steps=3), L.LightningModule()
     export.on_train_start(fake_trainer(5), nothing)
     for step in (6, 8, 10, 11, 13):
@@ -282,7 +353,7 @@ def test_the_cards_code_draws_the_same_in_every_family(
     perturb(policy, 0.1 if lora else 0.02)
     policy.save_pretrained(tmp_path / "flow")
     names = run_card(policy, tmp_path, monkeypatch)
-    assert (names["pipe"].config._name_or_path == "flow") == (lora is None)
+    assert (names["pipe"].config._name_or_path == "./flow") == (lora is None)
     arguments, images = names["arguments"], family.images(1)
     assert arguments["num_inference_steps"] == 4
     if images is not None:

@@ -1,0 +1,42 @@
+"""Loggers of the key `loggers`, such as Weights & Biases, beside a run's TensorBoard and `metrics.csv`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from pydoc import locate
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+
+def open_loggers(specs: Sequence[Namespace], folder: Path, config: dict[str, Any]) -> list[Logger]:
+    """Builds loggers and starts their runs, so that one that cannot log stops the command before models load.
+
+    Args:
+        specs: class paths and arguments. A `save_dir` at its default, if that is a folder below the current one,
+            becomes the run's folder; a `name` that is None becomes `<experiment>/version_N`.
+        folder: the run's folder, `<root>/<experiment>/version_N`.
+        config: the run's configuration, which the loggers are told.
+
+    Raises:
+        ValueError: if a package is missing, or arguments do not go together.
+    """
+    for spec in specs:
+        takes: Any = locate(spec.class_path)
+        defaults = {name: one.default for name, one in inspect.signature(takes).parameters.items()}
+        for name, own in (("save_dir", str(folder)), ("name", f"{folder.parent.name}/{folder.name}")):
+            if defaults.get(name, "") in (None, ".", "./mlruns") and spec.init_args[name] == defaults[name]:
+                spec.init_args[name] = own
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--loggers", type=list[Logger])
+    try:
+        loggers: list[Logger] = parser.instantiate_classes(Namespace(loggers=specs)).loggers
+    except (ImportError, MisconfigurationException, ValueError) as error:  # the parser wraps what a class raises
+        raise ValueError(f"`loggers` cannot be used: {' '.join(str(error.__cause__ or error).split())}") from error
+    for logger in loggers:
+        logger.log_hyperparams(config)
+    return loggers
