@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from PIL.Image import Image
 
@@ -154,7 +155,7 @@ class Page(L.Callback):
 
     def _drawn_page(self, draw: Callable[[], Path], trainer: L.Trainer) -> None:
         path = self._safely(draw, trainer)
-        if path is not None:
+        if path is not None and trainer.state.fn == TrainerFn.PREDICTING:  # the others' last lines name it
             rank_zero_info(f"A page to look at: {path}")
 
     def _safely(self, work: Callable[[], Any], trainer: L.Trainer) -> Any:
