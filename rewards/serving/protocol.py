@@ -79,6 +79,7 @@ class Scored(ProtocolModel):
     rl: FiniteFloat
     detail: dict[str, JsonValue] = {}
     parts: dict[str, Scored | Unscored] = {}
+    weights: dict[str, FiniteFloat] = {}
 
 
 class Unscored(ProtocolModel):
@@ -153,14 +154,16 @@ def to_result(score: Score, depth: int = MAX_DEPTH) -> Result:
     native, table, rl = float(score.native), float(score.table), float(score.rl)
     if not all(map(math.isfinite, (native, table, rl))):
         return Unscored(valid=False, error="non_finite", reason="the scorer returned NaN or infinity", parts=parts)
-    return Scored(valid=True, native=native, table=table, rl=rl, detail=detail, parts=parts)
+    weights = {_cut(name): float(weight) for name, weight in score.weights.items()} if parts else {}
+    return Scored(valid=True, native=native, table=table, rl=rl, detail=detail, parts=parts, weights=weights)
 
 
 def to_score(result: Result) -> Score:
     """Converts a result of a reply back to a score."""
     parts = {name: to_score(part) for name, part in result.parts.items()}
     if isinstance(result, Scored):
-        return Score(result.native, result.table, result.rl, detail=dict(result.detail), parts=parts)
+        detail, weights = dict(result.detail), dict(result.weights)
+        return Score(result.native, result.table, result.rl, detail=detail, parts=parts, weights=weights)
     reason = result.reason if result.error == "unscorable" else f"{result.error}: {result.reason}"
     return Score(math.nan, math.nan, math.nan, valid=False, detail={**result.detail, "reason": reason}, parts=parts)
 
