@@ -63,7 +63,8 @@ def follow_weights(network: nn.Module) -> None:
     Moving a module leaves those tensors behind, and the first product would then fail on a GPU.
     """
     for module in network.modules():
-        if type(module).__name__ != "Linear8bitLt":  # by name: bitsandbytes is slow to import
+        # By name, since bitsandbytes is slow to import; peft's wrapper around such a layer has the same one.
+        if type(module).__name__ != "Linear8bitLt" or not type(module).__module__.startswith("bitsandbytes"):
             continue
         layer: Any = module
         for holder in (layer.weight, layer.state):

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 
@@ -97,12 +98,19 @@ def test_quantized_policies_roll_out_replay_and_learn(
     assert 0 < (ours - exact).norm() / exact.norm() < error
 
 
-def test_int8_keeps_its_scales_beside_its_weights(make_flow: MakeFlow) -> None:
-    """Moving a module copies its weights; what bitsandbytes keeps of them has to follow."""
-    policy = make_flow(lora=LORA, quantization="int8")
+@pytest.mark.parametrize("targets", [["to_q"], ["ff.net.2", "proj_out"]], ids=["beside adapters", "inside adapters"])
+def test_int8_keeps_its_scales_beside_its_weights(make_flow: MakeFlow, targets: list[str]) -> None:
+    """Moving a module copies its weights; what bitsandbytes keeps of them has to follow.
+
+    peft's wrapper around such a layer is a class of the same name, without what bitsandbytes keeps.
+    """
+    policy = make_flow(lora=LoRA(4, 8, targets), quantization="int8")
     policy._apply(lambda tensor: tensor.clone())
-    layers = [module for module in policy.modules() if type(module).__name__ == "Linear8bitLt"]
-    assert layers
+    layers = [module for module in policy.modules() if isinstance(module, bnb.nn.Linear8bitLt)]
+    wrappers = [
+        module for module in policy.modules() if isinstance(getattr(module, "base_layer", None), bnb.nn.Linear8bitLt)
+    ]
+    assert layers and bool(wrappers) == (targets != ["to_q"])
     for layer in layers:
         kept = [holder.CB for holder in (layer.weight, layer.state) if getattr(holder, "CB", None) is not None]
         assert kept and all(each.data_ptr() == layer.weight.data.data_ptr() for each in kept)
