@@ -34,7 +34,7 @@ PROMPT = "a photo of two red apples left of a blue ceramic bowl on a wooden tabl
 GROUP = 8
 """Images of a step, which has one prompt."""
 TOKENS = 64
-"""Tokens of a rewrite within a step: decoding is measured by itself, in the case `refiner`."""
+"""Tokens of a rewrite within a step: decoding is measured by itself, in the case `decoding`."""
 
 
 class Constant(Reward):
