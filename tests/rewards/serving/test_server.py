@@ -196,7 +196,15 @@ def test_a_reply_in_full(url: str) -> None:
         "id": name,
         "reward_version": "NumberReward",
         "results": [
-            {"native": 258.0, "table": 86.0, "rl": -258.0, "valid": True, "detail": {"prompt": "a"}, "parts": {}},
+            {
+                "valid": True,
+                "native": 258.0,
+                "table": 86.0,
+                "rl": -258.0,
+                "detail": {"prompt": "a"},
+                "parts": {},
+                "weights": {},
+            },
             {
                 "valid": False,
                 "error": "unscorable",
