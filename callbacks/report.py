@@ -9,7 +9,7 @@ import lightning as L
 
 from callbacks.reporting.results import tables_of
 from callbacks.reporting.tables import cells, markdown, report
-from callbacks.run_config import resolved_config
+from callbacks.run_config import given
 from callbacks.trackers import log_table
 from datamodules.atomic_write import write_atomically
 
@@ -26,7 +26,7 @@ class Report(L.Callback):
         path = None if folder is None else Path(folder) / "results.json"
         if not trainer.is_global_zero or path is None or not path.is_file():
             return
-        label = str(resolved_config(trainer).get("experiment") or "this run")
+        label = str(given(trainer, "experiment") or "this run")
         tables = tables_of(json.loads(path.read_text()), label)
         if not tables:
             return

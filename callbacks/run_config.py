@@ -30,13 +30,19 @@ def resolved_config(trainer: L.Trainer) -> dict[str, Any]:
     return {}
 
 
+def given(trainer: L.Trainer, option: str) -> Any:
+    """Returns the value of an option of the command; None without a command."""
+    configs = (one.config for one in trainer.callbacks if isinstance(one, SaveConfigCallback))  # type: ignore[attr-defined]
+    return next(configs, {}).get(option)
+
+
 def checkpoint_note(trainer: L.Trainer) -> dict[str, str | None]:
     """Returns path and time of the checkpoint that a command evaluates, on which its images depend.
 
     Raises:
         ValueError: if the path names no file ("last", "best").
     """
-    path = trainer.ckpt_path or resolved_config(trainer).get("ckpt_path")
+    path = trainer.ckpt_path or given(trainer, "ckpt_path")
     if path and not os.path.isfile(path):
         raise ValueError(f"`ckpt_path` is {path}; name the checkpoint's file, which the images depend on.")
     modified = datetime.fromtimestamp(os.stat(path).st_mtime, UTC).isoformat() if path else None

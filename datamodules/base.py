@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import lightning as L
@@ -92,6 +93,11 @@ class PromptDataModule(L.LightningDataModule):
     def train_samples(self) -> list[PromptSample]:
         """Returns the training prompts."""
 
+    @cached_property
+    def training_set(self) -> list[PromptSample]:
+        """The training prompts, which are drawn or read once for all who ask."""
+        return self.train_samples()
+
     @abstractmethod
     def eval_samples(self) -> dict[str, list[PromptSample]]:
         """Returns the name and the prompts of each validation set."""
@@ -110,7 +116,7 @@ class PromptDataModule(L.LightningDataModule):
         Raises:
             ValueError: if there are too few prompts for one step.
         """
-        samples = self.train_samples()
+        samples = self.training_set
         rank, world = self._rank_and_world()
         if len(samples) < self.batch_size * world:
             raise ValueError(

@@ -204,7 +204,7 @@ class EvaluatedAgents(Agents):
 
     def on_train_start(self) -> None:
         """Warns of long prompts, and evaluates the agents before training, unless the run is resumed."""
-        warn_of_long_prompts(self.flow, {"training": self._data.train_samples()} | self._data.eval_samples())
+        warn_of_long_prompts(self.flow, {"training": self._data.training_set} | self._data.eval_samples())
         if self.global_step == 0:
             validate_now(self.trainer)
 

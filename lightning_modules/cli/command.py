@@ -251,7 +251,7 @@ class PromptRLCLI(LightningCLI):
         if folder is None:  # predictions, trial runs, ranks other than 0
             return
         if self.subcommand == "fit" and isinstance(self.datamodule, PromptDataModule):
-            prompt = next((sample.asked for sample in self.datamodule.train_samples()), None)
+            prompt = next((sample.asked for sample in self.datamodule.training_set), None)
         print(closing(folder, Path(self._options["trainer"]["default_root_dir"] or ""), prompt))
 
     def before_predict(self) -> None:

@@ -157,5 +157,5 @@ def _source(module: PromptRL, datamodule: Any) -> tuple[int, int] | None:
     edits = issubclass(flow, PipelinePolicy) and flow.encode_sources is not PipelinePolicy.encode_sources
     if not edits or not isinstance(datamodule, PromptDataModule):
         return None
-    image = next((sample.image for sample in datamodule.train_samples()), None)
+    image = next((sample.image for sample in datamodule.training_set), None)
     return None if image is None else (image.height, image.width)

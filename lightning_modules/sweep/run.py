@@ -175,7 +175,7 @@ def sweep(plan: Sweep) -> bool:
             print(shlex.join(["lightning", *command.options, *_checkpoint_of(jobs, command)]))
         return True
     console = Console()
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, disable=console.is_jupyter) as progress:  # there it wants ipywidgets
         task = progress.add_task("runs", total=len(jobs))
 
         def tell(outcome: Outcome) -> None:
@@ -191,7 +191,7 @@ def sweep(plan: Sweep) -> bool:
 def table_of(outcomes: Sequence[Outcome]) -> Table:
     """Makes the final table: run, state, time, headline scores."""
     table = Table(title="Sweep")
-    table.add_column("run", overflow="fold", min_width=20)
+    table.add_column("run", overflow="fold")
     table.add_column("state")
     columns = list(dict.fromkeys(name for outcome in outcomes for name in outcome.scores))
     for column in ("time", *columns):

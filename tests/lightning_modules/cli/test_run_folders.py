@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import os
 import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -95,7 +94,7 @@ def test_a_folder_does_not_depend_on_loggers(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["ours", "Lightning's"])
-def test_two_processes_of_one_run_have_one_folder(launcher: str, tmp_path: Path) -> None:
+def test_two_processes_of_one_run_have_one_folder(launcher: str, tmp_path: Path, preloaded: list[str]) -> None:
     root = tmp_path / "runs"
     (root / EXPERIMENT / "version_0").mkdir(parents=True)
     options = quick(
@@ -105,7 +104,7 @@ def test_two_processes_of_one_run_have_one_folder(launcher: str, tmp_path: Path)
         for one in run(tmp_path / "output", *options, processes=2):
             assert one.returncode == 0, one.text
     else:
-        subprocess.run([sys.executable, "-m", "lightning_modules.cli", *options], check=True)
+        subprocess.run([*preloaded, "-m", "lightning_modules.cli", *options], check=True)
     assert versions(root) == ["version_0", "version_1"]
     written = {path.name for path in (root / EXPERIMENT / "version_1").iterdir()}
     assert written == {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import signal
@@ -12,11 +13,12 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from callbacks.runs.loading import load
 from lightning_modules.sweep import run
 from lightning_modules.sweep.plan import Job, Sweep
-from lightning_modules.sweep.run import main, read, run_all
+from lightning_modules.sweep.run import Outcome, main, read, run_all, table_of
 from tests.forked import Forked
 
 ROOT = Path(__file__).parents[3]
@@ -208,6 +210,17 @@ def test_a_fit_that_was_cut_off_after_its_last_step_is_done(tmp_path: Path, monk
     (outcome,) = run_all([job], 1, lambda outcome: None)
     assert outcome.state == "done" and fit.finished() and test.finished()
     assert f"--ckpt_path={checkpoint}" in (test.folder / "test.log").read_text()
+
+
+def test_the_table_is_whole_on_a_narrow_terminal() -> None:
+    """A fit and its test, each with and without PE, and a long name."""
+    scores = {"GenEval without PE": 0.1, "test, GenEval without PE": 0.2, "GenEval with PE": 0.3}
+    outcome = Outcome("promptrl-num_retained0-s42", "done", 464.0, scores=scores | {"test, GenEval with PE": 0.4})
+    console = Console(width=80, file=io.StringIO())
+    console.print(table_of([outcome]))
+    _, *lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert {line[-1] for line in lines} <= set("┓┃┩│┘") and "0.400" in "".join(lines)
+    assert "".join(line[2:12].strip() for line in lines if line[0] == "│") == outcome.name
 
 
 # --- real runs --------------------------------------------------------------------------------------------------------
