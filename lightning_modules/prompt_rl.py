@@ -139,7 +139,7 @@ class PromptRL(UpdatedAgents):
         """Collects the first rollout before the evaluation, which would let a reward that cannot work wait minutes."""
         loader = self.trainer.train_dataloader
         if self.global_step == 0 and isinstance(loader, ResumableLoader):
-            with self.trainer.precision_plugin.train_step_context():
+            with self.gathered(), self.trainer.precision_plugin.train_step_context():
                 self._ahead = self._begin_step(loader.first_batch())
         super().on_train_start()
 
@@ -147,8 +147,17 @@ class PromptRL(UpdatedAgents):
 
     def training_step(self, batch: Sequence[PromptSample], batch_idx: int) -> None:
         """Collects a rollout for G prompts and updates both agents on it."""
-        rollout, self._ahead = self._ahead or self._begin_step(batch), None
-        self.latest = rollout
+        with self.gathered():
+            rollout, self._ahead = self._ahead or self._begin_step(batch), None
+            self.latest = rollout
+            self._check(rollout)
+        stats = self.update(rollout)
+        self.num_rollouts += len(rollout.images) * self.trainer.world_size
+        self._log_step(rollout, stats)
+        self.bad_steps.end_step()
+
+    def _check(self, rollout: Rollout) -> None:
+        """Checks and logs the log-ratio of a replay, every `check_ratio_every` steps."""
         step = self.trainer.fit_loop.epoch_loop.total_batch_idx  # as the step's own numbers go by in the log
         if not self._checked or step % self.check_ratio_every == 0:
             self._checked = True
@@ -156,10 +165,6 @@ class PromptRL(UpdatedAgents):
             ratios = {f"train/{agent}/max_log_ratio": value for agent, value in self.check_ratio(rollout).items()}
             for logger in self.loggers:
                 logger.log_metrics(ratios, step=step)
-        stats = self.update(rollout)
-        self.num_rollouts += len(rollout.images) * self.trainer.world_size
-        self._log_step(rollout, stats)
-        self.bad_steps.end_step()
 
     def collect(self, samples: Sequence[PromptSample]) -> Rollout:
         """Rewrites, draws, scores and compares within groups: makes the experience of G prompts.

@@ -12,6 +12,7 @@ import lightning as L
 
 from datamodules.base import PromptDataModule
 from datamodules.resumable import place_in_epoch
+from lightning_modules.agents import check_strategy
 from lightning_modules.evaluation import EvaluatedAgents
 
 _UNNAMED = {
@@ -59,6 +60,7 @@ def check_trainer(trainer: L.Trainer, model: L.LightningModule, data: L.Lightnin
     """Raises ValueError for settings that Lightning would refuse, or ignore, after the models are loaded."""
     if isinstance(model, EvaluatedAgents):
         model.require_learner()
+        check_strategy(trainer.strategy)
     if not model.automatic_optimization:
         for name in ("gradient_clip_val", "gradient_clip_algorithm"):
             if getattr(trainer, name):
