@@ -14,7 +14,7 @@ from torch import Tensor
 
 from datamodules.chunks import chunks
 from lightning_modules.bad_steps import BadSteps
-from lightning_modules.distributed import clip, gather_lists, no_backward_sync, sum_over_ranks
+from lightning_modules.distributed import clip, gather_lists, no_backward_sync, several_processes, sum_over_ranks
 from lightning_modules.evaluation import EvaluatedAgents
 from lightning_modules.objectives import ObjectiveResult, RatioNormalization, flow_objective, language_objective
 from lightning_modules.policies.flow import FlowPolicy
@@ -169,7 +169,9 @@ class UpdatedAgents(EvaluatedAgents):
         assert rollout.completions is not None and rollout.language_advantages is not None
         counts = rollout.language_counted
         counts = torch.ones_like(rollout.language_advantages) if counts is None else counts
-        total = len(rollout.completions)
+        total = float(len(rollout.completions))
+        if several_processes():  # those that share groups may have other numbers: the mean over all of them
+            total = float(sum_over_ranks(torch.tensor(total, device=self.device))) / self.trainer.world_size
         finite = torch.ones_like(rollout.language_advantages, dtype=torch.bool)
         for rows, weights in self._passes(policy, counts.bool(), counts):
             key = ("language", rows.start)

@@ -82,6 +82,7 @@ def check_trainer(trainer: L.Trainer, model: L.LightningModule, data: L.Lightnin
             "and give fewer training prompts."
         )
     data.trainer = trainer
+    data.processes_per_group = getattr(model, "processes_per_group", 1)
     steps = len(data.train_dataloader())  # raises ValueError for too few prompts
     limit = trainer.limit_train_batches
     steps = min(steps, limit) if isinstance(limit, int) else int(steps * limit)
