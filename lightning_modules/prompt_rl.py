@@ -153,7 +153,7 @@ class PromptRL(UpdatedAgents):
         """Collects the first rollout before the evaluation, which would let a reward that cannot work wait minutes."""
         loader = self.trainer.train_dataloader
         if self.global_step == 0 and isinstance(loader, ResumableLoader):
-            with self.gathered(), self.trainer.precision_plugin.train_step_context():
+            with self.trainer.precision_plugin.train_step_context():
                 self._ahead = self._begin_step(loader.first_batch())
         super().on_train_start()
 
@@ -167,10 +167,9 @@ class PromptRL(UpdatedAgents):
 
     def training_step(self, batch: Sequence[PromptSample], batch_idx: int) -> None:
         """Collects a rollout for G prompts and updates both agents on it."""
-        with self.gathered():
-            rollout, self._ahead = self._ahead or self._begin_step(batch), None
-            self.latest = rollout
-            self._check(rollout)
+        rollout, self._ahead = self._ahead or self._begin_step(batch), None
+        self.latest = rollout
+        self._check(rollout)
         stats = self.update(rollout)
         self.num_rollouts += len(rollout.images) * self.trainer.world_size
         self._log_step(rollout, stats)
@@ -197,7 +196,8 @@ class PromptRL(UpdatedAgents):
         completions = None
         with self._timed("refine"):
             if self.language is not None:
-                completions = self.language.refine(samples, refined)
+                with self.language.gathered():
+                    completions = self.language.refine(samples, refined)
         rewrites = None if completions is None else completions.rewrites
         places = [slot * self.images_per_prompt + k for slot in self.own_slots for k in range(self.images_per_prompt)]
         per_group = self.group_size * self.images_per_prompt
@@ -218,9 +218,10 @@ class PromptRL(UpdatedAgents):
         with Scoring(self.reward, self.device, overlap=self.overlap_scoring, group=per_group) as scoring:
             with self._timed("rollout"):
                 window_seed = seed_of("window", self.seed, self.global_step)
-                trajectory = self.flow.rollout(
-                    prompts, seeds, window_seed=window_seed, on_drawn=score, images=source_images(judged)
-                )
+                with self.flow.gathered():
+                    trajectory = self.flow.rollout(
+                        prompts, seeds, window_seed=window_seed, on_drawn=score, images=source_images(judged)
+                    )
             with self._timed("reward"):  # what the overlap did not hide
                 own_scores = self._scores_on_all_ranks(scoring, finite)
         scores = self._scores_of_whole_groups(own_scores, len(samples))

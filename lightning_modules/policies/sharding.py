@@ -55,7 +55,7 @@ def shard_network(network: nn.Module, mesh: DeviceMesh, device: torch.device, co
     policy = MixedPrecisionPolicy(
         param_dtype=compute, reduce_dtype=None if compute is None else torch.float32, cast_forward_inputs=False
     )
-    for layer in _layers(network):
+    for layer in repeated_layers(network):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(network, mesh=mesh, mp_policy=policy)
     network.to_empty(device=device)
@@ -72,12 +72,13 @@ def shard_network(network: nn.Module, mesh: DeviceMesh, device: torch.device, co
     register_fsdp_forward_method(network, "run_inside")
 
 
-def _layers(network: nn.Module) -> Iterator[nn.Module]:
+def repeated_layers(network: nn.Module) -> Iterator[nn.Module]:
+    """Yields the elements of the outermost lists of modules."""
     for child in network.children():
         if isinstance(child, nn.ModuleList):
             yield from child
         else:
-            yield from _layers(child)
+            yield from repeated_layers(child)
 
 
 def _run(self: nn.Module, call: Callable[[], T]) -> T:
@@ -95,17 +96,22 @@ def run_inside(network: nn.Module, call: Callable[[], T]) -> T:
 def gathered(network: nn.Module) -> Iterator[None]:
     """Context manager: every process has the whole network, and may use it as often as it likes.
 
-    To enter it is a collective; without sharding it does nothing.
+    To enter it is a collective; without sharding, or inside another one, it does nothing.
     """
     parts = [module for module in network.modules() if isinstance(module, FSDPModule)]
-    if parts:
-        run_inside(network, lambda: None)  # before a layer is used by itself, the root has to have been
+    own: Any = network
+    if not parts or getattr(own, "is_gathered", False):
+        yield
+        return
+    run_inside(network, lambda: None)  # before a layer is used by itself, the root has to have been
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
+    own.is_gathered = True
     try:
         yield
     finally:
+        own.is_gathered = False
         for part in parts:
             part.set_reshard_after_forward(True, recurse=False)
             part.reshard()
