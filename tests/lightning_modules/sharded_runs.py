@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
+from PIL.Image import Image
 
+from callbacks.benchmark import Benchmark
 from datamodules.base import PromptSample
 from lightning_modules.distributed import whole
 from lightning_modules.policies.base import LoRA
@@ -66,6 +70,12 @@ class Shared(PromptRL):
 
     union: Sequence[Sequence[PromptSample]]
     unscored: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    max_log_ratio: dict[str, float] = {}
+
+    def check_ratio(self, rollout: Rollout) -> dict[str, float]:
+        """Keeps what the guard has found last."""
+        self.max_log_ratio = super().check_ratio(rollout)
+        return self.max_log_ratio
 
     def collect(self, samples: Any) -> Rollout:
         """The rollout of the union's prompts, cut to this process's share."""
@@ -133,29 +143,73 @@ def build(case: Case, rank: int) -> Shared:
     return module
 
 
+def trainer_of(case: Case, world: int, **kwargs: Any) -> L.Trainer:
+    strategy: Any = Sharded(**case.strategy) if isinstance(case.strategy, dict) else case.strategy
+    common = {"limit_val_batches": 0, "logger": False, "enable_checkpointing": False}
+    return L.Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy=strategy if world > 1 else "auto",
+        precision=case.precision,  # type: ignore[arg-type]
+        plugins=[LightningEnvironment()],
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **common | kwargs,
+    )
+
+
 def train(case: Case, rank: int, world: int, folder: Path, checkpoint: Path | None = None, **kwargs: Any) -> None:
     """Trains, and leaves the trained weights of rank `rank` in `<world>-<rank>.pt`."""
     data = ShapesPrompts(train_prompts=16, batch_size=PROMPTS // world, eval_prompts=5, eval_batch_size=2)
     module = build(case, rank)
     samples = data.train_samples()
     module.union = [samples[start : start + PROMPTS] for start in range(0, len(samples), PROMPTS)]
-    strategy: Any = Sharded(**case.strategy) if isinstance(case.strategy, dict) else case.strategy
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=world,
-        strategy=strategy if world > 1 else "auto",
-        precision=case.precision,  # type: ignore[arg-type]
-        plugins=[LightningEnvironment()],
-        max_steps=case.steps,
-        use_distributed_sampler=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **{"limit_val_batches": 0, "logger": False, "enable_checkpointing": False} | kwargs,
-    )
+    trainer = trainer_of(case, world, max_steps=case.steps, **kwargs)
     trainer.fit(module, data, ckpt_path=checkpoint)
-    weights = {n: whole(p.detach()).clone() for n, p in module.named_parameters() if p.requires_grad}
-    sharded = [agent.sharded for agent in module._learners()]
-    torch.save({"weights": weights, "rollouts": module.num_rollouts, "sharded": sharded}, folder / f"{world}-{rank}.pt")
+    leave(module, folder / f"{world}-{rank}.pt")
+
+
+def leave(module: PromptRL, path: Path, **more: Any) -> None:
+    """Saves the trained weights, and what a test compares beside."""
+    benchmarks = [one for one in module.trainer.callbacks if isinstance(one, Benchmark)]  # type: ignore[attr-defined]
+    found = {
+        "weights": {n: whole(p.detach()).clone() for n, p in module.named_parameters() if p.requires_grad},
+        "rollouts": module.num_rollouts,
+        "sharded": [agent.sharded for agent in module._learners()],
+        "history": [entry["results"] for benchmark in benchmarks for entry in benchmark.history],
+        "max_log_ratio": getattr(module, "max_log_ratio", {}),
+    }
+    torch.save(found | more, path)
+
+
+def train_split(case: Case, rank: int, world: int, folder: Path) -> None:
+    """Trains on the same prompts in each process, each of which draws its part of their groups."""
+    shared = build(case, rank)
+    module = PromptRL(shared.flow, shared.reward, shared.language, 4, 2, processes_per_group=world, optimizer=adamw)
+    rollouts = []
+    collect = module.collect
+
+    def kept(samples: Any) -> Rollout:
+        rollouts.append(collect(samples))
+        return rollouts[-1]
+
+    module.collect = kept  # type: ignore[method-assign]
+    trainer = trainer_of(case, world, max_steps=case.steps)
+    trainer.fit(module, ShapesPrompts(train_prompts=16, batch_size=PROMPTS))
+    pixels = [torch.stack([pil_to_tensor(image) for image in rollout.images]) for rollout in rollouts]
+    leave(
+        module,
+        folder / f"{world}-{rank}.pt",
+        rewards=[rollout.rewards for rollout in rollouts],
+        advantages=[rollout.advantages for rollout in rollouts],
+        pixels=[images.view(PROMPTS, -1, *images.shape[1:]) for images in pixels],
+    )
+
+
+def pil_to_tensor(image: Image) -> torch.Tensor:
+    """Returns [H, W, 3] bytes."""
+    return torch.from_numpy(np.array(image))
 
 
 def run(case: Case, folder: Path, world: int, work: Any = train, **kwargs: Any) -> list[dict[str, Any]]:
@@ -198,16 +252,29 @@ def compare(case: Case, folder: Path) -> dict[str, Any]:
 
 
 CASES = {
-    f"{strategy}-{mode}-{'lora' if lora else 'full'}": Case(
-        how, processes=4 if strategy == "hsdp" else 2, mode=mode, lora=lora
+    f"{strategy} {mode} {'LoRA' if lora else 'full'}": Case(
+        how, processes=4 if strategy == "HSDP" else 2, mode=mode, lora=lora
     )
-    for strategy, how in {"ddp": "ddp", "sharded": "sharded", "hsdp": {"shard_size": 2}}.items()
+    for strategy, how in {"ddp": "ddp", "sharded": "sharded", "HSDP": {"shard_size": 2}}.items()
     for mode in ("joint", "flow", "prompt")
     for lora in (False, True)
 } | {
-    "masked": Case("sharded", unscored=((0,), (1,))),
-    "updates": Case("sharded", updates=2, steps=4),
-    "minibatches": Case("sharded", minibatches=2, steps=4),
-    "checkpointing": Case("sharded", checkpointing=True),
-    "bf16": Case("sharded", precision="bf16-mixed"),
+    "sharded, groups without scores": Case("sharded", unscored=((0,), (1,))),
+    "sharded, updates_per_rollout 2": Case("sharded", updates=2, steps=4),
+    "sharded, gradient checkpointing": Case("sharded", checkpointing=True),
+    "sharded, bf16-mixed": Case("sharded", precision="bf16-mixed"),
 }
+"""All that `python -m tests.lightning_modules.sharded_runs` compares; the tests take few."""
+
+
+def main() -> None:
+    """Prints a table of all cases."""
+    print("| case | processes | largest difference of a weight | they moved by |\n|---|---|---|---|")
+    for name, case in CASES.items():
+        with TemporaryDirectory() as folder:
+            found = compare(case, Path(folder))
+        print(f"| {name} | {case.processes} | {found['difference']:.1e} | {found['moved']:.1e} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
