@@ -5,6 +5,7 @@ Both hold the same: Lightning's record of a run, with the trained weights by nam
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -58,7 +59,8 @@ def read(path: str | Path, like: Mapping[str, Tensor] | None = None, *, record_o
         else:
             tensors[key] = torch.empty(stored.size, dtype=dtype)
     if not record_only:
-        dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
     for key, tensor in tensors.items():
         kind, *names = key.split("/")
         if kind in WEIGHTS:

@@ -17,6 +17,7 @@ from PIL.Image import Image
 
 from callbacks.benchmark import Benchmark
 from datamodules.base import PromptSample
+from lightning_modules.checkpoints import CheckpointIO
 from lightning_modules.distributed import whole
 from lightning_modules.policies.base import LoRA
 from lightning_modules.policies.flow import Sampling
@@ -151,7 +152,7 @@ def trainer_of(case: Case, world: int, **kwargs: Any) -> L.Trainer:
         devices=world,
         strategy=strategy if world > 1 else "auto",
         precision=case.precision,  # type: ignore[arg-type]
-        plugins=[LightningEnvironment()],
+        plugins=[LightningEnvironment(), CheckpointIO()],
         use_distributed_sampler=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -105,9 +105,9 @@ def test_checkpoints_load_into_any_strategy(tmp_path: Path) -> None:
         assert all(torch.equal(weights[n], weight) for n, weight in average.items())
     for name, strategy in how.items():
         run(Case(strategy, steps=2), tmp_path / "begun" / name, **work)
-    for begun, goes_on in (("folder", "folder"), ("file", "file"), ("folder", "ddp"), ("ddp", "folder")):
+    for begun, goes_on in (("folder", "folder"), ("file", "ddp"), ("ddp", "file"), ("folder", "ddp")):
         checkpoint = tmp_path / "begun" / begun / "last.ckpt"
-        ended = run(Case(how[goes_on]), tmp_path / begun / goes_on, **work, checkpoint=checkpoint)[0]
+        ended = run(Case(how[goes_on]), tmp_path / "ended" / begun / goes_on, **work, checkpoint=checkpoint)[0]
         assert difference(ended, whole[goes_on]) <= (0 if begun == goes_on else 1e-6), (begun, goes_on)
         assert ended["rollouts"] == whole[goes_on]["rollouts"]
     one = run(Case("auto"), tmp_path / "one", 1, train_with_checkpoints, checkpoint=checkpoint)[0]
