@@ -291,16 +291,23 @@ class PromptRLCLI(LightningCLI):
                 print(callback.summary())
 
 
-def run(args: list[str] | None = None) -> None:
+def run(args: Sequence[str] | None = None, cli_class: type[PromptRLCLI] = PromptRLCLI) -> PromptRLCLI:
     """Runs the command.
 
     Errors raised on purpose by this project's own code end in one line; any other keeps its traceback.
+
+    Args:
+        args: the words after the command's name; None takes the process's own.
+        cli_class: class of the command.
+
+    Returns:
+        The finished command, with its trainer and model.
     """
     jsonargparse.set_loader("omegaconf+", load_config, (yaml.YAMLError,))
     words = sys.argv[1:] if args is None else args
     PromptRLCLI.wanted = words[0] if words and words[0] in LightningCLI.subcommands() else None
     try:
-        cli = PromptRLCLI(
+        cli = cli_class(
             L.LightningModule,
             L.LightningDataModule,
             trainer_class=Trainer,
@@ -312,9 +319,10 @@ def run(args: list[str] | None = None) -> None:
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=42,
-            args=args,
+            args=None if args is None else list(args),
         )
         cli.say_where_things_are()
+        return cli
     except SIGTERMException:
         sys.exit(128 + signal.SIGTERM)  # as shells say it; Lightning would end as if the run were complete
     except OmegaConfBaseException as error:
