@@ -61,11 +61,16 @@ def check(module: L.LightningModule, datamodule: Any, trainer: L.Trainer, mode: 
     helps = ", ".join(f"{name} ({size_text(size)})" for name, size in suggestions(module, setting, found))
     helps = f"; each of these would save some: {helps}" if helps else ""
     have = f"{device} has {size_text(found.memory)}"
-    if found.persistent_total <= found.memory:
+    surely = found.persistent_total + found.gathered
+    if surely <= found.memory:
         rank_zero_warn(f"the run may need about {size_text(found.total)} at its peak, but {have}{helps}.")
         return
+    shares = ""
+    if found.gathered:
+        helps = f"; take more devices, or a larger shard_size{helps}"
+        shares = f", with {size_text(found.gathered)} to gather an agent's shards on every device to draw,"
     message = (
-        f"weights, gradients, optimizer state and reference alone need {size_text(found.persistent_total)}, but "
+        f"weights, gradients, optimizer state and reference alone{shares} need {size_text(surely)}, but "
         f"{have}{helps}; or try all the same with --preflight=warn."
     )
     if mode == "stop":

@@ -105,6 +105,7 @@ class Estimate:
         transient: phase -> bytes at its peak, one phase at a time; None if a network does not run on shapes. Rough.
         notes: names of what is not counted.
         memory: bytes that the device has; None if unknown.
+        gathered: bytes of the largest agent whose shards are gathered to draw or to write; exact.
     """
 
     networks: tuple[NetworkSize, ...] = ()
@@ -113,6 +114,7 @@ class Estimate:
     transient: dict[str, int | None] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     memory: int | None = None
+    gathered: int = 0
 
     @property
     def persistent_total(self) -> int:
@@ -137,6 +139,7 @@ class Estimate:
             per_step=_summed(self.per_step, other.per_step),
             transient=transient,
             notes=self.notes + other.notes,
+            gathered=max(self.gathered, other.gathered),
         )
 
 
@@ -269,7 +272,8 @@ def _persistent(module: PromptRL, policy: Policy, meta: Policy, setting: Setting
     def held(network: NetworkSize) -> int:
         return 0 if network.offloaded else network.bytes // (shards if network.name in LEARNERS else 1)
 
-    found = Estimate(tuple(networks), {"weights": sum(map(held, networks))})
+    weights = {"weights": sum(map(held, networks))}
+    found = Estimate(tuple(networks), weights, gathered=gathered_bytes(meta, setting))
     if policy.trained:
         gradients = sum(parameter.nbytes for parameter in meta.parameters() if parameter.requires_grad) // shards
         state = optimizer_state(module.optimizer, meta)

@@ -80,6 +80,7 @@ def train_with_checkpoints(case: Case, rank: int, world: int, folder: Path, chec
         checkpoint,
         callbacks=callbacks,
         enable_checkpointing=True,
+        default_root_dir=folder,
         limit_val_batches=1.0,
         val_check_interval=1,
         check_val_every_n_epoch=None,
@@ -152,7 +153,7 @@ def test_plain_model_parallelism_is_refused_by_the_command(tmp_path: Path) -> No
     (process,) = run_command(
         tmp_path, "fit", *options, "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy"
     )
-    assert process.returncode == 1 and "lightning: error: `trainer.strategy`" in process.text
+    assert process.returncode == 2 and "lightning: error: `trainer.strategy`" in process.text
     assert not list(tmp_path.rglob("version_*"))
 
 
