@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,9 +134,16 @@ class Export(L.Callback):
     def _export(self, trainer: L.Trainer, pl_module: L.LightningModule, *, push: bool = False) -> None:
         assert isinstance(pl_module, EvaluatedAgents)
         check_finite({name: weight for name, weight in pl_module.named_parameters() if weight.requires_grad})
-        # A trial run has no folder of its own.
-        if not trainer.is_global_zero or (self.directory is None and trainer.fast_dev_run):  # type: ignore[attr-defined]
-            return
+        if self.directory is None and trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return  # a trial run has no folder of its own
+        with ExitStack() as stack:
+            for agent in (pl_module.flow, pl_module.language):
+                if agent is not None:
+                    stack.enter_context(agent.saved_whole())
+            if trainer.is_global_zero:
+                self._write(trainer, pl_module, push=push)
+
+    def _write(self, trainer: L.Trainer, pl_module: EvaluatedAgents, *, push: bool) -> None:
         folder = self._logs / "export" if self.directory is None else self.directory
         _refuse_foreign(folder)
         path = self._logs / "results.json"

@@ -147,7 +147,7 @@ class Page(L.Callback):
         self._drawn = []
         rollout: Rollout | None = getattr(module, "latest", None)
         if rollout is not None and not trainer.testing:
-            retained = module.num_retained * module.images_per_prompt
+            retained = sum(slot < module.num_retained for slot in module.own_slots) * module.images_per_prompt
             gallery.group = _group(gallery, rollout, retained, step, rollouts)
         if gallery.samples or gallery.group is not None:
             gallery.write()

@@ -40,11 +40,11 @@ def checkpoint_note(trainer: L.Trainer) -> dict[str, str | None]:
     """Returns path and time of the checkpoint that a command evaluates, on which its images depend.
 
     Raises:
-        ValueError: if the path names no file ("last", "best").
+        ValueError: if there is nothing at the path ("last", "best").
     """
     path = trainer.ckpt_path or given(trainer, "ckpt_path")
-    if path and not os.path.isfile(path):
-        raise ValueError(f"`ckpt_path` is {path}; name the checkpoint's file, which the images depend on.")
+    if path and not os.path.exists(path):
+        raise ValueError(f"`ckpt_path` is {path}; name the checkpoint, which the images depend on.")
     modified = datetime.fromtimestamp(os.stat(path).st_mtime, UTC).isoformat() if path else None
     return {"ckpt_path": os.path.abspath(path) if path else None, "ckpt_modified": modified}
 

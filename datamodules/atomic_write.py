@@ -39,21 +39,26 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     Until then, and if the block fails, `folder` stays as it was. What an earlier, killed process left unfinished is
     removed.
     """
-    unfinished, old = (folder.with_name(f".{folder.name}.{state}") for state in ("unfinished", "old"))
-    _tidy(folder, unfinished, old)
-    unfinished.mkdir(parents=True)
+    new, old = unfinished(folder), folder.with_name(f".{folder.name}.old")
+    _tidy(folder, new, old)
+    new.mkdir(parents=True)
     try:
-        yield unfinished
+        yield new
         if folder.exists():  # a folder that is not empty cannot be replaced by one rename
             folder.rename(old)
-        unfinished.rename(folder)
+        new.rename(folder)
     finally:
-        _tidy(folder, unfinished, old)
+        _tidy(folder, new, old)
 
 
-def _tidy(folder: Path, unfinished: Path, old: Path) -> None:
+def unfinished(folder: Path) -> Path:
+    """Returns the folder that `replaced_folder` yields, for other processes that write to it."""
+    return folder.with_name(f".{folder.name}.unfinished")
+
+
+def _tidy(folder: Path, new: Path, old: Path) -> None:
     """Removes what a replacement left beside its folder, which it puts back if it was moved away and not replaced."""
     if old.exists() and not folder.exists():
         old.rename(folder)
-    for rest in (unfinished, old):
+    for rest in (new, old):
         shutil.rmtree(rest, ignore_errors=True)

@@ -76,6 +76,8 @@ class PromptDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         # A process without any evaluation prompt is fine, but Lightning stops there without this setting.
         self.allow_zero_length_dataloader_with_multiple_devices = True
+        self.processes_per_group = 1
+        """Neighbouring processes that get the same training prompts; the model sets it."""
         self.eval_names: list[str] = []
         """Names of the evaluation sets, in the order of the loaders (index = Lightning's `dataloader_idx`)."""
         self.eval_sets: dict[str, Sequence[PromptSample]] = {}
@@ -117,7 +119,7 @@ class PromptDataModule(L.LightningDataModule):
             ValueError: if there are too few prompts for one step.
         """
         samples = self.training_set
-        rank, world = self._rank_and_world()
+        rank, world = (number // self.processes_per_group for number in self._rank_and_world())
         if len(samples) < self.batch_size * world:
             raise ValueError(
                 f"{len(samples)} training prompts do not fill one step of {world} process(es) x data.batch_size "

@@ -187,10 +187,12 @@ class EvaluatedAgents(Agents):
 
     def on_validation_end(self) -> None:
         """Records that the agents of this step have been evaluated."""
+        super().on_validation_end()
         self._validated_step = self.global_step
 
     def on_validation_start(self) -> None:
-        """Warns of long prompts in `lightning validate`; in a fit `on_train_start` has done so."""
+        """Gathers sharded weights; warns of long prompts in `lightning validate`, as `on_train_start` does in a fit."""
+        super().on_validation_start()
         if self.trainer.state.fn == TrainerFn.VALIDATING:
             warn_of_long_prompts(self.flow, self._data.eval_sets)
 

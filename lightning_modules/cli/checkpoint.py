@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 
+from datamodules.base import PromptDataModule
 from datamodules.resumable import ResumableLoader, place_in_epoch
 from lightning_modules.agents import NotFinite
 from rewards.base import RewardUnavailable
@@ -74,7 +75,10 @@ class Checkpoint(ModelCheckpoint):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Lets a run that ended within an epoch go on with the next batch of it."""
-        place_in_epoch(checkpoint["loops"]["fit_loop"])
+        data, size = trainer.datamodule, None  # type: ignore[attr-defined]
+        if isinstance(data, PromptDataModule):
+            size = trainer.world_size // data.processes_per_group * data.batch_size
+        place_in_epoch(checkpoint["loops"]["fit_loop"], size)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Saves `last.ckpt` when scores cannot be had, or an agent could not be updated for too long.

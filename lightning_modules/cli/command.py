@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import signal
 import sys
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -13,8 +12,8 @@ from typing import Any, NoReturn, cast
 
 import jsonargparse
 import lightning as L
-import torch
 import yaml
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
@@ -32,7 +31,8 @@ from callbacks.run_config import resolved_config
 from datamodules.base import PromptDataModule
 from datamodules.local_path import local_path
 from datamodules.typed import TypedPrompts
-from lightning_modules.agents import check_precision
+from lightning_modules.agents import Agents, check_precision
+from lightning_modules.checkpoints import CheckpointIO, is_checkpoint, read
 from lightning_modules.cli import earlier_checkpoints
 from lightning_modules.cli.checkpoint import Checkpoint, SaveConfig
 from lightning_modules.cli.closing import closing
@@ -153,6 +153,8 @@ class PromptRLCLI(LightningCLI):
             left_out += ["images", "predictions"]
         parser.callback_keys = [key for key in parser.callback_keys if key not in left_out]
         trainer: Any = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = CheckpointIO()
         bars = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]
         if [type(bar) for bar in bars] in ([TQDMProgressBar], [RichProgressBar]):  # Lightning's default, not a choice
             trainer.callbacks[trainer.callbacks.index(bars[0])] = RunProgressBar()
@@ -193,8 +195,8 @@ class PromptRLCLI(LightningCLI):
         elif options.get("ckpt_path") == "best":
             options["ckpt_path"] = str(earlier_checkpoints.best(experiment, kept["dirpath"], kept["monitor"]))
         path = self._checkpoint_path
-        if path is not None and not zipfile.is_zipfile(path):
-            what = "which is no checkpoint" if Path(path).is_file() else "but there is no such file"
+        if path is not None and not is_checkpoint(path):
+            what = "which is no checkpoint" if Path(path).exists() else "but there is no such file"
             raise ValueError(f"`ckpt_path` is {path}, {what}; give a .ckpt of an earlier run.")
         if path is None and self.subcommand != "fit":
             rank_zero_warn("no `--ckpt_path` is given: the base model is evaluated, not one that a fit has trained.")
@@ -210,7 +212,7 @@ class PromptRLCLI(LightningCLI):
         if isinstance(self.datamodule, PromptDataModule):
             self.datamodule.setup(str(self.subcommand))
         path = self._checkpoint_path
-        checkpoint = None if path is None else torch.load(path, map_location="cpu", mmap=True)
+        checkpoint = None if path is None else read(path, record_only=True)
         if checkpoint is not None and "loops" not in checkpoint:
             raise ValueError(f"`ckpt_path` is {path}, which is no checkpoint; give a .ckpt of an earlier run.")
         if self.subcommand == "fit":
@@ -232,7 +234,10 @@ class PromptRLCLI(LightningCLI):
         """Loads the models and compares the checkpoint with them."""
         if self.subcommand == "fit":
             check(self.model, self.datamodule, self.trainer, self._options["preflight"])
-        self.model.configure_model()
+        if isinstance(self.model, Agents):
+            self.model.load(self.trainer.strategy, fits=self.subcommand == "fit")
+        else:
+            self.model.configure_model()
         self.model.setup(str(self.subcommand))
         if checkpoint is not None:
             averages = any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]

@@ -51,7 +51,7 @@ def trained_run(folder: Path) -> RunFolder:
     if not run.config:
         raise ValueError(f"{folder} has no config.yaml, so it is no run: give the folder of one, runs/NAME/version_0.")
     run = run.fitted or run
-    if not checkpoint_of(run).is_file():
+    if not checkpoint_of(run).exists():
         raise ValueError(
             f"{folder} has no checkpoint ({checkpoint_of(run)} is not there), so nothing trained to draw "
             "with: give the folder of a fit that has saved one."

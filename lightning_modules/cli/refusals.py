@@ -12,6 +12,7 @@ import lightning as L
 
 from datamodules.base import PromptDataModule
 from datamodules.resumable import place_in_epoch
+from lightning_modules.agents import check_strategy
 from lightning_modules.evaluation import EvaluatedAgents
 
 _UNNAMED = {
@@ -59,6 +60,7 @@ def check_trainer(trainer: L.Trainer, model: L.LightningModule, data: L.Lightnin
     """Raises ValueError for settings that Lightning would refuse, or ignore, after the models are loaded."""
     if isinstance(model, EvaluatedAgents):
         model.require_learner()
+        check_strategy(trainer.strategy)
     if not model.automatic_optimization:
         for name in ("gradient_clip_val", "gradient_clip_algorithm"):
             if getattr(trainer, name):
@@ -80,6 +82,7 @@ def check_trainer(trainer: L.Trainer, model: L.LightningModule, data: L.Lightnin
             "and give fewer training prompts."
         )
     data.trainer = trainer
+    data.processes_per_group = getattr(model, "processes_per_group", 1)
     steps = len(data.train_dataloader())  # raises ValueError for too few prompts
     limit = trainer.limit_train_batches
     steps = min(steps, limit) if isinstance(limit, int) else int(steps * limit)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, cast
 
 import diffusers
 import torch
+from accelerate import init_empty_weights
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.training_utils import cast_training_params
 from peft import get_peft_model_state_dict
@@ -178,7 +179,7 @@ class PipelinePolicy(FlowPolicy):
         cut = {row for row, text in zip(rows, texts, strict=True) if len(tokenizer(text)["input_ids"]) > limit}
         return [row in cut for row in range(len(prompts))]
 
-    def load(self) -> None:
+    def load(self, *, weights: bool = True) -> None:
         """Loads the pipeline; its modules become submodules, so that Lightning moves them."""
         if self.pipe is not None:
             return
@@ -191,6 +192,7 @@ class PipelinePolicy(FlowPolicy):
                 torch_dtype={"transformer": self.dtype, "default": self.frozen_dtype},
                 use_safetensors=True,
                 **self.passed_parts(),
+                **({} if weights or not self.trained else {"transformer": self._network_to_fill()}),
             )
         self.network = self.pipe.transformer
         for name, part in self._frozen_parts().items():
@@ -244,6 +246,13 @@ class PipelinePolicy(FlowPolicy):
         """Builds the network on the meta device, from its configuration alone."""
         config = read_config(self.model, "transformer")
         with torch.device("meta"):
+            network: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
+        return network
+
+    def _network_to_fill(self) -> nn.Module:
+        """Builds the network with its parameters alone on the meta device; it computes its tables of positions."""
+        config = read_config(self.model, "transformer")
+        with init_empty_weights():
             network: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
         return network
 

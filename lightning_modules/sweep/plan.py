@@ -60,7 +60,7 @@ class Command:
     def checkpoint(self) -> Path | None:
         """Path of the newest `last.ckpt`; None without one."""
         paths = [run.folder / "checkpoints" / "last.ckpt" for run in self.runs()]
-        return max((path for path in paths if path.is_file()), key=lambda path: path.stat().st_mtime, default=None)
+        return max((path for path in paths if path.exists()), key=lambda path: path.stat().st_mtime, default=None)
 
     def finished(self) -> bool:
         """Returns True if the command ended by itself: its record says so, or the report, written last, is there."""

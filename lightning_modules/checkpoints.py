@@ -1,0 +1,105 @@
+"""Checkpoints on disk: one file, or a folder that several processes write together (PyTorch's distributed checkpoint).
+
+Both hold the same: Lightning's record of a run, with the trained weights by name and the optimizers' state by number.
+"""
+
+from __future__ import annotations
+
+import warnings
+import zipfile
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from lightning.fabric.plugins import TorchCheckpointIO
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from datamodules.atomic_write import replaced_folder, unfinished
+
+RECORD = "record.pt"
+"""File in a folder that holds all but the large tensors."""
+OPTIMIZERS = "optimizer_states"
+WEIGHTS = ("state_dict", "current_model_state")
+"""Entries of a checkpoint that are tensors by name: the weights and, beside a moving average, those in training."""
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Returns True if a path is a checkpoint's file or folder."""
+    return zipfile.is_zipfile(path) or (Path(path) / RECORD).is_file()
+
+
+def read(path: str | Path, like: Mapping[str, Tensor] | None = None, *, record_only: bool = False) -> dict[str, Any]:
+    """Reads a checkpoint; a file's tensors stay on the disk until they are used.
+
+    Args:
+        path: file or folder.
+        like: key of `_flat`, or of `_flat` without its last part -> tensor in whose layout a folder's is read, so that
+            each process reads its own shards.
+        record_only: gives empty tensors in place of a folder's.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        file: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True)
+        return file
+    record: dict[str, Any] = torch.load(path / RECORD, map_location="cpu")
+    tensors: dict[str, Tensor] = {}
+    for key, stored in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items():
+        assert isinstance(stored, TensorStorageMetadata)
+        model = (like or {}).get(key, (like or {}).get(key.rpartition("/")[0]))
+        dtype = stored.properties.dtype
+        if record_only:
+            tensors[key] = torch.empty(0)
+        elif model is not None and model.shape == stored.size:
+            tensors[key] = torch.empty_like(model, dtype=dtype, requires_grad=False)
+        else:
+            tensors[key] = torch.empty(stored.size, dtype=dtype)
+    if not record_only:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+    for key, tensor in tensors.items():
+        kind, *names = key.split("/")
+        if kind in WEIGHTS:
+            record.setdefault(kind, {})[names[0]] = tensor
+        else:
+            optimizer, parameter, name = names
+            record[OPTIMIZERS][int(optimizer)]["state"].setdefault(int(parameter), {})[name] = tensor
+    return record
+
+
+def write_folder(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Writes a checkpoint's tensors by all processes at the same time; an earlier folder is replaced in the end."""
+    states = checkpoint.get(OPTIMIZERS, [])
+    record = {name: value for name, value in checkpoint.items() if name not in WEIGHTS}
+    record |= {OPTIMIZERS: [state | {"state": {}} for state in states]} if states else {}
+    with replaced_folder(path) if dist.get_rank() == 0 else nullcontext(unfinished(path)) as folder:
+        if dist.get_rank() == 0:
+            torch.save(record, folder / RECORD)
+        dist.barrier()
+        dcp.save(_flat(checkpoint), checkpoint_id=folder)
+        dist.barrier()
+    dist.barrier()
+
+
+def _flat(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns key -> tensor: `state_dict/<name>`, `optimizer/<number>/<number of the parameter>/<name>`."""
+    flat = {f"{kind}/{name}": tensor for kind in WEIGHTS for name, tensor in checkpoint.get(kind, {}).items()}
+    for number, state in enumerate(checkpoint.get(OPTIMIZERS, [])):
+        for parameter, values in state["state"].items():
+            flat |= {f"optimizer/{number}/{parameter}/{name}": torch.as_tensor(v) for name, v in values.items()}
+    return flat
+
+
+class CheckpointIO(TorchCheckpointIO):
+    """Lightning's reader and writer of checkpoints, which reads a folder too."""
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads all of a file or a folder."""
+        if Path(path).is_dir():
+            return read(path)
+        checkpoint: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only)
+        return checkpoint
