@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from lightning_modules.peers import Peers
 from lightning_modules.policies.flow import FlowPolicy
 from lightning_modules.policies.language import LanguagePolicy
 from rewards.arguments import check_minimum
@@ -48,10 +49,17 @@ class Agents(L.LightningModule):
         check_minimum("model", 0, warmup_steps=warmup_steps)
         self.lr_scheduler = lr_scheduler
         self.warmup_steps = warmup_steps
+        self.peers = Peers()
         self.num_rollouts = 0
         """Images drawn for training so far, over all ranks."""
 
     # --- set-up ---------------------------------------------------------------------------------------------------
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Has several processes watch one another, ahead of all other callbacks; adds none behind them."""
+        if self.trainer.world_size > 1 and self.peers not in self.trainer.callbacks:  # type: ignore[attr-defined]
+            self.trainer.callbacks.insert(0, self.peers)  # type: ignore[attr-defined]
+        return []
 
     def configure_model(self) -> None:
         """Loads the weights of both agents."""
