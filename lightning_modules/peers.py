@@ -115,7 +115,7 @@ class Peers(L.Callback):
                 exception.__cause__ = PeerFailed(self._cause())
                 kind, sentence = PeerFailed.__name__, self._cause()
             _send(self._link, [self._rank, kind, sentence])
-            if not isinstance(trainer.strategy, DDPStrategy):  # process 0 alone has not all weights
+            if kind != PeerFailed.__name__ and not isinstance(trainer.strategy, DDPStrategy):  # weights may be spread
                 others = [kind] * (trainer.world_size - 1)
                 if self._news.wait_for(lambda: [one for one, _ in self._failed.values()] == others, GRACE):
                     return

@@ -121,7 +121,8 @@ class Checkpoint(ModelCheckpoint):
     def _place_in_epoch(self, trainer: L.Trainer) -> None:
         """Counts the batch in hand as done if an optimizer step was taken on it, and else as not handed out."""
         batch = trainer.fit_loop.epoch_loop.batch_progress
-        if batch.current.ready > batch.current.processed:
+        current: Any = batch.current
+        if current.ready > current.processed:
             if trainer.global_step > self._steps:
                 batch.increment_processed()
             elif isinstance(trainer.train_dataloader, ResumableLoader):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import os
+import shlex
 import signal
+import sys
 import threading
 import time
 from functools import partial
@@ -19,6 +22,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_modules import peers
+from lightning_modules.cli import main
 from lightning_modules.peers import PeerFailed, Peers
 from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.flux1 import Flux1Policy
@@ -91,19 +95,23 @@ class Fails(L.Callback):
             self._fail()
 
 
-def run(root: Path, part: str, rank: int, *more: str) -> tuple[Forked, Forked, float]:
-    """Runs a fit of three steps in two processes; returns them and the seconds from the fault until both had ended."""
-    clock = root / "clock"
+def fit(root: Path, part: str, rank: int, *more: str) -> list[str]:
+    """Returns a fit of three steps in two processes of which one fails."""
     options = quick(
         "fit", root, "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=3",
         "--checkpoint.every_n_train_steps=100", "--trainer.callbacks+=tests.lightning_modules.test_peers.Fails",
-        f"--trainer.callbacks.part={part}", f"--trainer.callbacks.rank={rank}", f"--trainer.callbacks.clock={clock}",
-        "--trainer.val_check_interval=1", *more,
+        f"--trainer.callbacks.part={part}", f"--trainer.callbacks.rank={rank}",
+        f"--trainer.callbacks.clock={root / 'clock'}", "--trainer.val_check_interval=1", *more,
     )  # fmt: skip
-    options += [] if part == "validation" else ["--trainer.limit_val_batches=0"]
-    zero, one = command(root / "output", *options, processes=2)
+    return options if part == "validation" else [*options, "--trainer.limit_val_batches=0"]
+
+
+def run(root: Path, part: str, rank: int, *more: str) -> tuple[Forked, Forked, float]:
+    """Runs such a fit; returns its processes and the seconds from the fault until both had ended."""
+    zero, one = command(root / "output", *fit(root, part, rank, *more), processes=2)
     for process in (zero, one):
         process.wait()
+    clock = root / "clock"
     return zero, one, time.time() - float(clock.read_text()) if clock.exists() else 0.0
 
 
@@ -119,7 +127,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     zero, one, _ = run(root, "nothing", 0)
     assert zero.returncode == one.returncode == 0, zero.text + one.text
     assert "process" not in one.text.replace("distributed processes", "")
-    return torch.load(last(root), weights_only=True)  # type: ignore[no-any-return]
+    return torch.load(last(root), weights_only=True)
 
 
 @pytest.mark.slow
@@ -160,6 +168,25 @@ def test_a_process_that_is_killed_ends_the_other(tmp_path: Path, rank: int) -> N
     assert all(torch.load(path, weights_only=True)["global_step"] == 1 for path in found)
 
 
+@pytest.mark.slow
+def test_lightnings_launcher_lets_process_0_save(tmp_path: Path, preloaded: list[str]) -> None:
+    """Process 0 starts the other, and Lightning's observer would kill it some seconds after that one."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {shlex.join(preloaded)} "$@"\n')
+    python.chmod(0o755)
+    options = fit(tmp_path, "kill", 1)
+
+    def launch() -> None:
+        sys.executable, sys.argv = str(python), ["lightning", *options]
+        sys.modules["__main__"].__spec__ = importlib.util.find_spec("lightning_modules.cli")
+        main(options)
+
+    zero = Forked(launch, tmp_path / "log")
+    assert zero.wait() == 2
+    assert "lightning: error: process 1: it ended without a message" in zero.text
+    assert torch.load(last(tmp_path), weights_only=True)["global_step"] == 1
+
+
 class Strategy(DDPStrategy):
     """What `Peers` asks of a strategy, on the process group alone."""
 
@@ -189,7 +216,7 @@ def twice(rank: int) -> None:
     assert len(threading.enumerate()) == len(threads) + (2 if rank == 0 else 1)
     dist.barrier()
     watch.teardown(trainer, None, "fit")  # type: ignore[arg-type]
-    watch.setup(trainer, None, "test")
+    watch.setup(trainer, None, "test")  # type: ignore[arg-type]
     begin = time.monotonic()
     watch.teardown(trainer, None, "test")  # type: ignore[arg-type]
     assert time.monotonic() - begin < 2
@@ -246,8 +273,12 @@ def plain(rank: int) -> None:
     size: dict[str, Any] = {"height": 32, "width": 32, "max_sequence_length": 18}
     flow = Flux1Policy("miniature/flow", Sampling(4, 2), dtype="float32", learning_rate=1e-3, **size)
     module = PromptRL(flow, ByRank(rank), None, 2, 2)
+
+    def broken(samples: Any) -> NoReturn:
+        raise KeyError("no prompts")
+
     if rank == 1:
-        module.collect = lambda samples: {}[samples[0].tag]  # type: ignore[method-assign]
+        module.collect = broken  # type: ignore[method-assign]
     trainer = trainer_of(2, max_steps=1)
     with pytest.raises(Exception) as raised:
         trainer.fit(module, ShapesPrompts(train_prompts=16, batch_size=1))
