@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
@@ -24,7 +25,6 @@ from typing import Any
 import lightning as L
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed import distributed_c10d
 
 GRACE = 5.0
@@ -49,8 +49,7 @@ class Peers(L.Callback):
     def __init__(self) -> None:
         self.torn = False
         """True within an optimizer step, and for good after one that failed: the weights are between two states."""
-        self._link: Connection | None = None
-        self._ending = threading.Event()
+        self._link: Connection | None = None  # and no locks yet: launchers may pickle the module
 
     @contextmanager
     def whole_step(self) -> Iterator[None]:
@@ -77,10 +76,12 @@ class Peers(L.Callback):
         try:
             connection = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=10)
         except OSError as error:
-            return rank_zero_warn(f"process {self._rank} cannot watch the others: port {port} of process 0: {error}.")
+            said = f"this process does not hear of the others' failures: port {port} of process 0: {error}."
+            return warnings.warn(said, stacklevel=2)
         self._link = _connection(connection)
         _send(self._link, [token, self._rank])
-        self._handler = signal.signal(signal.SIGURG, self._interrupt)  # a signal that does nothing by default
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGURG, self._interrupt)  # a signal that does nothing by default
         self._listener = threading.Thread(target=self._listen, args=(self._link,), daemon=True)
         self._listener.start()
         for thread in threading.enumerate():
@@ -96,7 +97,8 @@ class Peers(L.Callback):
         self._listener.join(GRACE)
         self._link.close()
         self._link = None
-        signal.signal(signal.SIGURG, self._handler)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGURG, signal.SIG_DFL)
         for thread in threading.enumerate():
             vars(thread).pop("_run", None)
 
