@@ -186,7 +186,7 @@ def test_lightnings_launcher_lets_process_0_save(tmp_path: Path, preloaded: list
             time.sleep(7)  # the observer looks every five seconds
             save(*args, **kwargs)
 
-        TorchCheckpointIO.save_checkpoint = slow  # type: ignore[method-assign, assignment]
+        TorchCheckpointIO.save_checkpoint = slow  # type: ignore[method-assign]
         sys.modules["__main__"].__spec__ = importlib.util.find_spec("lightning_modules.cli")
         main(options)
 
