@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ def resolved_config(trainer: L.Trainer) -> dict[str, Any]:
 
 def given(trainer: L.Trainer, option: str) -> Any:
     """Returns the value of an option of the command; None without a command."""
-    configs = (one.config for one in trainer.callbacks if isinstance(one, SaveConfigCallback))  # type: ignore[attr-defined]
-    return next(configs, {}).get(option)
+    callbacks: Sequence[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((one.config.get(option) for one in callbacks if isinstance(one, SaveConfigCallback)), None)
 
 
 def checkpoint_note(trainer: L.Trainer) -> dict[str, str | None]:

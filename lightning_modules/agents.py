@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_modules.distributed import average_gradients, gather_lists, local_part, several_processes
+from lightning_modules.peers import Peers
 from lightning_modules.policies.flow import FlowPolicy
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.sharded import Sharded
@@ -56,10 +57,17 @@ class Agents(L.LightningModule):
         self.lr_scheduler = lr_scheduler
         self.warmup_steps = warmup_steps
         self._all_weights: ExitStack | None = None
+        self.peers = Peers()
         self.num_rollouts = 0
         """Images drawn for training so far, over all ranks."""
 
     # --- set-up ---------------------------------------------------------------------------------------------------
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Has several processes watch one another, ahead of all other callbacks; adds none behind them."""
+        if self.trainer.world_size > 1 and self.peers not in self.trainer.callbacks:  # type: ignore[attr-defined]
+            self.trainer.callbacks.insert(0, self.peers)  # type: ignore[attr-defined]
+        return []
 
     def configure_model(self) -> None:
         """Loads the weights of both agents and, under the strategy `sharded`, shares them out over the processes.

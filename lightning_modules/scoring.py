@@ -41,7 +41,8 @@ class Scoring:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._thread.shutdown(cancel_futures=error is not None)
+        # An error is to be heard of now, by other processes too, not once a server has answered.
+        self._thread.shutdown(wait=error is None, cancel_futures=error is not None)
 
     def submit(self, samples: Sequence[PromptSample], images: Sequence[Image.Image]) -> None:
         """Hands over the next chunk: B images and their samples."""

@@ -130,10 +130,11 @@ class UpdatedAgents(EvaluatedAgents):
                 self.bad_steps.add(name, self.global_step, rollout, finite[name])
                 for parameter in group["params"]:
                     parameter.grad = None  # the optimizer leaves it alone, weight decay and momentum included
-        optimizer.step()
         scheduler = self.lr_schedulers()
-        if scheduler is not None:
-            scheduler.step()  # type: ignore[union-attr]
+        with self.peers.whole_step():
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()  # type: ignore[union-attr]
 
     @torch.no_grad()
     def _results_of_rollout(self, rollout: Rollout) -> dict[Any, ObjectiveResult]:

@@ -6,6 +6,7 @@ import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import pandas as pd
@@ -16,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 """Colours that people with any colour vision tell apart (Okabe and Ito), the first two for without and with PE."""
 _DASHES = ("-", "--", "-.", ":")
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 11,
     "svg.fonttype": "none",  # letters stay letters: the reader's font, a tenth of the bytes
     "svg.hashsalt": "report",

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import lightning as L
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from datamodules.base import PromptDataModule
 from datamodules.resumable import ResumableLoader, place_in_epoch
-from lightning_modules.agents import NotFinite
+from lightning_modules.agents import Agents, NotFinite
 from rewards.base import RewardUnavailable
+
+EXIT = 15
+"""Seconds to exit after another process has failed; some thread may still wait for a reward server."""
 
 
 class SaveConfig(SaveConfigCallback):
@@ -40,11 +47,19 @@ class Checkpoint(ModelCheckpoint):
     """
 
     _due: tuple[Any, Any, int] | None = None
+    _steps = 0
+    """Optimizer steps before the batch in hand."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Notes the step that training starts with."""
+        super().on_train_start(trainer, pl_module)
+        self._steps = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Saves now, or notes what to save after the validation that is about to run."""
+        self._steps = trainer.global_step
         # Lightning has no public name for the question whether it is.
         if trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher):  # type: ignore[arg-type]
             self._due = (outputs, batch, batch_idx)
@@ -81,16 +96,38 @@ class Checkpoint(ModelCheckpoint):
         place_in_epoch(checkpoint["loops"]["fit_loop"], size)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Saves `last.ckpt` when scores cannot be had, or an agent could not be updated for too long.
+        """Saves `last.ckpt` with the last finished optimizer step, unless the user broke the run off.
 
-        The step that lacked its scores is the first after a resume.
+        A rollout that no step was taken on is drawn anew after a resume. Where another process has failed, process 0
+        saves alone if it has all weights; a run ends with its own error, also if nothing can be saved.
         """
-        super().on_exception(trainer, pl_module, exception)
-        fitting = trainer.state.fn == TrainerFn.FITTING and trainer.global_step > 0
-        if fitting:
+        alone = trainer.world_size > 1 and not dist.is_initialized()
+        if not alone or (trainer.is_global_zero and isinstance(trainer.strategy, DDPStrategy)):
+            super().on_exception(trainer, pl_module, exception)
+            self._save_last_step(trainer, pl_module, exception)
+        if self.last_model_path and not isinstance(exception, RewardUnavailable):  # whose own words say so
+            rank_zero_info(f"The last checkpoint is {self.last_model_path}: go on with --ckpt_path.")
+        if alone:
+            signal.alarm(EXIT)
+
+    def _save_last_step(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        torn = isinstance(pl_module, Agents) and pl_module.peers.torn
+        if trainer.state.fn != TrainerFn.FITTING or trainer.global_step == 0 or torn:
+            return
+        try:
             self._save_due(trainer, pl_module)
-        if isinstance(exception, RewardUnavailable | NotFinite) and fitting and self.save_last:
-            lacking = isinstance(exception, RewardUnavailable) and trainer.training
-            if lacking and isinstance(trainer.train_dataloader, ResumableLoader):
+            if self.save_last and isinstance(exception, Exception) and not self._should_skip_saving_checkpoint(trainer):
+                self._place_in_epoch(trainer)
+                self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        except (NotFinite, OSError) as error:
+            rank_zero_warn(f"the last step could not be saved: {error}.")
+
+    def _place_in_epoch(self, trainer: L.Trainer) -> None:
+        """Counts the batch in hand as done if an optimizer step was taken on it, and else as not handed out."""
+        batch = trainer.fit_loop.epoch_loop.batch_progress
+        current: Any = batch.current
+        if current.ready > current.processed:
+            if trainer.global_step > self._steps:
+                batch.increment_processed()
+            elif isinstance(trainer.train_dataloader, ResumableLoader):
                 trainer.train_dataloader.put_back()
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

@@ -44,6 +44,7 @@ from lightning_modules.cli.renamed import renamed
 from lightning_modules.cli.texts import escaped, load_config, no_such_key, read_as_mapping, texts_as_configs
 from lightning_modules.cli.trainer import Trainer
 from lightning_modules.evaluation import EvaluatedAgents
+from lightning_modules.peers import PeerFailed
 from lightning_modules.policies.pipeline import PipelinePolicy
 from lightning_modules.preflight.check import Mode, check
 from rewards.base import RewardUnavailable
@@ -334,6 +335,10 @@ def run(args: Sequence[str] | None = None, cli_class: type[PromptRLCLI] = Prompt
             raise
         place = error.filename or "a file of the run cannot be written"
         sys.exit(complain(f"{place}: {error.strerror}; make room or allow access, or name another place."))
+    except RuntimeError as error:
+        if not isinstance(error.__cause__, PeerFailed):
+            raise
+        sys.exit(complain(str(error.__cause__)))
     except (MisconfigurationException, ValueError) as error:
         ours = raised_by_us(error)
         said = refused_by_lightning(error) if ours is None else str(ours)
