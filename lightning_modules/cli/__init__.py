@@ -95,6 +95,8 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*logging interval.*")
+    warnings.filterwarnings("ignore", message="It is recommended to use `self.log.*sync_dist=True.*")  # it is synced
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view.*")  # which nothing writes to
     warnings.filterwarnings("ignore", message="Total length of `DataLoader` across ranks is zero.*")  # all predicted
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization.*")
     warnings.filterwarnings("ignore", message="The dirpath has changed from.*")

@@ -55,7 +55,7 @@ def check(module: L.LightningModule, datamodule: Any, trainer: L.Trainer, mode: 
         autocast={"bf16-mixed": torch.bfloat16}.get(str(trainer.precision)),
     )
     found = estimate(module, setting, device_memory(device, trainer.num_devices))
-    report(found, str(device))
+    report(found, str(device), setting.shards)
     if found.memory is None or found.total <= found.memory:
         return
     helps = ", ".join(f"{name} ({size_text(size)})" for name, size in suggestions(module, setting, found))
@@ -121,8 +121,14 @@ def suggestions(module: PromptRL, setting: Setting, found: Estimate) -> list[tup
 
 
 @rank_zero_only
-def report(found: Estimate, device: str) -> None:
-    """Prints the estimate as two tables."""
+def report(found: Estimate, device: str, shards: int = 1) -> None:
+    """Prints the estimate as two tables.
+
+    Args:
+        found: the estimate.
+        device: name of the device.
+        shards: devices that share out what learns.
+    """
     networks = Table("part", title="Preflight: parameters", title_justify="left")
     for column in ("parameters", "trained", "weights"):
         networks.add_column(column, justify="right")
@@ -130,7 +136,8 @@ def report(found: Estimate, device: str) -> None:
         trained = f"{network.trained:,}" if network.trained else "frozen"
         weights = size_text(network.bytes) + (" (CPU)" if network.offloaded else "")
         networks.add_row(network.name, f"{network.parameters:,}", trained, weights)
-    memory = Table("", title="Preflight: memory per device", title_justify="left")
+    shared = f", {shards} share what learns" if shards > 1 else ""
+    memory = Table("", title=f"Preflight: memory per device{shared}", title_justify="left")
     memory.add_column("size", justify="right")
     memory.add_column("")
     for row, size in found.persistent.items():
