@@ -97,14 +97,14 @@ class Agents(L.LightningModule):
         Raises:
             ValueError: if a flow model that learns has no SDE step.
         """
-        weights = not (fits and isinstance(strategy, Sharded) and strategy.global_rank > 0)
-        self.flow.load(weights=weights)
+        empty = {"weights": False} if fits and isinstance(strategy, Sharded) and strategy.global_rank > 0 else {}
+        self.flow.load(**empty)
         if self.flow.trained and not self.flow.sampling.sde_steps:
             raise ValueError(
                 "`flow.sampling.sde_steps` is empty, so the flow model has nothing to learn from; add some."
             )
         if self.language is not None:
-            self.language.load(weights=weights)
+            self.language.load(**empty)
 
     def _leave_out_of_buckets(self) -> None:
         """Has DDP make no buckets and broadcast nothing: gradients are averaged here, in place, once a step.
@@ -120,7 +120,7 @@ class Agents(L.LightningModule):
     def gathered(self) -> Iterator[None]:
         """Context manager: every process has all weights of both agents; to enter it is a collective."""
         with ExitStack() as stack:
-            for agent in self._learners():
+            for agent in self._learners() if self._trainer is not None and _fits(self.trainer) else ():
                 stack.enter_context(agent.gathered())
             yield
 

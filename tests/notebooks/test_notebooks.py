@@ -129,7 +129,8 @@ def test_it_runs(path: Path, tmp_path: Path, preloaded: list[str]) -> None:
     assert {name.strip() for name in shorter.split("=")[0].split(",")} <= given
     command = [*preloaded, "-m", "lightning_modules.cli"]
     program = f"import lightning_modules.sweep.run as runs; runs.PROGRAM = {command}"
-    settings.source += f"\n{shorter}\n{program}"
+    inline = "get_ipython().run_line_magic('matplotlib', 'inline')"  # the fork has imported matplotlib before a kernel
+    settings.source += f"\n{inline}\n{shorter}\n{program}"
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = []
