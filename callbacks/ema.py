@@ -59,6 +59,8 @@ class EMA(EMAWeightAveraging):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Swaps the weights back if validation broke off, before checkpoint callbacks, which come last, save them."""
         if self._swapped:
+            if isinstance(pl_module, Agents):
+                pl_module.release()  # nothing is gathered again: other processes may have failed
             self._swap_models(pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -56,7 +56,7 @@ class Agents(L.LightningModule):
         check_minimum("model", 0, warmup_steps=warmup_steps)
         self.lr_scheduler = lr_scheduler
         self.warmup_steps = warmup_steps
-        self._all_weights: ExitStack | None = None
+        self._gathered: ExitStack | None = None
         self.peers = Peers()
         self.num_rollouts = 0
         """Images drawn for training so far, over all ranks."""
@@ -126,24 +126,30 @@ class Agents(L.LightningModule):
 
     def on_validation_start(self) -> None:
         """Gathers sharded weights, since processes have different numbers of prompts."""
-        self._all_weights = ExitStack()
-        self._all_weights.enter_context(self.gathered())
+        self._gather()
 
     def on_validation_end(self) -> None:
         """Returns to shards."""
-        if self._all_weights is not None:
-            self._all_weights.close()
-        self._all_weights = None
+        self.release()
+
+    def release(self) -> None:
+        """Returns the weights that a validation has gathered to shards; no collective."""
+        if self._gathered is not None:
+            self._gathered.close()
+        self._gathered = None
+
+    def _gather(self) -> None:
+        self._gathered = ExitStack()
+        self._gathered.enter_context(self.gathered())
 
     @contextmanager
     def in_shards(self) -> Iterator[None]:
         """Context manager: within a validation the weights are in shards for a while, so that they can be changed."""
-        gathered = self._all_weights is not None
-        if gathered:
-            Agents.on_validation_end(self)
+        gathered = self._gathered is not None
+        self.release()
         yield
         if gathered:
-            Agents.on_validation_start(self)
+            self._gather()
 
     def on_fit_start(self) -> None:
         """Gives all processes the first one's weights; raises ValueError for what would train wrongly in silence."""

@@ -175,6 +175,7 @@ def leave_group() -> None:
 def _relay(server: socket.socket, token: str) -> None:
     """Passes each process's news on to the others, until all have taken leave; in a thread of process 0."""
     links: dict[Connection, int] = {}
+    told: list[Any] = []  # for those who join later
     over = False
     with server:
         while links or not over:
@@ -185,6 +186,8 @@ def _relay(server: socket.socket, token: str) -> None:
                         given, rank = json.loads(link.recv_bytes(200)) if link.poll(GRACE) else (None, 0)
                         if given == token:
                             links[link] = rank
+                            for news in told:
+                                _send(link, news)
                             if over:
                                 _send(link, None)
                     continue
@@ -197,6 +200,8 @@ def _relay(server: socket.socket, token: str) -> None:
                     _send(ready, None)
                 if news is None or news[1] == "lost":
                     del links[ready]
+                if news is not None:
+                    told.append(news)
                 if news is not None or rank == 0:
                     for link in links:
                         if link is not ready:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, StrategyRegistry
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -116,8 +116,7 @@ class Sharded(ModelParallelStrategy):
         named = self.lightning_module.named_parameters()
         like = {f"{kind}/{name}": parameter for name, parameter in named for kind in checkpoints.WEIGHTS}
         for number, optimizer in enumerate(self.optimizers):
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            like |= {f"optimizer/{number}/{n}": parameter for n, parameter in enumerate(parameters)}
+            like |= {f"optimizer/{number}/{n}": parameter for n, parameter in enumerate(_parameters(optimizer))}
         return checkpoints.read(self.broadcast(checkpoint_path), like)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -131,12 +130,17 @@ class Sharded(ModelParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Copies this process's part of the optimizers' state."""
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            parameters = _parameters(optimizer)
             state = {
                 number: {name: _part(parameters[number], value) for name, value in own.items()}
                 for number, own in saved["state"].items()
             }
             optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+
+
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Lists an optimizer's parameters in the order of their numbers in its state."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _part(parameter: Tensor, value: Any) -> Any:

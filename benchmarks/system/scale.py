@@ -12,6 +12,7 @@ work in each: 1 is twice the images of one process in the same time. Two process
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import socket
 import statistics
@@ -96,26 +97,24 @@ def train(strategy: str, processes: int, steps: int) -> float:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    reader, writer = os.pipe()
-    children = []
-    for rank in range(processes):
-        children.append(os.fork())
-        if children[-1] == 0:
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
-            os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)} if processes > 1 else {}
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            seconds = _train(strategy, processes, steps)
-            if rank == 0:
-                os.write(writer, str(seconds).encode())
-            os._exit(0)
-    os.close(writer)
-    ends = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    if any(ends):
-        sys.exit(f"{strategy} with {processes} processes ended with {ends}")
-    return float(os.read(reader, 100))
+    context = multiprocessing.get_context("fork")
+    seconds = context.SimpleQueue()
+    started = [
+        context.Process(target=_train, args=(strategy, processes, steps, rank, port, seconds))
+        for rank in range(processes)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    if any(process.exitcode for process in started):
+        sys.exit(f"{strategy} with {processes} processes ended with {[process.exitcode for process in started]}")
+    return max(seconds.get() for _ in started)
 
 
-def _train(strategy: str, processes: int, steps: int) -> float:
+def _train(strategy: str, processes: int, steps: int, rank: int, port: int, seconds: Any) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
+    os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)} if processes > 1 else {}
     sizes: dict[str, Any] = {"height": 32, "width": 32, "max_sequence_length": 18, "micro_batch_size": 16}
     flow = Flux1Policy("miniature/flow", Sampling(8, 3), dtype="float32", learning_rate=1e-4, **sizes)
     text: dict[str, Any] = {"template": "{prompt}", "max_new_tokens": 32}
@@ -137,7 +136,7 @@ def _train(strategy: str, processes: int, steps: int) -> float:
     )
     module = PromptRL(flow, GenEvalReward(ShapesDetector()), language, check_ratio_every=1000)
     trainer.fit(module, ShapesPrompts(train_prompts=64, batch_size=4))
-    return statistics.median(times.seconds)
+    seconds.put(statistics.median(times.seconds))
 
 
 def efficiency(steps: int) -> None:

@@ -28,7 +28,7 @@ def serve_demo(words: Sequence[str]) -> None:
     try:
         options, rest = _parser().parse_known_args(words[len(folders) :])
         if find_spec("gradio") is None:
-            raise ValueError("the demo page needs gradio: `pip install 'promptrl-lightning[demo]'`.")
+            raise ValueError("the demo page needs gradio: run `pip install -e '.[demo]'`.")
         if not folders:
             raise ValueError("which run? Give its folder first: `promptrl demo runs/quickstart/version_0`.")
         runs = [trained_run(Path(folder)) for folder in folders]

@@ -38,19 +38,19 @@ def shard_network(network: nn.Module, mesh: DeviceMesh, device: torch.device, co
         ValueError: on every process, if processes have built other networks.
     """
     state = dict([*network.named_parameters(), *network.named_buffers()])
-    first_names: dict[int, str] = {}
+    names: dict[int, str] = {}
     tied = {
-        name: first
+        name: names[id(parameter)]
         for name, parameter in network.named_parameters(remove_duplicate=False)
-        if (first := first_names.setdefault(id(parameter), name)) != name
+        if names.setdefault(id(parameter), name) != name
     }
-    layouts = [{name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}]
-    dist.broadcast_object_list(layouts, 0)
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if found != {name: shape for name, (shape, _) in layouts[0].items()}:
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    first: list[Any] = [shapes, {name: tensor.dtype for name, tensor in state.items()}]
+    dist.broadcast_object_list(first, 0)
+    if shapes != first[0]:
         raise ValueError(f"{type(network).__name__} is another network on process {dist.get_rank()} than on the first.")
     for name, tensor in state.items():  # adapters, and layers that a library keeps in fp32
-        tensor.data = tensor.data.to(layouts[0][name][1])
+        tensor.data = tensor.data.to(first[1][name])
     values = {name: tensor.detach() for name, tensor in state.items()} if dist.get_rank() == 0 else {}
     policy = MixedPrecisionPolicy(
         param_dtype=compute, reduce_dtype=None if compute is None else torch.float32, cast_forward_inputs=False
@@ -59,9 +59,9 @@ def shard_network(network: nn.Module, mesh: DeviceMesh, device: torch.device, co
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(network, mesh=mesh, mp_policy=policy)
     network.to_empty(device=device)
-    for name, first in tied.items():  # which `to_empty` has torn apart
+    for name, twin in tied.items():  # which `to_empty` has torn apart
         module, _, own = name.rpartition(".")
-        setattr(network.get_submodule(module), own, network.get_parameter(first))
+        setattr(network.get_submodule(module), own, network.get_parameter(twin))
     with torch.no_grad():
         for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
             value = values.pop(name, None)

@@ -8,7 +8,7 @@ own tensors, but kernels' workspaces and the allocator's gaps are not seen, and 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -283,39 +283,45 @@ def _persistent(module: PromptRL, policy: Policy, meta: Policy, setting: Setting
         if meta._frozen_copy is not None:
             found.persistent["reference"] = weight_bytes(meta._frozen_copy) // shards
         averaging = min(gradients, 4 * CHUNK) if setting.num_devices > setting.shards else 0
-        if averaging or (state.foreach and setting.cuda):
-            found.transient["stepping"] = max(averaging, gradients if state.foreach and setting.cuda else 0)
+        stepping = gradients if state.foreach and setting.cuda else 0
+        if averaging or stepping:
+            found.transient["stepping"] = max(averaging, stepping)
     return found
 
 
 def gathered_bytes(meta: Policy, setting: Setting) -> int:
     """Bytes of an agent's whole network in the dtype that it computes in, for which its shards are gathered; else 0."""
-    return _in_use(meta, setting, [meta.network]) if setting.shards > 1 else 0
+    return _in_use(meta, setting, meta.network) if setting.shards > 1 else 0
 
 
 def layer_bytes(meta: Policy, setting: Setting) -> int:
     """Bytes that an update of shards gathers at a time: what is outside the layers, two layers and their gradients."""
     if setting.shards == 1:
         return 0
-    layers = [_in_use(meta, setting, [layer]) for layer in repeated_layers(meta.network)]
-    outside = _in_use(meta, setting, [meta.network]) - sum(layers)
+    layers = [_in_use(meta, setting, layer) for layer in repeated_layers(meta.network)]
+    outside = _in_use(meta, setting, meta.network) - sum(layers)
     return outside + 4 * max(layers, default=0)
 
 
-def _in_use(meta: Policy, setting: Setting, modules: Sequence[nn.Module]) -> int:
-    """Bytes of the parameters of modules as `fully_shard` gathers them."""
-    compute = setting.autocast if meta.trained and meta.lora is None else None
-    sizes = (p.numel() * (p if compute is None else compute).itemsize for m in modules for p in m.parameters())
+def _in_use(meta: Policy, setting: Setting, network: nn.Module) -> int:
+    """Bytes of a network's parameters as `fully_shard` gathers them; 0 for an agent that is not sharded."""
+    compute = _compute_dtype(meta, setting)
+    sizes = (p.numel() * (p if compute is None else compute).itemsize for p in network.parameters())
     return sum(sizes) if meta.trained else 0
+
+
+def _compute_dtype(meta: Policy, setting: Setting) -> torch.dtype | None:
+    """Dtype in which gathered weights compute; None is their own."""
+    return setting.autocast if setting.shards > 1 and meta.trained and meta.lora is None else None
 
 
 class _Peaks:
     """Measures an agent's phases on shapes, beside its weights and the gradients of earlier micro-batches."""
 
     def __init__(self, meta: Policy, setting: Setting) -> None:
-        gathers = setting.shards > 1 and setting.autocast is not None and meta.trained and meta.lora is None
-        for parameter in meta.parameters() if gathers else ():  # in this dtype, so that nothing is cast in the passes
-            parameter.data = parameter.data.to(setting.autocast)
+        compute = _compute_dtype(meta, setting)
+        for parameter in () if compute is None else meta.parameters():  # so that nothing is cast in the passes
+            parameter.data = parameter.data.to(compute)
         trained = [parameter for parameter in meta.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)

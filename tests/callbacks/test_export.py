@@ -389,6 +389,7 @@ def test_the_cards_code_has_an_image_where_one_is_needed(tmp_path: Path, monkeyp
     monkeypatch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 64 * 64)
     policy: Any = QWEN_IMAGE_EDIT.load(QWEN_IMAGE_EDIT.save(tmp_path), Sampling(2, 0))
     names: dict[str, Any] = {"pipe": policy.pipe}
+    monkeypatch.chdir(tmp_path)  # where it saves its image
     exec(drawing_code(policy, None), names)
     assert names["image"].size == (policy.width, policy.height)
 

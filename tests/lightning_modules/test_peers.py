@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import json
 import os
 import pickle
 import shlex
 import signal
+import socket
 import sys
 import threading
 import time
@@ -258,6 +260,25 @@ def busy(rank: int, folder: Path) -> None:
 def test_a_process_that_waits_is_interrupted_but_no_step_is(tmp_path: Path) -> None:
     two_processes(busy, tmp_path)
     assert (tmp_path / "stepped").exists()
+
+
+def test_who_joins_late_hears_why_another_has_failed() -> None:
+    """The second process fails, and is gone, before the first has come in."""
+    server = socket.create_server(("127.0.0.1", 0))
+    relay = threading.Thread(target=peers._relay, args=(server, "token"))
+    relay.start()
+    address = server.getsockname()
+    one = peers._connection(socket.create_connection(address))
+    peers._send(one, ["token", 1])
+    peers._send(one, [1, "KeyError", "no such token"])
+    one.close()
+    time.sleep(0.2)
+    zero = peers._connection(socket.create_connection(address))
+    peers._send(zero, ["token", 0])
+    assert zero.poll(5) and json.loads(zero.recv_bytes()) == [1, "KeyError", "no such token"]
+    peers._send(zero, None)
+    relay.join(5)
+    assert not relay.is_alive()
 
 
 def deaf(rank: int) -> None:

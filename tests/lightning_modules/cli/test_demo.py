@@ -59,7 +59,7 @@ def test_what_cannot_be_shown_is_said_in_a_sentence(
 
 def test_without_gradio(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_modules.cli.demo.find_spec", lambda name: None)
-    assert "the demo page needs gradio: `pip install 'promptrl-lightning[demo]'`." in complaint(capfd, "run")
+    assert "the demo page needs gradio: run `pip install -e '.[demo]'`." in complaint(capfd, "run")
 
 
 def test_the_folder_of_a_test_leads_to_its_fit(tmp_path: Path, two_runs: Path) -> None:
