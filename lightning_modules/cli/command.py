@@ -49,7 +49,7 @@ from lightning_modules.policies.pipeline import PipelinePolicy
 from lightning_modules.preflight.check import Mode, check
 from rewards.base import RewardUnavailable
 
-_NO_ACCESS = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS)
+_NO_ACCESS = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EPERM, errno.EROFS)
 
 
 class Parser(LightningArgumentParser):
