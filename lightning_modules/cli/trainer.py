@@ -6,6 +6,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -13,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from datamodules.atomic_write import remove_strays
+from lightning_modules.cli.preemption import Signals
 
 _PROBE = 2**20
 """Bytes written and deleted to see that there is room."""
@@ -24,6 +26,10 @@ class Trainer(L.Trainer):
     folder: Path | None = None
     """Folder of the run on rank 0, once it is claimed; None on other ranks and for a trial run."""
     _made: tuple[Path, ...] = ()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._signal_connector = Signals(self)
 
     @property
     def log_dir(self) -> str | None:
