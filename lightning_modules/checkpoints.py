@@ -19,7 +19,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from datamodules.atomic_write import replaced_folder, unfinished
+from datamodules.atomic_write import replaced_file, replaced_folder, unfinished
 
 RECORD = "record.pt"
 """File in a folder that holds all but the large tensors."""
@@ -95,7 +95,21 @@ def _flat(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 class CheckpointIO(TorchCheckpointIO):
-    """Lightning's reader and writer of checkpoints, which reads a folder too."""
+    """Lightning's reader and writer of checkpoints, which reads a folder too, and writes no half of a file.
+
+    Lightning's own writes to the temporary folder; on another file system than the run's, it then copies.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Writes a file beside its place, which it then takes; at an address, such as s3://, as Lightning does.
+
+        Raises:
+            OSError: if the disk is full or the folder cannot be written; a file of that name stays as it was.
+        """
+        if storage_options is not None or "://" in str(path):
+            return super().save_checkpoint(checkpoint, path, storage_options)
+        with replaced_file(Path(path)) as file:
+            torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads all of a file or a folder."""

@@ -49,6 +49,8 @@ class Peers(L.Callback):
     def __init__(self) -> None:
         self.torn = False
         """True within an optimizer step, and for good after one that failed: the weights are between two states."""
+        self.drawing = False
+        """True while a rollout is collected, which can be given up at any moment and drawn anew."""
         self._link: Connection | None = None  # and no locks yet: launchers may pickle the module
 
     @contextmanager

@@ -271,7 +271,11 @@ class PromptRL(UpdatedAgents):
         """Collects the rollout of a step, the first of which does so before the evaluation."""
         self._seconds = {}
         seed_step(self.seed, self.global_step, self.global_rank // self.processes_per_group)
-        return self.collect(batch)
+        self.peers.drawing = True
+        try:
+            return self.collect(batch)
+        finally:
+            self.peers.drawing = False
 
     def _scores_of_whole_groups(self, own: list[Score], groups: int) -> list[Score]:
         """Returns the scores of G whole groups [G * n * M], of which this process has its part, group by group."""

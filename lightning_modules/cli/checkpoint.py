@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from datamodules.base import PromptDataModule
 from datamodules.resumable import ResumableLoader, place_in_epoch
 from lightning_modules.agents import Agents, NotFinite
+from lightning_modules.cli.preemption import Preempted, requeue
 from rewards.base import RewardUnavailable
 
 EXIT = 15
@@ -107,6 +108,8 @@ class Checkpoint(ModelCheckpoint):
             self._save_last_step(trainer, pl_module, exception)
         if self.last_model_path and not isinstance(exception, RewardUnavailable):  # whose own words say so
             rank_zero_info(f"The last checkpoint is {self.last_model_path}: go on with --ckpt_path.")
+        if isinstance(exception, Preempted) and trainer.state.fn == TrainerFn.FITTING:
+            requeue(trainer, exception, self.last_model_path)
         if alone:
             signal.alarm(EXIT)
 

@@ -17,7 +17,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from omegaconf.errors import OmegaConfBaseException
 
@@ -38,6 +38,7 @@ from lightning_modules.cli.checkpoint import Checkpoint, SaveConfig
 from lightning_modules.cli.closing import closing
 from lightning_modules.cli.errors import complain, raised_by_us
 from lightning_modules.cli.loggers import open_loggers
+from lightning_modules.cli.preemption import Preempted, Preemption
 from lightning_modules.cli.prompts import TEXTS, split_prompts
 from lightning_modules.cli.refusals import check_something_to_train, check_trainer, refused_by_lightning
 from lightning_modules.cli.renamed import renamed
@@ -49,7 +50,7 @@ from lightning_modules.policies.pipeline import PipelinePolicy
 from lightning_modules.preflight.check import Mode, check
 from rewards.base import RewardUnavailable
 
-_NO_ACCESS = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS)
+_NO_ACCESS = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EPERM, errno.EROFS)
 
 
 class Parser(LightningArgumentParser):
@@ -160,7 +161,7 @@ class PromptRLCLI(LightningCLI):
         if [type(bar) for bar in bars] in ([TQDMProgressBar], [RichProgressBar]):  # Lightning's default, not a choice
             trainer.callbacks[trainer.callbacks.index(bars[0])] = RunProgressBar()
         if self.subcommand == "fit":
-            trainer.callbacks.append(Dashboard())
+            trainer.callbacks += [Dashboard(), Preemption()]
         if self.subcommand != "predict":
             trainer.callbacks.append(Report())
         if not options["fast_dev_run"]:
@@ -324,8 +325,9 @@ def run(args: Sequence[str] | None = None, cli_class: type[PromptRLCLI] = Prompt
         )
         cli.say_where_things_are()
         return cli
-    except SIGTERMException:
-        sys.exit(128 + signal.SIGTERM)  # as shells say it; Lightning would end as if the run were complete
+    except Preempted as stop:
+        print(f"lightning: {stop}", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)  # as shells say it, so that a stopped run is no finished one
     except OmegaConfBaseException as error:
         sys.exit(complain(no_such_key(error)))
     except RewardUnavailable as error:

@@ -6,11 +6,15 @@ import os
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+from datamodules.atomic_write import remove_strays
+from lightning_modules.cli.preemption import Signals
 
 _PROBE = 2**20
 """Bytes written and deleted to see that there is room."""
@@ -23,6 +27,10 @@ class Trainer(L.Trainer):
     """Folder of the run on rank 0, once it is claimed; None on other ranks and for a trial run."""
     _made: tuple[Path, ...] = ()
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._signal_connector = Signals(self)
+
     @property
     def log_dir(self) -> str | None:
         """Folder of results, configuration, checkpoints and exports; to be asked on every rank, as it is broadcast."""
@@ -33,6 +41,8 @@ class Trainer(L.Trainer):
 
     def open_folder(self, experiment: str, *, loggers: bool) -> None:
         """Claims the folder `<default_root_dir>/<experiment>/version_N` on rank 0; the other ranks learn it later.
+
+        What killed runs of the experiment left unfinished is removed.
 
         Args:
             experiment: path of the experiment's folder in the root.
@@ -46,6 +56,12 @@ class Trainer(L.Trainer):
             raise ValueError(f"`experiment` is {experiment}; name a folder below `trainer.default_root_dir`, {root}.")
         parent = Path(root, experiment)
         if self.is_global_zero:
+            for folder in parent.glob("version_*"):
+                remove_strays(folder)
+                remove_strays(folder / "checkpoints")
+            for callback in self.checkpoint_callbacks:
+                if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
+                    remove_strays(Path(callback.dirpath))
             self._made = tuple(path for path in (parent, *parent.parents) if not path.exists())
             try:
                 self.folder = claim(parent)

@@ -22,10 +22,10 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_modules import peers
+from lightning_modules.checkpoints import CheckpointIO
 from lightning_modules.cli import main
 from lightning_modules.peers import PeerFailed, Peers
 from lightning_modules.policies.flow import Sampling
@@ -182,13 +182,13 @@ def test_lightnings_launcher_lets_process_0_save(tmp_path: Path, preloaded: list
 
     def launch() -> None:
         sys.executable, sys.argv = str(python), ["lightning", *options]
-        save = TorchCheckpointIO.save_checkpoint
+        save = CheckpointIO.save_checkpoint
 
         def slow(*args: Any, **kwargs: Any) -> None:
             time.sleep(7)  # the observer looks every five seconds
             save(*args, **kwargs)
 
-        TorchCheckpointIO.save_checkpoint = slow  # type: ignore[method-assign]
+        CheckpointIO.save_checkpoint = slow  # type: ignore[method-assign]
         sys.modules["__main__"].__spec__ = importlib.util.find_spec("lightning_modules.cli")
         main(options)
 

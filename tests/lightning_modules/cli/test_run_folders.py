@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import resource
 import subprocess
 import time
 from functools import partial
@@ -239,3 +240,26 @@ def test_all_commands_find_them(
             if name == "fit":
                 assert RunFolder.read(fitted / folder).continues == expected.parents[1].resolve()
                 (fitted / folder / "checkpoints" / "last.ckpt").unlink()  # a newer last.ckpt than the one to be found
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_in_one_sentence(tmp_path: Path) -> None:
+    """The second fit, for which there is room, removes what a killed one left."""
+
+    def fit_without_room() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_200_000, resource.RLIM_INFINITY))
+        main(quick("fit", tmp_path, *STEP, config=FLOW_ONLY))
+
+    fit = Forked(fit_without_room, tmp_path / "log")
+    folder = tmp_path / EXPERIMENT / "version_0"
+    assert fit.wait() == 2 and "Traceback" not in fit.text
+    said = [line for line in fit.text.splitlines() if line.startswith("lightning: error: ")]
+    assert len(said) == 1 and f"{folder / 'checkpoints'}/" in said[0] and "File too large; make room" in said[0]
+    assert not list(folder.glob("checkpoints/*")) + [
+        path for path in folder.rglob("*") if path.is_file() and not path.stat().st_size
+    ]
+    stray = folder / "checkpoints" / ".last.ckpt.1.2.tmp"
+    stray.parent.mkdir(exist_ok=True)
+    stray.write_bytes(b"half")
+    main(quick("fit", tmp_path, *STEP, config=FLOW_ONLY))
+    assert not stray.exists() and (folder.parent / "version_1" / "checkpoints" / "last.ckpt").is_file()
