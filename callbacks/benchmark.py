@@ -24,6 +24,7 @@ from callbacks.scores.bootstrap import enough, interval, resample
 from callbacks.scores.prompt_scores import PromptScores, PromptTable, weighted_mean
 from datamodules.atomic_write import write_atomically
 from datamodules.base import PromptDataModule, PromptSample, bare, contents
+from datamodules.jsonl import read_json
 from lightning_modules.evaluation import MODES, EvaluationBatch
 
 Results = dict[str, dict[str, dict[str, float]]]
@@ -291,7 +292,7 @@ class Benchmark(L.Callback, ABC):
 
     def _write(self, path: Path) -> None:
         """Writes `results.json`: the last scores by set and mode, those before training, intervals, and the history."""
-        merged = json.loads(path.read_text()) if path.is_file() else {}
+        merged = read_json(path) if path.is_file() else {}
         last = self.history[-1]
         merged |= last["results"] | {"rollouts": last["rollouts"], "seconds": last["seconds"]}
         merged["headlines"] = merged.get("headlines", {}) | dict.fromkeys(last["results"], self.headline)
@@ -341,7 +342,7 @@ def add_results(trainer: L.Trainer, more: dict[str, Any]) -> None:
     folder = trainer.log_dir  # asked on every rank: Lightning broadcasts it
     if trainer.is_global_zero and folder is not None:
         path = Path(folder) / "results.json"
-        _dump((json.loads(path.read_text()) if path.is_file() else {}) | more, path)
+        _dump((read_json(path) if path.is_file() else {}) | more, path)
 
 
 def _dump(results: dict[str, Any], path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from callbacks.reporting.model_card import model_card
 from callbacks.run_config import resolved_config
 from datamodules.atomic_write import replaced_folder
+from datamodules.jsonl import read_json
 from datamodules.local_path import local_path
 from lightning_modules.agents import check_finite
 from lightning_modules.evaluation import EvaluatedAgents, EvaluationBatch
@@ -147,7 +147,7 @@ class Export(L.Callback):
         folder = self._logs / "export" if self.directory is None else self.directory
         _refuse_foreign(folder)
         path = self._logs / "results.json"
-        results = json.loads(path.read_text()) if path.is_file() else None
+        results = read_json(path) if path.is_file() else None
         config = resolved_config(trainer)
         with replaced_folder(folder) as new:
             for name, agent in (("flow", pl_module.flow), ("language", pl_module.language)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import lightning as L
@@ -12,6 +11,7 @@ from callbacks.reporting.tables import cells, markdown, report
 from callbacks.run_config import given
 from callbacks.trackers import log_table
 from datamodules.atomic_write import write_atomically
+from datamodules.jsonl import read_json
 
 
 class Report(L.Callback):
@@ -27,7 +27,7 @@ class Report(L.Callback):
         if not trainer.is_global_zero or path is None or not path.is_file():
             return
         label = str(given(trainer, "experiment") or "this run")
-        tables = tables_of(json.loads(path.read_text()), label)
+        tables = tables_of(read_json(path), label)
         if not tables:
             return
         text, tex = report(tables)

@@ -14,6 +14,8 @@ import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 
 from datamodules.atomic_write import write_atomically
+from datamodules.jsonl import read_text
+from datamodules.parsing import parse_yaml
 
 _SECRET = re.compile(r"(^|_)(token|key|secret|password|authorization)$", re.IGNORECASE)
 
@@ -87,7 +89,7 @@ def require_settings(note: Path, settings: dict[str, Any], option: str) -> None:
 
 def changed_setting(note: Path, settings: dict[str, Any]) -> str | None:
     """Returns "name old, which is new" of a setting that is not as `write_settings` noted it; None if all are."""
-    before = dict(_leaves(yaml.safe_load(note.read_text(encoding="utf-8"))))
+    before = dict(_leaves(parse_yaml(read_text(note, "the images' settings"), str(note))))
     now = dict(_leaves(yaml.safe_load(yaml.safe_dump(settings, sort_keys=False))))
     for name in {**now, **before}:
         old, new = before.get(name, "nothing"), now.get(name, "nothing")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from datamodules.local_path import local_path
+from datamodules.parsing import parse_json
 
 Record = dict[str, Any]
 """The object of one line."""
@@ -33,13 +34,11 @@ def json_lines(path: str | Path, *, broken: Broken = "stop") -> Iterator[tuple[s
     for number, text in _lines(path, None if broken != "stop" else "JSON object"):
         where = f"{path}:{number}"
         try:
-            record: Any = json.loads(text)
-        except json.JSONDecodeError as error:
+            record = parse_json(text, where, a_line=True)
+        except ValueError:
             if broken == "skip" or (broken == "skip_last" and not text.endswith("\n")):
                 continue
-            raise ValueError(
-                f"{where}: not valid JSON ({error.msg} at column {error.colno}): correct or delete the line."
-            ) from None
+            raise
         if isinstance(record, dict):
             if broken == "stop" and "\\u" in text and _HALF.search(json.dumps(record, ensure_ascii=False)):
                 raise ValueError(f"{where}: half a character (\\ud800 to \\udfff, alone): correct or delete it.")
@@ -124,6 +123,18 @@ def read_text(path: str | Path, setting: str) -> str:
     return "".join(line for _, line in _decoded(path))
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Reads a JSON file that holds one object.
+
+    Raises:
+        ValueError: with file and line, if it is not there, or holds something else.
+    """
+    value = parse_json(read_text(path, "a JSON file"), str(path))
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: a JSON {type(value).__name__} in place of an object: write {{...}}.")
+    return value
+
+
 def _bare_prompts(path: str | Path) -> Iterator[tuple[str, Record]]:
     for number, line in _lines(path, "prompt"):
         where = f"{path}:{number}"
@@ -140,8 +151,8 @@ def _holds_object(text: str) -> bool:
     if not text.startswith(("{", "[")):
         return False
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
+        value = parse_json(text, "", a_line=True)
+    except ValueError:
         return text in ("{", "[", "[{")
     return isinstance(value, dict) or any(isinstance(entry, dict) for entry in value)
 

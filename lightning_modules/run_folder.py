@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -12,11 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
-
+from datamodules.jsonl import read_text
+from datamodules.parsing import parse_json, parse_yaml
 from datamodules.seed import run_seed
 
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # faster, where PyYAML has libyaml
 _NO_RUNS = ("checkpoints", "images", "predictions")
 MODE_LABELS = {"without_pe": "without PE", "with_pe": "with PE"}
 NAMES = {
@@ -56,13 +54,8 @@ class RunFolder:
         Raises:
             ValueError: if one is damaged.
         """
-        texts = {name: _text(folder / name) for name in ("config.yaml", "results.json")}
-        try:
-            config = yaml.load(texts["config.yaml"], Loader=_LOADER) or {}
-            results = json.loads(texts["results.json"] or "{}")
-        except (yaml.YAMLError, json.JSONDecodeError) as error:
-            name = "config.yaml" if isinstance(error, yaml.YAMLError) else "results.json"
-            raise ValueError(f"{folder / name} is damaged: {' '.join(str(error).split())}") from error
+        config = parse_yaml(_text(folder / "config.yaml"), str(folder / "config.yaml")) or {}
+        results = parse_json(_text(folder / "results.json") or "{}", str(folder / "results.json"))
         for name, value in (("config.yaml", config), ("results.json", results)):
             if not isinstance(value, dict):
                 raise ValueError(f"{folder / name} is damaged: it holds a {type(value).__name__}, not a mapping")
@@ -253,4 +246,4 @@ def below(folder: Path) -> Iterator[Path]:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return read_text(path, "a run's file") if path.is_file() else ""

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from datamodules.atomic_write import write_atomically
+from datamodules.jsonl import read_json
 from lightning_modules.image_store import safe_name
 
 FOLDER = "report"
@@ -133,7 +134,7 @@ class Gallery:
         if not path.is_file():
             return cls(folder)
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
             samples = [
                 Sample(**line | {"ratings": tuple(Rating(**one) for one in line["ratings"])})
                 for line in found["samples"]
@@ -141,7 +142,7 @@ class Gallery:
             group = found["group"]
             slots = tuple(Slot(**slot) for slot in group["slots"]) if group else ()
             return cls(folder, samples, Group(**group | {"slots": slots}) if group else None)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged: {error}; delete it.") from error
 
     @property

@@ -7,7 +7,6 @@ and every row has its rollouts.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +17,7 @@ import numpy as np
 import pandas as pd
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from datamodules.jsonl import json_lines
 from lightning_modules.run_folder import RunFolder, find, headlines, read_all
 
 
@@ -46,9 +46,12 @@ class Run(RunFolder):
         try:
             rows = pd.read_csv(path) if path.is_file() else _events(folder)
         except ValueError as error:  # pandas' own errors are such
-            raise ValueError(f"{path} is damaged: {error}") from error
+            raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
         if len(rows) and "step" not in rows:
             raise ValueError(f"{path} is damaged: it has no column `step`")
+        texts = [name for name in rows if not pd.api.types.is_numeric_dtype(rows[name])]
+        if texts:
+            raise ValueError(f"{path} is damaged: its column `{texts[0]}` holds something else than numbers")
         return cls(folder, small.config, small.results, rows)
 
     @cached_property
@@ -153,11 +156,7 @@ class Run(RunFolder):
             ValueError: if the file is damaged.
         """
         path = self.folder / "scores.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        try:
-            return pd.DataFrame([json.loads(line) for line in lines])
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is damaged: {error}; score the images again by the same command.") from error
+        return pd.DataFrame([record for _, record in json_lines(path)] if path.is_file() else [])
 
 
 def load(*places: str | Path, stage: str | None = "fit", skip_broken: bool = False) -> list[Run]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from datamodules.editing.prompts import EditSamples
 from datamodules.editing.rows import Row, Table, distinct_rows, image_file, tables
 from datamodules.jsonl import read_text
 from datamodules.local_path import local_path
+from datamodules.parsing import parse_json
 
 _GEDIT = ("key", "task_type", "instruction", "instruction_language", "Intersection_exist")
 _GEDIT_IMAGES = ("input_image_raw", "input_image", "image", "source_image")
@@ -144,10 +144,7 @@ class ImgEditPrompts(EditBenchmarkPrompts):
         path = local_path(self.file, "data.file")
         if not path.is_file():
             raise ValueError(f"data.file is {self.file!r}, which is not a file: give ImgEdit's basic_edit.json.")
-        try:
-            entries = json.loads(read_text(path, "data.file"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not valid JSON ({error}): fetch it anew.") from None
+        entries = parse_json(read_text(path, "data.file"), str(path))
         if not isinstance(entries, dict) or not entries:
             raise ValueError(f'{path}: not an object of entries: write {{"1": {{"id", "prompt", "edit_type"}}, ...}}.')
         rows: list[Row] = []

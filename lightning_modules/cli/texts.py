@@ -11,6 +11,7 @@ import yaml
 from jsonargparse import Namespace, get_loader
 from omegaconf.errors import OmegaConfBaseException
 
+from datamodules.parsing import check_yaml_size
 from lightning_modules.cli.shipped import shipped
 
 _TEXT = re.compile(r"--model\.(?:init_args\.)?(language|flow)\.(?:init_args\.)?(template|negative_prompt)")
@@ -27,6 +28,7 @@ def load_config(text: str) -> Any:
     >>> load_config(r"{a: {b: '${c.d} ${5} \${c}'}}")
     {'a': {'b': '${..c.d} \\${5} \\${c}'}}
     """
+    check_yaml_size(text, "the configuration")
     content = get_loader("yaml")(text)
     return _prepared(content, 0) if isinstance(content, dict) else content
 

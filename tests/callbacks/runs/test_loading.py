@@ -195,13 +195,21 @@ def test_broken_runs_are_named(tmp_path: Path) -> None:
         ("yaml", "config.yaml", "a: [1"),
         ("csv", "metrics.csv", "reward\n1.0\n"),
         ("empty", "metrics.csv", ""),
+        ("text", "metrics.csv", "step,reward\nx\x00y,1.0\n"),
+        ("latin", "config.yaml", "a: \udce9"),
     ):
-        (write(tmp_path / name / "version_0") / file).write_text(text)
-    with pytest.raises(ValueError) as said:
+        (write(tmp_path / name / "version_0") / file).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError) as raised:
         load(tmp_path)
-    sentence = str(said.value)
-    for name in ("cut/version_0/results.json", "list/version_0/results.json", "yaml/version_0/config.yaml"):
-        assert f"{tmp_path}/{name} is damaged" in sentence
+    sentence = str(raised.value)
+    for said in (
+        "cut/version_0/results.json:1: not valid JSON",
+        "list/version_0/results.json is damaged",
+        "yaml/version_0/config.yaml:",
+        "text/version_0/metrics.csv is damaged: its column `step` holds something else than numbers",
+        "latin/version_0/config.yaml:1: the file is not UTF-8 text",
+    ):
+        assert f"{tmp_path}/{said}" in sentence
     assert "csv/version_0/metrics.csv is damaged: it has no column `step`" in sentence
     assert "empty/version_0/metrics.csv is damaged" in sentence and "good" not in sentence and "\n" not in sentence
     with pytest.warns(UserWarning, match=r"left out: .*cut/version_0/results\.json"):

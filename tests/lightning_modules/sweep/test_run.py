@@ -193,7 +193,7 @@ def test_a_damaged_folder_is_one_runs_crash(tmp_path: Path) -> None:
     outcomes = run_all(jobs, 2, lambda outcome: None)
     assert [outcome.state for outcome in outcomes] == ["crashed", "crashed"]
     assert "has no last.ckpt to test" in outcomes[0].note
-    assert "results.json is damaged" in outcomes[1].note
+    assert "results.json:1: not valid JSON" in outcomes[1].note
 
 
 def test_a_fit_that_was_cut_off_after_its_last_step_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
