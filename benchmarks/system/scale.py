@@ -155,7 +155,8 @@ def efficiency(options: argparse.Namespace) -> None:
     print("| strategy | processes | s a step | images a second | efficiency |\n|---|---|---|---|---|")
     for (strategy, processes), seconds in found.items():
         best = min(seconds)
-        print(f"| {strategy} | {processes} | {best:.2f} | {8 * options.prompts * processes / best:.1f} | {one / best:.2f} |")
+        speed = 8 * options.prompts * processes / best
+        print(f"| {strategy} | {processes} | {best:.2f} | {speed:.1f} | {one / best:.2f} |")
 
 
 def main() -> None:
