@@ -11,6 +11,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -58,6 +59,11 @@ def one_line_errors(model: str) -> Iterator[None]:
     """Context manager: turns a loader's error (missing files, gated or unknown hub id, no network) into one line."""
     try:
         yield
+    except LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"cannot load {model}: the hub cannot be reached, and there is no copy of it here: check the network, or give "
+            "the folder of a download."
+        ) from error
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(

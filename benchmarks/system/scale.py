@@ -1,12 +1,14 @@
 """What several processes cost: bytes of each at the paper's sizes, and images a second of two against one.
 
     python -m benchmarks.system.scale memory [--processes 8]
-    python -m benchmarks.system.scale efficiency [--steps 8]
+    python -m benchmarks.system.scale efficiency [--steps 8] [--prompts 4 --micro-batch 16]
 
 `memory` shares FLUX.1-dev and Qwen2.5-VL-3B (shapes alone, in the paper's settings) out over processes of which only
 one is there, and counts the bytes that this one has of weights, gradients, AdamW's state and references; then it prints
 preflight's estimate of a step's peak. `efficiency` trains the small world with one torch thread a process and the same
-work in each: 1 is twice the images of one process in the same time. Two processes need two free cores.
+work in each: 1 is twice the images of one process in the same time. Two processes need two free cores. What sharding
+costs there is a time for every call of a layer, whatever it computes, so that it shrinks with larger micro-batches.
+Two processes `alone` are two runs that do not know of each other: what they lose, the machine's memory loses.
 """
 
 from __future__ import annotations
@@ -92,7 +94,7 @@ class StepTimes(L.Callback):
             self.seconds.append(time.perf_counter() - self._start)
 
 
-def train(strategy: str, processes: int, steps: int) -> float:
+def train(strategy: str, processes: int, options: argparse.Namespace) -> float:
     """Trains the small world in forked processes; returns the median seconds of a step."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -100,7 +102,7 @@ def train(strategy: str, processes: int, steps: int) -> float:
     context = multiprocessing.get_context("fork")
     seconds = context.SimpleQueue()
     started = [
-        context.Process(target=_train, args=(strategy, processes, steps, rank, port, seconds))
+        context.Process(target=_train, args=(strategy, processes, options, rank, port, seconds))
         for rank in range(processes)
     ]
     for process in started:
@@ -112,20 +114,23 @@ def train(strategy: str, processes: int, steps: int) -> float:
     return max(seconds.get() for _ in started)
 
 
-def _train(strategy: str, processes: int, steps: int, rank: int, port: int, seconds: Any) -> None:
+def _train(strategy: str, processes: int, options: argparse.Namespace, rank: int, port: int, seconds: Any) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
-    os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)} if processes > 1 else {}
-    sizes: dict[str, Any] = {"height": 32, "width": 32, "max_sequence_length": 18, "micro_batch_size": 16}
+    together = strategy != "alone"
+    if together:
+        os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    sizes: dict[str, Any] = {"height": 32, "width": 32, "max_sequence_length": 18}
+    sizes["micro_batch_size"] = options.micro_batch
     flow = Flux1Policy("miniature/flow", Sampling(8, 3), dtype="float32", learning_rate=1e-4, **sizes)
     text: dict[str, Any] = {"template": "{prompt}", "max_new_tokens": 32}
     language = LanguagePolicy("miniature/language", dtype="float32", learning_rate=1e-4, **text)
     times = StepTimes()
     trainer = L.Trainer(
         accelerator="cpu",
-        devices=processes,
-        strategy=strategy,
+        devices=processes if together else 1,
+        strategy=strategy if together else "auto",
         plugins=[LightningEnvironment()],
-        max_steps=steps + 2,
+        max_steps=options.steps + 2,
         limit_val_batches=0,
         use_distributed_sampler=False,
         callbacks=[times],
@@ -135,22 +140,23 @@ def _train(strategy: str, processes: int, steps: int, rank: int, port: int, seco
         enable_model_summary=False,
     )
     module = PromptRL(flow, GenEvalReward(ShapesDetector()), language, check_ratio_every=1000)
-    trainer.fit(module, ShapesPrompts(train_prompts=64, batch_size=4))
+    trainer.fit(module, ShapesPrompts(train_prompts=options.prompts * 16, batch_size=options.prompts))
     seconds.put(statistics.median(times.seconds))
 
 
-def efficiency(steps: int) -> None:
+def efficiency(options: argparse.Namespace) -> None:
     """Prints images a second of two processes against twice those of one, in turns."""
     torch.set_num_threads(1)
     found: dict[tuple[str, int], list[float]] = {}
     for _ in range(2):
-        for strategy, processes in (("auto", 1), ("ddp", 2), ("sharded", 2)):
-            found.setdefault((strategy, processes), []).append(train(strategy, processes, steps))
-    one = min(found["auto", 1])
+        for strategy, processes in (("alone", 1), ("alone", 2), ("ddp", 2), ("sharded", 2)):
+            found.setdefault((strategy, processes), []).append(train(strategy, processes, options))
+    one = min(found["alone", 1])
     print("| strategy | processes | s a step | images a second | efficiency |\n|---|---|---|---|---|")
     for (strategy, processes), seconds in found.items():
         best = min(seconds)
-        print(f"| {strategy} | {processes} | {best:.2f} | {32 * processes / best:.1f} | {one / best:.2f} |")
+        speed = 8 * options.prompts * processes / best
+        print(f"| {strategy} | {processes} | {best:.2f} | {speed:.1f} | {one / best:.2f} |")
 
 
 def main() -> None:
@@ -159,8 +165,10 @@ def main() -> None:
     parser.add_argument("what", choices=("memory", "efficiency"))
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=4, help="prompts of each process a step, of eight images each")
+    parser.add_argument("--micro-batch", type=int, default=16)
     options = parser.parse_args()
-    memory(options.processes) if options.what == "memory" else efficiency(options.steps)
+    memory(options.processes) if options.what == "memory" else efficiency(options)
 
 
 if __name__ == "__main__":

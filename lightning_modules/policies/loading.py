@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -80,6 +80,8 @@ def _read_json(model: str, name: str) -> dict[str, Any]:
         with one_line_errors(model):
             try:
                 path = Path(hf_hub_download(model, name))
+            except LocalEntryNotFoundError:  # a kind of EntryNotFoundError
+                raise
             except EntryNotFoundError as error:
                 raise ValueError(
                     f"it has no {name}; if it is a LoRA, give its base model as `flow.model` and it as `flow.lora.path`"
