@@ -61,8 +61,8 @@ def one_line_errors(model: str) -> Iterator[None]:
         yield
     except LocalEntryNotFoundError as error:
         raise ValueError(
-            f"cannot load {model}: the hub cannot be reached, and there is no copy of it here: check the network, or give "
-            "the folder of a download."
+            f"cannot load {model}: the hub cannot be reached, and there is no copy of it here: check the network, or "
+            "give the folder of a download."
         ) from error
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
