@@ -14,6 +14,7 @@ from PIL.Image import Image
 from callbacks.benchmark import Benchmark
 from callbacks.predictions import SavePredictions
 from callbacks.reporting.gallery import Gallery, Group, Rating, Sample, Slot
+from callbacks.run_config import given
 from datamodules.base import PromptDataModule, PromptSample, bare, spread
 from lightning_modules.evaluation import EvaluationBatch
 from lightning_modules.rollout import Rollout
@@ -40,9 +41,9 @@ class Page(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes over the images of the run that is resumed."""
-        gallery = self._opened(trainer)
-        if gallery is not None and trainer.ckpt_path is not None:
-            earlier = Path(trainer.ckpt_path).resolve().parents[1]
+        gallery, path = self._opened(trainer), given(trainer, "ckpt_path") or trainer.ckpt_path
+        if gallery is not None and path is not None:
+            earlier = Path(path).resolve().parents[1]
             if earlier != gallery.folder.resolve():
                 self._safely(lambda: gallery.begin_with(earlier, trainer.global_step), trainer)
 

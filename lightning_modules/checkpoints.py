@@ -78,7 +78,8 @@ def write_folder(checkpoint: Mapping[str, Any], path: Path) -> None:
     record |= {OPTIMIZERS: [state | {"state": {}} for state in states]} if states else {}
     with replaced_folder(path) if dist.get_rank() == 0 else nullcontext(unfinished(path)) as folder:
         if dist.get_rank() == 0:
-            torch.save(record, folder / RECORD)
+            with replaced_file(folder / RECORD) as file:
+                torch.save(record, file)
         dist.barrier()
         dcp.save(_flat(checkpoint), checkpoint_id=folder)
         dist.barrier()

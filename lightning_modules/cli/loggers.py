@@ -1,16 +1,46 @@
-"""Loggers of the key `loggers`, such as Weights & Biases, beside a run's TensorBoard and `metrics.csv`."""
+"""`metrics.csv`, and the loggers of the key `loggers`, such as Weights & Biases, beside it and TensorBoard."""
 
 from __future__ import annotations
 
+import csv
 import inspect
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from pydoc import locate
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
-from lightning.pytorch.loggers import Logger
+from lightning.fabric.loggers.csv_logs import _ExperimentWriter
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from datamodules.atomic_write import write_atomically
+
+
+class MetricsLogger(CSVLogger):
+    """Lightning's logger to `metrics.csv`, of which a kill leaves all rows but, at most, half of the last one."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> _ExperimentWriter:
+        """Writer of the file, made when it is first used."""
+        if self._experiment is None:
+            self._experiment = _MetricsFile(self.log_dir)
+        return self._experiment
+
+
+class _MetricsFile(ExperimentWriter):
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        path = Path(self.metrics_file_path)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=fieldnames)
+        writer.writeheader()
+        with path.open(newline="") as file:
+            writer.writerows(csv.DictReader(file))
+        write_atomically(path, text.getvalue())
 
 
 def open_loggers(specs: Sequence[Namespace], folder: Path, config: dict[str, Any]) -> list[Logger]:
