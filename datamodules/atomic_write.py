@@ -38,7 +38,7 @@ def replaced_file(path: Path) -> Iterator[BinaryIO]:
     # In the same folder, as only a rename within one file system is atomic; others may write the same file meanwhile.
     new = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
-        with _naming(path):
+        with naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(new) as file:
                 yield file
@@ -51,13 +51,15 @@ def replaced_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Context manager: what cannot be written is an OSError that names a file, `path` if it names none itself."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        failed = error if isinstance(error, OSError) else error.__context__  # which torch.save raises its own behind
-        if not isinstance(failed, OSError):
+        failed: BaseException | None = error
+        while not (failed is None or isinstance(failed, OSError)):
+            failed = failed.__context__  # torch.save raises its own errors behind it
+        if failed is None:
             raise
         raise OSError(failed.errno, failed.strerror, failed.filename or str(path)) from error
 
@@ -118,7 +120,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     try:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
-        with _naming(folder):
+        with naming(folder):
             yield new
             for path in (new, *new.rglob("*")):
                 _sync(path)
