@@ -17,16 +17,17 @@ import lightning as L
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from jsonargparse import Namespace
 from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.benchmark import add_results, texts_digest
-from callbacks.run_config import given, resolved_config
+from callbacks.run_config import given
 from datamodules.base import PromptDataModule, bare
 
 PACKAGES = ("promptrl-lightning", "torch", "lightning", "diffusers", "transformers", "peft")
 _INDEXES = ("model_index.json", "config.json", "adapter_config.json")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_WHOLE_FILE, _WHOLE_PART = 64 * 2**20, 2**20
+_WHOLE_FILE, _WHOLE_PART = 64 * 2**20, 8 * 2**20
 """Bytes up to which a file, and one in a folder, is read whole."""
 _PIECES, _PIECE = 64, 4096
 _FILES = 1000
@@ -52,7 +53,7 @@ class Record(L.Callback):
 
 def record(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
     """Returns what a run is made with; names no user, host or secret beside the paths in its configuration."""
-    config, data = resolved_config(trainer), getattr(trainer, "datamodule", None)
+    data = getattr(trainer, "datamodule", None)
     device = trainer.strategy.root_device
     found = {
         "versions": versions(),
@@ -69,8 +70,8 @@ def record(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
             "strategy": type(trainer.strategy).__name__,
             "precision": str(trainer.precision),
         },
-        "data": {text: digest(Path(text)) for text in _texts(config.get("data")) if os.path.exists(text)},
-        "models": dict(_models(config.get("model"))),
+        "data": {text: digest(Path(text)) for text in _texts(given(trainer, "data")) if os.path.exists(text)},
+        "models": dict(_models(given(trainer, "model"))),
     }
     if isinstance(data, PromptDataModule) and trainer.state.fn == TrainerFn.FITTING:
         prompts = [sample.prompt for sample in bare(data.training_set)]
@@ -116,7 +117,7 @@ def digest(path: Path) -> str:
     """Returns a digest of a file, or of a folder with all below it, which tells versions apart and proves nothing.
 
     A file of up to 64 MiB is read whole: the digest is what `sha256sum` prints. A folder's is over the names of its
-    files and the contents of the first 1,000 by name. Of files above 64 MiB, in a folder above 1 MiB, the size and 64
+    files and the contents of the first 1,000 by name. Of files above 64 MiB, in a folder above 8 MiB, the size and 64
     pieces of 4 KiB, spread evenly from the first byte to the last, are read.
 
     Returns:
@@ -169,7 +170,9 @@ def _models(config: Any) -> Iterator[tuple[str, str]]:
 
 
 def _texts(config: Any) -> Iterator[str]:
-    """Yields the texts in nested dicts and lists that may be paths."""
+    """Yields the texts in nested settings that may be paths."""
+    if isinstance(config, Namespace):
+        config = vars(config)
     if isinstance(config, dict | list):
         for value in config.values() if isinstance(config, dict) else config:
             yield from _texts(value)

@@ -33,14 +33,26 @@ class MetricsLogger(CSVLogger):
 
 
 class _MetricsFile(ExperimentWriter):
-    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+    def save(self) -> None:
+        """Writes the rows since the last call: behind the others in one piece, or, with new columns, all rows anew."""
+        if not self.metrics:
+            return
         path = Path(self.metrics_file_path)
+        keys = sorted({*self.metrics_keys, *(key for row in self.metrics for key in row)})
         text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=fieldnames)
-        writer.writeheader()
-        with path.open(newline="") as file:
-            writer.writerows(csv.DictReader(file))
-        write_atomically(path, text.getvalue())
+        writer = csv.DictWriter(text, keys)
+        if keys == self.metrics_keys:
+            writer.writerows(self.metrics)
+            with path.open("a", newline="") as file:
+                file.write(text.getvalue())
+        else:
+            writer.writeheader()
+            if self.metrics_keys:
+                with path.open(newline="") as file:
+                    writer.writerows(csv.DictReader(file))
+            writer.writerows(self.metrics)
+            write_atomically(path, text.getvalue())
+        self.metrics, self.metrics_keys = [], keys
 
 
 def open_loggers(specs: Sequence[Namespace], folder: Path, config: dict[str, Any]) -> list[Logger]:

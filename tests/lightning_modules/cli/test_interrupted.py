@@ -69,7 +69,7 @@ class Strikes(L.Callback):
 
     def on_validation_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         """Sends it in a validation."""
-        if (self.part, trainer.global_step) in (("validation", 2), ("final", STEPS)):
+        if (self.part, trainer.global_step) in (("validation", 2), ("final", trainer.max_steps)):
             self._strike()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
