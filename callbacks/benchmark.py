@@ -190,7 +190,8 @@ class Benchmark(L.Callback, ABC):
         seconds = self._seconds_before + time.monotonic() - self._started
         entry = {"step": trainer.global_step, "rollouts": rollouts, "seconds": round(seconds, 1), "results": results}
         self._first = self._first if self.history else self.tables
-        self.history.append(entry | {"sets": self._sets})
+        # Without a validation of this step that was cut off when it was scored here, and is made again.
+        self.history = [one for one in self.history if one["step"] != entry["step"]] + [entry | {"sets": self._sets}]
         folder = trainer.log_dir  # asked on every rank: Lightning broadcasts it
         if trainer.is_global_zero and folder is not None:
             self._write(Path(folder) / "results.json")
@@ -305,21 +306,16 @@ class Benchmark(L.Callback, ABC):
 
     def _write_scores(self, path: Path) -> None:
         """Adds a line for each prompt: the means of its images' values."""
-        with path.open("a", encoding="utf-8") as file:
-            for (name, mode), table in self.tables.items():
-                means = {column: table.sums[column] / table.counts[column] for column in self.columns}
-                for row, (prompt, tag) in enumerate(zip(table.ids, table.tags, strict=True)):
-                    line: dict[str, Any] = {
-                        "benchmark": self.title,
-                        "set": name,
-                        "mode": mode,
-                        "id": prompt,
-                        "tag": tag,
-                    }
-                    line |= {} if table.prompts is None else {"prompt": table.prompts[row]}
-                    line |= {column: float(mean[row]) for column, mean in means.items()}
-                    line["images"] = int(table.images[row])
-                    file.write(json.dumps(_without_nan(line), ensure_ascii=False) + "\n")
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        for (name, mode), table in self.tables.items():
+            means = {column: table.sums[column] / table.counts[column] for column in self.columns}
+            for row, (prompt, tag) in enumerate(zip(table.ids, table.tags, strict=True)):
+                line: dict[str, Any] = {"benchmark": self.title, "set": name, "mode": mode, "id": prompt, "tag": tag}
+                line |= {} if table.prompts is None else {"prompt": table.prompts[row]}
+                line |= {column: float(mean[row]) for column, mean in means.items()}
+                line["images"] = int(table.images[row])
+                text += json.dumps(_without_nan(line), ensure_ascii=False) + "\n"
+        write_atomically(path, text)
 
 
 def _described(samples: Sequence[PromptSample], prompts: Sequence[str]) -> dict[str, Any]:

@@ -38,20 +38,30 @@ def replaced_file(path: Path) -> Iterator[BinaryIO]:
     # In the same folder, as only a rename within one file system is atomic; others may write the same file meanwhile.
     new = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(new) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(new, path)
-        _sync(path.parent)
-    except (OSError, RuntimeError) as error:
-        failed = error if isinstance(error, OSError) else error.__context__  # which torch.save raises its own behind
-        if not isinstance(failed, OSError):
-            raise
-        raise OSError(failed.errno, failed.strerror, failed.filename or str(path)) from error
+        with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(new) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(new, path)
+            _sync(path.parent)
     finally:
         new.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Context manager: what cannot be written is an OSError that names a file, `path` if it names none itself."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        failed: BaseException | None = error
+        while not (failed is None or isinstance(failed, OSError)):
+            failed = failed.__context__  # torch.save raises its own errors behind it
+        if failed is None:
+            raise
+        raise OSError(failed.errno, failed.strerror, failed.filename or str(path)) from error
 
 
 def remove_strays(folder: Path, *, deep: bool = False) -> None:
@@ -99,6 +109,9 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
     Until then, and if the block fails, `folder` stays as it was. What an earlier, killed process left unfinished is
     removed.
+
+    Raises:
+        OSError: naming a file, or `folder`, if it cannot be written.
     """
     new, old = unfinished(folder), folder.with_name(f".{folder.name}.old")
     _tidy(folder, new, old)
@@ -107,9 +120,10 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     try:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
-        yield new
-        for path in (new, *new.rglob("*")):
-            _sync(path)
+        with naming(folder):
+            yield new
+            for path in (new, *new.rglob("*")):
+                _sync(path)
         if folder.exists():  # a folder that is not empty cannot be replaced by one rename
             folder.rename(old)
         new.rename(folder)

@@ -167,6 +167,7 @@ def place_in_epoch(fit_loop: dict[str, Any], size: int | None = None) -> None:
     epoch, batches = position["epoch"], resumed_batches(position, size or prompts_per_step(position))
     if batch["is_last_batch"] and batch["current"]["processed"] == batch["current"]["ready"]:
         epoch, batches = epoch + 1, 0
+        position.update(epoch=epoch, batches=batches)  # so that it holds where this run is saved before its first step
     begun = epoch + (batches > 0)
     for epochs in (fit_loop["epoch_progress"]["total"], fit_loop["epoch_progress"]["current"]):
         epochs.update(ready=begun, started=begun, processed=epoch, completed=epoch)

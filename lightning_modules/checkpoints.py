@@ -19,7 +19,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from datamodules.atomic_write import replaced_file, replaced_folder, unfinished
+from datamodules.atomic_write import naming, replaced_file, replaced_folder, unfinished
 
 RECORD = "record.pt"
 """File in a folder that holds all but the large tensors."""
@@ -71,16 +71,35 @@ def read(path: str | Path, like: Mapping[str, Tensor] | None = None, *, record_o
     return record
 
 
+class _Writer(dcp.FileSystemWriter):
+    """PyTorch's writer, whose errors reach the other processes as OSErrors; what stands behind them does not."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        with naming(Path(self.path)):
+            return super().write_data(plan, planner)
+
+
 def write_folder(checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Writes a checkpoint's tensors by all processes at the same time; an earlier folder is replaced in the end."""
+    """Writes a checkpoint's tensors by all processes at the same time; an earlier folder is replaced in the end.
+
+    Raises:
+        OSError: in all processes, naming the folder, if one cannot write; an earlier folder stays as it was.
+    """
     states = checkpoint.get(OPTIMIZERS, [])
     record = {name: value for name, value in checkpoint.items() if name not in WEIGHTS}
     record |= {OPTIMIZERS: [state | {"state": {}} for state in states]} if states else {}
     with replaced_folder(path) if dist.get_rank() == 0 else nullcontext(unfinished(path)) as folder:
         if dist.get_rank() == 0:
-            torch.save(record, folder / RECORD)
+            with replaced_file(folder / RECORD) as file:
+                torch.save(record, file)
         dist.barrier()
-        dcp.save(_flat(checkpoint), checkpoint_id=folder)
+        try:
+            dcp.save(_flat(checkpoint), storage_writer=_Writer(folder))
+        except dcp.api.CheckpointException as error:
+            failed = next((one for one, _ in error.failures.values() if isinstance(one, OSError)), None)
+            if failed is None:
+                raise
+            raise OSError(failed.errno, failed.strerror, str(path)) from error
         dist.barrier()
     dist.barrier()
 

@@ -176,13 +176,14 @@ class PromptRL(UpdatedAgents):
         self.bad_steps.end_step()
 
     def _check(self, rollout: Rollout) -> None:
-        """Checks and logs the log-ratio of a replay, every `check_ratio_every` steps."""
+        """Checks the log-ratio of a replay in a run's first step, and checks and logs it every `check_ratio_every`."""
         step = self.trainer.fit_loop.epoch_loop.total_batch_idx  # as the step's own numbers go by in the log
-        if not self._checked or step % self.check_ratio_every == 0:
+        due = step % self.check_ratio_every == 0
+        if due or not self._checked:
             self._checked = True
             # Straight to the loggers: `self.log` would repeat the number in every step until the epoch's end.
             ratios = {f"train/{agent}/max_log_ratio": value for agent, value in self.check_ratio(rollout).items()}
-            for logger in self.loggers:
+            for logger in self.loggers if due else ():  # a resumed run's numbers are those of an unbroken one
                 logger.log_metrics(ratios, step=step)
 
     def collect(self, samples: Sequence[PromptSample]) -> Rollout:

@@ -117,6 +117,11 @@ class RunFolder:
         return self.stage == "fit" and bool(steps) and steps[-1] >= most > 0
 
     @property
+    def saved(self) -> bool:
+        """True if there is a checkpoint in its folder."""
+        return any((self.folder / "checkpoints").glob("*.ckpt"))
+
+    @property
     def continues(self) -> Path | None:
         """Folder of the run whose checkpoint this fit was resumed from; None if it began anew."""
         return self._origin if self.stage == "fit" else None

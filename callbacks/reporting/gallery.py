@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from datamodules.atomic_write import write_atomically
+from datamodules.atomic_write import replaced_file, write_atomically
 from datamodules.jsonl import read_json
 from lightning_modules.image_store import safe_name
 
@@ -164,8 +164,8 @@ class Gallery:
         small.thumbnail((_LARGEST, _LARGEST))
         lossless = small.width * small.height <= _SMALL
         path = self.folder / FOLDER / f"{safe_name(name)}.{'png' if lossless else 'jpg'}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        small.save(path, quality=88)
+        with replaced_file(path) as file:
+            small.save(file, "PNG" if lossless else "JPEG", quality=88)
         return path.relative_to(self.folder).as_posix()
 
     def write(self) -> None:

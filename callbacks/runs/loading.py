@@ -7,6 +7,7 @@ and every row has its rollouts.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -44,7 +45,7 @@ class Run(RunFolder):
         small = RunFolder.read(folder)
         path = folder / "metrics.csv"
         try:
-            rows = pd.read_csv(path) if path.is_file() else _events(folder)
+            rows = _rows(folder)
         except ValueError as error:  # pandas' own errors are such
             raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
         if len(rows) and "step" not in rows:
@@ -160,7 +161,7 @@ class Run(RunFolder):
 
 
 def load(*places: str | Path, stage: str | None = "fit", skip_broken: bool = False) -> list[Run]:
-    """Reads runs; a run that another one continues is left out.
+    """Reads runs; a run that another one continues is left out, or continues anew as it had saved nothing yet.
 
     Args:
         places: run folders, folders above them, patterns.
@@ -171,8 +172,14 @@ def load(*places: str | Path, stage: str | None = "fit", skip_broken: bool = Fal
         ValueError: if there is no run, or one is damaged.
     """
     runs: list[Run] = read_all(Run, find(*places), skip_broken=skip_broken)
-    continued = {run.continues for run in runs}
-    kept = [run for run in runs if stage in (None, run.stage) and run.folder.resolve() not in continued]
+    newest = {run.continues: run for run in sorted(runs, key=lambda run: (len(run.folder.name), run.folder.name))}
+    kept = [
+        run
+        for run in runs
+        if stage in (None, run.stage)
+        and run.folder.resolve() not in newest
+        and (run.continues is None or run is newest[run.continues] or run.finished or run.saved)
+    ]
     if not kept:
         raise ValueError(
             f"{', '.join(map(str, places))}: there are runs, but none of the stage {stage}; choose another."
@@ -190,6 +197,14 @@ def overview(runs: Sequence[Run]) -> pd.DataFrame:
         about = {"run": str(run.folder), "mode": run.mode, "seed": run.seed, "finished": run.finished}
         rows.append(about | last | scores)
     return pd.DataFrame(rows).set_index("run")
+
+
+def _rows(folder: Path) -> pd.DataFrame:
+    """Reads the lines of `metrics.csv` that are whole, as a kill may halve the last; else TensorBoard's files."""
+    path = folder / "metrics.csv"
+    text = path.read_bytes() if path.is_file() else b""
+    whole = text[: text.rfind(b"\n") + 1]
+    return pd.read_csv(io.BytesIO(whole)) if whole else _events(folder)
 
 
 def _events(folder: Path) -> pd.DataFrame:

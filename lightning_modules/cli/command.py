@@ -21,11 +21,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from omegaconf.errors import OmegaConfBaseException
 
+from callbacks.benchmark import Benchmark
 from callbacks.dashboard import Dashboard
 from callbacks.kept_images import KeepImages
 from callbacks.page import Page
 from callbacks.predictions import SavePredictions
 from callbacks.progress import RunProgressBar
+from callbacks.record import Record
 from callbacks.report import Report
 from callbacks.run_config import resolved_config
 from datamodules.base import PromptDataModule
@@ -163,7 +165,7 @@ class PromptRLCLI(LightningCLI):
         if self.subcommand == "fit":
             trainer.callbacks += [Dashboard(), Preemption()]
         if self.subcommand != "predict":
-            trainer.callbacks.append(Report())
+            trainer.callbacks += [Record(), Report()]
         if not options["fast_dev_run"]:
             trainer.callbacks.append(Page())  # the last one, which reads what the others leave
         return cast(L.Trainer, trainer)
@@ -219,7 +221,10 @@ class PromptRLCLI(LightningCLI):
             raise ValueError(f"`ckpt_path` is {path}, which is no checkpoint; give a .ckpt of an earlier run.")
         if self.subcommand == "fit":
             check_trainer(self.trainer, self.model, self.datamodule)
-            check_something_to_train(self.trainer, checkpoint)
+            scored = any(isinstance(callback, Benchmark) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+            # `Report` writes it last of all; a checkpoint kept elsewhere may be of any run.
+            ended = not scored or path is None or (Path(path).resolve().parents[1] / "results.md").is_file()
+            check_something_to_train(self.trainer, checkpoint, ended=ended)
         trainer = cast(Trainer, self.trainer)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.open_folder(self._options["experiment"], loggers=self._own_loggers)

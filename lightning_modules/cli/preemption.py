@@ -72,11 +72,15 @@ class Signals(_SignalConnector):
 
 
 class Preemption(L.Callback):
-    """Stops a fit between two steps if one of its processes has been sent a signal; the last of all callbacks."""
+    """Stops a fit before a step or a validation if one of its processes was sent a signal; the last callback."""
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        """Stops before a step."""
+        self.on_validation_start(trainer, pl_module)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Asks all processes, which are at the same step here."""
         noted = torch.tensor(_signals(trainer).noted, device=pl_module.device)
         if several_processes():

@@ -99,12 +99,13 @@ def check_trainer(trainer: L.Trainer, model: L.LightningModule, data: L.Lightnin
         )
 
 
-def check_something_to_train(trainer: L.Trainer, checkpoint: dict[str, Any] | None) -> None:
-    """Raises ValueError if a fit would end before its first step.
+def check_something_to_train(trainer: L.Trainer, checkpoint: dict[str, Any] | None, *, ended: bool = True) -> None:
+    """Raises ValueError if a fit would end before its first step, but for a last validation that it still lacks.
 
     Args:
         trainer: knows where training ends.
         checkpoint: what the fit resumes from, if it does.
+        ended: False if the run that the checkpoint is of was cut off before its results were complete.
     """
     step = epochs = 0
     start = "training begins"
@@ -126,7 +127,7 @@ def check_something_to_train(trainer: L.Trainer, checkpoint: dict[str, Any] | No
     name = next((name for name, reached in ends.items() if reached), None)
     if name is not None and trainer.fast_dev_run:  # type: ignore[attr-defined]
         raise ValueError(f"nothing to train: {start}, where `trainer.fast_dev_run` ends; leave one of the two out.")
-    if name is not None:
+    if name is not None and (ended or not trainer.limit_val_batches or name == "limit_train_batches"):
         raise ValueError(
             f"nothing to train: {start}, and `trainer.{name}` is {getattr(trainer, name)}; set it higher, or evaluate "
             "with `lightning validate` or `lightning test`."

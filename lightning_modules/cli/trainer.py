@@ -10,14 +10,32 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from datamodules.atomic_write import remove_strays
+from lightning_modules.cli.checkpoint import StepLog
+from lightning_modules.cli.loggers import MetricsLogger
 from lightning_modules.cli.preemption import Signals
 
 _PROBE = 2**20
 """Bytes written and deleted to see that there is room."""
+
+
+class FitLoop(_FitLoop):
+    """Lightning's fit loop, which also ends a run that was killed behind its last step: it evaluates the agents."""
+
+    @property
+    def skip(self) -> bool:
+        """True if there is nothing to do; refused beforehand is a run that has come to its end."""
+        return self.max_batches == 0 or self.trainer.limit_train_batches == 0
+
+    def reset(self) -> None:
+        """Lets a run without a step left log with the number that it would have had after its last one."""
+        super().reset()
+        if self.done:
+            self.epoch_loop._batches_that_stepped += 1
 
 
 class Trainer(L.Trainer):
@@ -30,6 +48,9 @@ class Trainer(L.Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._signal_connector = Signals(self)
+        self._logger_connector = StepLog(self)
+        loop = FitLoop(self, self.fit_loop.min_epochs, self.fit_loop.max_epochs)
+        loop.epoch_loop, self.fit_loop = self.fit_loop.epoch_loop, loop
 
     @property
     def log_dir(self) -> str | None:
@@ -87,7 +108,7 @@ class Trainer(L.Trainer):
             version = None if self.folder is None else int(self.folder.name.removeprefix("version_"))
             self.loggers = [
                 TensorBoardLogger(root, name=experiment, version=version, default_hp_metric=False),
-                CSVLogger(root, name=experiment, version=version),
+                MetricsLogger(root, name=experiment, version=version),
             ]
 
     def drop_empty_folder(self) -> None:

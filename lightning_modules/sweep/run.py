@@ -124,7 +124,7 @@ def _run(job: Job, children: Children, started: float) -> Outcome:
         if status is None:
             return Outcome(job.name, "stopped", time.monotonic() - started)
         log = command.folder / f"{command.stage}.log"
-        # A fit that was cut off in its last validation has trained all it should.
+        # A fit that was cut off behind its last step and validates nothing has done all it should.
         if status != 0 and not (command.stage == "fit" and "nothing to train: " in _last_line(log)):
             return Outcome(job.name, "crashed", time.monotonic() - started, f"{log}: {_last_line(log)}")
         seen = command.record | {"seconds": round(time.monotonic() - begun, 1)}

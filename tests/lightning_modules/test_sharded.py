@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from diffusers import FluxPipeline
@@ -23,6 +25,7 @@ from lightning_modules.sharded import Sharded
 from miniature.scenes.detector import ShapesDetector
 from tests.forked import run as run_command
 from tests.lightning_modules.sharded_runs import Case, build, compare, difference, run, train, train_split
+from tests.short_runs import quick
 
 pytestmark = pytest.mark.slow
 
@@ -116,15 +119,19 @@ def test_checkpoints_load_into_any_strategy(tmp_path: Path) -> None:
     assert difference(one, whole["ddp"]) < 1e-6 and one["rollouts"] == whole["ddp"]["rollouts"]
 
 
+def in_folders(folder: Path) -> Path:
+    """Writes a configuration whose checkpoints are folders."""
+    path = folder / "sharded.yaml"
+    init = "{save_distributed_checkpoint: true}"
+    path.write_text(f"trainer: {{strategy: {{class_path: lightning_modules.sharded.Sharded, init_args: {init}}}}}")
+    return path
+
+
 def test_the_command_trains_in_shards(tmp_path: Path) -> None:
     """With a run folder, preflight, a page and the last lines; what it leaves is evaluated by one process."""
     common = ["--config=configs/quickstart.yaml", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
     common += [f"--trainer.default_root_dir={tmp_path}", "--data.init_args.eval_prompts=3"]
-    strategy = tmp_path / "sharded.yaml"
-    strategy.write_text(
-        "trainer: {strategy: {class_path: lightning_modules.sharded.Sharded, init_args: {save_distributed_checkpoint: "
-        "true}}}"
-    )
+    strategy = in_folders(tmp_path)
     sharded = [f"--config={strategy}", "--trainer.devices=2", "--trainer.max_steps=1", "--data.init_args.batch_size=1"]
     for process in run_command(tmp_path / "fit", "fit", *common, *sharded, processes=2):
         assert process.returncode == 0, process.text
@@ -133,6 +140,29 @@ def test_the_command_trains_in_shards(tmp_path: Path) -> None:
     assert last.is_dir()
     (test,) = run_command(tmp_path / "test", "test", *common, "--ckpt_path=last")
     assert test.returncode == 0 and str(last) in test.text, test.text
+
+
+class FillsUp(L.Callback):
+    """Leaves no room on the disk after the first step."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Lets no file grow above 100 kB."""
+        if trainer.global_step == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+
+def test_a_full_disk_leaves_the_folder_before(tmp_path: Path) -> None:
+    strategy = in_folders(tmp_path)
+    options = [f"--config={strategy}", "--trainer.devices=2", "--trainer.max_steps=2", "--trainer.limit_val_batches=0"]
+    options += ["--trainer.callbacks+=tests.lightning_modules.test_sharded.FillsUp"]
+    options += ["--checkpoint.every_n_train_steps=1", "--checkpoint.save_top_k=0"]
+    for process in run_command(tmp_path / "fit", *quick("fit", tmp_path, *options), processes=2):
+        assert process.returncode == 2 and "Traceback" not in process.text, process.text
+        (said,) = [line for line in process.text.splitlines() if line.startswith("lightning: error: ")]
+        assert "last.ckpt" in said and "File too large" in said, said
+    (last,) = tmp_path.rglob("last.ckpt")
+    assert read(last, record_only=True)["global_step"] == 1 and read(last)["state_dict"]
+    assert not list(last.parent.glob(".*"))
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import yaml
 from rich.console import Console
 
 from callbacks.runs.loading import load
+from lightning_modules.cli import main as lightning
 from lightning_modules.sweep import run
 from lightning_modules.sweep.plan import Job, Sweep
 from lightning_modules.sweep.run import Outcome, main, read, run_all, table_of
@@ -197,7 +198,7 @@ def test_a_damaged_folder_is_one_runs_crash(tmp_path: Path) -> None:
 
 
 def test_a_fit_that_was_cut_off_after_its_last_step_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Resumed, it has nothing to train and is refused; its test is left to do."""
+    """Resumed without validations, it has nothing to do and is refused; its test is left to do."""
     program = tmp_path / "lightning.py"
     program.write_text("import sys\nif sys.argv[1] == 'fit': sys.exit('lightning: error: nothing to train: step 1')")
     monkeypatch.setattr("lightning_modules.sweep.run.PROGRAM", [sys.executable, str(program)])
@@ -300,3 +301,21 @@ def test_a_sweep_that_is_interrupted_goes_on(tmp_path: Path) -> None:
     (test,) = load(folder, stage="test")
     assert test.folder.is_relative_to(folder / "test") and len(test.scores) == 6 * len(test.headlines)
     assert test.seed == 5 and test.get("data.init_args.seed") != 5 and test.mode == "flow-only"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("preloaded_runs")
+def test_a_fit_that_was_killed_in_its_last_validation_is_evaluated(tmp_path: Path) -> None:
+    overrides = SMALL | {"trainer.max_steps": 1, "trainer.val_check_interval": 5}
+    (job,) = plan(root=str(tmp_path / "runs"), overrides=overrides)
+    (fit,) = job.commands
+    strikes = "--trainer.callbacks+=tests.lightning_modules.cli.test_interrupted.Strikes"
+    struck = [*fit.options, strikes, "--trainer.callbacks.part=final", "--trainer.callbacks.number=9"]
+    fit.folder.mkdir(parents=True)
+    fit.write_record(fit.record | {"seconds": None})
+    assert Forked(lambda: lightning(struck), tmp_path / "log").wait() == -9
+    assert fit.checkpoint() is not None and not fit.finished()
+    (outcome,) = run_all([job], 1, lambda outcome: None)
+    assert outcome.state == "done" and fit.finished() and outcome.scores
+    (resumed,) = load(fit.folder)
+    assert resumed.finished and resumed.validations.index.tolist() == [0, 1]
