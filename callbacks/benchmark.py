@@ -26,6 +26,7 @@ from datamodules.atomic_write import write_atomically
 from datamodules.base import PromptDataModule, PromptSample, bare, contents
 from datamodules.jsonl import read_json
 from lightning_modules.evaluation import MODES, EvaluationBatch
+from rewards.calls import guarded
 
 Results = dict[str, dict[str, dict[str, float]]]
 """evaluation set -> "without_pe" | "with_pe" -> score name -> value."""
@@ -165,7 +166,8 @@ class Benchmark(L.Callback, ABC):
         for mode, drawn in outputs.images.items():
             if (outputs.name, mode) in self._metrics:
                 for images in drawn:
-                    values = self.score(outputs.samples, images)
+                    with guarded(self.title):
+                        values = self.score(outputs.samples, images)
                     self._metrics[outputs.name, mode].update([sample.id for sample in outputs.samples], values)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

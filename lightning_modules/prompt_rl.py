@@ -37,6 +37,7 @@ from lightning_modules.step_metrics import Averages
 from lightning_modules.updates import UpdatedAgents
 from rewards.arguments import check_minimum
 from rewards.base import Reward, RewardUnavailable, Score
+from rewards.calls import guarded
 
 
 class PromptRL(UpdatedAgents):
@@ -147,7 +148,8 @@ class PromptRL(UpdatedAgents):
                 )
             self._data.processes_per_group = block
         if stage != "predict":
-            self.reward.load()
+            with guarded(self.reward.name):
+                self.reward.load()
 
     def on_train_start(self) -> None:
         """Collects the first rollout before the evaluation, which would let a reward that cannot work wait minutes."""

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from datamodules.sample import PromptSample
-from rewards.base import Reward, RewardBatch, Score, score_each
+from rewards.base import Reward, RewardBatch, Score
+from rewards.calls import ALTERED, score_each
 
 
 class Scoring:
@@ -59,10 +60,14 @@ class Scoring:
     def scores(self) -> list[Score]:
         """Waits for all scores and returns them in the order of submission.
 
+        Where the reward changed settings of the process, all are invalid: images may have been drawn by other ones.
+
         Raises:
-            Exception: what the reward raised at the first chunk that failed.
+            ValueError: at the first chunk that failed; see `score_each`.
         """
-        return [score for chunk in self._chunks for score in chunk.result()]
+        scores = [score for chunk in self._chunks for score in chunk.result()]
+        altered = [one for one in scores if any(part.detail.get(ALTERED) for _, part in one.leaves(""))]
+        return altered[:1] * len(scores) if altered and self.overlap else scores
 
     def _score(self, batch: RewardBatch) -> list[Score]:
         if self._device.type == "cuda":

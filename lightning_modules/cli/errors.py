@@ -6,7 +6,7 @@ import sys
 import traceback
 from pathlib import Path
 
-OUR_PACKAGES = ("lightning_modules", "datamodules", "rewards", "callbacks", "miniature")
+from rewards.calls import OUR_PACKAGES
 
 
 def complain(message: str) -> int:

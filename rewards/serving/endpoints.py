@@ -24,7 +24,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rewards.base import Reward, RewardUnavailable
 from rewards.serving.batching import Batcher, Job, QueueFull
-from rewards.serving.protocol import PART_NAME, Health, Problem, RewardInfo, RewardList, ScoreReply, ScoreRequest
+from rewards.serving.protocol import (
+    PART_NAME,
+    Health,
+    Problem,
+    RewardInfo,
+    RewardList,
+    ScoreReply,
+    ScoreRequest,
+    item_id,
+)
 from rewards.serving.requests import Limits, MemoryBudget, Reservation, read_request, unavailable
 
 log = logging.getLogger("rewards.serving.server")
@@ -49,12 +58,17 @@ def create_app(rewards: Mapping[str, Reward], limits: Limits, token: str | None 
     """
     infos = []
     for name, reward in rewards.items():
+        if reward.groupwise:
+            raise ValueError(
+                f"the reward {name!r} compares the images of a group (`groupwise`), which a server, where requests are "
+                "split and gathered, does not keep together: use it in the training process."
+            )
         reward.load()
         low, high = (value if math.isfinite(value) else None for value in reward.native_range)
         infos.append(RewardInfo(name=name, version=reward.version, native_range=(low, high), needs=list(reward.needs)))
     versions = {info.name: info.version for info in infos}
     listing = RewardList(
-        schema=1,
+        schema=2,
         rewards=infos,
         max_items=limits.max_items,
         max_request_bytes=limits.max_request_bytes,
@@ -141,7 +155,11 @@ async def _score(request: ScoreRequest, jobs: Sequence[Job], batcher: Batcher, v
         raise unavailable("too many items wait for this reward") from error
     except RewardUnavailable as error:
         raise unavailable("the scorer is unavailable") from error
-    reply = ScoreReply(schema=1, id=request.id, reward_version=version, results=results)
+    results = [
+        result.model_copy(update={"item": item_id(place, job.item, job.image, job.source)})
+        for place, (job, result) in enumerate(zip(jobs, results, strict=True))
+    ]
+    reply = ScoreReply(schema=2, id=request.id, reward_version=version, results=results)
     return Answer(reply.model_dump_json(by_alias=True).encode(), sum(not result.valid for result in results))
 
 

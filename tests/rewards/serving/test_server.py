@@ -42,10 +42,12 @@ from rewards.serving.multipart import MultipartError, read_parts
 from rewards.serving.protocol import (
     MAX_SCANS,
     BadImage,
+    Item,
     Scored,
     ScoreReply,
     decode_image,
     encode_image,
+    item_id,
     to_result,
     to_score,
 )
@@ -190,13 +192,20 @@ def test_shapes_score_as_in_process(serve: Callable[..., str]) -> None:
 
 def test_a_reply_in_full(url: str) -> None:
     name = str(uuid4())
-    response = ask(url, ["a", "invalid"], [encode_image(number_image(n)) for n in (258, 1)], id=name)
+    files = [encode_image(number_image(n)) for n in (258, 1)]
+    response = ask(url, ["a", "invalid"], files, id=name)
+    first, second = (
+        item_id(place, Item(prompt=prompt, images=["x"]), file, None)
+        for place, (prompt, file) in enumerate(zip(("a", "invalid"), files, strict=True))
+    )
+    assert first.startswith("0-") and second.startswith("1-") and first[2:] != second[2:]
     assert response.json() == {
-        "schema": 1,
+        "schema": 2,
         "id": name,
         "reward_version": "NumberReward",
         "results": [
             {
+                "item": first,
                 "valid": True,
                 "native": 258.0,
                 "table": 86.0,
@@ -206,6 +215,7 @@ def test_a_reply_in_full(url: str) -> None:
                 "weights": {},
             },
             {
+                "item": second,
                 "valid": False,
                 "error": "unscorable",
                 "reason": "no text in the image",
@@ -225,7 +235,7 @@ scores = st.builds(Score, numbers, numbers, numbers, detail=st.dictionaries(st.t
 def test_numbers_cross_exactly(score: Score, parts: dict[str, Score]) -> None:
     """Bit for bit (`repr` tells -0.0 from 0.0), with parts."""
     sent = Score(score.native, score.table, score.rl, detail=score.detail, parts=parts)
-    reply = ScoreReply(schema=1, id=uuid4(), reward_version="1", results=[to_result(sent)])
+    reply = ScoreReply(schema=2, id=uuid4(), reward_version="1", results=[to_result(sent)])
     (result,) = ScoreReply.model_validate_json(reply.model_dump_json(by_alias=True)).results
     assert repr(to_score(result)) == repr(sent)
 
@@ -815,7 +825,7 @@ def test_small_answers_are_sent_at_once() -> None:
 
 def test_listing(url: str) -> None:
     assert httpx.get(f"{url}/v1/rewards", trust_env=False).json() == {
-        "schema": 1,
+        "schema": 2,
         "rewards": [
             {"name": "number", "version": "NumberReward", "native_range": [0.0, None], "needs": []},
             {"name": "short", "version": "ShortReward", "native_range": [None, None], "needs": []},
