@@ -58,7 +58,7 @@ def one_line_errors(model: str) -> Iterator[None]:
     """Context manager: turns a loader's error (missing files, gated or unknown hub id, no network) into one line."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"cannot load {model}: {reason} (a gated hub model needs its licence accepted and `hf auth login`)"
