@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import re
 import warnings
@@ -24,6 +23,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from datamodules.jsonl import read_json
+from datamodules.parsing import parse_json
 from rewards.pretrained import check_hub_id, one_line_errors
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def base_and_adapter(model: str, agent: str) -> tuple[str, str | None]:
     if agent == "flow" and (path / "model_index.json").is_file():
         return model, None
     if config is not None and Path(config).is_file():
-        base = json.loads(Path(config).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = read_json(config).get("base_model_name_or_path")
     elif agent == "flow" and _local_weights(path) is not None:
         base = _base_in_metadata(lora_file(model, agent))
     else:
@@ -143,7 +144,7 @@ def _base_in_metadata(file: Path) -> str | None:
             metadata = (opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}")
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged ({error}): copy it again.") from error
-    base: str | None = json.loads(metadata).get(f"{TRANSFORMER}base_model_name_or_path")
+    base: str | None = parse_json(metadata, str(file)).get(f"{TRANSFORMER}base_model_name_or_path")
     return base
 
 
