@@ -32,7 +32,7 @@ def test_mistakes_are_seen() -> None:
 
 
 def test_a_soak_ends_by_a_signal_and_measures(tmp_path: Path) -> None:
-    outcome, flat = training.attack(tmp_path, lambda: None, hours=5 / 3600)
+    outcome, flat = training.attack(tmp_path, lambda: None, hours=4 / 3600)
     assert "exit status" not in outcome.notes, table([outcome])
     assert flat.times == 6 and all("an hour" in line for line in flat.extra), table([flat])
 

@@ -137,10 +137,12 @@ def _checked(seen: Path, words: list[str]) -> None:
 
 
 def _watch(fit: Forked, served: Served, seen: Path, tick: Tick, seconds: float | None) -> dict[str, list[Sample]]:
-    """Measures training and server until the training ends, or for some time."""
+    """Measures training and server until the training ends, or for some time from its first step on."""
     start, steps = time.monotonic(), 0
     measured: dict[str, list[Sample]] = {"training": [], "server": []}
     while fit.poll() is None and (seconds is None or time.monotonic() < start + seconds):
+        if not steps:
+            start = time.monotonic()
         for name, process in (("training", fit), ("server", served.process)):
             with suppress(OSError, KeyError):  # it has ended
                 measured[name].append(sample(process.pid, start))
