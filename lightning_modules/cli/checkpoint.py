@@ -162,7 +162,9 @@ class Checkpoint(ModelCheckpoint):
         if not alone or (trainer.is_global_zero and isinstance(trainer.strategy, DDPStrategy)):
             super().on_exception(trainer, pl_module, exception)
             self._save_last_step(trainer, pl_module, exception)
-        if self.last_model_path and not isinstance(exception, RewardUnavailable):  # whose own words say so
+        if self.last_model_path and isinstance(exception, RewardUnavailable):  # the command's last words
+            exception.add_note(f"A fit stops so with its state in {self.last_model_path}: go on with --ckpt_path.")
+        elif self.last_model_path:
             rank_zero_info(f"The last checkpoint is {self.last_model_path}: go on with --ckpt_path.")
         if isinstance(exception, Preempted) and trainer.state.fn == TrainerFn.FITTING:
             requeue(trainer, exception, self.last_model_path)

@@ -339,7 +339,7 @@ def run(args: Sequence[str] | None = None, cli_class: type[PromptRLCLI] = Prompt
     except OmegaConfBaseException as error:
         sys.exit(complain(no_such_key(error)))
     except RewardUnavailable as error:
-        sys.exit(complain(f"{error} A fit stops so with its state in checkpoints/last.ckpt: go on with --ckpt_path."))
+        sys.exit(complain(" ".join([str(error), *getattr(error, "__notes__", [])])))
     except OSError as error:
         if error.errno not in _NO_ACCESS:
             raise
