@@ -161,7 +161,7 @@ class Run(RunFolder):
 
 
 def load(*places: str | Path, stage: str | None = "fit", skip_broken: bool = False) -> list[Run]:
-    """Reads runs; a run that another one continues is left out, or continues anew as it had saved nothing yet.
+    """Reads runs, without those that another one continues, or has made again since they had saved nothing.
 
     Args:
         places: run folders, folders above them, patterns.

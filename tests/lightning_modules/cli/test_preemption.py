@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 
+from callbacks.runs.loading import load
 from lightning_modules.cli import main
 from tests.forked import Forked, command
 from tests.lightning_modules.test_resume import same
@@ -95,6 +96,14 @@ def test_a_signal_stops_with_the_last_finished_step(
             assert same(resumed[name], unbroken[name]), name
 
 
+def test_a_signal_in_an_update_comes_before_the_validation(tmp_path: Path) -> None:
+    validates = ["--trainer.limit_val_batches=1.0", "--trainer.val_check_interval=1"]
+    (one,) = command(tmp_path / "output", *fit(tmp_path / "first", "update"), *validates)
+    assert one.wait() == 143 and "Traceback" not in one.text, one.text
+    saved = torch.load(last(tmp_path / "first"), weights_only=True)
+    assert saved["global_step"] == 2 and saved["validation_due"]
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "sharded"])
 def test_processes_stop_together(tmp_path: Path, strategy: str) -> None:
     """The signal comes to the second process alone, while it draws."""
@@ -124,3 +133,5 @@ def test_slurm_starts_the_job_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert second.wait() == 0, second.text
     resumed = torch.load(root / "quickstart" / "version_1" / "checkpoints" / "last.ckpt", weights_only=True)
     assert same(resumed["state_dict"], unbroken["state_dict"]) and resumed["num_rollouts"] == unbroken["num_rollouts"]
+    (run,) = load(root)
+    assert run.continues == (root / "quickstart" / "version_0").resolve() and run.training.index.tolist() == [1, 2, 3]
