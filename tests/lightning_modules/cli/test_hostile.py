@@ -192,3 +192,17 @@ def test_damaged_language_models(
     replace(folder / file, whole[: len(whole) // 2] if content is None else content)
     line = complaint(capfd, tmp_path, f"--{LANGUAGE}.model={folder}")
     assert str(folder) in line
+
+
+@pytest.mark.parametrize("damage", ["pickled", "junk"])
+def test_damaged_adapters(damage: str, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder, trap = tmp_path / "peft", tmp_path / "sprung"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}')
+    if damage == "pickled":
+        torch.save({"weight": Trap(trap)}, folder / "adapter_model.bin")
+    else:
+        (folder / "adapter_model.safetensors").write_bytes(JUNK)
+    line = complaint(capfd, tmp_path, f"--{LANGUAGE}.lora.path={folder}")
+    assert f"`language.lora.path` {folder}" in line and ("give a .safetensors file" in line) == (damage == "pickled")
+    assert not trap.exists()
