@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
@@ -360,6 +361,8 @@ def _one_error(where: str, network: nn.Module) -> Iterator[None]:
     """Context manager: says in one line what a loader of adapters raises, mismatched shapes among it."""
     try:
         yield
+    except UnpicklingError as error:  # whose text advises to run whatever the file holds
+        raise ValueError(f"{where} holds more than weights, or is damaged; give a .safetensors file.") from error
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         mismatches = [line for line in lines if line.startswith("size mismatch")]

@@ -154,7 +154,7 @@ def test_foreign_archives(tmp_path: Path) -> None:
         refusal(path)
 
 
-def test_a_thousand_damaged_pickles(file: Path) -> None:
+def test_damaged_pickles(file: Path) -> None:
     """Whatever the unpickler stumbles over becomes the one sentence."""
     rng = random.Random(1)
     whole = file.read_bytes()
@@ -166,7 +166,7 @@ def test_a_thousand_damaged_pickles(file: Path) -> None:
         return bytes(data[: rng.randrange(len(data))] if rng.random() < 0.2 else data)
 
     refused = 0
-    for _ in range(1000):
+    for _ in range(300):
         file.write_bytes(whole)
         rewritten(file, damage)
         try:
@@ -174,4 +174,4 @@ def test_a_thousand_damaged_pickles(file: Path) -> None:
         except ValueError as error:
             assert str(file) in str(error)
             refused += 1
-    assert refused > 500
+    assert refused > 150

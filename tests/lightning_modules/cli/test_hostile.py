@@ -152,12 +152,9 @@ JUNK = b"\x89PNG\r\n\x1a\n\xff\xfe\0"
     ("file", "content"),
     [
         ("transformer/diffusion_pytorch_model.safetensors", None),
-        ("vae/diffusion_pytorch_model.safetensors", JUNK),
         ("text_encoder/model.safetensors", b"\xff" * 64),
-        ("transformer/config.json", DEEP),
         ("transformer/config.json", JUNK),
         ("model_index.json", DEEP),
-        ("model_index.json", b"[1]"),
         ("tokenizer/tokenizer.json", b"{}"),
     ],
 )
@@ -176,9 +173,7 @@ def test_damaged_flow_models(
     ("file", "content"),
     [
         ("model.safetensors", None),
-        ("model.safetensors", JUNK),
         ("config.json", DEEP),
-        ("config.json", b'{"model_type": 3}'),
         ("tokenizer.json", JUNK),
         ("tokenizer.json", b"{}"),
         ("tokenizer_config.json", b"[]"),
@@ -192,3 +187,17 @@ def test_damaged_language_models(
     replace(folder / file, whole[: len(whole) // 2] if content is None else content)
     line = complaint(capfd, tmp_path, f"--{LANGUAGE}.model={folder}")
     assert str(folder) in line
+
+
+@pytest.mark.parametrize("damage", ["pickled", "junk"])
+def test_damaged_adapters(damage: str, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder, trap = tmp_path / "peft", tmp_path / "sprung"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}')
+    if damage == "pickled":
+        torch.save({"weight": Trap(trap)}, folder / "adapter_model.bin")
+    else:
+        (folder / "adapter_model.safetensors").write_bytes(JUNK)
+    line = complaint(capfd, tmp_path, f"--{LANGUAGE}.lora.path={folder}")
+    assert f"`language.lora.path` {folder}" in line and ("give a .safetensors file" in line) == (damage == "pickled")
+    assert not trap.exists()
