@@ -94,7 +94,7 @@ def attack(folder: Path, number: int, tick: Tick, seed: int = 0) -> Iterator[Out
     """Kills fits many times; yields the outcome for each part.
 
     What is lost: steps beyond those since the last checkpoint that was due, files that cannot be read, rows of
-    `metrics.csv`, validations, and final numbers that differ from the unbroken run's; these count for a run's last kill.
+    `metrics.csv`, validations, and final numbers unlike the unbroken run's; they count for a run's last kill.
 
     Args:
         folder: takes the runs.
