@@ -5,10 +5,12 @@ Both hold the same: Lightning's record of a run, with the trained weights by nam
 
 from __future__ import annotations
 
+import pickle
+import struct
 import warnings
 import zipfile
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from datamodules.atomic_write import replaced_file, replaced_folder, unfinished
 
@@ -28,28 +31,81 @@ WEIGHTS = ("state_dict", "current_model_state")
 """Entries of a checkpoint that are tensors by name: the weights and, beside a moving average, those in training."""
 
 
+_FAULTS = (
+    *(AssertionError, AttributeError, EOFError, IndexError, KeyError, OSError, RuntimeError, TypeError, ValueError),
+    *(CheckpointException, pickle.UnpicklingError, struct.error, zipfile.BadZipFile),
+)
+"""What readers of damaged files raise."""
+_SAFE = {
+    "torch.distributed.checkpoint.metadata": (
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
+        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    **dict.fromkeys(("pathlib", "pathlib._local"), ("PosixPath",)),
+    "torch.serialization": ("_get_layout",),
+}
+"""Names, beside `torch.Size` and the dtypes, that the description of a folder's tensors may use."""
+
+
 def is_checkpoint(path: str | Path) -> bool:
     """Returns True if a path is a checkpoint's file or folder."""
     return zipfile.is_zipfile(path) or (Path(path) / RECORD).is_file()
 
 
 def read(path: str | Path, like: Mapping[str, Tensor] | None = None, *, record_only: bool = False) -> dict[str, Any]:
-    """Reads a checkpoint; a file's tensors stay on the disk until they are used.
+    """Reads a checkpoint, of any origin: no code in it is run.
 
     Args:
         path: file or folder.
         like: key of `_flat`, or of `_flat` without its last part -> tensor in whose layout a folder's is read, so that
             each process reads its own shards.
-        record_only: gives empty tensors in place of a folder's.
+        record_only: gives empty tensors in place of a folder's; those of a file stay on the disk until they are used.
+
+    Raises:
+        ValueError: if it is damaged, or holds other things than a checkpoint does.
     """
     path = Path(path)
-    if not path.is_dir():
-        file: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True)
-        return file
-    record: dict[str, Any] = torch.load(path / RECORD, map_location="cpu")
+    with _one_line(path):
+        if path.is_dir():
+            return _read_folder(path, like, record_only)
+        checkpoint = torch.load(path, map_location="cpu", mmap=record_only, weights_only=True)
+        if not isinstance(checkpoint, dict):
+            raise TypeError(f"a {type(checkpoint).__name__} in place of a dict")
+        return checkpoint
+
+
+def check_whole(path: str | Path) -> None:
+    """Raises ValueError if a byte of a file has changed since it was written; of folders there are no checksums."""
+    with _one_line(Path(path)):
+        if Path(path).is_file():
+            with zipfile.ZipFile(path) as file:
+                changed = file.testzip()
+            if changed is not None:
+                raise ValueError(f"the checksum of {changed} is wrong")
+
+
+@contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except _FAULTS as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ValueError(
+            f"the checkpoint {path} is damaged, or holds more than a run's own ({reason}); give another, such as the "
+            "one before."
+        ) from error
+
+
+def _read_folder(path: Path, like: Mapping[str, Tensor] | None, record_only: bool) -> dict[str, Any]:
+    record: dict[str, Any] = torch.load(path / RECORD, map_location="cpu", weights_only=True)
     tensors: dict[str, Tensor] = {}
-    for key, stored in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items():
-        assert isinstance(stored, TensorStorageMetadata)
+    reader = _Reader(path)
+    for key, stored in reader.read_metadata().state_dict_metadata.items():
+        if not isinstance(stored, TensorStorageMetadata):  # which torch would unpickle
+            raise TypeError(f"{key} is no tensor")
         model = (like or {}).get(key, (like or {}).get(key.rpartition("/")[0]))
         dtype = stored.properties.dtype
         if record_only:
@@ -60,7 +116,7 @@ def read(path: str | Path, like: Mapping[str, Tensor] | None = None, *, record_o
             tensors[key] = torch.empty(stored.size, dtype=dtype)
     if not record_only:
         with warnings.catch_warnings(action="ignore", category=UserWarning):
-            dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+            dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     for key, tensor in tensors.items():
         kind, *names = key.split("/")
         if kind in WEIGHTS:
@@ -69,6 +125,30 @@ def read(path: str | Path, like: Mapping[str, Tensor] | None = None, *, record_o
             optimizer, parameter, name = names
             record[OPTIMIZERS][int(optimizer)]["state"].setdefault(int(parameter), {})[name] = tensor
     return record
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reader of a folder that unpickles the description of its tensors without running code from it."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Reads the file `.metadata`."""
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata: Metadata = _Unpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    """Unpickler of torch's own descriptions of tensors, and of nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Returns a class that may be built, or a dtype."""
+        if name in _SAFE.get(module, ()):
+            return super().find_class(module, name)
+        if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
 def write_folder(checkpoint: Mapping[str, Any], path: Path) -> None:
@@ -113,7 +193,4 @@ class CheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads all of a file or a folder."""
-        if Path(path).is_dir():
-            return read(path)
-        checkpoint: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only)
-        return checkpoint
+        return read(path)

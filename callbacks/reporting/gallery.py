@@ -141,6 +141,11 @@ class Gallery:
             ]
             group = found["group"]
             slots = tuple(Slot(**slot) for slot in group["slots"]) if group else ()
+            files = [file for sample in samples for file in (sample.file, sample.source)]
+            files += [group["source"], *(slot.file for slot in slots)] if group else []
+            for file in files:  # a folder may come from others, and its images are copied and removed by these names
+                if file is not None and Path(file).parent != Path(FOLDER):
+                    raise ValueError(f"{path} is damaged: {file} is no image in {FOLDER}/; delete it.")
             return cls(folder, samples, Group(**group | {"slots": slots}) if group else None)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged: {error}; delete it.") from error

@@ -7,8 +7,9 @@ from typing import Any
 
 import lightning as L
 import torch.distributed as dist
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -17,6 +18,7 @@ from datamodules.base import PromptDataModule
 from datamodules.resumable import ResumableLoader, place_in_epoch
 from lightning_modules.agents import Agents, NotFinite
 from lightning_modules.cli.preemption import Preempted, requeue
+from lightning_modules.cli.texts import without_secrets
 from rewards.base import RewardUnavailable
 
 EXIT = 15
@@ -24,7 +26,13 @@ EXIT = 15
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the resolved config once the models are loaded, so that a run that cannot start leaves nothing behind."""
+    """Saves the resolved config once the models are loaded, so that a run that cannot start leaves nothing behind.
+
+    Passwords and tokens in addresses are masked there, and wherever else the configuration goes.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, *args: Any, **kwargs: Any) -> None:
+        super().__init__(parser, without_secrets(config), *args, **kwargs)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Waits for `on_fit_start` or `on_test_start`; raises ValueError if ranks resume from different files."""

@@ -32,7 +32,7 @@ from datamodules.base import PromptDataModule
 from datamodules.local_path import local_path
 from datamodules.typed import TypedPrompts
 from lightning_modules.agents import Agents, check_precision
-from lightning_modules.checkpoints import CheckpointIO, is_checkpoint, read
+from lightning_modules.checkpoints import CheckpointIO, check_whole, is_checkpoint, read
 from lightning_modules.cli import earlier_checkpoints
 from lightning_modules.cli.checkpoint import Checkpoint, SaveConfig
 from lightning_modules.cli.closing import closing
@@ -200,6 +200,11 @@ class PromptRLCLI(LightningCLI):
         if path is not None and not is_checkpoint(path):
             what = "which is no checkpoint" if Path(path).exists() else "but there is no such file"
             raise ValueError(f"`ckpt_path` is {path}, {what}; give a .ckpt of an earlier run.")
+        if path is not None:
+            check_whole(path)
+            checkpoint = read(path, record_only=True)
+            if not all(isinstance(checkpoint.get(part), dict) for part in ("loops", "state_dict")):
+                raise ValueError(f"`ckpt_path` is {path}, which is no checkpoint; give a .ckpt of an earlier run.")
         if path is None and self.subcommand != "fit":
             rank_zero_warn("no `--ckpt_path` is given: the base model is evaluated, not one that a fit has trained.")
 
@@ -215,8 +220,6 @@ class PromptRLCLI(LightningCLI):
             self.datamodule.setup(str(self.subcommand))
         path = self._checkpoint_path
         checkpoint = None if path is None else read(path, record_only=True)
-        if checkpoint is not None and "loops" not in checkpoint:
-            raise ValueError(f"`ckpt_path` is {path}, which is no checkpoint; give a .ckpt of an earlier run.")
         if self.subcommand == "fit":
             check_trainer(self.trainer, self.model, self.datamodule)
             check_something_to_train(self.trainer, checkpoint)

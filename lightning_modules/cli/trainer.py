@@ -52,9 +52,10 @@ class Trainer(L.Trainer):
             ValueError: if nothing can be written there.
         """
         root = self.default_root_dir
-        if Path(experiment).is_absolute() or ".." in Path(experiment).parts:
-            raise ValueError(f"`experiment` is {experiment}; name a folder below `trainer.default_root_dir`, {root}.")
         parent = Path(root, experiment)
+        below = parent.resolve().is_relative_to(Path(root).resolve())  # nor may a link lead out
+        if Path(experiment).is_absolute() or ".." in Path(experiment).parts or not below:
+            raise ValueError(f"`experiment` is {experiment}; name a folder below `trainer.default_root_dir`, {root}.")
         if self.is_global_zero:
             for folder in parent.glob("version_*"):
                 remove_strays(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from datamodules.jsonl import read_json
 from lightning_modules.policies.adapters import matching
 from lightning_modules.policies.base import LoRA
 from rewards.pretrained import check_hub_id, one_line_errors
@@ -86,8 +86,7 @@ def _read_json(model: str, name: str) -> dict[str, Any]:
                 ) from error
     if not path.is_file():
         raise ValueError(f"the pipeline folder {model} lacks {name}: copy it there.")
-    content: dict[str, Any] = json.loads(path.read_text())
-    return content
+    return read_json(path)
 
 
 def check_language_model(model: str) -> None:

@@ -188,7 +188,7 @@ class Sweep:
         if isinstance(axis, list):
             axis, label = {name: axis}, name.rpartition(".")[2]
         else:
-            label = name
+            label = _label(name)
         lists = list(axis.values()) if isinstance(axis, dict) else []
         if not lists or not all(isinstance(values, list) and values for values in lists):
             raise ValueError(wrong)

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from datamodules.chunks import chunks
 from datamodules.sample import PromptSample
-from rewards.arguments import OnFailure, check_minimum, check_on_failure
+from rewards.arguments import OnFailure, check_minimum, check_on_failure, checked_url
 from rewards.base import Reward, RewardBatch, RewardUnavailable, Score
 from rewards.serving.protocol import Item, RewardInfo, RewardList, ScoreReply, ScoreRequest, encode_image, to_score
 from rewards.serving.server_pool import MAX_REPLY_BYTES, NoAnswer, ServerPool
@@ -74,9 +74,11 @@ class RemoteReward(Reward):
         token_env: str = "REWARD_TOKEN",
         name: str | None = None,
     ) -> None:
-        self.urls = [url.rstrip("/") for url in ([urls] if isinstance(urls, str) else urls)]
-        if not self.urls or not all(url.startswith(("http://", "https://")) for url in self.urls):
-            raise ValueError(f"RemoteReward has urls={urls!r}, give at least one, such as http://127.0.0.1:18080.")
+        example = "http://127.0.0.1:18080"
+        given = [urls] if isinstance(urls, str) else urls
+        self.urls = [checked_url("RemoteReward", "urls", url, example, "token_env") for url in given]
+        if not self.urls:
+            raise ValueError(f"RemoteReward has urls=[], give at least one, such as {example}.")
         check_on_failure("RemoteReward", on_failure)
         if not 0 < timeout < math.inf:
             raise ValueError(f"RemoteReward has timeout={timeout}, use more than 0 seconds.")

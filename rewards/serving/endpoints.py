@@ -31,6 +31,8 @@ log = logging.getLogger("rewards.serving.server")
 
 CACHE_SIZE = 512
 """Most answers that are kept for clients that repeat a request."""
+CACHE_BYTES = 64 * 2**20
+"""Most bytes of answers that are kept."""
 CACHE_S = 600.0
 """How long an answer is kept, in seconds."""
 LOOPBACK_HOST = re.compile(rb"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)
@@ -67,6 +69,7 @@ def create_app(rewards: Mapping[str, Reward], limits: Limits, token: str | None 
             max_batch_items=limits.max_batch_items,
             batch_wait_ms=limits.batch_wait_ms,
             queue_limit=limits.queue_limit,
+            score_timeout=limits.score_timeout,
         )
         for name, reward in rewards.items()
     }
@@ -162,11 +165,13 @@ class AnswerCache:
             HTTPException: 409 if the id was given to another request.
         """
         now = time.monotonic()
-        excess = len(self._known) - CACHE_SIZE
-        for other, (_, since, task) in list(self._known.items()):  # the oldest first
-            if task.done() and (excess > 0 or since < now - CACHE_S):  # what is under way must not start twice
+        finished = [(other, since, task) for other, (_, since, task) in self._known.items() if task.done()]
+        excess, num_bytes = len(self._known) - CACHE_SIZE, sum(_num_bytes(task) for _, _, task in finished)
+        for other, since, task in finished:  # the oldest first; what is under way must not start twice
+            if excess > 0 or num_bytes > CACHE_BYTES or since < now - CACHE_S:
                 del self._known[other]
                 excess -= 1
+                num_bytes -= _num_bytes(task)
         if name not in self._known:
             task = asyncio.get_running_loop().create_task(start())
             self._known[name] = (digest, now, task)
@@ -182,6 +187,10 @@ class AnswerCache:
         if task.cancelled() or task.exception() is not None:  # so that a retry is scored anew
             if name in self._known and self._known[name][2] is task:
                 del self._known[name]
+
+
+def _num_bytes(task: asyncio.Task[Answer]) -> int:
+    return 0 if task.cancelled() or task.exception() is not None else len(task.result().body)
 
 
 # --- access ----------------------------------------------------------------------------------------------------------

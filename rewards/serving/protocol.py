@@ -86,7 +86,8 @@ class Unscored(ProtocolModel):
     """Result of an item without a score: what went wrong.
 
     `error` is one of bad_image, too_many_pixels, missing_need (the item lacks what the reward needs), unscorable (the
-    scorer said so), scorer_error (it raised), non_finite, wrong_length (it returned another number of scores).
+    scorer said so), scorer_error (it raised), too_slow (it took over `score_timeout`), non_finite, wrong_length (it
+    returned another number of scores).
     """
 
     valid: Literal[False]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import socket
 import threading
@@ -14,6 +13,7 @@ from typing import Any
 
 import httpx
 
+from datamodules.parsing import parse_json
 from rewards.base import RewardUnavailable
 from rewards.retries import TransientError, parse_retry_after, retrying
 
@@ -260,7 +260,7 @@ def _describe(url: str, error: Exception) -> str:
 def _error_detail(answer: Answer) -> str:
     """Returns the error message in an answer's body as `: message`; empty if there is none."""
     try:
-        detail = str(json.loads(answer.body)["detail"])
+        detail = str(parse_json(answer.body.decode(), "the answer")["detail"])
     except (ValueError, KeyError, TypeError):  # an answer of something else, such as a proxy
         return ""
     return f": {' '.join(detail.split())[:300]}"

@@ -79,6 +79,11 @@ def test_a_grid_is_a_product() -> None:
     }
 
 
+def test_no_name_leaves_the_root() -> None:
+    (job,) = plan(grid={"../../x": {"multiply": [FLOW], "by": [2]}})
+    assert job.name == "flow_only-.._.._x2-s42"
+
+
 def test_factors_leave_frozen_agents_alone() -> None:
     """1.5e-4 and 3e-4 in the files; flow-only has no refiner, prompt-only a frozen flow model."""
     jobs = plan(configs=MODES, grid={"lr": {"multiply": [FLOW, LANGUAGE], "by": [1, 2.5]}})
