@@ -5,6 +5,7 @@ Both hold the same: Lightning's record of a run, with the trained weights by nam
 
 from __future__ import annotations
 
+import errno
 import pickle
 import struct
 import warnings
@@ -90,7 +91,7 @@ def _one_line(path: Path) -> Iterator[None]:
     try:
         yield
     except _FAULTS as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # of a place before a file's start
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -32,13 +33,16 @@ def test_nothing_is_lost(attacked: tuple[Path, list[Outcome]]) -> None:
 
 
 def test_the_long_form_spreads_its_kills() -> None:
-    """Of 40, each part has six or seven, and each signal comes in each part but for SIGUSR1, which is rarer."""
-    planned = kills.kills(40, 0)
+    """Of 40, each part has six to eight, each signal comes in most parts, and a run's steps only grow."""
+    chains = kills.plan(40, 0)
+    planned = [kill for chain in chains for kill in chain]
+    assert len(planned) == 40
     for part in kills.PLACES:
         signals = [kill.number for kill in planned if kill.part == part]
-        assert len(signals) in (6, 7) and {signal.SIGKILL, signal.SIGTERM} <= set(signals)
-    assert sum(kill.number == signal.SIGUSR1 for kill in planned) >= 5
-    assert planned == kills.kills(40, 0) != kills.kills(40, 1)
+        assert 6 <= len(signals) <= 8 and len(set(signals)) >= 2
+    assert all(10 <= sum(kill.number == number for kill in planned) <= 20 for number in [signal.SIGKILL])
+    assert all(one.step < other.step for chain in chains for one, other in pairwise(chain))
+    assert chains == kills.plan(40, 0) != kills.plan(40, 1)
 
 
 def test_losses_are_seen(attacked: tuple[Path, list[Outcome]], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from datamodules.editing.prompts import EditPrompts
 from datamodules.geneval import GenEvalPrompts
 from datamodules.ocr import OCRPrompts
 from datamodules.text import TextPrompts
-from lightning_modules.checkpoints import CheckpointIO, is_checkpoint, read
+from lightning_modules.checkpoints import CheckpointIO, check_whole, is_checkpoint, read
 from lightning_modules.cli import main
 from lightning_modules.cli.misspelt import misspelt
 from lightning_modules.cli.texts import load_config
@@ -88,7 +88,7 @@ def surfaces(run: Path, marker: Path) -> dict[str, Surface]:
             st.one_of(mutated(configs), mutated([*configs, bomb, code]), any_bytes()), _config, ""
         ),
         "run folder (config.yaml, results.json, metrics.csv)": Surface(_run_cases(run, code), _run_reader(run), ""),
-        "checkpoint": Surface(_checkpoint_cases(run, marker), _checkpoint_reader(run), ""),
+        "checkpoint": Surface(_checkpoint_cases(run, marker), _checkpoint_reader(run), "x.ckpt"),
     }
 
 
@@ -247,6 +247,7 @@ def _checkpoint_reader(run: Path) -> Callable[[Path], contextlib.AbstractContext
             path.write_bytes(case)
             if not is_checkpoint(path):
                 return  # the command refuses it in one sentence
+            check_whole(path)
             if "loops" not in read(path, record_only=True):
                 return  # so it does here
             if not same(CheckpointIO().load_checkpoint(path), expected):

@@ -29,17 +29,20 @@ from rewards.geneval.reward import GenEvalReward
 from tests.forked import Forked
 
 STEPS = 4
-PLACES: Mapping[str, tuple[type, str, tuple[int, ...]]] = {
-    "refine": (LanguagePolicy, "refine", (1, 2, 3)),
-    "rollout": (FlowPolicy, "rollout", (1, 2, 3)),
-    "reward": (GenEvalReward, "__call__", (1, 2, 3)),
-    "update": (PromptRL, "update", (1, 2, 3)),
-    "validation": (EvaluatedAgents, "validation_step", (2, STEPS)),
-    "checkpoint": (CheckpointIO, "save_checkpoint", (2, 3, STEPS)),
+PLACES: Mapping[str, tuple[type, str]] = {
+    "refine": (LanguagePolicy, "refine"),
+    "rollout": (FlowPolicy, "rollout"),
+    "reward": (GenEvalReward, "__call__"),
+    "update": (PromptRL, "update"),
+    "validation": (EvaluatedAgents, "validation_step"),
+    "checkpoint": (CheckpointIO, "save_checkpoint"),
 }
-"""Part -> its method, and the finished steps after which it is entered and a checkpoint exists or is being written."""
+"""Part -> its method."""
+CHAIN = 3
+"""Number of kills of one run: it is continued after each, and to its end after the last."""
 LONGEST = 0.04
 """Longest time from the beginning of a part to the signal, in seconds; a part takes 0.01 to 0.2."""
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)
 STOPPED = 128 + signal.SIGTERM
 SHM = Path("/dev/shm")
 
@@ -64,80 +67,103 @@ class Kill:
         return f"{self.number.name} {1000 * self.delay:.0f} ms into {self.part} after step {self.step}"
 
 
-def kills(number: int, seed: int) -> list[Kill]:
-    """Spreads kills over the parts, steps and signals: two of three are SIGKILL, the rest SIGTERM and SIGUSR1."""
+def plan(number: int, seed: int) -> list[list[Kill]]:
+    """Plans chains of kills, whose parts all come equally often; half of them are SIGKILL.
+
+    Args:
+        number: number of kills; a chain has the next `CHAIN` of them.
+        seed: of parts, signals and moments.
+    """
     draws = random.Random(seed)
-    signals = (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGUSR1, signal.SIGKILL, signal.SIGKILL)
-    planned = []
-    for index in range(number):
-        part = list(PLACES)[index % len(PLACES)]
-        turn = index // len(PLACES) + index % len(PLACES)
-        planned.append(Kill(part, signals[turn % 6], draws.choice(PLACES[part][2]), draws.uniform(0, LONGEST)))
-    return planned
+    chains: list[list[Kill]] = []
+    while sum(map(len, chains)) < number:
+        # Validations come after steps 2 and 4; before the first checkpoint there is nothing to go on from.
+        late, early = ["validation", "checkpoint"], ["refine", "rollout", "reward", "update"]
+        draws.shuffle(late)
+        draws.shuffle(early)
+        for parts in ([early[0], late[0], early[1]], [early[2], early[3], late[1]]):
+            steps = [1, 2, {"validation": STEPS, "checkpoint": draws.choice((3, STEPS))}.get(parts[2], 3)]
+            signals = [signal.SIGKILL, draws.choice((signal.SIGTERM, signal.SIGUSR1)), draws.choice(SIGNALS)]
+            draws.shuffle(signals)
+            chains.append([Kill(*one, draws.uniform(0, LONGEST)) for one in zip(parts, signals, steps, strict=True)])
+    surplus = sum(map(len, chains)) - number
+    return [chain for chain in [*chains[:-1], chains[-1][: len(chains[-1]) - surplus]] if chain]
 
 
 def attack(folder: Path, number: int, tick: Tick, seed: int = 0) -> Iterator[Outcome]:
-    """Kills a fit many times; yields the outcome for each part.
+    """Kills fits many times; yields the outcome for each part.
 
     What is lost: steps beyond those since the last checkpoint that was due, files that cannot be read, rows of
-    `metrics.csv`, validations, and final numbers that differ from the unbroken run's.
+    `metrics.csv`, validations, and final numbers unlike the unbroken run's; they count for a run's last kill.
 
     Args:
         folder: takes the runs.
         number: how often.
         tick: called after each kill.
-        seed: of the moments.
+        seed: of parts, signals and moments.
     """
     whole = folder / "unbroken"
     done = Forked(lambda: main(short_fit(whole, STEPS)), folder / "unbroken.log")
     if done.wait() != 0:
         raise RuntimeError(f"the fit fails without a kill:\n{done.text}")
     outcomes = {part: Outcome(f"kill in {part}") for part in PLACES}
-    for index, kill in enumerate(kills(number, seed)):
-        start = time.perf_counter()
-        outcomes[kill.part].add([(what, f"{kill}: {why}") for what, why in losses(folder / f"{index}", kill, whole)])
-        outcomes[kill.part].seconds += time.perf_counter() - start
-        tick()
+    for index, chain in enumerate(plan(number, seed)):
+        own, story = folder / f"{index}", "; ".join(map(str, chain))
+        own.mkdir()
+        for turn, kill in enumerate(chain):
+            start = time.perf_counter()
+            found = after_kill(own, turn, kill)
+            if turn == len(chain) - 1:
+                found += after_all(own, whole)
+            outcomes[kill.part].add([(what, f"{story}: {why}") for what, why in found])
+            outcomes[kill.part].seconds += time.perf_counter() - start
+            tick()
     yield from (outcome for outcome in outcomes.values() if outcome.times)
 
 
-def losses(folder: Path, kill: Kill, whole: Path) -> list[tuple[str, str]]:
-    """Kills one fit, goes on with it, and compares it with the unbroken one.
+def after_kill(folder: Path, turn: int, kill: Kill) -> list[tuple[str, str]]:
+    """Starts a fit, or goes on with it, and kills it.
+
+    Args:
+        folder: takes its log and, in `runs`, its run folders.
+        turn: number of kills before.
+        kill: when.
 
     Returns:
         Kind and details of everything that was lost.
-
-    Raises:
-        RuntimeError: if the fit never came to the part.
     """
-    root, note = folder / "runs", folder / "step"
-    folder.mkdir()
-    broken = Forked(lambda: _killed(kill, note, short_fit(root, STEPS)), folder / "broken.log")
+    root, note = folder / "runs", folder / f"{turn}.step"
+    words = short_fit(root, STEPS, *(["--ckpt_path=last"] if turn else []))
+    broken = Forked(lambda: _killed(kill, note, words), folder / f"{turn}.log")
     status = broken.wait()
     if not note.exists():
-        raise RuntimeError(f"no {kill}: the fit ended with {status}\n{broken.text}")
-    finished = int(note.read_text())
+        return [("part", f"it never came to {kill.part}; {last_line(broken.text)}")]
     gone = kill.number == signal.SIGKILL
     found = [("torn file", text) for text in damaged(root)]
-    if status != (-kill.number if gone else STOPPED) and not (status == 0 and not gone):
+    if status != (-kill.number if gone else STOPPED) and not (status == 0 and not gone):  # 0: it was over already
         found.append(("exit status", f"{status}; {last_line(broken.text)}"))
-    if status != 0 and not found:
+    if not found:
+        finished = int(note.read_text()) - (EVERY if gone else 0)
         saved = max((load_checkpoint(path)["global_step"] for path in root.rglob("last.ckpt")), default=0)
-        missing = finished - (EVERY if gone else 0) - saved
-        found += [("step", f"{finished} done, {saved} saved")] * missing
-    if status != 0:
-        resume = Forked(lambda: main([*short_fit(root, STEPS), "--ckpt_path=last"]), folder / "resumed.log")
+        found += [("step", f"{finished} should be saved, {saved} are")] * (finished - saved)
+    return found
+
+
+def after_all(folder: Path, whole: Path) -> list[tuple[str, str]]:
+    """Goes on to the end, and compares the run with the unbroken one; returns everything that was lost."""
+    root = folder / "runs"
+    if not any(root.rglob("results.md")):  # which a run writes last of all
+        resume = Forked(lambda: main([*short_fit(root, STEPS), "--ckpt_path=last"]), folder / "last.log")
         if resume.wait() != 0:
-            return [*found, ("resume", last_line(resume.text))]
-        found += [("torn file", text) for text in damaged(root)]
-    return found + differences(whole, root)
+            return [("resume", last_line(resume.text))]
+    return [("torn file", text) for text in damaged(root)] + differences(whole, root)
 
 
 def _killed(kill: Kill, note: Path, words: list[str]) -> None:
     """Runs a command in this process, which the signal reaches in the part."""
     if SHM.is_dir() and os.access(SHM, os.W_OK):
         tempfile.tempdir = str(SHM)  # another file system than the run's
-    owner, name, _ = PLACES[kill.part]
+    owner, name = PLACES[kill.part]
     work, begin = getattr(owner, name), PromptRL.on_train_start
     modules: list[PromptRL] = []
     timers: list[threading.Timer] = []
@@ -186,8 +212,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def differences(whole: Path, root: Path) -> list[tuple[str, str]]:
     """Compares an interrupted run with the unbroken one: parameters, optimizer, metrics, validations, results."""
-    ((expected,), (run, *more)) = load(whole), load(root)
-    found = [("run", f"{root} is read as {len(more) + 1} runs")] if more else []
+    (expected,) = load(whole)
+    run = max(load(root), key=lambda one: str(one.folder))  # another one was killed before its first checkpoint
+    found: list[tuple[str, str]] = []
     ends = [load_checkpoint(max(place.rglob("last.ckpt"), key=lambda p: p.stat().st_mtime)) for place in (whole, root)]
     wrong = [key for key in ("global_step", "state_dict", "optimizer_states") if not same(ends[0][key], ends[1][key])]
     found += [("final numbers", f"{', '.join(wrong)} differ")] if wrong else []

@@ -7,9 +7,11 @@ import json
 import re
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from uuid import uuid4
 
 import httpx
@@ -31,10 +33,10 @@ IMAGES = [encode_image(Image.new("RGB", (16, 16), colour)) for colour in ("red",
 ID = "6ba7b810-9dad-11d1-80b4-00c04fd430c8"
 ITEMS = [{"prompt": "red", "images": ["img0"], "id": "1"}, {"prompt": "b", "images": ["img1"], "metadata": {"a": [1]}}]
 JSON = json.dumps({"schema": 1, "id": ID, "reward": "redness", "items": ITEMS}).encode()
-RESULT = {"valid": True, "native": 0.5, "table": 0.5, "rl": 0.5, "detail": {"a": 1}}
-UNSCORED = {"valid": False, "error": "bad_image", "reason": "no whole PNG file"}
-LISTED = {"name": "redness", "version": "Redness", "native_range": [0.0, 1.0], "needs": []}
-LIMITS = {"max_items": 64, "max_request_bytes": 67108864, "max_pixels": 4194304}
+BATCH = RewardBatch(
+    [PromptSample(str(n), "p", "t", {}) for n in range(2)],
+    [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")],
+)
 
 
 def body(parts: Sequence[tuple[bytes, bytes]]) -> bytes:
@@ -57,13 +59,11 @@ def surfaces() -> dict[str, Surface]:
         head + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(whole), whole),
         b"GET /v1/rewards HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
     ]
-    reply = {"schema": 1, "id": "REQUEST", "reward_version": "Redness", "results": [RESULT, UNSCORED]}
-    listing = {"schema": 1, "rewards": [LISTED], **LIMITS}
-    answers = [answer(json.dumps(one).encode()) for one in (reply, reply, listing)]
+    listing, reply = real_answers()
     return {
         "reward server's requests": Surface(parts | mutated([whole]), _in_process),
         "reward server's socket": Surface(mutated(raw) | any_bytes(), _by_socket),
-        "client's answers": Surface(mutated(answers) | any_bytes() | any_bytes().map(answer), _client),
+        "client's answers": Surface(mutated([listing, reply, reply]) | any_bytes() | any_bytes().map(answer), _client),
     }
 
 
@@ -130,26 +130,9 @@ def _by_socket(folder: Path) -> Iterator[Read]:
 @contextmanager
 def _client(folder: Path) -> Iterator[Read]:
     """Answers a client with bytes; it returns a score for each image, none of them wrong, or says one sentence."""
-    images = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
-    batch = RewardBatch([PromptSample(str(n), "p", "t", {}) for n in range(2)], images)
-    known = answer(json.dumps({"schema": 1, "rewards": [LISTED], **LIMITS}).encode())
-    with socket.create_server(("127.0.0.1", 0), backlog=16) as listener:
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        case = known
-
-        def answer_all() -> None:
-            while True:
-                try:
-                    connection, _ = listener.accept()
-                except OSError:
-                    return  # closed
-                with connection, suppress(OSError):
-                    connection.settimeout(LIMIT)
-                    name = _request_id(connection)
-                    connection.sendall(case.replace(b"REQUEST", name))
-
-        thread = threading.Thread(target=answer_all, daemon=True)
-        thread.start()
+    listing, _ = real_answers()
+    case = listing
+    with answered(lambda request: case.replace(b"REQUEST", _request_id(request))) as url:
         reward = RemoteReward(url, "redness", timeout=2.0, retries=0, on_failure="skip")
         reward.load()
 
@@ -159,23 +142,73 @@ def _client(folder: Path) -> Iterator[Read]:
             if b"max_pixels" in given:
                 RemoteReward(url, "redness", timeout=2.0, retries=0).load()
                 return
-            scores = reward(batch)
+            scores = reward(BATCH)
             if len(scores) != 2 or any(score.valid and not abs(score.rl) < 3.5e38 for score in scores):
                 raise Wrong(f"the scores {scores}")
 
         yield read_one
+
+
+@cache
+def real_answers() -> tuple[bytes, bytes]:
+    """Records what a server answers to a client that asks for its rewards and for the scores of `BATCH`.
+
+    Returns:
+        Both answers; in the second, the request's id is REQUEST.
+    """
+    with TemporaryDirectory() as folder, serve(Path(folder)) as served:
+        host, port = served.url.removeprefix("http://").split(":")
+        seen: list[bytes] = []
+
+        def relay(request: bytes) -> bytes:
+            with socket.create_connection((host, int(port)), timeout=LIMIT) as connection:
+                connection.sendall(request.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1))
+                got = b"".join(iter(lambda: connection.recv(2**16), b""))
+            name = _request_id(request)
+            seen.append(got.replace(name, b"REQUEST") if name else got)
+            return got
+
+        with answered(relay) as url:
+            RemoteReward(url, "redness")(BATCH)
+    listing, reply = seen
+    return listing, reply
+
+
+@contextmanager
+def answered(respond: Callable[[bytes], bytes]) -> Iterator[str]:
+    """Context manager: the address of a server in a thread that answers whole requests by a function."""
+    with socket.create_server(("127.0.0.1", 0), backlog=16) as listener:
+
+        def answer_all() -> None:
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return  # closed
+                with connection, suppress(OSError):
+                    connection.settimeout(LIMIT)
+                    connection.sendall(respond(_read_request(connection)))
+
+        thread = threading.Thread(target=answer_all, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         listener.shutdown(socket.SHUT_RDWR)
         thread.join(LIMIT)
 
 
-def _request_id(connection: socket.socket) -> bytes:
-    """Reads a request; returns its id, or nothing for one without."""
+def _read_request(connection: socket.socket) -> bytes:
     got = b""
-    while b"\r\n\r\n" not in got:
-        got += connection.recv(2**16) or b"\r\n\r\n"
-    head, _, rest = got.partition(b"\r\n\r\n")
+    while b"\r\n\r\n" not in got and (more := connection.recv(2**16)):
+        got += more
+    head, _, _ = got.partition(b"\r\n\r\n")
     length = re.search(rb"(?i)content-length: *(\d+)", head)
-    while length and len(rest) < int(length[1]) and (more := connection.recv(2**16)):
-        rest += more
-    name = re.search(rb'"id": ?"([0-9a-f-]{36})"', rest)
+    whole = len(head) + 4 + (int(length[1]) if length else 0)
+    while len(got) < whole and (more := connection.recv(2**16)):
+        got += more
+    return got
+
+
+def _request_id(request: bytes) -> bytes:
+    """Finds the id in a request's JSON; nothing for one without."""
+    name = re.search(rb'"id": ?"([0-9a-f]{8}-[0-9a-f-]{27})"', request)
     return name[1] if name else b""
