@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import Any
 
@@ -106,7 +107,8 @@ class Checkpoint(ModelCheckpoint):
         if not alone or (trainer.is_global_zero and isinstance(trainer.strategy, DDPStrategy)):
             super().on_exception(trainer, pl_module, exception)
             self._save_last_step(trainer, pl_module, exception)
-        if self.last_model_path and not isinstance(exception, RewardUnavailable):  # whose own words say so
+        kept = "://" in self.last_model_path or os.path.exists(self.last_model_path)
+        if kept and not isinstance(exception, RewardUnavailable):  # whose own words say so
             rank_zero_info(f"The last checkpoint is {self.last_model_path}: go on with --ckpt_path.")
         if isinstance(exception, Preempted) and trainer.state.fn == TrainerFn.FITTING:
             requeue(trainer, exception, self.last_model_path)
