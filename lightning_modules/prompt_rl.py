@@ -37,7 +37,7 @@ from lightning_modules.step_metrics import Averages
 from lightning_modules.updates import UpdatedAgents
 from rewards.arguments import check_minimum
 from rewards.base import Reward, RewardUnavailable, Score
-from rewards.calls import guarded
+from rewards.calls import faults, guarded
 
 
 class PromptRL(UpdatedAgents):
@@ -134,6 +134,7 @@ class PromptRL(UpdatedAgents):
         """Last rollout, for callbacks to show."""
         self._ahead: Rollout | None = None
         self._checked = False
+        self._first = True
         self._invalid_steps = 0
         self._logged: set[str] = set()
 
@@ -303,6 +304,7 @@ class PromptRL(UpdatedAgents):
 
         Raises:
             RewardUnavailable: on every rank; one that stopped alone would leave the others waiting.
+            ValueError: on every rank, if all calls of the reward failed in the first rollout.
         """
         failure: ValueError | None = None
         scores: list[Score] = []
@@ -315,15 +317,18 @@ class PromptRL(UpdatedAgents):
             # What the reward did wrong on this rank alone has to end the others too, which save their state together.
             alone = isinstance(error, RewardUnavailable) or self.trainer.world_size == 1
             failure = error if alone else RewardUnavailable(str(error))
-        here = [float(failure is not None), float(any(score.valid for score in scores))]
-        failed, scored = sum_over_ranks(torch.tensor(here, device=self.device)).tolist()
+        here = [failure is not None, any(score.valid for score in scores), not all(map(faults, scores))]
+        failed, scored, sound = sum_over_ranks(torch.tensor(here, dtype=torch.float, device=self.device)).tolist()
         if failed:
             raise failure or RewardUnavailable("another process got no scores; its own message says why.")
+        first, self._first = self._first, False
+        if first and not sound:
+            raise ValueError(f"the reward works for no image of the first step: {scores[0].detail['reason']}")
         self._invalid_steps = 0 if scored else self._invalid_steps + 1
         if self._invalid_steps >= self.max_invalid_steps:
             raise RewardUnavailable(
                 f"no image could be scored in {self._invalid_steps} steps in a row (`max_invalid_steps`); the last "
-                f"reason was: {scores[0].detail.get('reason', 'unknown')}."
+                f"reason was: {scores[0].detail.get('reason', 'unknown').rstrip('.')}."
             )
         return scores
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from datamodules.sample import PromptSample
 from rewards.base import Reward, RewardBatch, Score
-from rewards.calls import ALTERED, score_each
+from rewards.calls import faults, score_each
 
 
 class Scoring:
@@ -66,7 +66,7 @@ class Scoring:
             ValueError: at the first chunk that failed; see `score_each`.
         """
         scores = [score for chunk in self._chunks for score in chunk.result()]
-        altered = [one for one in scores if any(part.detail.get(ALTERED) for _, part in one.leaves(""))]
+        altered = [score for score in scores if "altered" in faults(score)]
         return altered[:1] * len(scores) if altered and self.overlap else scores
 
     def _score(self, batch: RewardBatch) -> list[Score]:

@@ -47,13 +47,14 @@ class Score:
             )
 
     @classmethod
-    def invalid(cls, reason: str) -> Score:
+    def invalid(cls, reason: str, **detail: Any) -> Score:
         """Makes a failed score: NaN in every unit, so that forgetting to mask it cannot go unnoticed.
 
         Args:
             reason: what went wrong, kept in `detail["reason"]`.
+            detail: further entries of `detail`.
         """
-        return cls(math.nan, math.nan, math.nan, valid=False, detail={"reason": reason})
+        return cls(math.nan, math.nan, math.nan, valid=False, detail={"reason": reason, **detail})
 
     def leaves(self, name: str) -> Iterator[tuple[str, Score]]:
         """Yields the scorers' names and own scores, in place of those that only route or sum up.
@@ -178,7 +179,7 @@ def as_score(value: Any, name: str) -> Score:
     if finite is None:
         raise ValueError(f"{name} returned {_shown(value)} for an image: it must return a list, {_ONE}.")
     if not finite:
-        return Score.invalid(f"{name} returned {_shown(value)}")
+        return Score.invalid(f"{name} returned {_shown(value)}", fault="value")
     number = float(value)
     return Score(number, number, number)
 

@@ -18,8 +18,6 @@ from rewards.base import Reward, RewardBatch, RewardUnavailable, Score, as_score
 OUR_PACKAGES = ("lightning_modules", "datamodules", "rewards", "callbacks", "miniature")
 LARGEST = 1e15
 """Largest absolute value of a score; squares of far larger ones, as in a group's std, are no fp32 numbers."""
-ALTERED = "altered"
-"""Key in the `detail` of invalid scores from a call that changed settings of the whole process."""
 
 Access = tuple[Callable[[], Any], Callable[[Any], object]]
 """Reads a value, and sets it."""
@@ -59,10 +57,18 @@ def score_each(reward: Reward, batch: RewardBatch) -> list[Score]:
             raise
         if len(batch) == 1 or reward.groupwise or failure.altered:
             warnings.warn(f"{failure} Its images are left out (`on_failure`).", stacklevel=2)
-            failed = Score.invalid(str(failure))
-            return [replace(failed, detail={**failed.detail, ALTERED: failure.altered})] * len(batch)
+            return [Score.invalid(str(failure), fault="altered" if failure.altered else "raised")] * len(batch)
     rows = range(len(batch))  # each image alone, so that one costs no other its score
     return [s for row in rows for s in score_each(reward, RewardBatch([batch.samples[row]], [batch.images[row]]))]
+
+
+def faults(score: Score) -> set[str]:
+    """Returns why `score_each` made a score, or parts of it, invalid that the reward did not call so itself.
+
+    `raised` and `value` are faults of the call and of what it returned; `altered` is a call that changed settings of
+    the process, which whatever ran meanwhile may have seen.
+    """
+    return {str(part.detail["fault"]) for _, part in score.leaves("") if "fault" in part.detail}
 
 
 @contextmanager
@@ -172,5 +178,5 @@ def _within_range(score: Score, name: str) -> Score:
         return replace(score, native=math.nan, table=math.nan, rl=math.nan)
     for unit, value in (("native", score.native), ("table", score.table), ("rl", score.rl)):
         if not abs(value) <= LARGEST:
-            return Score.invalid(f"{name} returned {unit}={value:g}, use at most {LARGEST:g}")
+            return Score.invalid(f"{name} returned {unit}={value:g}, use at most {LARGEST:g}", fault="value")
     return score

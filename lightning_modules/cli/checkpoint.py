@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -162,9 +163,10 @@ class Checkpoint(ModelCheckpoint):
         if not alone or (trainer.is_global_zero and isinstance(trainer.strategy, DDPStrategy)):
             super().on_exception(trainer, pl_module, exception)
             self._save_last_step(trainer, pl_module, exception)
-        if self.last_model_path and isinstance(exception, RewardUnavailable):  # the command's last words
+        kept = "://" in self.last_model_path or os.path.exists(self.last_model_path)
+        if kept and isinstance(exception, RewardUnavailable):  # the command's last words
             exception.add_note(f"A fit stops so with its state in {self.last_model_path}: go on with --ckpt_path.")
-        elif self.last_model_path:
+        elif kept:
             rank_zero_info(f"The last checkpoint is {self.last_model_path}: go on with --ckpt_path.")
         if isinstance(exception, Preempted) and trainer.state.fn == TrainerFn.FITTING:
             requeue(trainer, exception, self.last_model_path)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -52,6 +54,7 @@ from lightning_modules.policies.pipeline import PipelinePolicy
 from lightning_modules.preflight.check import Mode, check
 from rewards.base import RewardUnavailable
 
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 _NO_ACCESS = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EPERM, errno.EROFS)
 
 
@@ -301,6 +304,12 @@ class PromptRLCLI(LightningCLI):
                 print(callback.summary())
 
 
+def _other_threads_errors(error: threading.ExceptHookArgs) -> None:
+    """Prints an error of a thread, unless it is TensorBoard's writer, whose errors its next call raises again."""
+    if type(error.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(error)
+
+
 def run(args: Sequence[str] | None = None, cli_class: type[PromptRLCLI] = PromptRLCLI) -> PromptRLCLI:
     """Runs the command.
 
@@ -313,6 +322,7 @@ def run(args: Sequence[str] | None = None, cli_class: type[PromptRLCLI] = Prompt
     Returns:
         The finished command, with its trainer and model.
     """
+    threading.excepthook = _other_threads_errors
     jsonargparse.set_loader("omegaconf+", load_config, (yaml.YAMLError,))
     words = sys.argv[1:] if args is None else args
     PromptRLCLI.wanted = words[0] if words and words[0] in LightningCLI.subcommands() else None
@@ -341,9 +351,11 @@ def run(args: Sequence[str] | None = None, cli_class: type[PromptRLCLI] = Prompt
     except RewardUnavailable as error:
         sys.exit(complain(" ".join([str(error), *getattr(error, "__notes__", [])])))
     except OSError as error:
+        place = os.fsdecode(error.filename or "a file of the run cannot be written")
+        if error.errno in _GONE and any(part.startswith("version_") for part in Path(place).parts):
+            sys.exit(complain(f"{place}: {error.strerror}; the run's folder was deleted or moved while it was used."))
         if error.errno not in _NO_ACCESS:
             raise
-        place = error.filename or "a file of the run cannot be written"
         sys.exit(complain(f"{place}: {error.strerror}; make room or allow access, or name another place."))
     except RuntimeError as error:
         if not isinstance(error.__cause__, PeerFailed):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import resource
+import shutil
 import subprocess
 import time
 from functools import partial
@@ -18,6 +19,7 @@ import yaml
 from lightning_modules.cli import main
 from lightning_modules.cli.earlier_checkpoints import best, last
 from lightning_modules.cli.trainer import claim
+from lightning_modules.prompt_rl import PromptRL
 from lightning_modules.run_folder import RunFolder
 from tests.forked import Forked, command, run
 from tests.short_runs import quick
@@ -240,6 +242,34 @@ def test_all_commands_find_them(
             if name == "fit":
                 assert RunFolder.read(fitted / folder).continues == expected.parents[1].resolve()
                 (fitted / folder / "checkpoints" / "last.ckpt").unlink()  # a newer last.ckpt than the one to be found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [True, False], ids=["deleted", "a file in its place"])
+def test_a_folder_that_goes_in_mid_run_ends_in_one_sentence(tmp_path: Path, kept: bool) -> None:
+    """The last step is saved in a new folder of that name, where one can be made."""
+    folder = tmp_path / EXPERIMENT / "version_0"
+
+    def fit() -> None:
+        update: Any = PromptRL.update
+
+        def deletes(self: PromptRL, rollout: Any) -> Any:
+            if self.global_step == 1:
+                shutil.rmtree(folder)
+                if not kept:
+                    folder.touch()
+            return update(self, rollout)
+
+        PromptRL.update = deletes  # type: ignore[method-assign]
+        steps = ["--trainer.max_steps=3", "--trainer.val_check_interval=9", "--checkpoint.every_n_train_steps=9"]
+        main(quick("fit", tmp_path, *steps, config=FLOW_ONLY))
+
+    run = Forked(fit, tmp_path / "log")
+    assert run.wait() == 2 and "Traceback" not in run.text
+    said = [line for line in run.text.splitlines() if line.startswith("lightning: error: ")]
+    assert len(said) == 1 and str(folder) in said[0] and "the run's folder was deleted or moved" in said[0]
+    last_one = folder / "checkpoints" / "last.ckpt"
+    assert last_one.exists() == kept == (f"{last_one}: go on with --ckpt_path" in run.text)
 
 
 @pytest.mark.slow
