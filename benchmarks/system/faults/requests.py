@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import socket
 import threading
@@ -76,6 +77,7 @@ def answer(content: bytes) -> bytes:
 @contextmanager
 def _in_process(folder: Path) -> Iterator[Read]:
     """Sends bodies to the application itself; each gets an answer below 500, and a 200 has right scores."""
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # a line for each malformed body
     app = create_app({"redness": Redness()}, Limits(batch_wait_ms=0))
     headers = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY.decode()}"}
     with asyncio.Runner() as runner:
