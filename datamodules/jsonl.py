@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -176,8 +177,11 @@ def _lines(path: str | Path, unit: str | None) -> Iterator[tuple[int, str]]:
 def _decoded(path: str | Path, *, strict: bool = True) -> Iterator[tuple[int, str]]:
     """Yields number, from 1, and text of each line; `strict` raises ValueError where bytes are no UTF-8 text."""
     # -sig: a byte order mark is not part of the first record
+    number = 0
     with open(path, encoding="utf-8-sig", errors="surrogateescape" if strict else "replace") as file:
         for number, line in enumerate(file, start=1):
             if strict and _NO_TEXT.search(line):
                 raise ValueError(f"{path}:{number}: the file is not UTF-8 text: save it as UTF-8.")
             yield number, line
+        if strict and not number and 0 < os.fstat(file.fileno()).st_size < 3:  # the beginning of a mark, which it drops
+            raise ValueError(f"{path}:1: the file is not UTF-8 text: save it as UTF-8.")

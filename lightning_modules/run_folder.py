@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -59,7 +60,14 @@ class RunFolder:
         for name, value in (("config.yaml", config), ("results.json", results)):
             if not isinstance(value, dict):
                 raise ValueError(f"{folder / name} is damaged: it holds a {type(value).__name__}, not a mapping")
-        return cls(folder, config, results)
+        run = cls(folder, config, results)
+        try:
+            json.dumps(results, ensure_ascii=False).encode()  # half a character is no text
+            _ = run.headlines, [int(entry["step"]) + float(entry["rollouts"]) for entry in run.history]
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            said = f"{type(error).__name__}: {str(error)[:100]}"
+            raise ValueError(f"{folder / 'results.json'} is damaged ({said}); delete it or the folder.") from error
+        return run
 
     def get(self, key: str, default: Any = None) -> Any:
         """A value of the configuration by its dotted name, as on the command line."""

@@ -47,12 +47,15 @@ class Run(RunFolder):
         try:
             rows = _rows(folder)
         except ValueError as error:  # pandas' own errors are such
-            raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
         if len(rows) and "step" not in rows:
             raise ValueError(f"{path} is damaged: it has no column `step`")
         texts = [name for name in rows if not pd.api.types.is_numeric_dtype(rows[name])]
         if texts:
-            raise ValueError(f"{path} is damaged: its column `{texts[0]}` holds something else than numbers")
+            name = str(texts[0])[:80]
+            raise ValueError(f"{path} is damaged: its column `{name}` holds something else than numbers")
+        if len(rows) and not rows["step"].between(0, 2**53).all():
+            raise ValueError(f"{path} is damaged: its column `step` holds something else than numbers of steps")
         return cls(folder, small.config, small.results, rows)
 
     @cached_property
@@ -204,7 +207,12 @@ def _rows(folder: Path) -> pd.DataFrame:
     path = folder / "metrics.csv"
     text = path.read_bytes() if path.is_file() else b""
     whole = text[: text.rfind(b"\n") + 1]
-    return pd.read_csv(io.BytesIO(whole)) if whole else _events(folder)
+    if not whole:
+        return _events(folder)
+    rows = pd.read_csv(io.BytesIO(whole))
+    if not isinstance(rows.index, pd.RangeIndex):  # pandas then takes the first values for the rows' names
+        raise ValueError("a row has more values than there are columns")
+    return rows
 
 
 def _events(folder: Path) -> pd.DataFrame:

@@ -134,7 +134,12 @@ class Checkpoint(ModelCheckpoint):
         """Saves; whatever has been logged is on the disk before."""
         for logger in trainer.loggers:
             logger.save()
-        super()._save_checkpoint(trainer, filepath)
+        signals: Any = trainer._signal_connector  # of a plain trainer, one that never breaks anything off
+        signals.saving = True
+        try:
+            super()._save_checkpoint(trainer, filepath)
+        finally:
+            signals.saving = False
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Says if a validation is still due at this step."""

@@ -44,6 +44,8 @@ class Signals(_SignalConnector):
 
     noted = 0
     """Number of the signal; 0 is none."""
+    saving = False
+    """True while a checkpoint is written, which a signal does not break off."""
 
     def register_signal_handlers(self) -> None:
         """Takes the signals over from now on."""
@@ -66,7 +68,7 @@ class Signals(_SignalConnector):
         trainer = self.trainer
         module = trainer.lightning_module
         draws = isinstance(module, Agents) and module.peers.drawing
-        at_once = (draws or not trainer.training) and not several_processes()
+        at_once = (draws or not trainer.training) and not self.saving and not several_processes()
         if first and (at_once or trainer.state.fn != TrainerFn.FITTING):
             raise Preempted(signum)
 

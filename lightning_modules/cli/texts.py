@@ -36,6 +36,8 @@ def load_config(text: str) -> Any:
 
 def _prepared(content: Any, depth: int) -> Any:
     if isinstance(content, dict):
+        if None in content:
+            raise ValueError("the configuration has a setting without a name (`:` or `?` alone): name or delete it.")
         return {key: _prepared(value, depth + 1) for key, value in content.items()}
     if isinstance(content, list):
         return [_prepared(value, depth + 1) for value in content]
