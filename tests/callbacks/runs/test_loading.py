@@ -284,3 +284,26 @@ def test_a_real_run(tmp_path: Path) -> None:
     (test,) = load(tmp_path, stage="test")
     assert test.mode == "flow-only" and test.seed == 42 and len(test.scores) == len(test.headlines)
     assert test.get("ckpt_path") == checkpoint
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("metrics.csv", "step,reward\n,1.0\n", "its column `step` holds something else than numbers of steps"),
+        ("metrics.csv", "step,reward\n1,2,3\n", "a row has more values than there are columns"),
+        ("metrics.csv", f"step,{'x' * 5000}\n1,y\n", "its column `xxx"),
+        (
+            "results.json",
+            '{"history": {"GenEval": [{"step": 1, "rollouts": 8, "results": {}}]}}',
+            "KeyError: 'seconds'",
+        ),
+        ("results.json", '{"geneval": {"without_pe": {"score": "\\ud800"}}}', "UnicodeEncodeError"),
+        ("results.json", '{"geneval": {"without_pe": {}, "with_pe": 3}}', "TypeError"),
+    ],
+)
+def test_values_that_no_run_writes(file: str, text: str, said: str, tmp_path: Path) -> None:
+    (write(tmp_path / "version_0") / file).write_text(text)
+    with pytest.raises(ValueError) as raised:
+        load(tmp_path)
+    assert f"version_0/{file} is damaged" in str(raised.value) and said in str(raised.value)
+    assert len(str(raised.value)) < 600

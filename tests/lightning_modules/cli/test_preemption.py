@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -24,7 +26,8 @@ class Sends(L.Callback):
     """Sends a signal to this process in the second step, or in the validation after the first.
 
     Args:
-        part: where it is sent: "rollout", "update", "validation"; "nowhere" is never.
+        part: where it is sent: "rollout", "update", "validation", "saving" (the checkpoint after it); "nowhere" is
+            never.
         number: number of the signal.
     """
 
@@ -53,14 +56,26 @@ class Sends(L.Callback):
         """Sends it in the validation after the first step."""
         if self.part == "validation" and trainer.global_step == 1:
             os.kill(os.getpid(), self.number)
+        if self.part == "saving" and trainer.global_step == 1:
+            torch.save = partial(self._save, torch.save)
+
+    def _save(self, save: Any, checkpoint: Any, file: Any) -> None:
+        torch.save = save
+
+        def write(data: Any) -> int:
+            os.kill(os.getpid(), self.number)
+            return int(file.write(data))
+
+        save(checkpoint, SimpleNamespace(write=write, flush=file.flush))
 
 
 def fit(root: Path, part: str, number: int = signal.SIGTERM, *more: str) -> list[str]:
+    validated = part in ("validation", "saving")
     return quick(
-        "fit", root, "--trainer.max_steps=3", "--checkpoint.every_n_train_steps=100",
+        "fit", root, "--trainer.max_steps=3", f"--checkpoint.every_n_train_steps={1 if part == 'saving' else 100}",
         "--trainer.callbacks+=tests.lightning_modules.cli.test_preemption.Sends", f"--trainer.callbacks.part={part}",
         f"--trainer.callbacks.number={int(number)}", *more,
-        *(["--trainer.val_check_interval=1"] if part == "validation" else ["--trainer.limit_val_batches=0"]),
+        *(["--trainer.val_check_interval=1"] if validated else ["--trainer.limit_val_batches=0"]),
     )  # fmt: skip
 
 
@@ -79,7 +94,12 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("part", "number", "steps"),
-    [("rollout", signal.SIGTERM, 1), ("update", signal.SIGUSR1, 2), ("validation", signal.SIGTERM, 1)],
+    [
+        ("rollout", signal.SIGTERM, 1),
+        ("update", signal.SIGUSR1, 2),
+        ("validation", signal.SIGTERM, 1),
+        ("saving", signal.SIGUSR1, 1),
+    ],
 )
 def test_a_signal_stops_with_the_last_finished_step(
     tmp_path: Path, part: str, number: int, steps: int, unbroken: dict[str, Any]
@@ -89,7 +109,7 @@ def test_a_signal_stops_with_the_last_finished_step(
     assert f"lightning: stopped by {signal.Signals(number).name}" in one.text
     assert f"{last(tmp_path / 'first')}: go on with --ckpt_path" in one.text
     assert torch.load(last(tmp_path / "first"), weights_only=True)["global_step"] == steps
-    if part != "validation":
+    if part in ("rollout", "update"):
         main([*fit(tmp_path / "second", "nowhere"), f"--ckpt_path={last(tmp_path / 'first')}"])
         resumed = torch.load(last(tmp_path / "second"), weights_only=True)
         for name in ("global_step", "state_dict", "optimizer_states", "num_rollouts"):
