@@ -62,8 +62,12 @@ class Sends(L.Callback):
     def _save(self, save: Any, checkpoint: Any, file: Any) -> None:
         torch.save = save
 
+        writes = []
+
         def write(data: Any) -> int:
-            os.kill(os.getpid(), self.number)
+            writes.append(data)
+            if len(writes) == 3:  # where torch makes an error of its own of whatever is raised
+                os.kill(os.getpid(), self.number)
             return int(file.write(data))
 
         save(checkpoint, SimpleNamespace(write=write, flush=file.flush))
