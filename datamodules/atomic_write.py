@@ -59,7 +59,7 @@ def naming(path: Path) -> Iterator[None]:
         failed: BaseException | None = error
         while not (failed is None or isinstance(failed, OSError)):
             failed = failed.__context__  # torch.save raises its own errors behind it
-        if failed is None:
+        if failed is None or failed.errno is None:
             raise
         raise OSError(failed.errno, failed.strerror, failed.filename or str(path)) from error
 
