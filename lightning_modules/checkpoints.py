@@ -6,10 +6,12 @@ Both hold the same: Lightning's record of a run, with the trained weights by nam
 from __future__ import annotations
 
 import errno
+import lzma
 import pickle
 import struct
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -34,7 +36,7 @@ WEIGHTS = ("state_dict", "current_model_state")
 
 _FAULTS = (
     *(AssertionError, AttributeError, EOFError, IndexError, KeyError, OSError, RuntimeError, TypeError, ValueError),
-    *(CheckpointException, pickle.UnpicklingError, struct.error, zipfile.BadZipFile),
+    *(CheckpointException, lzma.LZMAError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile, zlib.error),
 )
 """What readers of damaged files raise."""
 _SAFE = {
