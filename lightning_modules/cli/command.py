@@ -46,7 +46,14 @@ from lightning_modules.cli.preemption import Preempted, Preemption
 from lightning_modules.cli.prompts import TEXTS, split_prompts
 from lightning_modules.cli.refusals import check_something_to_train, check_trainer, refused_by_lightning
 from lightning_modules.cli.renamed import renamed
-from lightning_modules.cli.texts import escaped, load_config, no_such_key, read_as_mapping, texts_as_configs
+from lightning_modules.cli.texts import (
+    escaped,
+    load_config,
+    no_such_key,
+    read_as_mapping,
+    texts_as_configs,
+    without_secrets,
+)
 from lightning_modules.cli.trainer import Trainer
 from lightning_modules.evaluation import EvaluatedAgents
 from lightning_modules.peers import PeerFailed
@@ -144,6 +151,9 @@ class PromptRLCLI(LightningCLI):
         try:
             super().instantiate_classes()
             options["loggers"] = loggers
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, SaveConfig):
+                    callback.config["loggers"] = without_secrets(loggers)
         except (ImportError, MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
             said = None if raised_by_us(error) else refused_by_lightning(error, self._options)
             if said is None:
