@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,8 @@ class Checkpoint(ModelCheckpoint):
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         """Saves; whatever has been logged is on the disk before."""
         for logger in trainer.loggers:
-            logger.save()
+            with suppress(FileNotFoundError):  # of a folder that was deleted, which is no reason to lose the weights
+                logger.save()
         signals: Any = trainer._signal_connector  # of a plain trainer, one that never breaks anything off
         signals.saving = True
         try:
