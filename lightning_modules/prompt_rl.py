@@ -320,7 +320,8 @@ class PromptRL(UpdatedAgents):
         here = [failure is not None, any(score.valid for score in scores), not all(map(faults, scores))]
         failed, scored, sound = sum_over_ranks(torch.tensor(here, dtype=torch.float, device=self.device)).tolist()
         if failed:
-            raise failure or RewardUnavailable("another process got no scores; its own message says why.")
+            said = gather_lists([f"process {self.global_rank}: {failure}"] if failure else [])
+            raise failure or RewardUnavailable(" ".join(said))
         first, self._first = self._first, False
         if first and not sound:
             raise ValueError(f"the reward works for no image of the first step: {scores[0].detail['reason']}")

@@ -143,9 +143,10 @@ def test_what_one_process_raises_ends_both(tmp_path: Path, part: str, unbroken: 
     *processes, seconds = run(tmp_path, part, rank, *more)
     failed, other = processes[rank], processes[1 - rank]
     sentence = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    assert f"lightning: error: process {rank}: {sentence}" in other.text and other.returncode == 2
+    said = f"{'geneval failed with ' if part == 'reward' else ''}{sentence}"
+    assert f"lightning: error: process {rank}: {said}" in other.text and other.returncode == 2
     assert str(error.args[-1]) in failed.text and failed.returncode == (
-        2 if part in ("validation", "checkpoint") else 1
+        2 if part in ("reward", "validation", "checkpoint") else 1
     )
     assert 0 < seconds < 30
     saved = torch.load(last(tmp_path), weights_only=True)  # of the disk that is full, the one before
