@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -20,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from callbacks.results_file import dump_results, without_nan
 from callbacks.scores.bootstrap import enough, interval, resample
 from callbacks.scores.prompt_scores import PromptScores, PromptTable, weighted_mean
 from datamodules.atomic_write import write_atomically
@@ -304,7 +304,7 @@ class Benchmark(L.Callback, ABC):
         merged["changes"] = merged.get("changes", {}) | self._changes()
         merged["sets"] = merged.get("sets", {}) | last["sets"]
         merged.setdefault("history", {})[self.title] = self.history
-        _dump(merged, path)
+        dump_results(merged, path)
 
     def _write_scores(self, path: Path) -> None:
         """Adds a line for each prompt: the means of its images' values."""
@@ -316,7 +316,7 @@ class Benchmark(L.Callback, ABC):
                 line |= {} if table.prompts is None else {"prompt": table.prompts[row]}
                 line |= {column: float(mean[row]) for column, mean in means.items()}
                 line["images"] = int(table.images[row])
-                text += json.dumps(_without_nan(line), ensure_ascii=False) + "\n"
+                text += json.dumps(without_nan(line), ensure_ascii=False) + "\n"
         write_atomically(path, text)
 
 
@@ -333,24 +333,3 @@ def _described(samples: Sequence[PromptSample], prompts: Sequence[str]) -> dict[
 def texts_digest(texts: Iterable[str]) -> str:
     """Returns a digest of the different texts, in whatever order and however often each stands there."""
     return hashlib.sha256("\n".join(sorted({text.strip() for text in texts})).encode()).hexdigest()[:16]
-
-
-def add_results(trainer: L.Trainer, more: dict[str, Any]) -> None:
-    """Merges further top-level keys into `results.json`; to be called on every rank."""
-    folder = trainer.log_dir  # asked on every rank: Lightning broadcasts it
-    if trainer.is_global_zero and folder is not None:
-        path = Path(folder) / "results.json"
-        _dump((read_json(path) if path.is_file() else {}) | more, path)
-
-
-def _dump(results: dict[str, Any], path: Path) -> None:
-    write_atomically(path, json.dumps(_without_nan(results), indent=2) + "\n")
-
-
-def _without_nan(value: Any) -> Any:
-    """Replaces NaN, which JSON does not have, by None, in nested dicts and lists."""
-    if isinstance(value, dict):
-        return {key: _without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from callbacks.benchmark import add_results
+from callbacks.results_file import add_results
 from callbacks.scores.bootstrap import interval, resample
 from callbacks.scores.prompt_scores import PromptScores, PromptTable, weighted_mean
 from datamodules.base import Chosen, PromptDataModule, PromptSample, bare, contents

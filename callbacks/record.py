@@ -20,7 +20,8 @@ from huggingface_hub.errors import HFValidationError
 from jsonargparse import Namespace
 from lightning.pytorch.trainer.states import TrainerFn
 
-from callbacks.benchmark import add_results, texts_digest
+from callbacks.benchmark import texts_digest
+from callbacks.results_file import add_results
 from callbacks.run_config import given
 from datamodules.base import PromptDataModule, bare
 

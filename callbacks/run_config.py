@@ -15,6 +15,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from datamodules.atomic_write import write_atomically
 from datamodules.jsonl import read_text
+from datamodules.masked import masked
 from datamodules.parsing import parse_yaml
 
 _SECRET = re.compile(r"(^|_)(token|key|secret|password|authorization)$", re.IGNORECASE)
@@ -23,11 +24,11 @@ _SECRET = re.compile(r"(^|_)(token|key|secret|password|authorization)$", re.IGNO
 def resolved_config(trainer: L.Trainer) -> dict[str, Any]:
     """Returns the command's configuration with all defaults, as in `config.yaml`; empty without a command.
 
-    Tokens and passwords are left out, as the files that it is written into may be published.
+    Tokens and passwords are left out, in addresses too, as the files that it is written into may be published.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, SaveConfigCallback):
-            config: dict[str, Any] = yaml.safe_load(callback.parser.dump(callback.config, skip_none=False))
+            config: dict[str, Any] = yaml.safe_load(masked(callback.parser.dump(callback.config, skip_none=False)))
             return _without_secrets(config)
     return {}
 

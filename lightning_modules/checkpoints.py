@@ -63,7 +63,8 @@ def read(path: str | Path, like: Mapping[str, Tensor] | None = None, *, record_o
         path: file or folder.
         like: key of `_flat`, or of `_flat` without its last part -> tensor in whose layout a folder's is read, so that
             each process reads its own shards.
-        record_only: gives empty tensors in place of a folder's; those of a file stay on the disk until they are used.
+        record_only: gives empty tensors in place of a folder's. A file's stay on the disk until they are used, with
+            this and with `like`, so that the processes of a machine do not hold a copy each.
 
     Raises:
         ValueError: if it is damaged, or holds other things than a checkpoint does.
@@ -72,7 +73,7 @@ def read(path: str | Path, like: Mapping[str, Tensor] | None = None, *, record_o
     with _one_line(path):
         if path.is_dir():
             return _read_folder(path, like, record_only)
-        checkpoint = torch.load(path, map_location="cpu", mmap=record_only, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", mmap=record_only or like is not None, weights_only=True)
         if not isinstance(checkpoint, dict):
             raise TypeError(f"a {type(checkpoint).__name__} in place of a dict")
         return checkpoint

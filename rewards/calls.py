@@ -1,4 +1,4 @@
-"""`score_each`: the one place where rewards are called, so that no fault of one ends, spoils or alters a run."""
+"""`score_each`: the one place where a run calls its rewards, so that no fault of one ends, spoils or alters it."""
 
 from __future__ import annotations
 

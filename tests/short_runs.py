@@ -48,3 +48,9 @@ def short_fit(root: Path, experiment: str, prompts: int, steps: int = 2) -> list
 def folder(root: Path, experiment: str) -> Path:
     """Returns the folder of the first run of an experiment."""
     return root / "miniature" / experiment / "version_0"
+
+
+def last(root: Path) -> Path:
+    """Returns the only `last.ckpt` below a folder."""
+    (path,) = root.rglob("last.ckpt")
+    return path

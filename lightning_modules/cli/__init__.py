@@ -71,7 +71,7 @@ def main(args: list[str] | None = None) -> None:
     if mistake is not None:
         sys.exit(complain(mistake))
     quieten()  # before the imports below, which have notices of their own
-    from lightning_modules.cli.command import run  # imports torch, diffusers and Lightning: seconds
+    from lightning_modules.cli.run import run  # imports torch, diffusers and Lightning: seconds
 
     run(words)
 

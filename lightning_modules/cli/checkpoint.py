@@ -10,9 +10,8 @@ from typing import Any
 
 import lightning as L
 import torch.distributed as dist
-from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.states import TrainerFn
@@ -20,10 +19,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from datamodules.atomic_write import write_atomically
 from datamodules.base import PromptDataModule
+from datamodules.masked import masked
 from datamodules.resumable import ResumableLoader, place_in_epoch
 from lightning_modules.agents import Agents, NotFinite
 from lightning_modules.cli.preemption import Preempted, requeue
-from lightning_modules.cli.texts import without_secrets
 from rewards.base import RewardUnavailable
 
 EXIT = 15
@@ -33,11 +32,8 @@ EXIT = 15
 class SaveConfig(SaveConfigCallback):
     """Saves the resolved config once the models are loaded, so that a run that cannot start leaves nothing behind.
 
-    Passwords and tokens in addresses are masked there, and wherever else the configuration goes.
+    Passwords and tokens in addresses are masked.
     """
-
-    def __init__(self, parser: LightningArgumentParser, config: Namespace, *args: Any, **kwargs: Any) -> None:
-        super().__init__(parser, without_secrets(config), *args, **kwargs)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Waits for `on_fit_start` or `on_test_start`; raises ValueError if ranks resume from different files."""
@@ -53,7 +49,7 @@ class SaveConfig(SaveConfigCallback):
                 found = (one.resumed for one in trainer.checkpoint_callbacks if isinstance(one, Checkpoint))
                 self.config["ckpt_path"] = next(found, None)
             text = self.parser.dump(self.config, skip_none=False)
-            write_atomically(Path(folder) / self.config_filename, text)
+            write_atomically(Path(folder) / self.config_filename, masked(text))
 
     on_test_start = on_fit_start  # so that a test's scores say which agents they are of
 

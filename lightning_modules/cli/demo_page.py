@@ -13,8 +13,9 @@ from torch import Tensor
 from datamodules.base import PromptDataModule, PromptSample
 from datamodules.lazy import spread
 from datamodules.typed import TypedPrompts
-from lightning_modules.cli.command import PromptRLCLI, run
+from lightning_modules.cli.command import PromptRLCLI
 from lightning_modules.cli.errors import complain, raised_by_us
+from lightning_modules.cli.run import run
 from lightning_modules.evaluation import MODES, EvaluatedAgents, EvaluationBatch
 from lightning_modules.policies.pipeline import PipelinePolicy
 from lightning_modules.run_folder import RunFolder

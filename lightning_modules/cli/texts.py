@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
 from jsonargparse import Namespace, get_loader
 from omegaconf.errors import OmegaConfBaseException
 
-from datamodules.masked import masked
 from datamodules.parsing import check_yaml_size
 from lightning_modules.cli.shipped import shipped
 
@@ -67,24 +66,15 @@ def texts_as_configs(words: Sequence[str]) -> list[str]:
 
 def escaped(config: Any) -> Any:
     r"""Copies a resolved configuration with `\${` for `${` in texts, so that it can be read again."""
-    return _with_texts(lambda text: re.sub(r"(?<!\\)\$\{", r"\\${", text), config)
-
-
-def _with_texts(change: Callable[[str], str], config: Any) -> Any:
     if isinstance(config, str):
-        return change(config)
+        return re.sub(r"(?<!\\)\$\{", r"\\${", config)
     if isinstance(config, list):
-        return [_with_texts(change, value) for value in config]
+        return [escaped(value) for value in config]
     if isinstance(config, dict):
-        return {key: _with_texts(change, value) for key, value in config.items()}
+        return {key: escaped(value) for key, value in config.items()}
     if isinstance(config, Namespace):
-        return Namespace(**_with_texts(change, vars(config)))
+        return Namespace(**escaped(vars(config)))
     return config
-
-
-def without_secrets(config: Any) -> Any:
-    """Copies a configuration with the secrets in its addresses masked."""
-    return _with_texts(masked, config)
 
 
 def read_as_mapping(message: str) -> str | None:

@@ -316,7 +316,7 @@ def _read_reply(text: str) -> tuple[str, str] | None:
     try:
         choice = parse_json(text, "the reply")["choices"][0]
         content = choice["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+    except (ValueError, KeyError, IndexError, TypeError):
         return None
     # a refusal comes as null: nothing to read, but the server works
     return (content if isinstance(content, str) else ""), str(choice.get("finish_reason"))

@@ -36,7 +36,7 @@ from rewards.base import RewardUnavailable
 from tests.forked import Forked, command, free_port, launched, two_processes
 from tests.lightning_modules.test_distributed import ByRank, trainer_of
 from tests.lightning_modules.test_resume import same
-from tests.short_runs import quick
+from tests.short_runs import last, quick
 
 FAULTS: dict[str, tuple[int, Exception]] = {
     "refine": (1, KeyError("no such token")),
@@ -117,11 +117,6 @@ def run(root: Path, part: str, rank: int, *more: str) -> tuple[Forked, Forked, f
         process.wait()
     clock = root / "clock"
     return zero, one, time.time() - float(clock.read_text()) if clock.exists() else 0.0
-
-
-def last(root: Path) -> Path:
-    (path,) = root.rglob("last.ckpt")
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import lightning as L
 import pytest
 import torch
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
+from callbacks.run_config import resolved_config
 from lightning_modules.cli import main
 from lightning_modules.cli.checkpoint import SaveConfig
 from tests.lightning_modules.cli.test_command import FLOW, LANGUAGE, ROOT, SMALL, complaint, fit
@@ -60,13 +65,17 @@ def test_secrets_in_addresses_are_not_printed(url: str, capfd: pytest.CaptureFix
     assert err.splitlines()[-1].startswith("lightning: error: ")
 
 
-def test_secrets_in_addresses_are_not_saved() -> None:
-    given = Namespace(
-        loggers=[Namespace(class_path="x", init_args=Namespace(uri="https://u:hunter2@host/a?key=hunter2"))]
-    )
-    saved = SaveConfig(LightningArgumentParser(), given).config
-    assert saved.loggers[0].init_args.uri == "https://***@host/a?key=***"
-    assert given.loggers[0].init_args.uri == "https://u:hunter2@host/a?key=hunter2", "what is built gets it whole"
+def test_secrets_in_addresses_are_not_saved(tmp_path: Path) -> None:
+    given = Namespace(uris=["https://u:hunter2@host/a?key=hunter2"], ckpt_path=None)
+    parser = LightningArgumentParser()
+    parser.add_argument("--uris", type=list[str])
+    parser.add_argument("--ckpt_path")
+    callback = SaveConfig(parser, given)
+    trainer: Any = SimpleNamespace(callbacks=[callback], log_dir=tmp_path, is_global_zero=True, ckpt_path=None)
+    callback.on_fit_start(trainer, L.LightningModule())
+    for saved in (yaml.safe_load((tmp_path / "config.yaml").read_text()), resolved_config(trainer)):
+        assert saved["uris"][0] == "https://***@host/a?key=***"
+    assert given.uris[0] == "https://u:hunter2@host/a?key=hunter2", "what is built gets it whole"
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -149,43 +158,29 @@ JUNK = b"\x89PNG\r\n\x1a\n\xff\xfe\0"
 
 
 @pytest.mark.parametrize(
-    ("file", "content"),
+    ("part", "file", "content"),
     [
-        ("transformer/diffusion_pytorch_model.safetensors", None),
-        ("text_encoder/model.safetensors", b"\xff" * 64),
-        ("transformer/config.json", JUNK),
-        ("model_index.json", DEEP),
-        ("tokenizer/tokenizer.json", b"{}"),
+        ("flow", "transformer/diffusion_pytorch_model.safetensors", None),
+        ("flow", "text_encoder/model.safetensors", b"\xff" * 64),
+        ("flow", "transformer/config.json", JUNK),
+        ("flow", "model_index.json", DEEP),
+        ("flow", "tokenizer/tokenizer.json", b"{}"),
+        ("language", "model.safetensors", None),
+        ("language", "config.json", DEEP),
+        ("language", "tokenizer.json", JUNK),
+        ("language", "tokenizer.json", b"{}"),
+        ("language", "tokenizer_config.json", b"[]"),
     ],
 )
-def test_damaged_flow_models(
-    file: str, content: bytes | None, capfd: pytest.CaptureFixture[str], tmp_path: Path
+def test_damaged_models(
+    part: str, file: str, content: bytes | None, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """`None` is the first half."""
-    folder = copy_of("flow", tmp_path / "flow")
+    folder = copy_of(part, tmp_path / part)
     whole = (folder / file).read_bytes()
     replace(folder / file, whole[: len(whole) // 2] if content is None else content)
-    line = complaint(capfd, tmp_path, f"--{FLOW}.model={folder}", config=FLOW_ONLY)
-    assert str(folder) in line
-
-
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        ("model.safetensors", None),
-        ("config.json", DEEP),
-        ("tokenizer.json", JUNK),
-        ("tokenizer.json", b"{}"),
-        ("tokenizer_config.json", b"[]"),
-    ],
-)
-def test_damaged_language_models(
-    file: str, content: bytes | None, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    folder = copy_of("language", tmp_path / "language")
-    whole = (folder / file).read_bytes()
-    replace(folder / file, whole[: len(whole) // 2] if content is None else content)
-    line = complaint(capfd, tmp_path, f"--{LANGUAGE}.model={folder}")
+    option, how = (FLOW, {"config": FLOW_ONLY}) if part == "flow" else (LANGUAGE, {})
+    line = complaint(capfd, tmp_path, f"--{option}.model={folder}", **how)
     assert str(folder) in line
 
 

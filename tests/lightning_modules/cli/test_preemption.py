@@ -17,7 +17,7 @@ from callbacks.runs.loading import load
 from lightning_modules.cli import main
 from tests.forked import Forked, command
 from tests.lightning_modules.test_resume import same
-from tests.short_runs import quick
+from tests.short_runs import last, quick
 
 pytestmark = pytest.mark.slow
 
@@ -81,11 +81,6 @@ def fit(root: Path, part: str, number: int = signal.SIGTERM, *more: str) -> list
         f"--trainer.callbacks.number={int(number)}", *more,
         *(["--trainer.val_check_interval=1"] if validated else ["--trainer.limit_val_batches=0"]),
     )  # fmt: skip
-
-
-def last(root: Path) -> Path:
-    (path,) = root.rglob("last.ckpt")
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.system.faults.proxy import FAULTS, faulty_proxy
 from datamodules.sample import PromptSample
 from miniature.scenes.detector import ShapesDetector
 from miniature.scenes.world import TAGS, all_contents, random_scene, render
@@ -32,7 +33,6 @@ from rewards.serving.protocol import Item, encode_image, item_id
 from rewards.serving.requests import Limits
 from rewards.serving.server import bind
 from rewards.tagged import TaggedReward, WeightedSum
-from tests.rewards.serving.faulty_proxy import FAULTS, faulty_proxy
 
 pytestmark = pytest.mark.slow
 

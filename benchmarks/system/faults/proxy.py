@@ -6,7 +6,8 @@ import contextlib
 import json
 import random
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -49,43 +50,49 @@ BODIES: dict[str, Callable[[bytes, random.Random], bytes]] = {
 }
 """Name -> what a fault makes of the body of a good answer."""
 FAULTS = (*BODIES, "status 500", "status 502", "redirect", "cut off", "answers swapped", "results swapped")
+"""Ways to spoil an answer; "late" is one more, where a client's time limit is known."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     target: str
-    fault: str
+    client: httpx.Client
+    faults: Sequence[str]
     share: float
+    delay: float
     rng: random.Random
     lock: threading.Lock
     swaps: list[tuple[bytes, list[bytes], threading.Event]]
     spoilt: list[str]
 
     def do_GET(self) -> None:
-        self._send(200, httpx.get(self.target + self.path, trust_env=False).content)
+        self._send(200, self.client.get(self.target + self.path).content)
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         headers = {"Content-Type": self.headers["Content-Type"]}
-        answer = httpx.post(self.target + self.path, content=body, headers=headers, timeout=20, trust_env=False)
+        answer = self.client.post(self.target + self.path, content=body, headers=headers)
         with self.lock:
-            faulty = self.rng.random() < self.share
-        if answer.status_code != 200 or not faulty:
-            return self._send(answer.status_code, answer.content)
-        self.spoilt.append(self.fault)
-        if self.fault in BODIES:
-            self._send(200, BODIES[self.fault](answer.content, self.rng))
-        elif self.fault.startswith("status"):
-            self._send(int(self.fault.split()[1]), HTML)
-        elif self.fault == "redirect":
+            good = self.rng.random() >= self.share or answer.status_code != 200
+            fault = "" if good else self.faults[len(self.spoilt) % len(self.faults)]
+            if fault:
+                self.spoilt.append(fault)
+        if not fault or fault == "late":
+            time.sleep(self.delay if fault else 0.0)
+            self._send(answer.status_code, answer.content)
+        elif fault in BODIES:
+            self._send(200, BODIES[fault](answer.content, self.rng))
+        elif fault.startswith("status"):
+            self._send(int(fault.split()[1]), HTML)
+        elif fault == "redirect":
             self._send(307, b"", {"Location": "/sign-in"})
-        elif self.fault == "cut off":
+        elif fault == "cut off":
             self._send(200, answer.content[: len(answer.content) // 2], {"Content-Length": str(len(answer.content))})
             self.close_connection = True
         else:
-            self._send(200, self._swapped(answer.content))
+            self._send(200, self._swapped(answer.content, fault))
 
-    def _swapped(self, body: bytes) -> bytes:
+    def _swapped(self, body: bytes, fault: str) -> bytes:
         """Exchanges this answer with that of another request, if one comes soon."""
         with self.lock:
             other = self.swaps.pop() if self.swaps else None
@@ -104,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
             if not mine:
                 return body
             theirs = mine[0]
-        if self.fault == "answers swapped":
+        if fault == "answers swapped":
             return theirs
         return json.dumps(json.loads(body) | {"results": json.loads(theirs)["results"]}).encode()
 
@@ -119,13 +126,31 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
+def build_proxy(
+    target: str, faults: Sequence[str], spoilt: list[str], *, share: float, seed: int, port: int = 0, delay: float = 0.0
+) -> ThreadingHTTPServer:
+    """Builds a proxy, which listens to this machine.
+
+    Args:
+        target: address of the server.
+        faults: ways to spoil an answer, in turn.
+        spoilt: gets the fault of each spoilt answer.
+        share: share of the answers that are spoilt.
+        seed: of the choice of answers.
+        port: its own port; 0 takes a free one.
+        delay: seconds by which an answer is late.
+    """
+    settings = {"target": target, "faults": faults, "spoilt": spoilt, "share": share, "delay": delay}
+    settings |= {"rng": random.Random(seed), "lock": threading.Lock(), "swaps": []}
+    client = httpx.Client(timeout=20, trust_env=False)
+    return ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {**settings, "client": client}))
+
+
 @contextlib.contextmanager
 def faulty_proxy(target: str, fault: str, share: float = 0.2, seed: int = 1) -> Iterator[tuple[str, list[str]]]:
-    """Context manager: a proxy before the server at `target`; gives its address and the list of faults so far."""
+    """Context manager: a proxy in a thread; gives its address and the list of faults so far."""
     spoilt: list[str] = []
-    settings = {"target": target, "fault": fault, "share": share, "rng": random.Random(seed), "spoilt": spoilt}
-    handler = type("Handler", (_Handler,), {**settings, "lock": threading.Lock(), "swaps": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = build_proxy(target, [fault], spoilt, share=share, seed=seed)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", spoilt
