@@ -9,6 +9,10 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
 
+_PIECE = 2**17
+"""Least size of the pieces in which a part is collected."""
+
+
 class MultipartError(ValueError):
     """The body is malformed or breaks a limit; the message is one sentence."""
 
@@ -71,7 +75,8 @@ class _PartCollector:
         self.max_bytes = max_bytes
         self.by_name: dict[str, bytes] = {}
         self.complete = False
-        self._part = bytearray()
+        self._pieces: list[bytes] = []  # of _PIECE bytes: one buffer that grows leaves holes of all its sizes in memory
+        self._piece = bytearray()
         self._name = ""
         self._field = b""
         self._value = b""
@@ -104,13 +109,17 @@ class _PartCollector:
 
     def data(self, data: bytes, start: int, end: int) -> None:
         most = self.max_bytes.get(self._name)
-        if most is not None and len(self._part) + end - start > most:
+        if most is not None and sum(map(len, self._pieces)) + len(self._piece) + end - start > most:
             raise PartTooLarge(f"the part `{self._name}` is over {most} bytes")
-        self._part += data[start:end]
+        self._piece += data[start:end]
+        if len(self._piece) >= _PIECE:
+            self._pieces.append(bytes(self._piece))
+            self._piece.clear()
 
     def part_end(self) -> None:
-        self.by_name[self._name] = bytes(self._part)
-        self._part = bytearray()
+        self.by_name[self._name] = b"".join([*self._pieces, self._piece])
+        self._pieces.clear()
+        self._piece.clear()
 
     def end(self) -> None:
         self.complete = True
