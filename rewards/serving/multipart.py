@@ -8,7 +8,6 @@ from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
-
 _PIECE = 2**17
 """Least size of the pieces in which a part is collected."""
 
