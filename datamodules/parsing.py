@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import yaml
@@ -65,6 +66,17 @@ def parse_yaml(text: str, where: str) -> Any:
     else:
         raise _too_large(where, line)
     raise ValueError(f"{place} is no YAML: {what}; correct the line.")
+
+
+def listed(names: Iterable[str], most: int = 20) -> str:
+    """Joins names of unknown origin for an error: the first of them, each cut to 60 characters.
+
+    >>> listed(["id", "prompt"])
+    'id, prompt'
+    """
+    names = list(names)
+    shown = [name if len(name) <= 60 else f"{name[:60]}..." for name in names[:most]]
+    return ", ".join([*shown, f"and {len(names) - most} more"] if len(names) > most else shown) or "none"
 
 
 def check_yaml_size(text: str, where: str) -> None:

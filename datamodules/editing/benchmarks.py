@@ -14,7 +14,7 @@ from datamodules.editing.prompts import EditSamples
 from datamodules.editing.rows import Row, Table, distinct_rows, image_file, tables
 from datamodules.jsonl import read_text
 from datamodules.local_path import local_path
-from datamodules.parsing import parse_json
+from datamodules.parsing import listed, parse_json
 
 _GEDIT = ("key", "task_type", "instruction", "instruction_language", "Intersection_exist")
 _GEDIT_IMAGES = ("input_image_raw", "input_image", "image", "source_image")
@@ -112,7 +112,7 @@ class GEditPrompts(EditBenchmarkPrompts):
 
     def _image_column(self, table: Table) -> str:
         """Returns the name of the image's column; raises ValueError if that or one of GEdit-Bench's is missing."""
-        has = ", ".join(table.columns)
+        has = listed(table.columns)
         if missing := [name for name in _GEDIT if name not in table.columns]:
             raise ValueError(f"{table.path}: no column {missing[0]}, only {has}: GEdit-Bench's rows are needed.")
         known = _GEDIT_IMAGES if self.image_column is None else (self.image_column,)

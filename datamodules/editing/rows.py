@@ -15,6 +15,7 @@ from datamodules.editing.arrow import SUFFIXES, ArrowRows, Image
 from datamodules.editing.hub import DATA_SUFFIXES
 from datamodules.editing.images import Source
 from datamodules.jsonl import id_of, json_lines, read_text
+from datamodules.parsing import listed
 from datamodules.repeats import distinct
 from datamodules.sample import PromptSample
 
@@ -221,7 +222,7 @@ def find_columns(table: Table, given: Mapping[str, str]) -> dict[str, str]:
     Raises:
         ValueError: with a list of the columns, if one is missing or it is unclear which one holds the source image.
     """
-    has = ", ".join(table.columns) or "none"
+    has = listed(table.columns)
     for role, name in given.items():
         if name not in table.columns:
             raise ValueError(f"{table.path}: data.columns.{role} is {name!r}, and the columns are {has}.")
@@ -230,7 +231,7 @@ def find_columns(table: Table, given: Mapping[str, str]) -> dict[str, str]:
         named = ["image"] if "image" in table.columns else [name for name in _IMAGES if name in table.columns]
         likely = named or list(table.images) or [name for name in _LISTS if name in table.columns]
         if len(likely) != 1:
-            which = f"any of {', '.join(likely)}" if likely else "no column"
+            which = f"any of {listed(likely)}" if likely else "no column"
             raise ValueError(
                 f"{table.path}: {which} may hold the source images, the columns are {has}: name it in "
                 "data.columns.image."
