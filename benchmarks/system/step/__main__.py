@@ -135,7 +135,10 @@ def built(case: Case, device: torch.device, folder: Path) -> Running:
         )
     for key, value in case.settings.items() if options.tiny else ():
         *path, name = key.split(".")
-        setattr(running.module.get_submodule(".".join(path)), name, value)
+        if path == ["flow", "sampling"]:
+            running.module.flow.sampling = replace(running.module.flow.sampling, **{name: value})
+        else:
+            setattr(running.module.get_submodule(".".join(path)), name, value)
     first = running.samples[0]
     words = (cases.PROMPT.split() * case.words)[: case.words]
     running.samples = [
