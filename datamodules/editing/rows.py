@@ -15,7 +15,7 @@ from datamodules.editing.arrow import SUFFIXES, ArrowRows, Image
 from datamodules.editing.hub import DATA_SUFFIXES
 from datamodules.editing.images import Source
 from datamodules.jsonl import id_of, json_lines, read_text
-from datamodules.parsing import listed
+from datamodules.parsing import listed, quoted
 from datamodules.repeats import distinct
 from datamodules.sample import PromptSample
 
@@ -89,7 +89,7 @@ def read_rows(
             name = id_of(record.get(found.get("id", "")), total, where)
             total += 1
             if name in lines:
-                raise ValueError(f"{where}: the id {name!r} was used in {lines[name]}: make ids unique.")
+                raise ValueError(f"{where}: the id {quoted(name)} was used in {lines[name]}: make ids unique.")
             lines[name] = where
             try:
                 source = table.source(number, record, found["image"])
@@ -155,7 +155,7 @@ def _prompt(record: Mapping[str, Any], column: str, index: int) -> str:
             raise ValueError(f"`{column}` has {len(value)} entries, none at {index}: change prompt_index.")
         value = value[index]
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"`{column}` is {value!r}: give the text of the prompt.")
+        raise ValueError(f"`{column}` is {quoted(value)}: give the text of the prompt.")
     return value
 
 
@@ -197,7 +197,7 @@ class Table:
             value = value[0]
         name = value.get("uri") if isinstance(value, dict) else value
         if not isinstance(name, str) or not name:
-            raise ValueError(f"`{column}` is {record.get(column)!r}: give the path of the source image.")
+            raise ValueError(f"`{column}` is {quoted(record.get(column))}: give the path of the source image.")
         return image_file(self.path if self.path.is_dir() else self.path.parent, name)
 
 
