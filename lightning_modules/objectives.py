@@ -95,14 +95,16 @@ def language_objective(
         advantages: [B].
         old: the result of the policy that wrote them; None is strictly on-policy.
     """
+    reference = None
+    if policy.kl_weight > 0:  # first, so that only one of both holds logits at a time
+        with torch.no_grad(), policy.reference():
+            reference = policy.log_probs(completions)
     log_probs = policy.log_probs(completions)
     surrogate = clipped_surrogate(
         log_probs, advantages, clip_range=policy.clip_range, old_log_probs=None if old is None else old.log_probs
     )
     loss, stats = surrogate.loss, {"clip_fraction": surrogate.stats["clip_fraction"]}
-    if policy.kl_weight > 0:
-        with torch.no_grad(), policy.reference():
-            reference = policy.log_probs(completions)
+    if reference is not None:
         kl = k3_kl(log_probs, reference)
         loss = loss + policy.kl_weight * kl
         stats["kl"] = masked_sequence_mean(kl.detach(), completions.mask).mean()

@@ -27,6 +27,7 @@ from datamodules.base import PromptSample
 from datamodules.chunks import chunks
 from lightning_modules.policies.adapters import DEFAULT, load_language_lora
 from lightning_modules.policies.base import LoRA, Policy
+from lightning_modules.policies.heads import output_head
 from lightning_modules.policies.loading import check_language_model, lora_config
 from lightning_modules.policies.memory import gradient_checkpointing_enabled
 from lightning_modules.policies.sharding import run_inside
@@ -182,7 +183,7 @@ class LanguagePolicy(Policy):
         """
         ids = torch.cat([completions.prompt_ids, completions.tokens], dim=1)
         attention = torch.cat([completions.prompt_mask, completions.mask.long()], dim=1)
-        start, head = completions.prompt_ids.shape[1] - 1, self.causal_lm.get_output_embeddings()
+        start, head = completions.prompt_ids.shape[1] - 1, output_head(self.causal_lm)
 
         def read() -> Tensor:
             checkpoints = self.gradient_checkpointing and torch.is_grad_enabled()
