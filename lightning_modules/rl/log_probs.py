@@ -84,13 +84,14 @@ def token_log_probs(
     size = max(1, math.ceil(len(states) / count))
     learns = not isinstance(head, nn.Module) or any(parameter.requires_grad for parameter in head.parameters())
     if torch.is_grad_enabled() and hidden.requires_grad and not learns:
-        return _FrozenHead.apply(states, head, ids, temperature, size).view(targets.shape)  # type: ignore[no-any-return]
+        whole: Tensor = _FrozenHead.apply(states, head, ids, temperature, size)  # type: ignore[no-untyped-call]
+        return whole.view(targets.shape)
 
     def chunk_log_probs(states: Tensor, ids: Tensor) -> Tensor:
-        log_probs: Tensor = _LogProbs.apply(head(states), ids, temperature)
+        log_probs: Tensor = _LogProbs.apply(head(states), ids, temperature)  # type: ignore[no-untyped-call]
         return log_probs
 
-    *pairs, last = zip(states.split(size), ids.split(size), strict=True)
+    *pairs, last = zip(torch.split(states, size), torch.split(ids, size), strict=True)
     again = partial(checkpoint, chunk_log_probs, use_reentrant=False) if torch.is_grad_enabled() else chunk_log_probs
     return torch.cat([*(again(*pair) for pair in pairs), chunk_log_probs(*last)]).view(targets.shape)
 
@@ -103,7 +104,7 @@ class _LogProbs(Function):
         # fp32: autocast would leave the logits, and a log-softmax after them, in bf16.
         wide = torch.promote_types(logits.dtype, torch.float32)
         sums = []
-        for rows in logits.split(_block_size(logits)):
+        for rows in torch.split(logits, _block_size(logits)):
             largest = rows.amax(1, keepdim=True).to(wide)
             shifted = rows - largest
             if temperature != 1:
@@ -121,7 +122,8 @@ class _LogProbs(Function):
         logits, ids, log_sums = ctx.saved_tensors
         scale = (gradient / ctx.temperature)[:, None]
         columns = (logits, ids[:, None], log_sums[:, None], scale)
-        for rows, index, sums, by in zip(*(x.split(_block_size(logits)) for x in columns), strict=True):
+        blocks = (torch.split(x, _block_size(logits)) for x in columns)
+        for rows, index, sums, by in zip(*blocks, strict=True):
             block = rows.to(scale.dtype)
             if ctx.temperature != 1:
                 block /= ctx.temperature
@@ -137,10 +139,11 @@ class _FrozenHead(Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, head: nn.Module, ids: Tensor, temperature: float, size: int) -> Tensor:
         derivative, values = torch.empty_like(states), []
-        for rows, own, index in zip(states.split(size), derivative.split(size), ids.split(size), strict=True):
+        parts = (torch.split(x, size) for x in (states, derivative, ids))
+        for rows, own, index in zip(*parts, strict=True):
             with torch.enable_grad():
                 leaf = rows.detach().requires_grad_()
-                log_probs = _LogProbs.apply(head(leaf), index, temperature)
+                log_probs = _LogProbs.apply(head(leaf), index, temperature)  # type: ignore[no-untyped-call]
             own.copy_(torch.autograd.grad(log_probs, leaf, torch.ones_like(log_probs))[0])
             values.append(log_probs.detach())
         ctx.save_for_backward(derivative)
