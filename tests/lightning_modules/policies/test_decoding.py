@@ -16,6 +16,7 @@ from lightning_modules.policies.decoding import write
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.policies.vision_language import VisionLanguagePolicy
 from lightning_modules.rollout import Completions
+from tests.lightning_modules.policies.test_heads import CONFIGS, random_refiner
 from tests.lightning_modules.policies.test_vision_language import SAMPLES, load
 from tests.lightning_modules.policies.tiny_vision_language import KINDS, build
 
@@ -94,6 +95,14 @@ def test_vision_language_tokens_are_those_of_generate(kind: str, tmp_path: Path)
         eos = policy.causal_lm.generation_config.eos_token_id
         compare(policy, SAMPLES, 8, greedy=greedy)
         policy.causal_lm.generation_config.eos_token_id = eos
+
+
+def test_a_sliding_window_and_a_cap_are_those_of_generate(samples: list[PromptSample], tmp_path: Path) -> None:
+    """Gemma 2 of a window of 8 tokens, which prompts and rewrites are longer than."""
+    policy = random_refiner(CONFIGS[0], tmp_path / "model", max_new_tokens=20)
+    policy.causal_lm.generation_config.eos_token_id = list(range(1, 8))
+    ours = compare(policy, samples, 6, greedy=False)
+    assert ours.prompt_mask.sum(1).max() > 8 and ours.mask.sum(1).max() > 8
 
 
 class Counting(nn.Module):

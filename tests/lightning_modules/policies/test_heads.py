@@ -35,17 +35,23 @@ CONFIGS = [
 ]
 
 
+def random_refiner(config: PreTrainedConfig, folder: Path, **kwargs: Any) -> LanguagePolicy:
+    """A refiner with random weights and the miniature's words."""
+    shutil.copytree("miniature/language", folder)
+    (folder / "model.safetensors").unlink()
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    policy = LanguagePolicy(str(folder), "{prompt}", dtype="float32", temperature=0.8, **kwargs)
+    policy.load()
+    return policy
+
+
 @pytest.mark.parametrize("lora", [None, LoRA(rank=4, alpha=8, targets=["q_proj"])], ids=["full", "lora"])
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
 def test_log_probs_are_those_of_the_models_own_logits(
     config: PreTrainedConfig, lora: LoRA | None, samples: list[PromptSample], tmp_path: Path
 ) -> None:
-    folder = shutil.copytree("miniature/language", tmp_path / "model")
-    (folder / "model.safetensors").unlink()
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    policy = LanguagePolicy(str(folder), "{prompt}", dtype="float32", max_new_tokens=8, temperature=0.8, lora=lora)
-    policy.load()
+    policy = random_refiner(config, tmp_path / "model", max_new_tokens=8, lora=lora)
     completions = policy.refine(samples[:2], 3)
     log_probs = policy.log_probs(completions)
     torch.testing.assert_close(log_probs[completions.mask], completions.log_probs[completions.mask], atol=5e-5, rtol=0)
