@@ -95,14 +95,16 @@ def language_objective(
         advantages: [B].
         old: the result of the policy that wrote them; None is strictly on-policy.
     """
-    log_probs = policy.log_probs(completions)
-    surrogate = clipped_surrogate(
-        log_probs, advantages, clip_range=policy.clip_range, old_log_probs=None if old is None else old.log_probs
-    )
-    loss, stats = surrogate.loss, {"clip_fraction": surrogate.stats["clip_fraction"]}
-    if policy.kl_weight > 0:
+    reference = None
+    if policy.kl_weight > 0:  # first, so that only one of both holds logits at a time
         with torch.no_grad(), policy.reference():
             reference = policy.log_probs(completions)
+    log_probs = policy.log_probs(completions)
+    old_log_probs = log_probs.detach() if old is None else old.log_probs
+    loss = clipped_surrogate(log_probs, advantages, clip_range=policy.clip_range, old_log_probs=old_log_probs).loss
+    outside = ((log_probs.detach() - old_log_probs).exp() - 1).abs() > policy.clip_range
+    stats = {"clip_fraction": masked_sequence_mean(outside.float(), completions.mask).mean()}
+    if reference is not None:
         kl = k3_kl(log_probs, reference)
         loss = loss + policy.kl_weight * kl
         stats["kl"] = masked_sequence_mean(kl.detach(), completions.mask).mean()

@@ -51,7 +51,7 @@ LEARNERS = ("flow.transformer", "language")
 """Names of the networks that learn, if their agent does."""
 
 LOGITS_COPIES = 5
-"""fp32 copies of one step's logits in `generate`: raw, over temperature, log-softmax, softmax, sampled; rough."""
+"""fp32 copies of one step's logits in drawing: raw, over temperature, log-softmax, softmax, random numbers; rough."""
 
 
 @dataclass(frozen=True)

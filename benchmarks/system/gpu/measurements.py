@@ -155,7 +155,8 @@ def decoding(case: Case, options: Options) -> Iterator[Row]:
     static = GenerationConfig(
         max_new_tokens=length, do_sample=True, top_k=0, cache_implementation="static", pad_token_id=0, eos_token_id=None
     )
-    with language._plain_generation(), torch.no_grad():
+    language.causal_lm.generation_config = GenerationConfig()  # its folder's would fill in what a call leaves unsaid
+    with torch.no_grad():
         generate = language.causal_lm.generate
         row = timed(lambda: generate(input_ids=ids, attention_mask=mask, generation_config=static))
     yield {"setting": "static cache, compiled by transformers", **row}
