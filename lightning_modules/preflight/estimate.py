@@ -199,6 +199,8 @@ def _flow(module: PromptRL, policy: PipelinePolicy, setting: Setting, persistent
     found.per_step["trajectories"] = trajectories
     num_prompts = setting.batch_size * (1 + refined)
     found.per_step["encoded prompts"] = _conditioning_bytes(trajectory, setting.batch_size, num_prompts)
+    if policy.texts is not None and not setting.cuda:
+        found.per_step["text cache, at most"] = policy.texts.max_bytes
 
     @torch.no_grad()
     def draw() -> None:
@@ -217,7 +219,7 @@ def _flow(module: PromptRL, policy: PipelinePolicy, setting: Setting, persistent
     decoder = sum(network.bytes for network in found.networks if network.offloaded and network.name == "flow.vae")
     # `PromptRL.latest` keeps the last step's trajectories for callbacks until the new ones are there.
     if waiting:
-        found.transient["encoding"] = waiting + trajectories
+        found.transient["encoding"] = waiting - decoder + trajectories
     found.transient["drawing"] = peak.of(draw, trajectories + beside)
     found.transient["decoding"] = peak.of(decode, trajectories + decoder + beside)
     if policy.trained and trajectory.sde_steps:
