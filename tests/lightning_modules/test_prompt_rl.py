@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -426,6 +427,23 @@ def test_prompt_rl_raises_a_simple_reward_by_words_alone(
     )
     rewards = [step["reward"] for step in fit(module, tmp_path, 16, batch_size=4)]
     assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.02
+
+
+def test_the_last_trajectories_are_gone_while_the_next_are_drawn(make_flow: MakeFlow, tmp_path: Path) -> None:
+    flow = make_flow()
+    module = PromptRL(flow, Listed([0.0, 1.0] * 2), None, 2, 2)
+    rollout, kept, shown = flow.rollout, [], []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        assert not [trajectory for trajectory in kept if trajectory() is not None]
+        trajectory = rollout(*args, **kwargs)
+        kept.append(weakref.ref(trajectory))
+        return trajectory
+
+    flow.rollout = watched  # type: ignore[method-assign]
+    looks = L.pytorch.callbacks.LambdaCallback(on_train_batch_end=lambda *_: shown.append(module.latest is not None))
+    fit(module, tmp_path, 3, looks)
+    assert len(kept) == 3 and shown == [True] * 3
 
 
 def test_updates_of_a_rollout_part_by_part(make_flow: MakeFlow, samples: list[PromptSample]) -> None:
