@@ -72,14 +72,14 @@ def flow_objective(
     loss, stats = surrogate.loss, surrogate.stats
     if normalize_ratio == "over_dt":
         loss = loss / dt
-    if policy.kl_weight > 0:
+    if policy.kl_weight_now > 0:
         with torch.no_grad(), policy.reference():
             reference = policy.replay(trajectory, step)
         kl = transition.kl(reference)
         # Flow-GRPO divides by its step's variance per unit of time; Flow-CPS's variance is not one.
         if policy.kl_units == "flow_grpo" and policy.sampling.sde_type != "cps":
             kl = kl * dt
-        loss = loss + policy.kl_weight * kl
+        loss = loss + policy.kl_weight_now * kl
         stats = stats | {"kl": kl.detach().mean()}
     return ObjectiveResult(loss, stats, log_probs.detach(), transition.mean.detach())
 
@@ -100,11 +100,11 @@ def language_objective(
         log_probs, advantages, clip_range=policy.clip_range, old_log_probs=None if old is None else old.log_probs
     )
     loss, stats = surrogate.loss, {"clip_fraction": surrogate.stats["clip_fraction"]}
-    if policy.kl_weight > 0:
+    if policy.kl_weight_now > 0:
         with torch.no_grad(), policy.reference():
             reference = policy.log_probs(completions)
         kl = k3_kl(log_probs, reference)
-        loss = loss + policy.kl_weight * kl
+        loss = loss + policy.kl_weight_now * kl
         stats["kl"] = masked_sequence_mean(kl.detach(), completions.mask).mean()
     # -log p of the drawn tokens: an unbiased estimate of the entropy, at no cost.
     stats["entropy"] = -masked_sequence_mean(log_probs.detach(), completions.mask).mean()
