@@ -131,7 +131,7 @@ class PromptRL(UpdatedAgents):
         self.overlap_scoring = overlap_scoring
         self.seed = run_seed(seed)
         self.latest: Rollout | None = None
-        """Last rollout, for callbacks to show."""
+        """Last rollout, for callbacks to show; None while the next one is collected."""
         self._ahead: Rollout | None = None
         self._checked = False
         self._first = True
@@ -170,6 +170,7 @@ class PromptRL(UpdatedAgents):
 
     def training_step(self, batch: Sequence[PromptSample], batch_idx: int) -> None:
         """Collects a rollout for G prompts and updates both agents on it."""
+        self.latest = None  # or its trajectories would be held while the next ones are collected
         rollout, self._ahead = self._ahead or self._begin_step(batch), None
         self.latest = rollout
         self._check(rollout)

@@ -108,6 +108,8 @@ class UpdatedAgents(EvaluatedAgents):
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         optimizer.zero_grad()
+        for agent in self._learners():
+            agent.step = self.global_step
         finite: dict[str, Tensor] = {}
         with no_backward_sync(self.trainer):
             if self.language is not None and self.language.trained:
@@ -199,7 +201,7 @@ class UpdatedAgents(EvaluatedAgents):
         trajectory, advantages, counts = rollout.trajectory, rollout.advantages.flatten(), rollout.counted.flatten()
         steps = range(len(trajectory.sde_steps))
         finite = torch.ones_like(advantages, dtype=torch.bool)
-        speaks = counts if self.flow.kl_weight > 0 else counts & (advantages != 0)
+        speaks = counts if self.flow.kl_weight_now > 0 else counts & (advantages != 0)
         every = list(chunks(len(trajectory), self.flow.micro_batch_size))
         for rows, weights in self._passes(self.flow, every, speaks, counts):
             part = trajectory.rows(rows)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from datamodules.chunks import chunks
 from lightning_modules.policies.base import Policy
-from lightning_modules.rl.sampling import Velocity, sample, sde_transition
+from lightning_modules.rl.sampling import SampledPath, Velocity, sample, sde_transition
 from lightning_modules.rl.schedule import Window, sde_step_indices
 from lightning_modules.rl.sde import SDEType, Transition, sde_by_name
 from lightning_modules.rollout import Conditioning, Trajectory
@@ -234,29 +234,32 @@ class FlowPolicy(Policy):
         on_sampled: Callable[[int], None] | None = None,
     ) -> Trajectory:
         sigmas = sigmas.to(self.device)
-        paths = []
+        path: SampledPath | None = None
         for rows in chunks(len(seeds), self.drawn_together):
             draw_noise = partial(self.prepare_latents, generators_for(seeds[rows]))
-            path = sample(
+            noise = draw_noise()
+            path = SampledPath.empty(noise[0], len(seeds), sde_steps) if path is None else path
+            part = sample(
                 self._velocity_of(conditioning.rows(rows)),
-                draw_noise(),
+                noise,
                 sigmas,
                 sde_steps=sde_steps,
                 sde=sde_by_name(self.sampling.sde_type),
                 noise_level=self.sampling.noise_level,
                 draw_noise=draw_noise,
+                out=path.rows(rows),
             )
-            paths.append(path)
             if on_drawn is not None:
                 with self.decoding():
-                    on_drawn(rows, self.decode(path.final))
+                    on_drawn(rows, self.decode(part.final))
             if on_sampled is not None:
-                on_sampled(len(path.final))
+                on_sampled(len(part.final))
+        assert path is not None
         return Trajectory(
-            latents=torch.cat([path.latents for path in paths]),
-            next_latents=torch.cat([path.next_latents for path in paths]),
-            log_probs=torch.cat([path.log_probs for path in paths]),
-            final=torch.cat([path.final for path in paths]),
+            latents=path.latents,
+            next_latents=path.next_latents,
+            log_probs=path.log_probs,
+            final=path.final,
             sigmas=sigmas,
             sde_steps=sde_steps,
             conditioning=conditioning,
