@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from datamodules.local_path import local_path
-from datamodules.parsing import parse_json
+from datamodules.parsing import parse_json, quoted
 
 Record = dict[str, Any]
 """The object of one line."""
@@ -74,10 +74,10 @@ def read_records(path: str | Path, suffixes: Sequence[str] = (".jsonl",)) -> lis
         record = _without_null(given)
         prompt = record.get("prompt")
         if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"{where}: `prompt` is {prompt!r}: give the text of the prompt.")
+            raise ValueError(f"{where}: `prompt` is {quoted(prompt)}: give the text of the prompt.")
         name = record["id"] = id_of(record.get("id"), len(records), where)
         if name in places:
-            raise ValueError(f"{where}: the id {name!r} was used in {places[name]}: make ids unique.")
+            raise ValueError(f"{where}: the id {quoted(name)} was used in {places[name]}: make ids unique.")
         places[name] = where
         records.append((where, record))
     return records
@@ -106,7 +106,7 @@ def id_of(value: Any, position: int, where: str) -> str:
         value = int(value)
     if isinstance(value, str | int) and not isinstance(value, bool):
         return str(value)
-    raise ValueError(f"{where}: the id is {value!r}: give text or a whole number, or leave it out.")
+    raise ValueError(f"{where}: the id is {quoted(value)}: give text or a whole number, or leave it out.")
 
 
 def read_text(path: str | Path, setting: str) -> str:

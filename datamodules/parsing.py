@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import reprlib
+from collections.abc import Iterable
 from typing import Any
 
 import yaml
@@ -11,6 +13,8 @@ MAX_YAML_DEPTH = 100
 """Most levels of a YAML text; the shipped configurations have 9."""
 MAX_YAML_NODES = 100_000
 """Most values of a YAML text, where those of an alias count at each of its places."""
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 100
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # faster, where PyYAML has libyaml
 # PyYAML's constructors raise these at `2024-13-01`, `!!int ""`, `!!bool x`, `!!timestamp x` and integers too long.
 _CONSTRUCTION = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)
@@ -65,6 +69,26 @@ def parse_yaml(text: str, where: str) -> Any:
     else:
         raise _too_large(where, line)
     raise ValueError(f"{place} is no YAML: {what}; correct the line.")
+
+
+def quoted(value: object) -> str:
+    """Returns the `repr` of a value of unknown origin for an error; what is long is cut in the middle.
+
+    >>> quoted("a red cat")
+    "'a red cat'"
+    """
+    return _SHORT.repr(value)
+
+
+def listed(names: Iterable[str], most: int = 20) -> str:
+    """Joins names of unknown origin for an error: the first of them, each cut to 60 characters.
+
+    >>> listed(["id", "prompt"])
+    'id, prompt'
+    """
+    names = list(names)
+    shown = [name if len(name) <= 60 else f"{name[:60]}..." for name in names[:most]]
+    return ", ".join([*shown, f"and {len(names) - most} more"] if len(names) > most else shown) or "none"
 
 
 def check_yaml_size(text: str, where: str) -> None:

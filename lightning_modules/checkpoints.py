@@ -53,7 +53,10 @@ _SAFE = {
 
 def is_checkpoint(path: str | Path) -> bool:
     """Returns True if a path is a checkpoint's file or folder."""
-    return zipfile.is_zipfile(path) or (Path(path) / RECORD).is_file()
+    try:
+        return zipfile.is_zipfile(path) or (Path(path) / RECORD).is_file()
+    except zipfile.BadZipFile:
+        return True  # a damaged one, as whoever reads it says
 
 
 def read(path: str | Path, like: Mapping[str, Tensor] | None = None, *, record_only: bool = False) -> dict[str, Any]:

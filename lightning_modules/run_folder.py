@@ -121,8 +121,8 @@ class RunFolder:
         """True if the command came to its end: at `max_steps`, or earlier where a rule stopped it."""
         if (self.folder / "results.md").is_file():  # `Report` writes it last of all
             return True
-        steps, most = [entry["step"] for entry in self.history], self.get("trainer.max_steps") or -1
-        return self.stage == "fit" and bool(steps) and steps[-1] >= most > 0
+        steps, most = [entry["step"] for entry in self.history], self.get("trainer.max_steps")
+        return self.stage == "fit" and bool(steps) and isinstance(most, int) and steps[-1] >= most > 0
 
     @property
     def saved(self) -> bool:

@@ -29,7 +29,10 @@ def load_config(text: str) -> Any:
     {'a': {'b': '${..c.d} \\${5} \\${c}'}}
     """
     check_yaml_size(text, "the configuration")
-    content = get_loader("yaml")(text)
+    try:
+        content = get_loader("yaml")(text)
+    except TypeError as error:  # jsonargparse looks at the names of settings without values
+        raise ValueError("the configuration has a setting whose name is a number: names are texts.") from error
     return _prepared(content, 0) if isinstance(content, dict) else content
 
 

@@ -12,7 +12,6 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.training_utils import cast_training_params
 from peft import get_peft_model_state_dict
 from PIL import Image
 from torch import Tensor, nn
@@ -261,7 +260,9 @@ class PipelinePolicy(FlowPolicy):
             load_flow_lora(self.network, lora, self.pipeline_class, self._adapters)
             return
         self.network.add_adapter(lora_config(self.network, lora, self.default_lora_targets, "flow.lora"))
-        cast_training_params(self.network, torch.float32)  # bf16 would round small updates away
+        for parameter in self.network.parameters():
+            if parameter.requires_grad:  # bf16 would round small updates away
+                parameter.data = parameter.float()
 
     def sigmas(self, num_steps: int) -> Tensor:
         """Returns the sigma table of the pipeline's own scheduler: [num_steps + 1] fp32, from 1 to 0."""

@@ -263,7 +263,8 @@ class _Deadline:
 
 
 def _describe(url: str, error: Exception) -> str:
-    return f"{url} failed with {type(error).__name__}{f' ({error})' if str(error) else ''}"
+    said = " ".join(str(error).split())[:200]  # what a client's library quotes of an answer has no end
+    return f"{url} failed with {type(error).__name__}{f' ({said})' if said else ''}"
 
 
 def _error_detail(answer: Answer) -> str:

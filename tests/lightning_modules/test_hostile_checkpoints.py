@@ -6,6 +6,7 @@ import io
 import pickle
 import random
 import shutil
+import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,15 @@ def test_both_kinds_are_read(file: Path, folder: Path) -> None:
         assert found["global_step"] == 3
         assert torch.equal(found["state_dict"]["flow.weight"], torch.arange(4000.0))
         assert torch.equal(found["optimizer_states"][0]["state"][0]["exp_avg"], torch.arange(4000.0))
+
+
+def test_an_archive_that_spans_disks(file: Path) -> None:
+    """Python's own check of archives raises an error for the ZIP64 record of such a file."""
+    locator = b"PK\x06\x07" + struct.pack("<LQL", 1, 0, 2)
+    end = b"PK\x05\x06" + struct.pack("<HHHHLLH", 0, 0, 1, 1, 46, 0xFFFFFFFF, 0)
+    file.write_bytes(file.read_bytes()[:500] + locator + end)
+    assert is_checkpoint(file)
+    assert "disks" in refusal(file)
 
 
 def test_every_flipped_bit_and_every_cut_is_seen(file: Path) -> None:

@@ -20,20 +20,14 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-
-from lightning_modules.late_imports import LateModule
 
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to ask for a GPU is not to use it
 
 import torch
 from tqdm import tqdm
-
-if torch.cuda.is_available() and find_spec("bitsandbytes"):  # which diffusers imports, and which would use it at once
-    sys.modules.setdefault("bitsandbytes", LateModule("bitsandbytes", {}))
 
 from benchmarks.system.gpu import measurements
 from benchmarks.system.gpu.cases import Case, Options, Row, Variant, estimated

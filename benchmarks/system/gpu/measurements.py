@@ -46,7 +46,7 @@ def card(case: Case, options: Options) -> Iterator[Row]:
 
 def steps(case: Case, options: Options) -> Iterator[Row]:
     """Takes a joint step in each variant, after one that warms up and counts operations."""
-    running = Running(case, options)
+    running = Running.of_case(case, options)
     case.variants[0].apply(running.module)
     counter = FlopCounterMode(display=False)
     # What is first called under the counter is never compiled.
@@ -62,7 +62,7 @@ def steps(case: Case, options: Options) -> Iterator[Row]:
 
 def attention(case: Case, options: Options) -> Iterator[Row]:
     """Takes a step with each attention backend; one that is not there, or fails, is a row with its error."""
-    running = Running(case, options)
+    running = Running.of_case(case, options)
     running.step()
     for variant in case.variants:
         try:
@@ -75,7 +75,7 @@ def attention(case: Case, options: Options) -> Iterator[Row]:
 
 def precision(case: Case, options: Options) -> Iterator[Row]:
     """Draws the same images in bf16 and, with the same weights, in fp32, and replays the bf16 trajectory in fp32."""
-    running = Running(case, options)
+    running = Running.of_case(case, options)
     flow, seeds = running.module.flow, list(range(4))
     with torch.no_grad():
         rounded = flow.rollout([PROMPT] * 4, seeds)
@@ -105,7 +105,7 @@ def sharded(case: Case, options: Options) -> Iterator[Row]:
     trained: dict[str, Tensor] = {}
     for strategy in ("ddp", "sharded"):
         torch.manual_seed(0)
-        running = Running(case, options, strategy)
+        running = Running.of_case(case, options, strategy)
         start = start or _trained_weights(running.module)
         for _ in range(2):
             row = running.step()
@@ -136,7 +136,7 @@ def _distances(one: dict[str, Tensor], other: dict[str, Tensor]) -> Iterator[flo
 
 def decoding(case: Case, options: Options) -> Iterator[Row]:
     """Writes 6 rewrites of each of 8 prompts: as training does, and by transformers' compiled decoding."""
-    running = Running(case, options)
+    running = Running.of_case(case, options)
     language = running.module.language
     assert language is not None
     length = language.max_new_tokens

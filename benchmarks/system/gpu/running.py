@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Sequence
 
 import lightning as L
 import torch
@@ -14,25 +15,31 @@ from PIL import Image
 from benchmarks.system.gpu.cases import PROMPT, Case, Options, Row, agents
 from benchmarks.system.published import random_weights
 from datamodules.sample import PromptSample
+from lightning_modules.prompt_rl import PromptRL
 
 
 class Running:
     """Agents with a trainer around them, whose parts of a step are called by hand.
 
     Args:
-        case: whose agents.
-        options: how.
+        module: agents, not yet loaded.
+        precision: the trainer's.
+        device: where.
+        samples: prompts of a step.
         strategy: the trainer's, of one process.
     """
 
-    def __init__(self, case: Case, options: Options, strategy: str = "auto") -> None:
-        self.device = options.device
-        if options.tiny:
-            torch.compiler.set_default_backend("eager")  # traced alone: C++ takes a minute and a half
-        self.module, precision = agents(case, options)
-        kind = "gpu" if self.device.type == "cuda" else "cpu"
+    def __init__(
+        self,
+        module: PromptRL,
+        precision: str,
+        device: torch.device,
+        samples: Sequence[PromptSample],
+        strategy: str = "auto",
+    ) -> None:
+        self.module, self.device, self.samples = module, device, samples
         self.trainer = L.Trainer(
-            accelerator=kind,
+            accelerator="gpu" if device.type == "cuda" else "cpu",
             devices=1,
             strategy=strategy,
             plugins=[LightningEnvironment()],
@@ -43,18 +50,25 @@ class Running:
             enable_model_summary=False,
         )
         self.trainer.state.fn = TrainerFn.FITTING
-        self.trainer.strategy.connect(self.module)
+        self.trainer.strategy.connect(module)
         self.trainer.strategy.setup_environment()
-        self.module.trainer = self.trainer
-        with random_weights(self.device):
-            self.module.configure_model()
-        if getattr(self.module.flow, "offload", False):
-            for part in self.module.flow._frozen_parts().values():  # type: ignore[operator]
+        module.trainer = self.trainer
+        module.configure_model()
+        if getattr(module.flow, "offload", False):
+            for part in module.flow._frozen_parts().values():  # type: ignore[operator]
                 part.to("cpu")
         self.trainer.strategy.setup(self.trainer)
+
+    @classmethod
+    def of_case(cls, case: Case, options: Options, strategy: str = "auto") -> Running:
+        """Draws the agents of a case at random."""
+        if options.tiny:
+            torch.compiler.set_default_backend("eager")  # traced alone: C++ takes a minute and a half
+        module, precision = agents(case, options)
         side = min(case.source, 64) if options.tiny else case.source
         image = Image.effect_noise((side, side), 64).convert("RGB") if side else None
-        self.samples = [PromptSample("0", PROMPT, "none", {}, image)]
+        with random_weights(options.device):
+            return cls(module, precision, options.device, [PromptSample("0", PROMPT, "none", {}, image)], strategy)
 
     def step(self) -> Row:
         """Takes one joint step, the guard on: seconds of its parts, log-ratios, and the peak of memory."""

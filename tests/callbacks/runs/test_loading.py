@@ -175,6 +175,15 @@ def test_event_files_stand_in(tmp_path: Path) -> None:
     assert run.validations["val/naming"].tolist() == pytest.approx([0.1, 0.2, 0.3])
 
 
+def test_a_number_of_steps_that_is_none(tmp_path: Path) -> None:
+    folder = write(tmp_path / "version_0", results=history(4))
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert RunFolder.read(folder).finished
+    config["trainer"]["max_steps"] = "4ll"
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert not RunFolder.read(folder).finished
+
+
 def test_places(tmp_path: Path) -> None:
     folders = [write(tmp_path / name / "mini" / "version_0") for name in ("a-1", "a-2", "b-1")]
     (tmp_path / "a-1" / "mini" / "version_0" / "checkpoints").mkdir()

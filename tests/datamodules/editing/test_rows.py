@@ -180,6 +180,9 @@ def test_unclear_columns_are_listed(tmp_path: Path, kind: str) -> None:
     ):
         with pytest.raises(ValueError, match=rf"a\.{kind}: {message}"):
             load(write(tmp_path / f"a.{kind}", [cells]))
+    with pytest.raises(ValueError, match="x{60}[.]{3}, 0, .* and 80 more") as raised:
+        load(write(tmp_path / f"b.{kind}", [{"x" * 5000: "t"} | {str(number): "t" for number in range(99)}]))
+    assert len(str(raised.value)) < 600
 
 
 def test_categories() -> None:

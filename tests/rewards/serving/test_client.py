@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -32,6 +33,7 @@ from rewards.serving.client import RemoteReward
 from rewards.serving.protocol import Item, encode_image, item_id
 from rewards.serving.requests import Limits
 from rewards.serving.server import bind
+from rewards.serving.server_pool import _describe
 from rewards.tagged import TaggedReward, WeightedSum
 
 pytestmark = pytest.mark.slow
@@ -220,6 +222,12 @@ def test_dead_server_is_left_out_and_tried_again(serve: Callable[..., str]) -> N
 def test_no_server_is_there(dead_url: str) -> None:
     with pytest.raises(ValueError, match=f"no reward server answers: {dead_url} failed with ConnectError.*start it"):
         remote(dead_url).load()
+
+
+def test_what_a_server_says_is_quoted_in_short() -> None:
+    """The HTTP library's error holds the whole of a line that is none."""
+    said = _describe("http://a", httpx.RemoteProtocolError(f"illegal status line: {'9' * 5000}"))
+    assert said.startswith("http://a failed with RemoteProtocolError (illegal status line: 99") and len(said) < 300
 
 
 def test_killed_server(slow_server: Callable[..., Any]) -> None:
