@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ class PlainRecipe:
             eos_token_id=language.eos_token_ids,
             pad_token_id=pad,
         )
-        with language._plain_generation():
+        with patch.object(language.causal_lm, "generation_config", GenerationConfig()):
             written = language.causal_lm.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         tokens = written[:, ids.shape[1] :]
         kept = completion_mask(tokens, language.eos_token_ids)
