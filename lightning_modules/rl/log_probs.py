@@ -67,7 +67,8 @@ def token_log_probs(
             gradients does not learn.
         targets: [B, T] token ids.
         temperature: softmax temperature that the tokens were sampled with.
-        chunk_size: most positions per chunk; None takes as many as have fp32 logits of `CHUNK_BYTES`.
+        chunk_size: most positions per chunk; None takes as many as have fp32 logits of `CHUNK_BYTES`, or of the bytes
+            of a weight of the head that learns.
 
     Returns:
         [B, T] log-probs in nats, fp32 (float64 for float64 logits). A second backward pass through them raises
@@ -75,14 +76,16 @@ def token_log_probs(
     """
     assert hidden.ndim == 3 and targets.shape == hidden.shape[:2] and temperature > 0
     states, ids = hidden.flatten(0, 1), targets.flatten()
+    weights = [one for one in head.parameters() if one.requires_grad] if isinstance(head, nn.Module) else []
+    learns = not isinstance(head, nn.Module) or bool(weights)
     if chunk_size is None:
         with torch.no_grad():
             vocabulary = getattr(head, "out_features", None) or head(states[:1]).shape[1]
-        chunk_size = max(1, CHUNK_BYTES // (4 * vocabulary))
+        # Autograd adds the gradients of several chunks by holding three, so that smaller chunks than one save nothing.
+        chunk_size = max(1, max([CHUNK_BYTES, *(weight.nbytes for weight in weights)]) // (4 * vocabulary))
     assert chunk_size > 0
     count = max(1, math.ceil(len(states) / chunk_size))
     size = max(1, math.ceil(len(states) / count))
-    learns = not isinstance(head, nn.Module) or any(parameter.requires_grad for parameter in head.parameters())
     if torch.is_grad_enabled() and hidden.requires_grad and not learns:
         whole: Tensor = _FrozenHead.apply(states, head, ids, temperature, size)  # type: ignore[no-untyped-call]
         return whole.view(targets.shape)
