@@ -136,7 +136,8 @@ class PromptRL(UpdatedAgents):
         self._checked = False
         self._first = True
         self._invalid_steps = 0
-        self._logged: set[str] = set()
+        sometimes = [agent for agent in self._learners() if agent.kl_weight > 0 and agent.kl_every > 1]
+        self._logged = {f"train/{agent.agent}/kl" for agent in sometimes}  # a resumed run's rows have the same gaps
 
     def setup(self, stage: str) -> None:
         """Loads the scorers, except for predictions, which need none; tells the data which processes share prompts."""
