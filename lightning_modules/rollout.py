@@ -177,7 +177,7 @@ class Conditioning:
     def __len__(self) -> int:
         return len(self.index)
 
-    def rows(self, rows: slice) -> Conditioning:
+    def rows(self, rows: slice | list[int]) -> Conditioning:
         """Selects the conditioning of some samples."""
         own_index = {name: index[rows] for name, index in self.own_index.items()}
         return replace(self, index=self.index[rows], own_index=own_index)

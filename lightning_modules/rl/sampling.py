@@ -65,6 +65,7 @@ def sample(
     sde: SDE,
     noise_level: float,
     draw_noise: Callable[[], Tensor],
+    first: int = 0,
     out: SampledPath | None = None,
 ) -> SampledPath:
     """Walks down a sigma table by SDE steps where they are asked for, and by Euler steps elsewhere.
@@ -77,17 +78,18 @@ def sample(
 
     Args:
         velocity: the model, called once a step.
-        latents: [B, ...] noise to start from, of any rank.
+        latents: [B, ...] noise to start from, of any rank, or what step `first` starts from.
         sigmas: [N + 1] noise shares, falling.
         sde_steps: K step numbers, 0..N-1.
         sde: step function, such as `flow_sde`.
         noise_level: noise of the SDE steps, as `sde` takes it; 0 gives the Euler step, which has no log-prob.
         draw_noise: gives standard normal noise [B, ...], called once per SDE step, in their order.
+        first: number of the first step.
         out: room for the paths, which is returned; None makes it.
     """
     path = SampledPath.empty(latents[0], len(latents), sde_steps) if out is None else out
     places = {step: place for place, step in enumerate(sorted(sde_steps))}
-    for step in range(len(sigmas) - 1):
+    for step in range(first, len(sigmas) - 1):
         if step in places:
             place = places[step]
             transition = sde_transition(velocity, latents, sigmas, step, sde=sde, noise_level=noise_level)

@@ -7,6 +7,7 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.flux1 import Flux1Policy
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.prompt_rl import PromptRL
+from lightning_modules.rl.schedule import Window
 from lightning_modules.rl.sde import SDEType
 from lightning_modules.rollout import Rollout
+from lightning_modules.seeding import generators_for, seed_of
 from miniature.scenes.prompts import ShapesPrompts
 from rewards.base import Reward, RewardBatch, Score
 from tests.lightning_modules.policies.test_flux1 import perturb
@@ -462,6 +465,53 @@ def test_prompt_rl_raises_a_simple_reward_by_words_alone(
     )
     rewards = [step["reward"] for step in fit(module, tmp_path, 16, batch_size=4)]
     assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.02
+
+
+@pytest.mark.parametrize(("sde_steps", "first"), [([2, 4], 2), (Window(2, 3, 5), 3), (Window(1, 0, 1), 0)])
+def test_samples_of_one_prompt_share_their_start(
+    make_flow: MakeFlow,
+    make_language: MakeLanguage,
+    samples: list[PromptSample],
+    monkeypatch: pytest.MonkeyPatch,
+    sde_steps: Any,
+    first: int,
+) -> None:
+    """Two of four samples are the original: their Euler steps before the first SDE step are taken once."""
+    rows: list[int] = []
+    flow = make_flow(sampling=Sampling(6, sde_steps, share_start=True), micro_batch_size=4)
+    velocity = flow.velocity
+    monkeypatch.setattr(
+        flow, "velocity", lambda latents, *more: (rows.append(len(latents)), velocity(latents, *more))[1]
+    )
+    module = attach(PromptRL(flow, Listed([0.0, 1.0, 3.0, 1.0]), make_language(), 4, 2))
+    torch.manual_seed(0)
+    rollout = module.collect(samples[:2])
+    pairs = [(row // 4, prompt) for row, prompt in enumerate(rollout.prompts)]
+    starts = list(dict.fromkeys(pairs))
+    assert pairs[0] == pairs[1] and 2 < len(starts) < len(pairs) == 8
+    assert sum(rows) == first * len(starts) + (6 - first) * len(pairs)
+    assert module.check_ratio(rollout)["flow"] == 0
+    latents, sigmas = rollout.trajectory.latents[:, 0], flow.sigmas(6)
+    for row, pair in enumerate(pairs):
+        others = [other for other in range(8) if torch.equal(latents[row], latents[other])]
+        assert others == [other for other in range(8) if pairs[other] == pair]
+        seed = seed_of("start", module.seed, 0, samples[pair[0]].id, pair[1])
+        expected, conditioning = flow.prepare_latents(generators_for([seed])), flow.encode([pair[1]])
+        for step in range(first):
+            with torch.no_grad():
+                drift = flow.velocity(expected, sigmas[step], conditioning)
+            expected = expected + drift * (sigmas[step + 1] - sigmas[step])
+        torch.testing.assert_close(latents[row], expected[0], atol=1e-5, rtol=1e-5)
+    assert not torch.equal(rollout.trajectory.final[0], rollout.trajectory.final[1])
+    flow.sampling = replace(flow.sampling, share_start=False)
+    apart = module.collect(samples[:2]).trajectory.latents[:, 0]
+    assert not torch.equal(apart[0], apart[1])
+
+
+@pytest.mark.parametrize("sde_steps", [3, 0, [0, 2]])
+def test_without_euler_steps_there_is_nothing_to_share(sde_steps: Any) -> None:
+    with pytest.raises(ValueError, match=r"^model.flow.sampling has share_start, but `sde_steps` is .* to share\.$"):
+        Sampling(6, sde_steps, share_start=True)
 
 
 def test_the_last_trajectories_are_gone_while_the_next_are_drawn(make_flow: MakeFlow, tmp_path: Path) -> None:
