@@ -315,6 +315,21 @@ def test_grpo_guard_weighs_all_updates_alike(
     torch.testing.assert_close(torch.stack(norms), norms[0].expand(3), rtol=1e-5, atol=0)
 
 
+def test_later_updates_in_bf16_see_the_weights_that_earlier_ones_left(
+    make_flow: MakeFlow, make_language: MakeLanguage, samples: list[PromptSample]
+) -> None:
+    """A training step is one autocast context, whose cache of bf16 weights must not outlive an optimizer step."""
+    found = []
+    for cached in (True, False):
+        torch.manual_seed(0)
+        flow, language = make_flow(learning_rate=0.05), make_language(learning_rate=0.05, clip_range=10.0)
+        module = attach(PromptRL(flow, Listed([0.0, 1.0, 3.0, 1.0]), language, 4, 2, updates_per_rollout=2))
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+            module.update(module.collect(samples[:1]))
+        found.append(gradients(module))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[1])
+
+
 def test_the_kl_of_every_third_step(
     make_flow: MakeFlow, make_language: MakeLanguage, samples: list[PromptSample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
