@@ -137,7 +137,7 @@ class UpdatedAgents(EvaluatedAgents):
         scheduler = self.lr_schedulers()
         with self.peers.whole_step():
             optimizer.step()
-            torch.clear_autocast_cache()  # a whole training step is one context, which would keep the old weights in bf16
+            torch.clear_autocast_cache()  # the whole step is one context, which would keep the old weights in bf16
             if scheduler is not None:
                 scheduler.step()  # type: ignore[union-attr]
 
