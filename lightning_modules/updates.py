@@ -63,8 +63,8 @@ class UpdatedAgents(EvaluatedAgents):
         self.num_minibatches = num_minibatches
         self.objective = objective or FlowGRPO()
         self.language_objective = language_objective or RefinerGRPO()
-        self.objective.check(flow)
         if flow.trained:
+            self.objective.check(flow)
             flow.needs_reference |= self.objective.needs_reference
             if self.objective.old_policy is not None:
                 flow.decays["old"] = self.objective.old_policy
