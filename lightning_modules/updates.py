@@ -226,7 +226,8 @@ class UpdatedAgents(EvaluatedAgents):
         there is no KL: their gradient is 0.
         """
         every = list(chunks(len(rollout.trajectory), self.flow.micro_batch_size))
-        batch = self.objective.prepare(self.flow, self._flow_batch(rollout), every, old)
+        same = every + [every[0]] * (max(gather_lists([len(every)])) - len(every)) if self.flow.sharded else every
+        batch = self.objective.prepare(self.flow, self._flow_batch(rollout), same, old)
         counts, terms = batch.counted, self.objective.num_terms(batch.trajectory)
         finite = torch.ones_like(counts)
         speaks = counts if self.flow.kl_weight_now > 0 else counts & self.objective.speaks(batch)

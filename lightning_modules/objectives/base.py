@@ -127,7 +127,7 @@ class FlowObjective(ABC):
         Args:
             policy: the current policy.
             batch: all samples of the optimizer step.
-            every: rows of each micro-batch.
+            every: rows of each micro-batch; where the policy is sharded, as many on all processes, so some come again.
             old: results of the policy that drew the samples; empty is strictly on-policy.
         """
         del policy, every, old

@@ -129,14 +129,15 @@ class FlowGRPO(FlowObjective):
         """Finds the ratios of whole trajectories, 0 where they are clipped; see `FlowObjective.prepare`."""
         if self.ratio == "step" or not old:
             return batch
-        log_ratios = []
+        log_ratio, steps = torch.zeros_like(batch.advantages), range(len(batch.trajectory.sde_steps))
         for rows in every:
-            part, steps = batch.trajectory.rows(rows), range(len(batch.trajectory.sde_steps))
-            now = [policy.replay(part, step).log_prob(part.next_latents[:, step]) for step in steps]
-            log_ratios.append(
-                torch.stack(now, 1) - torch.stack([old["flow", rows.start, s].log_probs for s in steps], 1)
-            )
-        ratio = torch.cat(log_ratios).mean(1).exp()
+            drawn = [old["flow", rows.start, step] for step in steps if ("flow", rows.start, step) in old]
+            if drawn or policy.sharded:  # a micro-batch that taught nothing has no old results
+                part = batch.trajectory.rows(rows)
+                now = [policy.replay(part, step).log_prob(part.next_latents[:, step]) for step in steps]
+                changes = [after - before.log_probs for before, after in zip(drawn, now, strict=False)]
+                log_ratio[rows] = torch.stack(changes).mean(0) if drawn else 0.0
+        ratio = log_ratio.exp()
         high = policy.clip_range if self.clip_high is None else self.clip_high
         clipped = ((ratio > 1 + high) & (batch.advantages > 0)) | (
             (ratio < 1 - policy.clip_range) & (batch.advantages < 0)
