@@ -66,8 +66,7 @@ class UpdatedAgents(EvaluatedAgents):
         if flow.trained:
             self.objective.check(flow)
             flow.needs_reference |= self.objective.needs_reference
-            if self.objective.old_policy is not None:
-                flow.decays["old"] = self.objective.old_policy
+            flow.old_decay = self.objective.old_policy
         self.bad_steps = BadSteps(max_bad_steps)
         self._seconds: dict[str, float] = {}
 

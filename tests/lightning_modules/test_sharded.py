@@ -40,7 +40,9 @@ CASES = {
     "an old policy and references that follow": Case(
         "sharded", objective=DiffusionNFT(0.5, old_policy=Decay(0.5)), reference=Decay(0.9), unscored=((1,), ())
     ),
-    "preferences of groups, two updates": Case("sharded", objective=DGPO(10.0, levels=2), updates=2, steps=2, lora=True),
+    "preferences of groups, two updates": Case(
+        "sharded", objective=DGPO(10.0, levels=2), updates=2, steps=2, lora=True
+    ),
 }
 
 
