@@ -103,14 +103,12 @@ class FlowGRPO(FlowObjective):
         log_probs: Tensor,
         old: ObjectiveResult | None,
     ) -> Surrogate:
-        if batch.weights is not None:  # of a ratio of whole trajectories
-            ratio = batch.weights[:, term]
-            surrogate = clipped_surrogate(log_probs, ratio * batch.advantages, clip_range=policy.clip_range)
-            return surrogate
         old_log_probs, old_mean = log_probs.detach(), transition.mean.detach()
         if old is not None:
             old_log_probs, old_mean = old.log_probs, (old_mean if old.mean is None else old.mean)
         log_ratio = log_probs - old_log_probs
+        if batch.weights is not None:  # the mean of all steps, to which this one adds its part of the gradient
+            log_ratio = batch.weights[:, term] + log_probs - log_probs.detach()
         if self.ratio_normalization:
             log_ratio = guard_log_ratio(log_ratio, transition.mean, old_mean, transition.std)
         if self.trust_region is not None:
@@ -126,7 +124,7 @@ class FlowGRPO(FlowObjective):
 
     @torch.no_grad()
     def prepare(self, policy: FlowPolicy, batch: FlowBatch, every: Sequence[slice], old: Old) -> FlowBatch:
-        """Finds the ratios of whole trajectories, 0 where they are clipped; see `FlowObjective.prepare`."""
+        """Finds the mean log ratios of whole trajectories, see `FlowObjective.prepare`."""
         if self.ratio == "step" or not old:
             return batch
         log_ratio, steps = torch.zeros_like(batch.advantages), range(len(batch.trajectory.sde_steps))
@@ -137,14 +135,7 @@ class FlowGRPO(FlowObjective):
                 now = [policy.replay(part, step).log_prob(part.next_latents[:, step]) for step in steps]
                 changes = [after - before.log_probs for before, after in zip(drawn, now, strict=False)]
                 log_ratio[rows] = torch.stack(changes).mean(0) if drawn else 0.0
-        ratio = log_ratio.exp()
-        high = policy.clip_range if self.clip_high is None else self.clip_high
-        clipped = ((ratio > 1 + high) & (batch.advantages > 0)) | (
-            (ratio < 1 - policy.clip_range) & (batch.advantages < 0)
-        )
-        return replace(
-            batch, weights=torch.where(clipped, 0, ratio)[:, None].expand(-1, len(batch.trajectory.sde_steps))
-        )
+        return replace(batch, weights=log_ratio[:, None].expand(-1, len(steps)))
 
     @torch.no_grad()
     def before_update(self, policy: FlowPolicy, batch: FlowBatch, term: int) -> ObjectiveResult:
@@ -164,7 +155,7 @@ class FlowGRPO(FlowObjective):
 def _step(policy: FlowPolicy, trajectory: Trajectory, term: int) -> Transition:
     """Returns std of an SDE step and, as `mean`, what its mean changes by for a velocity of 1; both [1]."""
     number, sigmas = trajectory.sde_steps[term], trajectory.sigmas
-    one = torch.ones(1, device=sigmas.device)
+    one = torch.ones_like(sigmas[:1])
     sde, level = sde_by_name(policy.sampling.sde_type), policy.sampling.noise_level
     sigma, sigma_next = sigmas[number], sigmas[number + 1]
     return sde(0 * one, one, sigma, sigma_next, noise_level=level, sigma_max=sigmas[1])

@@ -70,7 +70,7 @@ class RefinerGRPO:
                 reference = policy.log_probs(completions)
         log_probs, mask = policy.log_probs(completions), completions.mask
         old_log_probs = log_probs.detach() if old is None else old.log_probs
-        log_ratio = log_probs - old_log_probs
+        log_ratio = token_log_ratio = log_probs - old_log_probs
         if self.ratio == "sequence":
             log_ratio = masked_sequence_mean(log_ratio, mask)[:, None].expand_as(log_probs)
         loss = clipped_surrogate(
@@ -81,7 +81,7 @@ class RefinerGRPO:
         outside = (ratio - 1 > high) | (1 - ratio > policy.clip_range)
         stats = {"clip_fraction": masked_sequence_mean(outside.float(), mask).mean()}
         if self.entropy_weight:
-            loss = loss + self.entropy_weight * log_ratio.exp() * log_probs.detach()
+            loss = loss + self.entropy_weight * token_log_ratio.exp() * log_probs.detach()
         if reference is not None:
             kl = k3_kl(log_probs, reference)
             loss = loss + policy.kl_weight_now * kl
