@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -28,6 +30,12 @@ LONGEST = (
     "tests/lightning_modules/preflight/",
     "tests/lightning_modules/sweep/",
     "tests/callbacks/test_kept_images.py",
+    "tests/callbacks/test_export.py",
+    "tests/lightning_modules/test_resume.py",
+    "tests/lightning_modules/cli/test_run_folders.py",
+    "tests/lightning_modules/cli/test_demo.py",
+    "tests/faults/",
+    "tests/rewards/serving/",
 )
 """Files that take the most time, the longest first."""
 
@@ -73,6 +81,24 @@ def _same_start(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPa
         name for name, module in sys.modules.items() if str(getattr(module, "__file__", "")).startswith(written)
     ]:
         del sys.modules[name]  # a module that this test wrote; another test may write one of the same name
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_waiting() -> None:
+    """Leaves out waits for the disk, of which a fit has 60, and has jsonargparse resolve a protocol's signature once.
+
+    That is a sixth of the time of every parse, in which the same protocols come many times.
+    """
+    from jsonargparse import _typehints
+
+    os.fsync = lambda file: None
+    resolve = functools.cache(_typehints.get_protocol_signature)
+
+    def resolved(*args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        parameters, returned = resolve(*args, **kwargs)
+        return [copy.copy(parameter) for parameter in parameters], returned  # callers write in them
+
+    _typehints.get_protocol_signature = resolved
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """A `python` whose imports are done: `python tests/preloaded.py SOCKET -m MODULE ARGUMENTS...` runs it 10 s sooner.
 
+What it runs has a `sys.executable` of the same kind, for children of its own.
+
 The server behind the socket is a fork of the process that runs the tests, and forks for each client. The client passes
 signals on and ends with the fork's status, so that to its parent it is the program; it imports little, on purpose.
 """
@@ -22,6 +24,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 def serve(path: Path) -> None:
     """Forks for each client that connects to the Unix socket at a path, until this process is killed."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks that serve a client
+    python, again = path.with_name("python"), f"exec {sys.executable} -S {__file__} {path}"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -m ] && {again} "$@"\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    sys.executable = str(python)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen(32)

@@ -392,19 +392,20 @@ def test_the_command(command: str, tmp_path: Path) -> None:
 
 
 def test_training_is_the_same_with_measurements_in_it(tmp_path: Path) -> None:
-    def fit(name: str, *callbacks: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, str]]]:
+    def fit(name: str, *more: str, callbacks: list[dict[str, Any]]) -> tuple[dict[str, Tensor], list[dict[str, str]]]:
         (tmp_path / name).mkdir()
         config = overlay(tmp_path / name / "overlay.yaml", *callbacks)
-        steps = ["--trainer.max_steps=2", "--trainer.val_check_interval=1", "--data.init_args.eval_prompts=2"]
+        steps = ["--trainer.max_steps=2", "--trainer.val_check_interval=1", "--data.init_args.eval_prompts=2", *more]
         main(quick("fit", tmp_path / name, f"--config={config}", *steps))
         (checkpoint,) = (tmp_path / name).rglob("last.ckpt")
         (metrics,) = (tmp_path / name).rglob("metrics.csv")
         return torch.load(checkpoint, weights_only=True), list(csv.DictReader(metrics.open()))
 
     benchmark = {"class_path": "callbacks.geneval.GenEvalBenchmark", "init_args": GENEVAL["init_args"]}
-    plain, _ = fit("plain", benchmark)
+    plain, _ = fit("plain", "--trainer.limit_val_batches=0", callbacks=[benchmark])
     every = {"images_per_prompt": 2, "num_prompts_in_fit": 2, "every_n_validations": 2}
-    measured, rows = fit("measured", benchmark, diversity("miniature.scenes.encoder.ShapesEncoder", **every))
+    watched = [benchmark, diversity("miniature.scenes.encoder.ShapesEncoder", **every)]
+    measured, rows = fit("measured", callbacks=watched)
     assert plain["state_dict"].keys() == measured["state_dict"].keys()
     assert all(torch.equal(value, measured["state_dict"][name]) for name, value in plain["state_dict"].items())
     # Validations before training and after each of two steps: the first and the third are measured.

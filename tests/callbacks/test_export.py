@@ -351,16 +351,19 @@ def test_the_cards_code_draws_the_same_in_every_family(
     """All of the card's code, run in the export's folder, on the family's tiny random model."""
     folder = family.save(tmp_path / "base")
     policy: Any = family.load(folder, Sampling(8, 0, eval_steps=4), lora=lora)
+    images = family.images(1)
+    untrained = policy.generate(PROMPTS[2:], [3], images=images).clamp(0, 1)
     perturb(policy, 0.1 if lora else 0.02)
     policy.save_pretrained(tmp_path / "flow")
     names = run_card(policy, tmp_path, monkeypatch)
     assert (names["pipe"].config._name_or_path == "./flow") == (lora is None)
-    arguments, images = names["arguments"], family.images(1)
+    arguments = names["arguments"]
     assert arguments["num_inference_steps"] == 4
     if images is not None:
         arguments["image"] = images[0]
         assert 'arguments["image"]' in drawing_code(policy, None)
     ours = policy.generate(PROMPTS[2:], [3], images=images).clamp(0, 1)
+    assert (ours - untrained).abs().max() > 0.01
     theirs = names["pipe"](
         prompt=PROMPTS[2], latents=policy.prepare_latents(generators_for([3])), output_type="pt", **arguments
     ).images

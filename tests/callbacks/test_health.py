@@ -31,9 +31,12 @@ from rewards.tagged import WeightedSum
 from tests.forked import two_processes
 from tests.short_runs import quick
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Experiment logs directory", "ignore:The dirpath has changed", "ignore:Using ModelCheckpoint with manual"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore:Experiment logs directory", "ignore:The dirpath has changed", "ignore:Using ModelCheckpoint with manual"
+    ),
+]
 
 NAME = "health/held_out/redness"
 
@@ -446,7 +449,6 @@ def two(rank: int, root: str) -> None:
     Path(root, f"{rank}.json").write_text(json.dumps(found))
 
 
-@pytest.mark.slow
 def test_two_processes_stop_together(tmp_path: Path) -> None:
     two_processes(two, str(tmp_path))
     one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
@@ -483,21 +485,20 @@ trainer:
 
 
 def miniature(root: Path, steps: int, *more: str) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    """Runs a fit with validations before and after training; returns its last checkpoint and its logged rows."""
+    """Runs a fit, with two validations if it has any; returns its last checkpoint and its logged rows."""
     often = ["--checkpoint.every_n_train_steps=2", "--trainer.val_check_interval=9", f"--trainer.max_steps={steps}"]
-    cli.main(quick("fit", root, *often, "--data.init_args.eval_prompts=3", *more))
+    cli.main(quick("fit", root, *often, "--data.init_args.eval_prompts=2", *more))
     (folder,) = (root / "quickstart").iterdir()
     with (folder / "metrics.csv").open() as file:
         logged = [{k: v for k, v in row.items() if v and not k.startswith("time/")} for row in csv.DictReader(file)]
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True), logged
 
 
-@pytest.mark.slow
 def test_the_miniature_is_watched_and_not_changed(tmp_path: Path) -> None:
     """A watched fit of two steps and a third after a resume is the unwatched fit of three."""
     (tmp_path / "watched.yaml").write_text(WATCHED)
     watched = f"--config={tmp_path}/watched.yaml"
-    alone, alone_rows = miniature(tmp_path / "alone", 3)
+    alone, alone_rows = miniature(tmp_path / "alone", 3, "--trainer.limit_val_batches=0")
     _, first_rows = miniature(tmp_path / "first", 2, watched)
     (checkpoint,) = (tmp_path / "first").rglob("last.ckpt")
     resumed, resumed_rows = miniature(tmp_path / "second", 3, watched, f"--ckpt_path={checkpoint}")
@@ -516,7 +517,7 @@ def test_the_miniature_is_watched_and_not_changed(tmp_path: Path) -> None:
     assert len(validations) == 3  # before training, and at the end of each fit
     for row in validations:
         sets = [key for key in row if key.startswith("val/") and key.endswith("/shapes_quality/with_pe")]
-        assert len(sets) == 3  # of 3 prompts each: the mean of all images is the mean of the sets' means
+        assert len(sets) == 3  # of 2 prompts each: the mean of all images is the mean of the sets' means
         assert float(row[name]) == pytest.approx(sum(float(row[key]) for key in sets) / 3, abs=1e-6)
 
     (state,) = (value for key, value in resumed["callbacks"].items() if key.startswith("Health"))

@@ -25,7 +25,7 @@ def tested(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "miniature").symlink_to(ROOT / "miniature")
     overlay = yaml.safe_load((ROOT / "configs/miniature/edit_evaluate.yaml").read_text())
     (diversity,) = (one for one in overlay["trainer"]["callbacks"] if one["class_path"].endswith("Diversity"))
-    diversity["init_args"]["num_prompts"] = 2  # of 48, with eight images in each of three arms
+    diversity["init_args"] |= {"num_prompts": 2, "images_per_prompt": 2}  # of 48, with eight images
     (folder / "evaluate.yaml").write_text(yaml.safe_dump(overlay))
     configs = [f"--config={ROOT}/configs/miniature/edit_promptrl.yaml", f"--config={folder}/evaluate.yaml"]
     with pytest.MonkeyPatch.context() as patch:

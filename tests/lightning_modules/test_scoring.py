@@ -349,6 +349,7 @@ def test_training_stops_with_a_checkpoint_when_scores_end_and_resumes_exactly(
     options = [
         *SHORT[2:],
         "--trainer.max_steps=4",
+        "--trainer.limit_val_batches=0",
         "--data.init_args.batch_size=2",
         "--checkpoint.every_n_train_steps=9",
     ]

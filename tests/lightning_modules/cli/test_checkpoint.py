@@ -12,7 +12,7 @@ from datamodules.base import PromptSample
 from lightning_modules.cli.checkpoint import Checkpoint
 from tests.datamodules.test_base import Numbers, Recorder
 
-pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The dirpath has changed")]
 
 STEPS = 12  # of 5 an epoch
 

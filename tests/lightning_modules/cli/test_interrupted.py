@@ -139,23 +139,28 @@ def compare(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     return wrong
 
 
-def resumed(root: Path, part: str, number: int) -> dict[str, Any]:
-    """Runs a fit that is struck, and then the same with `--ckpt_path last`."""
-    (first,) = command(root / "output", *fit(root, part, number))
-    status = first.wait()
-    assert status == (-KILL if number == KILL else 143), first.text
-    assert "Traceback" not in first.text, first.text
-    (second,) = command(root / "output", *fit(root, "nowhere"), "--ckpt_path=last")
-    assert second.wait() == 0, second.text
-    return left(root)
+CHAIN = [
+    ("validation", TERM),
+    ("validation", KILL),
+    ("scored", TERM),
+    ("rollout", KILL),
+    ("update", KILL),
+    ("checkpoint", KILL),
+    ("saved", KILL),
+    ("final", KILL),
+    ("report", KILL),
+]
+"""Signals to one run in the order of its parts; after each it goes on with `--ckpt_path last`."""
 
 
-@pytest.mark.parametrize(
-    ("part", "number"),
-    [(part, KILL) for part in ("update", "validation", "checkpoint", "saved", "final", "report")]
-    + [(part, TERM) for part in ("validation", "scored")],
-)
-def test_an_interrupted_run_ends_as_an_unbroken_one(
-    tmp_path: Path, part: str, number: int, unbroken: dict[str, Any]
-) -> None:
-    assert not compare(resumed(tmp_path, part, number), unbroken)
+def test_a_run_that_is_interrupted_everywhere_ends_as_an_unbroken_one(tmp_path: Path, unbroken: dict[str, Any]) -> None:
+    more: list[str] = []
+    for part, number in CHAIN:
+        (struck,) = command(tmp_path / "output", *fit(tmp_path, part, number), *more)
+        status = struck.wait()
+        assert status == (-KILL if number == KILL else 143), f"{part}: {struck.text}"
+        assert "Traceback" not in struck.text, f"{part}: {struck.text}"
+        more = ["--ckpt_path=last"]
+    (last,) = command(tmp_path / "output", *fit(tmp_path, "nowhere"), *more)
+    assert last.wait() == 0, last.text
+    assert not compare(left(tmp_path), unbroken)

@@ -25,6 +25,8 @@ from tests.lightning_modules.cli.test_command import (
 
 __all__ = ["flow_only_checkpoint", "in_the_repository"]  # fixtures
 
+pytestmark = pytest.mark.slow
+
 LOGGER = "--trainer.logger=lightning.pytorch.loggers"
 BY_EPOCH = ["--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=20", "--trainer.limit_val_batches=2"]
 REFUSED = {
@@ -142,7 +144,6 @@ def test_a_full_disk(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypa
     assert "No space left on device; set `trainer.default_root_dir` to another folder, or make room" in line
 
 
-@pytest.mark.slow
 def test_a_disk_that_fills_up_while_training(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,7 +161,6 @@ def test_a_disk_that_fills_up_while_training(
     )
 
 
-@pytest.mark.slow
 def test_a_checkpoint_at_the_end_has_nothing_to_train(
     flow_only_checkpoint: Path,  # noqa: F811
     capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

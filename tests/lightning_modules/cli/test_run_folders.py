@@ -75,17 +75,17 @@ CSV = ["--trainer.logger=lightning.pytorch.loggers.CSVLogger", "--trainer.logger
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("logger", [["--trainer.logger=false"], CSV], ids=["none", "one in the current folder"])
-def test_a_folder_does_not_depend_on_loggers(
-    logger: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_does_not_depend_on_loggers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fit and a validation without any, and with one for the current folder."""
     for folder in ("configs", "miniature"):
         (tmp_path / folder).symlink_to(Path(folder).resolve())
     monkeypatch.chdir(tmp_path)
-    for seed in (1, 2):
+    both = ["--trainer.logger=false"], CSV
+    for seed, logger in enumerate(both, start=1):
         main(quick("fit", Path("runs"), *STEP, *logger, f"--model.init_args.seed={seed}", config=FLOW_ONLY))
-    main(quick("validate", Path("runs"), *logger, "--ckpt_path=last", config=FLOW_ONLY))
-    assert versions(Path("runs")) == ["version_0", "version_1", "version_2"]
+    for logger in both:
+        main(quick("validate", Path("runs"), *logger, "--ckpt_path=last", config=FLOW_ONLY))
+    assert versions(Path("runs")) == ["version_0", "version_1", "version_2", "version_3"]
     assert [path.name for path in Path("runs").iterdir()] == ["miniature"]
     for number in (0, 1):
         found = RunFolder.read(Path("runs") / EXPERIMENT / f"version_{number}")
@@ -221,16 +221,21 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["last", "best"])
-def test_all_commands_find_them(
-    which: str, fitted: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("which", "names"), [("last", ["fit", "predict"]), ("best", ["validate", "test"])])
+def test_commands_find_them(
+    which: str,
+    names: list[str],
+    fitted: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     last_one = fitted / "version_1" / "checkpoints" / "last.ckpt"
     (best_one,) = (fitted / "version_0" / "checkpoints").glob("epoch*.ckpt")
     expected = {"last": last_one, "best": best_one}[which]
     root = fitted.parents[1]
     options = {"fit": "--trainer.max_steps=3", "predict": f"--predictions.directory={tmp_path}"}
-    for name in ("fit", "validate", "test", "predict"):
+    for name in names:
         before = set(versions(root))
         caplog.clear()
         main(quick(name, root, f"--ckpt_path={which}", *([options[name]] if name in options else []), config=FLOW_ONLY))

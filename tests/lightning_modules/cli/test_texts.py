@@ -15,7 +15,7 @@ from lightning_modules.cli.command import PromptRLCLI
 from lightning_modules.cli.texts import load_config
 from tests.short_runs import quick
 
-pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")]
 
 TEMPLATE = "Rewrite: ${5}, ${} and ${ 1\n\"{prompt}\" [a: b] # 'c' 😀\x85\x7f" + " in many words" * 30
 

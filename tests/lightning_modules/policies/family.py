@@ -41,7 +41,7 @@ class Family:
         sizes: two resolutions (height, width).
         options: arguments of the policy besides model, sampling and size.
         sources: True if it takes source images.
-        learning_rates: learning rates of full fine-tuning and LoRA for the toy reward.
+        learning_rate: learning rate of LoRA for the toy reward.
         parts: folder -> parts for `from_pretrained` that stock diffusers cannot load here by itself.
     """
 
@@ -52,7 +52,7 @@ class Family:
     sizes: tuple[tuple[int, int], tuple[int, int]] = ((32, 32), (48, 32))
     options: dict[str, Any] = field(default_factory=dict)
     sources: bool = False
-    learning_rates: tuple[float, float] = (1e-3, 1e-2)
+    learning_rate: float = 1e-2
     parts: Callable[[Path], dict[str, Any]] = lambda folder: {}
 
     def save(self, folder: Path) -> Path:

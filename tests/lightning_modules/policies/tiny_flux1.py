@@ -28,4 +28,4 @@ def draw(
     return draw_stock(pipe, policy, prompts, latents, steps, **own)
 
 
-FLUX1 = Family("flux1", Flux1Policy, build, draw, options={"max_sequence_length": 18}, learning_rates=(1e-3, 3e-2))
+FLUX1 = Family("flux1", Flux1Policy, build, draw, options={"max_sequence_length": 18}, learning_rate=3e-2)

@@ -34,5 +34,5 @@ FLUX1_KONTEXT = Family(
     draw,
     options={"max_sequence_length": 18, "auto_resize": False},
     sources=True,
-    learning_rates=(1e-3, 3e-2),
+    learning_rate=3e-2,
 )

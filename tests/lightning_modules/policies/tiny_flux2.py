@@ -83,7 +83,7 @@ def draw(
 
 
 OPTIONS = {"max_sequence_length": 48, "text_encoder_out_layers": (1, 3)}
-FLUX2_KLEIN = Family("flux2_klein", Flux2KleinPolicy, build, draw, options=OPTIONS, learning_rates=(1e-2, 3e-2))
+FLUX2_KLEIN = Family("flux2_klein", Flux2KleinPolicy, build, draw, options=OPTIONS, learning_rate=3e-2)
 FLUX2_KLEIN_EDIT = Family(
     "flux2_klein_edit",
     Flux2KleinPolicy,
@@ -92,5 +92,5 @@ FLUX2_KLEIN_EDIT = Family(
     sizes=((64, 64), (96, 64)),  # the pipeline takes no source below 64 pixels
     options=OPTIONS,
     sources=True,
-    learning_rates=(1e-2, 3e-2),
+    learning_rate=3e-2,
 )

@@ -98,4 +98,4 @@ def draw(
     return draw_stock(pipe, policy, prompts, latents, steps, negative_prompt=negative, **own)
 
 
-QWEN_IMAGE = Family("qwen_image", QwenImagePolicy, build, draw, learning_rates=(1e-2, 2e-2))
+QWEN_IMAGE = Family("qwen_image", QwenImagePolicy, build, draw, learning_rate=2e-2)

@@ -45,6 +45,6 @@ QWEN_IMAGE_EDIT = Family(
     draw,
     options={"condition_area": 32 * 32, "source_area": 32 * 32, "positions": "sequential"},
     sources=True,
-    learning_rates=(1e-2, 2e-2),
+    learning_rate=2e-2,
     parts=lambda folder: image_processor(str(folder)),
 )

@@ -82,4 +82,4 @@ def draw(
     return draw_stock(pipe, policy, prompts, latents, steps, **guided_arguments(policy))
 
 
-SD3 = Family("sd3", SD3Policy, build, draw, options={"max_sequence_length": 16}, learning_rates=(3e-3, 3e-2))
+SD3 = Family("sd3", SD3Policy, build, draw, options={"max_sequence_length": 16}, learning_rate=3e-2)

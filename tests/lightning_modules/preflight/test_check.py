@@ -152,12 +152,11 @@ def test_vision_language_counts_are_the_loaded_models(kind: str, cls: Any, lora:
 def test_every_family_is_counted_and_runs_on_shapes(family: Family, tmp_path: Path) -> None:
     folder = family.save(tmp_path / "flow")
     settings = {"height": 32, "width": 32, "dtype": "float32", "learning_rate": 1e-3, **family.options}
-    for lora in (None, LORA):
-        policy = family.policy(str(folder), Sampling(4, 2), lora=lora, **settings)
-        module = PromptRL(policy, GenEvalReward(ShapesDetector()), num_retained=8)
-        found = agent_estimate(module, "flow", Setting(source=(64, 64) if family.sources else None))
-        assert {"drawing", "decoding", "updating flow"} <= set(found.transient)
-        assert None not in found.transient.values()
+    policy = family.policy(str(folder), Sampling(4, 2), lora=LORA, **settings)
+    module = PromptRL(policy, GenEvalReward(ShapesDetector()), num_retained=8)
+    found = agent_estimate(module, "flow", Setting(source=(64, 64) if family.sources else None))
+    assert {"drawing", "decoding", "updating flow"} <= set(found.transient)
+    assert None not in found.transient.values()
     loaded = family.load(folder, Sampling(4, 2), lora=LORA)
     counts = {name: count for name, (*count, _) in held(loaded).items()}
     counts["transformer"] = counts.pop("network")
@@ -535,20 +534,25 @@ def totals(setting: Setting | None = None, **settings: Any) -> Estimate:
     return estimate(agents(settings, {"learning_rate": None}), setting or Setting(4))
 
 
+def held_by_flow(setting: Setting | None = None, **settings: Any) -> int:
+    return agent_estimate(agents(settings), "flow", setting or Setting(4), persistent_only=True).persistent_total
+
+
 def test_estimates_are_ordered() -> None:
-    full = totals()
-    nf4, int8, lora = (totals(lora=LORA, quantization=kind).persistent_total for kind in ("nf4", "int8", None))
-    assert nf4 < int8 < lora < full.persistent_total
-    assert totals(dtype="bfloat16").persistent_total < full.persistent_total < totals(kl_weight=0.1).persistent_total
-    assert totals(offload=True).persistent_total < full.persistent_total
-    on_cpu = totals(Setting(4, cuda=False)).persistent_total
-    assert totals(Setting(4, cuda=False), offload=True).persistent_total == on_cpu, "CPU to CPU"
-    assert totals(gradient_checkpointing=True).total < full.total
-    assert totals(gradient_checkpointing=True).persistent_total == full.persistent_total
-    peaks = [totals(micro_batch_size=size).transient["updating flow"] or 0 for size in (1, 4, 16, None)]
-    assert peaks == sorted(peaks) and peaks[0] < peaks[1] < peaks[2] < peaks[3]
+    full, held_by_full = totals(), held_by_flow()
+    nf4, int8, lora = (held_by_flow(lora=LORA, quantization=kind) for kind in ("nf4", "int8", None))
+    assert nf4 < int8 < lora < held_by_full
+    assert held_by_flow(dtype="bfloat16") < held_by_full < held_by_flow(kl_weight=0.1)
+    assert held_by_flow(offload=True) < held_by_full
+    on_cpu = held_by_flow(Setting(4, cuda=False))
+    assert held_by_flow(Setting(4, cuda=False), offload=True) == on_cpu, "CPU to CPU"
+    checkpointing = totals(gradient_checkpointing=True)
+    assert checkpointing.total < full.total and checkpointing.persistent_total == full.persistent_total
+    peaks = [totals(micro_batch_size=size).transient["updating flow"] or 0 for size in (1, 4, 16)]
+    assert 0 < peaks[0] < peaks[1] < peaks[2] < (full.transient["updating flow"] or 0)
     assert totals(Setting(4, autocast=torch.bfloat16)).total < full.total
-    assert totals(Setting(8)).total > full.total and totals(Setting(8)).persistent_total == full.persistent_total
+    more = totals(Setting(8))
+    assert more.total > full.total and more.persistent_total == full.persistent_total
     larger = totals(height=64, width=64)
     assert larger.per_step["trajectories"] > 3.9 * full.per_step["trajectories"] and larger.total > full.total
     replicas = totals(Setting(4, num_devices=2))  # nothing but a piece of the gradients, to average it
@@ -588,9 +592,9 @@ def test_suggestions_save_what_they_say() -> None:
         "`flow.offload: true`": {"offload": True},
         "`flow.kl_weight: 0`": {"kl_weight": 0.0},
     }
+    held_by_found = held_by_flow(setting, kl_weight=0.1)
     for name, settings in changes.items():
-        changed = estimate(agents({"kl_weight": 0.1} | settings, {"kl_weight": 0.1, "lora": LORA}), setting)
-        assert saved[name] == found.persistent_total - changed.persistent_total
+        assert saved[name] == held_by_found - held_by_flow(setting, **{"kl_weight": 0.1} | settings)
     assert "`language.lora`" not in saved, "it has them"
     assert "`flow.kl_weight: 0`" in saved and "`language.kl_weight: 0`" not in saved, "adapters need no copy"
     trained = sum(part.trained for part in found.networks)

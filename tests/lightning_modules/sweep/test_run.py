@@ -282,7 +282,7 @@ def test_a_sweep_that_is_interrupted_goes_on(tmp_path: Path) -> None:
     """Ctrl-C after the first checkpoint; the same command resumes from it, and tests the result."""
     overlay = tmp_path / "evaluate.yaml"
     overlay.write_text("data: {init_args: {eval_prompts: 6}}\n")
-    steps = 8
+    steps = 5
     overrides = SMALL | {
         "trainer.max_steps": steps,
         "trainer.val_check_interval": steps,
