@@ -23,12 +23,12 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Outco
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("callbacks.reporting.page.line_chart", lambda *_, **__: "data:,")
         patch.chdir(Path(__file__).parents[2])
-        return folder, list(kills.attack(folder, 3, lambda: None))
+        return folder, list(kills.attack(folder, 6, lambda: None))
 
 
 def test_nothing_is_lost(attacked: tuple[Path, list[Outcome]]) -> None:
     outcomes = attacked[1]
-    assert [outcome.times for outcome in outcomes] == [1] * 3
+    assert [outcome.times for outcome in outcomes] == [1] * 6
     assert not any(outcome.lost for outcome in outcomes), table(outcomes)
 
 

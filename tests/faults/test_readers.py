@@ -14,7 +14,7 @@ from benchmarks.system.faults.outcome import table
 
 pytestmark = pytest.mark.slow
 
-CASES = 500
+CASES = 2000
 NAMES = (
     "prompts, .jsonl",
     "prompts, .txt",
