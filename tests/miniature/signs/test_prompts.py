@@ -85,7 +85,7 @@ def test_three_kinds_by_tags() -> None:
 @pytest.mark.parametrize("what", ["images", "captions", "rewrites"])
 def test_streams_mix_scenes_and_signs(what: Any) -> None:
     """A quarter of 16 are scenes; the order depends on the seed alone."""
-    batches = [next(iter(WordsPretraining(what, 16, 0.25, seed=seed).stream)) for seed in (1, 1, 2)]
+    batches = [next(iter(WordsPretraining(what, 16, 0.25, seed=seed).train_dataloader())) for seed in (1, 1, 2)]
     assert all(len(value) == 16 for value in batches[0].values())
     if "images" in batches[0]:
         assert batches[0]["images"].equal(batches[1]["images"])
