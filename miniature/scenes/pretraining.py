@@ -86,10 +86,10 @@ class ShapesPretraining(StreamData):
         super().__init__(batch, what, seed, num_workers)
         self.eval_prompts = eval_prompts if what == "captions" else 0
 
-    def val_dataloader(self) -> DataLoader[PromptSample]:
-        """Makes the loader of canonical prompts of the validation split, in lists of at most 96."""
+    def val_dataloader(self) -> list[DataLoader[PromptSample]]:
+        """Makes the loader of canonical prompts of the validation split, in lists of at most 96, if there are any."""
         prompts: Any = shapes_prompts("val", "val", ("canonical",), self.eval_prompts, 0)
-        return DataLoader(prompts, batch_size=96, collate_fn=list)
+        return [DataLoader(prompts, batch_size=96, collate_fn=list)] if prompts else []
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leaves prompts where they are; Lightning would look for tensors in them."""

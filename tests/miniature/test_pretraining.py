@@ -12,9 +12,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
-from miniature.architectures import build_vae
+from miniature.architectures import build_flow, build_vae
 from miniature.pretrain import FlowPretraining
 from miniature.scenes.pretraining import ShapesPretraining
+from miniature.scenes.wording import vocabulary
 from miniature.scenes.world import COLORS, SHAPES, Item, Scene
 
 pytestmark = pytest.mark.filterwarnings(
@@ -81,6 +82,14 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights(
     with pytest.raises(ValueError, match=r"the gradient of step 2 is not finite: lower model.learning_rate \(0.0014\)"):
         fit(tmp_path, 4, seed=1)
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["step=1.ckpt", "step=2.ckpt"]
+
+
+def test_every_word_is_one_token_and_the_same_in_every_build() -> None:
+    one, other = (build_flow(vocabulary(), untrained_vae()) for _ in range(2))
+    for name in ("tokenizer", "tokenizer_2"):
+        assert getattr(one, name).get_vocab() == getattr(other, name).get_vocab()
+        for word in vocabulary():
+            assert len(getattr(one, name)(word, add_special_tokens=False).input_ids) == 1, word
 
 
 def test_streams_are_the_same_for_any_number_of_workers() -> None:
