@@ -90,14 +90,15 @@ def preferences(caption: str, purpose: str, size: int) -> np.ndarray:
 def heeded(caption: str, rate: float) -> bool:
     """Returns True if the world draws this wording as it says; `rate` is the share of wordings that it does not.
 
-    It is a threshold on a product of two sums over the words: no word is lucky beside all others, so a refiner has to
-    learn which wording suits which content.
+    It is a threshold on the sum of a product for every two of the words: no word is lucky beside all others, so a
+    refiner has to learn which wording suits which content.
     """
-    if rate in (0, 1):
-        return rate == 0
-    words = " ".join(word for word in caption.split() if word not in UNIMPORTANT)
-    score = preferences(words, "heeded", RANK) @ preferences(words, "beside", RANK) / (words.count(" ") + 1)
-    return bool(score > RANK**0.5 * NormalDist().inv_cdf(rate))
+    words = [word for word in caption.split() if word not in UNIMPORTANT]
+    if rate in (0, 1) or len(words) < 2:
+        return rate < 1
+    one, other = (np.stack([_word_preferences(word, name, RANK) for word in words]) for name in ("heeded", "beside"))
+    score = one.sum(0) @ other.sum(0) - (one * other).sum()
+    return bool(score > (len(words) * (len(words) - 1) * RANK) ** 0.5 * NormalDist().inv_cdf(rate))
 
 
 def _unheeded(content: Content, nouns: list[str]) -> Content:

@@ -148,16 +148,19 @@ def contents(tag: str, split: Literal["train", "val", "test"], few: bool = False
         elif content.relation is not None:
             key = (OPPOSITES[content.relation], content.asks[::-1])
         ways.setdefault(key, []).append(content)
-    scenes = [tuple(same) for same in ways.values()]
-    if tag != "single_object":
-        random.Random(f"split-{tag}").shuffle(scenes)
-        first, second = round(0.4 * len(scenes)), round(0.6 * len(scenes))
-        scenes = {"train": scenes[:first], "val": scenes[first:second], "test": scenes[second:]}[split]
-    return tuple(
-        same
-        for same in scenes
-        if not few or all(ask.shape in FEW_SHAPES and ask.color in (None, *FEW_COLORS) for ask in same[0].asks)
-    )
+    chosen: list[tuple[Content, ...]] = []
+    for known in (True, False)[: 1 if few else 2]:
+        scenes = [tuple(same) for same in ways.values() if _is_few(same[0]) is known]
+        if tag != "single_object":
+            random.Random(f"split-{tag}").shuffle(scenes)
+            first, second = round(0.4 * len(scenes)), round(0.6 * len(scenes))
+            scenes = {"train": scenes[:first], "val": scenes[first:second], "test": scenes[second:]}[split]
+        chosen += scenes
+    return tuple(chosen)
+
+
+def _is_few(content: Content) -> bool:
+    return all(ask.shape in FEW_SHAPES and ask.color in (None, *FEW_COLORS) for ask in content.asks)
 
 
 def elaborate(content: Content, rng: random.Random) -> Content:
