@@ -1,4 +1,4 @@
-"""Lightning modules that train the miniature's base models: autoencoders, flow models and refiners.
+"""Lightning modules that train the miniature's autoencoders and flow models; `pretrain_language.py` has the refiners'.
 
 `configs/miniature/pretrain_{vae,flow,language}.yaml`, run in this order, rebuild what `miniature/` ships.
 """
@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DiffusionPipeline, FluxKontextPipeline, FluxPipeline
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from datamodules.base import PromptSample
 from datamodules.local_path import local_path
@@ -27,11 +26,8 @@ from lightning_modules.seeding import generators_for, seed_of, seed_step
 from miniature.architectures import (
     TEXT_LENGTH,
     build_flow,
-    build_language,
     build_vae,
-    build_vision_language,
     carry_over,
-    carry_over_words,
 )
 from miniature.edits.wording import edit_vocabulary
 from miniature.scenes.detector import ShapesDetector
@@ -41,7 +37,7 @@ from miniature.signs.world import first_column, read_caption, words_vocabulary
 from rewards.geneval.rules import judge
 
 
-class _Pretraining(L.LightningModule):
+class Pretraining(L.LightningModule):
     """Base class: AdamW with a short warm-up and cosine decay; saves to `output` when training ends.
 
     Noise is a function of `seed_everything` and the step, so a run that goes on from a checkpoint ends as an unbroken
@@ -89,7 +85,7 @@ class _Pretraining(L.LightningModule):
         }
 
 
-class VAEPretraining(_Pretraining):
+class VAEPretraining(Pretraining):
     """Trains the autoencoder on images (L1 + L2, a little KL) and sets its latents' scale and shift.
 
     Args:
@@ -138,7 +134,7 @@ class VAEPretraining(_Pretraining):
         self.vae.save_pretrained(self.output)
 
 
-class FlowPretraining(_Pretraining):
+class FlowPretraining(Pretraining):
     """Trains transformer and text encoders of a FLUX.1 pipeline by flow matching on captioned scenes.
 
     Args:
@@ -305,13 +301,12 @@ class FlowPretraining(_Pretraining):
         return ids.to(self.device)
 
     def on_train_end(self) -> None:
-        """Saves the pipeline (averaged weights, if the averaging callback is on)."""
-        self.pipe.save_pretrained(self.output)
+        """Saves the pipeline (averaged weights, if the averaging callback is on), the transformer in half precision.
 
-    def save_small(self, vae: str | Path) -> None:
-        """Saves the pipeline: the transformer in half precision, the autoencoder unchanged from the folder `vae`."""
-        # Averaging rounds weights that stand still, too.
-        self.pipe.vae = AutoencoderKL.from_pretrained(vae)
+        The autoencoder is that of `output`, or of `init` if `output` has none; averaging has rounded this one.
+        """
+        own = self.output / "vae"
+        self.pipe.vae = AutoencoderKL.from_pretrained(own if own.is_dir() else Path(str(self.init)) / "vae")
         self.pipe.transformer.half()
         self.pipe.save_pretrained(self.output)
         for path in self.output.rglob("*.json"):  # diffusers notes where each part was loaded from
@@ -348,11 +343,6 @@ class EditFlowPretraining(FlowPretraining):
         pipe: Any = build_flow(edit_vocabulary(), old.vae)
         carry_over(old, pipe)
         return FluxKontextPipeline(**pipe.components)
-
-    def on_train_end(self) -> None:
-        """Saves the pipeline, with the autoencoder that it started from."""
-        assert self.init is not None
-        self.save_small(Path(self.init) / "vae")
 
 
 class WordsFlowPretraining(FlowPretraining):
@@ -412,106 +402,3 @@ class WordsFlowPretraining(FlowPretraining):
         pipe: Any = build_flow(words_vocabulary(), vae)
         carry_over(old, pipe)
         return pipe
-
-    def on_train_end(self) -> None:
-        """Saves the pipeline, with the autoencoder that `output` had."""
-        self.save_small(self.output / "vae")
-
-
-class LanguagePretraining(_Pretraining):
-    """Supervised fine-tuning of a small Qwen3 on prompt-rewrite pairs, through its own chat template.
-
-    Args:
-        output: folder to write.
-        learning_rate: peak learning rate.
-        signs: true adds the words of signs to the vocabulary of scenes.
-        init: folder of a refiner to start from, the embeddings of the words that it has included; null is random
-            weights.
-    """
-
-    def __init__(
-        self,
-        output: str = "miniature/language",
-        learning_rate: float = 3e-3,
-        signs: bool = False,
-        init: str | None = None,
-    ) -> None:
-        super().__init__(output, learning_rate)
-        self.signs = signs
-        self.init = init
-        self.model: Any
-
-    def configure_model(self) -> None:
-        """Builds the model and its tokenizer."""
-        if hasattr(self, "model"):
-            return
-        self.model, self.tokenizer = build_language(words_vocabulary() if self.signs else vocabulary())
-        if self.init is not None:
-            old, words = AutoModelForCausalLM.from_pretrained(self.init), AutoTokenizer.from_pretrained(self.init)
-            carry_over_words(old, words.get_vocab(), self.model, self.tokenizer.get_vocab())
-        self.model.train()
-
-    def training_step(self, batch: dict[str, list[str]], batch_idx: int) -> Tensor:
-        """Returns the cross-entropy of the completion's tokens, given the prompt."""
-        encoded = self._encode([self._head(prompt) for prompt in batch["prompts"]], batch["completions"])
-        loss: Tensor = self.model(**encoded).loss
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
-
-    def _head(self, content: Any) -> str:
-        """Renders the chat up to where the completion begins."""
-        chat = [{"role": "user", "content": content}]
-        return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-
-    def _encode(self, heads: list[str], completions: list[str]) -> dict[str, Tensor]:
-        texts = [f"{head}{completion} <end>" for head, completion in zip(heads, completions, strict=True)]
-        encoded = self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(self.device)
-        ids, attention = encoded["input_ids"], encoded["attention_mask"]
-        lengths = torch.tensor([len(head) for head in self.tokenizer(heads)["input_ids"]], device=self.device)
-        columns = torch.arange(ids.shape[1], device=self.device)
-        labels = ids.masked_fill((columns < lengths[:, None]) | (attention == 0), -100)
-        return {"input_ids": ids, "attention_mask": attention, "labels": labels}
-
-    def on_train_end(self) -> None:
-        """Saves model and tokenizer."""
-        self.model.save_pretrained(self.output)
-        self.tokenizer.save_pretrained(self.output)
-
-
-class VisionLanguagePretraining(LanguagePretraining):
-    """Supervised fine-tuning of a small Qwen2.5-VL, vision tower included, on images, instructions and rewrites."""
-
-    def __init__(self, output: str = "miniature/edit_language", learning_rate: float = 3e-3) -> None:
-        super().__init__(output, learning_rate)
-        self.processor: Any = None
-
-    def configure_model(self) -> None:
-        """Builds the model, its tokenizer and its image processor."""
-        if hasattr(self, "model"):
-            return
-        self.model, self.tokenizer, self.processor = build_vision_language(edit_vocabulary())
-        self.model.train()
-
-    def training_step(self, batch: dict[str, list[Any]], batch_idx: int) -> Tensor:
-        """Returns the cross-entropy of the completion's tokens, given the image and the prompt.
-
-        Args:
-            batch: B `prompts`, `completions` and `images` (of one size, or None where the refiner is to see none).
-            batch_idx: unused.
-        """
-        pixels = self.processor([image for image in batch["images"] if image is not None], return_tensors="pt")
-        tokens = int(pixels["image_grid_thw"][0].prod()) // self.processor.merge_size**2
-        heads = [
-            self._head([{"type": "image"}] * (image is not None) + [{"type": "text", "text": prompt}])
-            for image, prompt in zip(batch["images"], batch["prompts"], strict=True)
-        ]
-        encoded = self._encode([head.replace("<image>", "<image>" * tokens) for head in heads], batch["completions"])
-        kinds = (encoded["input_ids"] == self.model.config.image_token_id).int()
-        loss: Tensor = self.model(**encoded, mm_token_type_ids=kinds, **pixels.to(self.device)).loss
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
-
-    def on_train_end(self) -> None:
-        """Saves model, tokenizer and image processor."""
-        super().on_train_end()
-        self.processor.save_pretrained(self.output)

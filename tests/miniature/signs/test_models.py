@@ -17,7 +17,8 @@ from lightning_modules.policies.flow import Sampling, to_pil
 from lightning_modules.policies.flux1 import Flux1Policy
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.seeding import seed_of
-from miniature.pretrain import LanguagePretraining, WordsFlowPretraining
+from miniature.pretrain import WordsFlowPretraining
+from miniature.pretrain_language import LanguagePretraining
 from miniature.signs.prompts import word_prompts
 from miniature.signs.reader import PixelFontReader
 from miniature.signs.world import first_column, read_caption, words_vocabulary
