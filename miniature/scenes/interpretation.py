@@ -108,20 +108,19 @@ def _unheeded(content: Content, nouns: list[str]) -> Content:
     return Content(content.tag, tuple(Ask(ask.shape, count=number) for ask in asks))
 
 
-def _cells(content: Content, scores: np.ndarray) -> list[list[int]]:
-    """Returns cells for every ask: the best by `scores` [asks, 16] that quadrants and the relation allow."""
+def _cells(content: Content, scores: np.ndarray, lines: np.ndarray) -> list[list[int]]:
+    """Returns cells for every ask: the best by `scores` [asks, 16] that quadrants and the relation allow.
+
+    Objects in a relation are in one row or column, the best by `lines` [4], each in its half of it.
+    """
     if content.relation is not None:
-        # Both in the best row, the first object in its better cell of the left half; for others, turned and mirrored.
-        grid = scores.reshape(2, GRID, GRID)
-        upright = content.relation in ("above", "below")
-        grid = grid.swapaxes(1, 2) if upright else grid
-        line, order = int(np.argmax(grid.sum((0, 2)))), (0, 1) if content.relation in ("left of", "above") else (1, 0)
-        places = [
-            half * GRID // 2 + int(np.argmax(grid[ask, line].reshape(2, -1)[half])) for ask, half in enumerate(order)
-        ]
-        return [[place * GRID + line if upright else line * GRID + place] for place in places]
+        line, chosen = int(np.argmax(lines)), []
+        for far, row in zip((0, 1) if content.relation in ("left of", "above") else (1, 0), scores, strict=True):
+            place = far * GRID // 2 + int(row[1] > row[0])
+            chosen.append([place * GRID + line if content.relation in ("above", "below") else line * GRID + place])
+        return chosen
     taken: set[int] = set()
-    chosen: list[list[int]] = []
+    chosen = []
     for ask, row in zip(content.asks, scores, strict=True):
         allowed = [
             cell for cell in range(GRID * GRID) if ask.quadrant in (None, quadrant_of(cell)) and cell not in taken
@@ -135,8 +134,8 @@ def _cells(content: Content, scores: np.ndarray) -> list[list[int]]:
 def imagine(content: Content, caption: str, rng: random.Random, habits: Habits = Habits()) -> Scene:
     """Returns the scene that the world shows for a caption of this content.
 
-    The shape's word and the caption's first two words decide the layout; every word for a shape has a favourite colour,
-    for objects whose colour is free.
+    Every word for a shape has favourite places and, for objects whose colour is free, a favourite colour. The caption's
+    first two words decide the ground, and the row or column of a relation.
 
     Args:
         content: content of the caption, as returned by `elaborate` for detailed captions.
@@ -157,9 +156,9 @@ def imagine(content: Content, caption: str, rng: random.Random, habits: Habits =
         return preferences(words, purpose, size)
 
     asks = list(zip(content.asks, nouns, strict=False))  # one of two may be forgotten
-    layout = np.stack([decide(f"{start} {noun}", f"layout {i}", GRID * GRID) for i, (_, noun) in enumerate(asks)])
+    places = np.stack([decide(noun, f"layout {i}", GRID * GRID) for i, (_, noun) in enumerate(asks)])
     items = []
-    for (ask, noun), cells in zip(asks, _cells(content, layout), strict=True):
+    for (ask, noun), cells in zip(asks, _cells(content, places, decide(start, "line", GRID)), strict=True):
         color = ask.color or tuple(COLORS)[int(np.argmax(decide(noun, "color", len(COLORS))))]
         items += [Item(ask.shape, color, cell) for cell in cells]
     return Scene(tuple(items), ground=int(np.argmax(decide(start, "ground", len(GROUNDS)))))
