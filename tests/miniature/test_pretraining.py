@@ -137,3 +137,23 @@ def test_text_embeddings_are_asked_for_colours_and_cells() -> None:
             module.asked_head.weight[len(COLORS) + item.cell, feature] = 100
         assert module.text_loss(embeds, batch).item() == pytest.approx(0, abs=1e-6)
     assert len(SHAPES) == len(COLORS) == 8
+
+
+def test_habits_leave_t5_alone_and_ask_clip_which_wordings_are_heeded() -> None:
+    """A head that knows nothing costs log 2; one that says "heeded" costs nothing for these and 9 for others."""
+    batch = next(iter(captions(batch_size=8, faithful_batches=0, seed=1).train_dataloader()))
+    assert 0 < batch["heeded"].mean() < 1
+    losses = {}
+    for weight, bias in ((0.0, 0.0), (2.0, 0.0), (1.0, 9.0)):
+        module = FlowPretraining(init="miniature/flow", habits=True, text_weight=weight)
+        module.configure_model()
+        assert not any(p.requires_grad for p in module.pipe.text_encoder_2.parameters())
+        assert all(p.requires_grad for p in module.pipe.text_encoder.parameters())
+        with torch.no_grad():
+            module.heeded_head.weight.zero_()
+            module.heeded_head.bias.fill_(bias)
+            torch.manual_seed(0)
+            losses[weight] = module.training_step(batch, 0).item()
+    assert losses[2.0] - losses[0.0] == pytest.approx(2 * math.log(2), abs=1e-5)
+    unheeded = 1 - batch["heeded"].mean().item()
+    assert losses[1.0] - losses[0.0] == pytest.approx(9 * unheeded, abs=1e-3)
