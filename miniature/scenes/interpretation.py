@@ -67,6 +67,11 @@ RANK = 3
 """Numbers that a word brings to either sum of `heeded`: more are harder to learn, for everyone."""
 
 
+SALT = " 4416"
+"""Part of the key of `heeded`, chosen among 7,000 by the data alone: the share of a split's scenes that are heeded is
+close in all wordings, those that a small model learns less well somewhat above."""
+
+
 @cache
 def fixed_gaussian(*key: str) -> float:
     """Returns a standard normal number that is a fixed function of the key."""
@@ -96,7 +101,9 @@ def heeded(caption: str, rate: float) -> bool:
     words = [word for word in caption.split() if word not in UNIMPORTANT]
     if rate in (0, 1) or len(words) < 2:
         return rate < 1
-    one, other = (np.stack([_word_preferences(word, name, RANK) for word in words]) for name in ("heeded", "beside"))
+    one, other = (
+        np.stack([_word_preferences(word, name + SALT, RANK) for word in words]) for name in ("heeded", "beside")
+    )
     score = one.sum(0) @ other.sum(0) - (one * other).sum()
     return bool(score > (len(words) * (len(words) - 1) * RANK) ** 0.5 * NormalDist().inv_cdf(rate))
 
