@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -20,11 +19,14 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from callbacks.results_file import dump_results, without_nan
 from callbacks.scores.bootstrap import enough, interval, resample
 from callbacks.scores.prompt_scores import PromptScores, PromptTable, weighted_mean
 from datamodules.atomic_write import write_atomically
 from datamodules.base import PromptDataModule, PromptSample, bare, contents
+from datamodules.jsonl import read_json
 from lightning_modules.evaluation import MODES, EvaluationBatch
+from rewards.calls import guarded
 
 Results = dict[str, dict[str, dict[str, float]]]
 """evaluation set -> "without_pe" | "with_pe" -> score name -> value."""
@@ -164,7 +166,8 @@ class Benchmark(L.Callback, ABC):
         for mode, drawn in outputs.images.items():
             if (outputs.name, mode) in self._metrics:
                 for images in drawn:
-                    values = self.score(outputs.samples, images)
+                    with guarded(self.title):
+                        values = self.score(outputs.samples, images)
                     self._metrics[outputs.name, mode].update([sample.id for sample in outputs.samples], values)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -189,7 +192,8 @@ class Benchmark(L.Callback, ABC):
         seconds = self._seconds_before + time.monotonic() - self._started
         entry = {"step": trainer.global_step, "rollouts": rollouts, "seconds": round(seconds, 1), "results": results}
         self._first = self._first if self.history else self.tables
-        self.history.append(entry | {"sets": self._sets})
+        # Without a validation of this step that was cut off when it was scored here, and is made again.
+        self.history = [one for one in self.history if one["step"] != entry["step"]] + [entry | {"sets": self._sets}]
         folder = trainer.log_dir  # asked on every rank: Lightning broadcasts it
         if trainer.is_global_zero and folder is not None:
             self._write(Path(folder) / "results.json")
@@ -291,7 +295,7 @@ class Benchmark(L.Callback, ABC):
 
     def _write(self, path: Path) -> None:
         """Writes `results.json`: the last scores by set and mode, those before training, intervals, and the history."""
-        merged = json.loads(path.read_text()) if path.is_file() else {}
+        merged = read_json(path) if path.is_file() else {}
         last = self.history[-1]
         merged |= last["results"] | {"rollouts": last["rollouts"], "seconds": last["seconds"]}
         merged["headlines"] = merged.get("headlines", {}) | dict.fromkeys(last["results"], self.headline)
@@ -300,25 +304,20 @@ class Benchmark(L.Callback, ABC):
         merged["changes"] = merged.get("changes", {}) | self._changes()
         merged["sets"] = merged.get("sets", {}) | last["sets"]
         merged.setdefault("history", {})[self.title] = self.history
-        _dump(merged, path)
+        dump_results(merged, path)
 
     def _write_scores(self, path: Path) -> None:
         """Adds a line for each prompt: the means of its images' values."""
-        with path.open("a", encoding="utf-8") as file:
-            for (name, mode), table in self.tables.items():
-                means = {column: table.sums[column] / table.counts[column] for column in self.columns}
-                for row, (prompt, tag) in enumerate(zip(table.ids, table.tags, strict=True)):
-                    line: dict[str, Any] = {
-                        "benchmark": self.title,
-                        "set": name,
-                        "mode": mode,
-                        "id": prompt,
-                        "tag": tag,
-                    }
-                    line |= {} if table.prompts is None else {"prompt": table.prompts[row]}
-                    line |= {column: float(mean[row]) for column, mean in means.items()}
-                    line["images"] = int(table.images[row])
-                    file.write(json.dumps(_without_nan(line), ensure_ascii=False) + "\n")
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        for (name, mode), table in self.tables.items():
+            means = {column: table.sums[column] / table.counts[column] for column in self.columns}
+            for row, (prompt, tag) in enumerate(zip(table.ids, table.tags, strict=True)):
+                line: dict[str, Any] = {"benchmark": self.title, "set": name, "mode": mode, "id": prompt, "tag": tag}
+                line |= {} if table.prompts is None else {"prompt": table.prompts[row]}
+                line |= {column: float(mean[row]) for column, mean in means.items()}
+                line["images"] = int(table.images[row])
+                text += json.dumps(without_nan(line), ensure_ascii=False) + "\n"
+        write_atomically(path, text)
 
 
 def _described(samples: Sequence[PromptSample], prompts: Sequence[str]) -> dict[str, Any]:
@@ -334,24 +333,3 @@ def _described(samples: Sequence[PromptSample], prompts: Sequence[str]) -> dict[
 def texts_digest(texts: Iterable[str]) -> str:
     """Returns a digest of the different texts, in whatever order and however often each stands there."""
     return hashlib.sha256("\n".join(sorted({text.strip() for text in texts})).encode()).hexdigest()[:16]
-
-
-def add_results(trainer: L.Trainer, more: dict[str, Any]) -> None:
-    """Merges further top-level keys into `results.json`; to be called on every rank."""
-    folder = trainer.log_dir  # asked on every rank: Lightning broadcasts it
-    if trainer.is_global_zero and folder is not None:
-        path = Path(folder) / "results.json"
-        _dump((json.loads(path.read_text()) if path.is_file() else {}) | more, path)
-
-
-def _dump(results: dict[str, Any], path: Path) -> None:
-    write_atomically(path, json.dumps(_without_nan(results), indent=2) + "\n")
-
-
-def _without_nan(value: Any) -> Any:
-    """Replaces NaN, which JSON does not have, by None, in nested dicts and lists."""
-    if isinstance(value, dict):
-        return {key: _without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from callbacks.benchmark import add_results
+from callbacks.results_file import add_results
 from callbacks.scores.bootstrap import interval, resample
 from callbacks.scores.prompt_scores import PromptScores, PromptTable, weighted_mean
 from datamodules.base import Chosen, PromptDataModule, PromptSample, bare, contents
@@ -153,8 +153,7 @@ class Diversity(L.Callback):
             return
         num = self.num_prompts
         if trainer.state.fn == TrainerFn.FITTING:
-            self._validations += 1
-            if self.every_n_validations is None or (self._validations - 1) % self.every_n_validations:
+            if self.every_n_validations is None or self._validations % self.every_n_validations:
                 return
             num = self.num_prompts_in_fit
         assert isinstance(pl_module, EvaluatedAgents)
@@ -164,9 +163,11 @@ class Diversity(L.Callback):
     on_test_epoch_end = on_validation_epoch_end
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prints the tables, except in the middle of a fit."""
+        """Prints the tables, except in the middle of a fit, where it counts validations that are made to their end."""
         if trainer.state.fn != TrainerFn.FITTING:
             self.on_fit_end(trainer, pl_module)
+        elif not trainer.sanity_checking:
+            self._validations += 1
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prints the latest tables."""

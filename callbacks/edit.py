@@ -11,7 +11,8 @@ from torch import Tensor
 from callbacks.reward import RewardBenchmark
 from callbacks.scores.prompt_scores import PromptTable, weighted_mean
 from datamodules.base import PromptSample
-from rewards.base import Reward, RewardBatch, Score, score_each
+from rewards.base import Reward, RewardBatch, Score
+from rewards.calls import score_each
 
 INTERSECTION = "Intersection_exist"
 """GEdit-Bench's column for the edits that it also reports apart."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
@@ -10,6 +11,8 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_modules.agents import Agents
+from lightning_modules.policies.sharding import copy_part
 from rewards.arguments import check_minimum
 
 
@@ -56,6 +59,8 @@ class EMA(EMAWeightAveraging):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Swaps the weights back if validation broke off, before checkpoint callbacks, which come last, save them."""
         if self._swapped:
+            if isinstance(pl_module, Agents):
+                pl_module.release()  # nothing is gathered again: other processes may have failed
             self._swap_models(pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -69,7 +74,7 @@ class EMA(EMAWeightAveraging):
         names = [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad]
         checkpoint["current_model_state"] = {name: checkpoint["state_dict"][name] for name in names}
         average = dict(zip(names, self._average_model.module.parameters(), strict=True))
-        checkpoint["state_dict"] = {name: parameter.detach().cpu() for name, parameter in average.items()}
+        checkpoint["state_dict"] = {name: parameter.detach() for name, parameter in average.items()}
         checkpoint["averaging_state"] = {"n_averaged": self._average_model.n_averaged}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -79,12 +84,13 @@ class EMA(EMAWeightAveraging):
         named = {name: parameter for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
         with torch.no_grad():
             for (name, current), average in zip(named.items(), self._average_model.module.parameters(), strict=True):
-                average.copy_(checkpoint["state_dict"][name])
-                current.copy_(checkpoint["current_model_state"][name])
+                copy_part(average, checkpoint["state_dict"][name])
+                copy_part(current, checkpoint["current_model_state"][name])
         self._average_model.n_averaged.copy_(checkpoint["averaging_state"]["n_averaged"])
 
     def _swap_models(self, pl_module: L.LightningModule) -> None:
-        super()._swap_models(_trained(pl_module))  # type: ignore[arg-type]
+        with pl_module.in_shards() if isinstance(pl_module, Agents) else nullcontext():
+            super()._swap_models(_trained(pl_module))  # type: ignore[arg-type]
         self._swapped = not self._swapped
 
     def _copy_average_to_current(self, pl_module: L.LightningModule) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from callbacks.reporting.model_card import model_card
 from callbacks.run_config import resolved_config
 from datamodules.atomic_write import replaced_folder
+from datamodules.jsonl import read_json
 from datamodules.local_path import local_path
 from lightning_modules.agents import check_finite
 from lightning_modules.evaluation import EvaluatedAgents, EvaluationBatch
@@ -133,13 +134,20 @@ class Export(L.Callback):
     def _export(self, trainer: L.Trainer, pl_module: L.LightningModule, *, push: bool = False) -> None:
         assert isinstance(pl_module, EvaluatedAgents)
         check_finite({name: weight for name, weight in pl_module.named_parameters() if weight.requires_grad})
-        # A trial run has no folder of its own.
-        if not trainer.is_global_zero or (self.directory is None and trainer.fast_dev_run):  # type: ignore[attr-defined]
-            return
+        if self.directory is None and trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return  # a trial run has no folder of its own
+        with ExitStack() as stack:
+            for agent in (pl_module.flow, pl_module.language):
+                if agent is not None:
+                    stack.enter_context(agent.saved_whole())
+            if trainer.is_global_zero:
+                self._write(trainer, pl_module, push=push)
+
+    def _write(self, trainer: L.Trainer, pl_module: EvaluatedAgents, *, push: bool) -> None:
         folder = self._logs / "export" if self.directory is None else self.directory
         _refuse_foreign(folder)
         path = self._logs / "results.json"
-        results = json.loads(path.read_text()) if path.is_file() else None
+        results = read_json(path) if path.is_file() else None
         config = resolved_config(trainer)
         with replaced_folder(folder) as new:
             for name, agent in (("flow", pl_module.flow), ("language", pl_module.language)):

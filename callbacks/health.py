@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from callbacks.benchmark import texts_digest
 from callbacks.stop_rules import Limit, Streaks
@@ -21,7 +20,8 @@ from lightning_modules.evaluation import EvaluationBatch
 from lightning_modules.image_statistics import rollout_statistics
 from lightning_modules.rollout import Rollout
 from rewards.arguments import check_minimum
-from rewards.base import Reward, RewardBatch, score_each
+from rewards.base import Reward, RewardBatch
+from rewards.calls import guarded, score_each
 
 
 class Health(L.Callback):
@@ -97,7 +97,8 @@ class Health(L.Callback):
             return
         if self.mode == "with_pe" and getattr(pl_module, "language", None) is None:
             raise ValueError("Health has mode=with_pe, but there is no refiner: use without_pe.")
-        self.held_out.load()
+        with guarded(self.held_out.name):
+            self.held_out.load()
         trained = {reward.version for reward in _all_parts(getattr(pl_module, "reward", None))}
         if self.held_out.version in trained:
             raise ValueError(
@@ -154,11 +155,10 @@ class Health(L.Callback):
         if self.held_out is None or not drawn.samples or (self.sets is not None and drawn.name not in self.sets):
             return
         mode = self.mode or ("with_pe" if getattr(pl_module, "language", None) is not None else "without_pe")
-        with isolate_rng():  # a scorer that draws numbers must not change the run
-            for images in drawn.images.get(mode, []):
-                scores = score_each(self.held_out, RewardBatch(drawn.samples, images))
-                valid = [score.table for score in scores if score.valid]
-                self._sums += torch.tensor([math.fsum(valid), len(valid), len(scores)], dtype=torch.float64)
+        for images in drawn.images.get(mode, []):
+            scores = score_each(self.held_out, RewardBatch(drawn.samples, images))
+            valid = [score.table for score in scores if score.valid]
+            self._sums += torch.tensor([math.fsum(valid), len(valid), len(scores)], dtype=torch.float64)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs the held-out reward."""

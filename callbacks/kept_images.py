@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from callbacks.run_config import checkpoint_note, folder_stamps, require_settings, resolved_config, write_settings
+from datamodules.atomic_write import remove_strays
 from datamodules.base import PromptDataModule, PromptSample, bare
 from datamodules.local_path import local_path
 from lightning_modules.evaluation import EvaluatedAgents
@@ -70,6 +71,7 @@ class KeepImages(L.Callback):
                 ) from None
             require_settings(directory / "images.yaml", settings, "--images.directory")
             write_settings(directory / "images.yaml", settings)
+            remove_strays(directory, deep=True)
             store.merge()
         trainer.strategy.barrier("images merged")
         there = len(store.read())

@@ -11,7 +11,8 @@ from torch import Tensor
 from callbacks.benchmark import Benchmark
 from callbacks.scores.prompt_scores import PromptTable, weighted_mean
 from datamodules.base import PromptSample
-from rewards.base import RewardBatch, score_each
+from rewards.base import RewardBatch
+from rewards.calls import score_each
 from rewards.mario import split_words, word_scores
 from rewards.ocr import OCRReward, TextReader
 

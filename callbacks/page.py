@@ -14,7 +14,9 @@ from PIL.Image import Image
 from callbacks.benchmark import Benchmark
 from callbacks.predictions import SavePredictions
 from callbacks.reporting.gallery import Gallery, Group, Rating, Sample, Slot
+from callbacks.run_config import given
 from datamodules.base import PromptDataModule, PromptSample, bare, spread
+from datamodules.jsonl import read_json
 from lightning_modules.evaluation import EvaluationBatch
 from lightning_modules.rollout import Rollout
 
@@ -40,9 +42,9 @@ class Page(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes over the images of the run that is resumed."""
-        gallery = self._opened(trainer)
-        if gallery is not None and trainer.ckpt_path is not None:
-            earlier = Path(trainer.ckpt_path).resolve().parents[1]
+        gallery, path = self._opened(trainer), given(trainer, "ckpt_path") or trainer.ckpt_path
+        if gallery is not None and path is not None:
+            earlier = Path(path).resolve().parents[1]
             if earlier != gallery.folder.resolve():
                 self._safely(lambda: gallery.begin_with(earlier, trainer.global_step), trainer)
 
@@ -87,7 +89,8 @@ class Page(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draws the page from the run's files."""
         folder = trainer.log_dir  # asked on every rank: Lightning broadcasts it
-        if folder is None or not trainer.is_global_zero or not (Path(folder) / "results.json").is_file():
+        path = None if folder is None else Path(folder) / "results.json"
+        if not trainer.is_global_zero or path is None or not path.is_file() or read_json(path).keys() == {"run"}:
             return
         for logger in trainer.loggers:
             logger.save()  # the curves' last rows
@@ -95,7 +98,7 @@ class Page(L.Callback):
         def draw() -> Path:
             from callbacks.reporting.page import run_page  # pandas and matplotlib: a second
 
-            return run_page(Path(folder))
+            return run_page(path.parent)
 
         self._drawn_page(draw, trainer)
 
@@ -147,7 +150,7 @@ class Page(L.Callback):
         self._drawn = []
         rollout: Rollout | None = getattr(module, "latest", None)
         if rollout is not None and not trainer.testing:
-            retained = module.num_retained * module.images_per_prompt
+            retained = sum(slot < module.num_retained for slot in module.own_slots) * module.images_per_prompt
             gallery.group = _group(gallery, rollout, retained, step, rollouts)
         if gallery.samples or gallery.group is not None:
             gallery.write()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import lightning as L
 
 from callbacks.reporting.results import tables_of
 from callbacks.reporting.tables import cells, markdown, report
-from callbacks.run_config import resolved_config
+from callbacks.run_config import given
 from callbacks.trackers import log_table
 from datamodules.atomic_write import write_atomically
+from datamodules.jsonl import read_json
 
 
 class Report(L.Callback):
@@ -26,8 +26,8 @@ class Report(L.Callback):
         path = None if folder is None else Path(folder) / "results.json"
         if not trainer.is_global_zero or path is None or not path.is_file():
             return
-        label = str(resolved_config(trainer).get("experiment") or "this run")
-        tables = tables_of(json.loads(path.read_text()), label)
+        label = str(given(trainer, "experiment") or "this run")
+        tables = tables_of(read_json(path), label)
         if not tables:
             return
         text, tex = report(tables)

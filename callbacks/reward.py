@@ -10,7 +10,8 @@ from torch import Tensor
 from callbacks.benchmark import Benchmark
 from callbacks.scores.prompt_scores import PromptTable, weighted_mean
 from datamodules.base import PromptSample
-from rewards.base import Reward, RewardBatch, score_each
+from rewards.base import Reward, RewardBatch
+from rewards.calls import score_each
 
 
 class RewardBenchmark(Benchmark):

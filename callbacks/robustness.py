@@ -12,9 +12,10 @@ import lightning as L
 import torch
 from rich.console import Console
 
-from callbacks.benchmark import Benchmark, add_results
+from callbacks.benchmark import Benchmark
 from callbacks.reporting.results import modes_of, wordings_table
 from callbacks.reporting.tables import rich_table
+from callbacks.results_file import add_results
 from callbacks.scores.bootstrap import enough, interval, resample
 from datamodules.base import Chosen, PromptDataModule, PromptSample, Reworded, Stage, bare, spread
 from datamodules.paraphrases.base import ContentCheck, Paraphraser

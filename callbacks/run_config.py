@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 
 from datamodules.atomic_write import write_atomically
+from datamodules.jsonl import read_text
+from datamodules.masked import masked
+from datamodules.parsing import parse_yaml
 
 _SECRET = re.compile(r"(^|_)(token|key|secret|password|authorization)$", re.IGNORECASE)
 
@@ -21,24 +24,30 @@ _SECRET = re.compile(r"(^|_)(token|key|secret|password|authorization)$", re.IGNO
 def resolved_config(trainer: L.Trainer) -> dict[str, Any]:
     """Returns the command's configuration with all defaults, as in `config.yaml`; empty without a command.
 
-    Tokens and passwords are left out, as the files that it is written into may be published.
+    Tokens and passwords are left out, in addresses too, as the files that it is written into may be published.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, SaveConfigCallback):
-            config: dict[str, Any] = yaml.safe_load(callback.parser.dump(callback.config, skip_none=False))
+            config: dict[str, Any] = yaml.safe_load(masked(callback.parser.dump(callback.config, skip_none=False)))
             return _without_secrets(config)
     return {}
+
+
+def given(trainer: L.Trainer, option: str) -> Any:
+    """Returns the value of an option of the command; None without a command."""
+    callbacks: Sequence[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((one.config.get(option) for one in callbacks if isinstance(one, SaveConfigCallback)), None)
 
 
 def checkpoint_note(trainer: L.Trainer) -> dict[str, str | None]:
     """Returns path and time of the checkpoint that a command evaluates, on which its images depend.
 
     Raises:
-        ValueError: if the path names no file ("last", "best").
+        ValueError: if there is nothing at the path ("last", "best").
     """
-    path = trainer.ckpt_path or resolved_config(trainer).get("ckpt_path")
-    if path and not os.path.isfile(path):
-        raise ValueError(f"`ckpt_path` is {path}; name the checkpoint's file, which the images depend on.")
+    path = trainer.ckpt_path or given(trainer, "ckpt_path")
+    if path and not os.path.exists(path):
+        raise ValueError(f"`ckpt_path` is {path}; name the checkpoint, which the images depend on.")
     modified = datetime.fromtimestamp(os.stat(path).st_mtime, UTC).isoformat() if path else None
     return {"ckpt_path": os.path.abspath(path) if path else None, "ckpt_modified": modified}
 
@@ -81,7 +90,7 @@ def require_settings(note: Path, settings: dict[str, Any], option: str) -> None:
 
 def changed_setting(note: Path, settings: dict[str, Any]) -> str | None:
     """Returns "name old, which is new" of a setting that is not as `write_settings` noted it; None if all are."""
-    before = dict(_leaves(yaml.safe_load(note.read_text(encoding="utf-8"))))
+    before = dict(_leaves(parse_yaml(read_text(note, "the images' settings"), str(note))))
     now = dict(_leaves(yaml.safe_load(yaml.safe_dump(settings, sort_keys=False))))
     for name in {**now, **before}:
         old, new = before.get(name, "nothing"), now.get(name, "nothing")

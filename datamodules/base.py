@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import lightning as L
@@ -75,6 +76,8 @@ class PromptDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         # A process without any evaluation prompt is fine, but Lightning stops there without this setting.
         self.allow_zero_length_dataloader_with_multiple_devices = True
+        self.processes_per_group = 1
+        """Neighbouring processes that get the same training prompts; the model sets it."""
         self.eval_names: list[str] = []
         """Names of the evaluation sets, in the order of the loaders (index = Lightning's `dataloader_idx`)."""
         self.eval_sets: dict[str, Sequence[PromptSample]] = {}
@@ -91,6 +94,11 @@ class PromptDataModule(L.LightningDataModule):
     @abstractmethod
     def train_samples(self) -> list[PromptSample]:
         """Returns the training prompts."""
+
+    @cached_property
+    def training_set(self) -> list[PromptSample]:
+        """The training prompts, which are drawn or read once for all who ask."""
+        return self.train_samples()
 
     @abstractmethod
     def eval_samples(self) -> dict[str, list[PromptSample]]:
@@ -110,8 +118,8 @@ class PromptDataModule(L.LightningDataModule):
         Raises:
             ValueError: if there are too few prompts for one step.
         """
-        samples = self.train_samples()
-        rank, world = self._rank_and_world()
+        samples = self.training_set
+        rank, world = (number // self.processes_per_group for number in self._rank_and_world())
         if len(samples) < self.batch_size * world:
             raise ValueError(
                 f"{len(samples)} training prompts do not fill one step of {world} process(es) x data.batch_size "

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from datamodules.parsing import quoted
+
 Tag = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
 Relation = Literal["left of", "right of", "above", "below"]
 
@@ -36,11 +38,11 @@ def validate_metadata(metadata: Mapping[str, Any]) -> None:
     """
     tag = metadata.get("tag")
     if tag not in TAGS:
-        raise ValueError(f"`tag` is {tag!r}, use one of {', '.join(TAGS)}.")
+        raise ValueError(f"`tag` is {quoted(tag)}, use one of {', '.join(TAGS)}.")
     for key in ("include", "exclude"):
         items = metadata.get(key, [])
         if not isinstance(items, list | tuple) or (key == "include" and not items):
-            raise ValueError(f'`{key}` must be a list such as [{{"class": "dog", "count": 1}}], got {items!r}.')
+            raise ValueError(f'`{key}` must be a list such as [{{"class": "dog", "count": 1}}], got {quoted(items)}.')
         for index, item in enumerate(items):
             _validate_item(item, index, f"`{key}[{index}]`")
 
@@ -48,19 +50,21 @@ def validate_metadata(metadata: Mapping[str, Any]) -> None:
 def _validate_item(item: object, index: int, where: str) -> None:
     """Checks one entry of `include` or `exclude`; `index` bounds the entries that a position may point at."""
     if not isinstance(item, dict) or not isinstance(item.get("class"), str) or not item["class"]:
-        raise ValueError(f"{where} needs a `class` that names an object, got {item!r}.")
+        raise ValueError(f"{where} needs a `class` that names an object, got {quoted(item)}.")
     count = item.get("count")
     if type(count) is not int or count < 1:  # not isinstance: True is an int
-        raise ValueError(f"{where} has count {count!r}, use a whole number of at least 1.")
+        raise ValueError(f"{where} has count {quoted(count)}, use a whole number of at least 1.")
     if not isinstance(item.get("color", ""), str):
-        raise ValueError(f"{where} has color {item['color']!r}, use a colour's name or leave the key out.")
+        raise ValueError(f"{where} has color {quoted(item['color'])}, use a colour's name or leave the key out.")
     if "position" not in item:
         return
     position = item["position"]
     if not isinstance(position, list | tuple) or len(position) != 2:
-        raise ValueError(f'{where} has position {position!r}, use [relation, index] such as ["above", 0].')
+        raise ValueError(f'{where} has position {quoted(position)}, use [relation, index] such as ["above", 0].')
     relation, target = position
     if relation not in RELATIONS:
-        raise ValueError(f"{where} has the relation {relation!r}, use one of {', '.join(RELATIONS)}.")
+        raise ValueError(f"{where} has the relation {quoted(relation)}, use one of {', '.join(RELATIONS)}.")
     if type(target) is not int or not 0 <= target < index:
-        raise ValueError(f"{where} has a position that points at entry {target!r}, use the index of an earlier entry.")
+        raise ValueError(
+            f"{where} has a position that points at entry {quoted(target)}, use the index of an earlier entry."
+        )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from datamodules.local_path import local_path
+from datamodules.parsing import parse_json, quoted
 
 Record = dict[str, Any]
 """The object of one line."""
@@ -33,13 +35,11 @@ def json_lines(path: str | Path, *, broken: Broken = "stop") -> Iterator[tuple[s
     for number, text in _lines(path, None if broken != "stop" else "JSON object"):
         where = f"{path}:{number}"
         try:
-            record: Any = json.loads(text)
-        except json.JSONDecodeError as error:
+            record = parse_json(text, where, a_line=True)
+        except ValueError:
             if broken == "skip" or (broken == "skip_last" and not text.endswith("\n")):
                 continue
-            raise ValueError(
-                f"{where}: not valid JSON ({error.msg} at column {error.colno}): correct or delete the line."
-            ) from None
+            raise
         if isinstance(record, dict):
             if broken == "stop" and "\\u" in text and _HALF.search(json.dumps(record, ensure_ascii=False)):
                 raise ValueError(f"{where}: half a character (\\ud800 to \\udfff, alone): correct or delete it.")
@@ -74,10 +74,10 @@ def read_records(path: str | Path, suffixes: Sequence[str] = (".jsonl",)) -> lis
         record = _without_null(given)
         prompt = record.get("prompt")
         if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"{where}: `prompt` is {prompt!r}: give the text of the prompt.")
+            raise ValueError(f"{where}: `prompt` is {quoted(prompt)}: give the text of the prompt.")
         name = record["id"] = id_of(record.get("id"), len(records), where)
         if name in places:
-            raise ValueError(f"{where}: the id {name!r} was used in {places[name]}: make ids unique.")
+            raise ValueError(f"{where}: the id {quoted(name)} was used in {places[name]}: make ids unique.")
         places[name] = where
         records.append((where, record))
     return records
@@ -106,7 +106,7 @@ def id_of(value: Any, position: int, where: str) -> str:
         value = int(value)
     if isinstance(value, str | int) and not isinstance(value, bool):
         return str(value)
-    raise ValueError(f"{where}: the id is {value!r}: give text or a whole number, or leave it out.")
+    raise ValueError(f"{where}: the id is {quoted(value)}: give text or a whole number, or leave it out.")
 
 
 def read_text(path: str | Path, setting: str) -> str:
@@ -122,6 +122,18 @@ def read_text(path: str | Path, setting: str) -> str:
     if not local_path(path, setting).is_file():
         raise ValueError(f"{setting} is {str(path)!r}, which is not a file: give the path of a UTF-8 text file.")
     return "".join(line for _, line in _decoded(path))
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Reads a JSON file that holds one object.
+
+    Raises:
+        ValueError: with file and line, if it is not there, or holds something else.
+    """
+    value = parse_json(read_text(path, "a JSON file"), str(path))
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: a JSON {type(value).__name__} in place of an object: write {{...}}.")
+    return value
 
 
 def _bare_prompts(path: str | Path) -> Iterator[tuple[str, Record]]:
@@ -140,8 +152,8 @@ def _holds_object(text: str) -> bool:
     if not text.startswith(("{", "[")):
         return False
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
+        value = parse_json(text, "", a_line=True)
+    except ValueError:
         return text in ("{", "[", "[{")
     return isinstance(value, dict) or any(isinstance(entry, dict) for entry in value)
 
@@ -165,8 +177,11 @@ def _lines(path: str | Path, unit: str | None) -> Iterator[tuple[int, str]]:
 def _decoded(path: str | Path, *, strict: bool = True) -> Iterator[tuple[int, str]]:
     """Yields number, from 1, and text of each line; `strict` raises ValueError where bytes are no UTF-8 text."""
     # -sig: a byte order mark is not part of the first record
+    number = 0
     with open(path, encoding="utf-8-sig", errors="surrogateescape" if strict else "replace") as file:
         for number, line in enumerate(file, start=1):
             if strict and _NO_TEXT.search(line):
                 raise ValueError(f"{path}:{number}: the file is not UTF-8 text: save it as UTF-8.")
             yield number, line
+        if strict and not number and 0 < os.fstat(file.fileno()).st_size < 3:  # the beginning of a mark, which it drops
+            raise ValueError(f"{path}:1: the file is not UTF-8 text: save it as UTF-8.")

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from datamodules.base import PromptSample
 from datamodules.jsonl import Record, read_records
+from datamodules.parsing import quoted
 from datamodules.prompt_files import PromptFiles
 
 Quotes = Literal["auto", "double", "single"]
@@ -75,7 +76,7 @@ def read_prompts(path: str | Path, quotes: Quotes = "auto") -> list[PromptSample
 def _given_text(text: Any, where: str) -> list[str]:
     texts = [text] if isinstance(text, str) else text
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
-        raise ValueError(f"{where}: `text` is {text!r}: give the wanted text, a string or a list of strings.")
+        raise ValueError(f"{where}: `text` is {quoted(text)}: give the wanted text, a string or a list of strings.")
     return texts
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader, Sampler
 
 from datamodules.sample import PromptSample
+
+STEP_SIZE = ("number of processes", "batch_size")
+"""Entries of a loader's state whose product is the number of prompts of a step."""
 
 
 class EpochSampler(Sampler[int]):
@@ -101,13 +106,17 @@ class ResumableLoader(DataLoader[PromptSample]):
         Raises:
             ValueError: if a setting changed, because the position then means other prompts.
         """
-        for name, value in self._settings().items():
+        own = self._settings()
+        for name in ("number of training prompts", "data seed"):
+            value = own[name]
             if state[name] != value:
                 raise ValueError(
                     f"Cannot resume the training data: {name} was {state[name]} when the checkpoint was written and "
                     f"is {value} now; resume with {name} {state[name]}, or start a new run from exported weights."
                 )
-        self._resume_from = (state["epoch"], state["batches"])
+        if any(state[name] != own[name] for name in STEP_SIZE):
+            rank_zero_info(f"Prompts a step from now on: {prompts_per_step(own)}, before {prompts_per_step(state)}.")
+        self._resume_from = (state["epoch"], resumed_batches(state, prompts_per_step(own)))
         self._epoch_sampler().set_epoch(state["epoch"])
 
     def _settings(self) -> dict[str, int]:
@@ -129,7 +138,17 @@ class ResumableLoader(DataLoader[PromptSample]):
         return self.sampler
 
 
-def place_in_epoch(fit_loop: dict[str, Any]) -> None:
+def prompts_per_step(position: Mapping[str, int]) -> int:
+    """Returns the number of prompts that all processes take together in a step, by a loader's state."""
+    return math.prod(position[name] for name in STEP_SIZE)
+
+
+def resumed_batches(position: Mapping[str, int], size: int) -> int:
+    """Returns how many steps of `size` prompts an epoch's first steps were that a loader's state counts, cut short."""
+    return position["batches"] * prompts_per_step(position) // size
+
+
+def place_in_epoch(fit_loop: dict[str, Any], size: int | None = None) -> None:
     """Sets a saved fit loop's counters to the position of its `ResumableLoader`, from which a resumed run goes on.
 
     Lightning counts an epoch as whole in which `max_steps`, or a rule that stops training, ends a run, and a validation
@@ -138,15 +157,17 @@ def place_in_epoch(fit_loop: dict[str, Any]) -> None:
 
     Args:
         fit_loop: `checkpoint["loops"]["fit_loop"]`; changed in place.
+        size: prompts that the processes take together in a step from now on; None is as before.
     """
     position = next(iter(fit_loop["state_dict"].get("combined_loader", [])), None)
     batch = fit_loop["epoch_loop.batch_progress"]
     finished = batch["total"]["processed"]
     if not isinstance(position, dict) or "batches" not in position or not finished:
         return
-    epoch, batches = position["epoch"], position["batches"]
+    epoch, batches = position["epoch"], resumed_batches(position, size or prompts_per_step(position))
     if batch["is_last_batch"] and batch["current"]["processed"] == batch["current"]["ready"]:
         epoch, batches = epoch + 1, 0
+        position.update(epoch=epoch, batches=batches)  # so that it holds where this run is saved before its first step
     begun = epoch + (batches > 0)
     for epochs in (fit_loop["epoch_progress"]["total"], fit_loop["epoch_progress"]["current"]):
         epochs.update(ready=begun, started=begun, processed=epoch, completed=epoch)

@@ -8,6 +8,7 @@ from datamodules.base import PromptSample
 from datamodules.geneval_names import validate_metadata
 from datamodules.jsonl import read_records
 from datamodules.ocr import target_text
+from datamodules.parsing import quoted
 from datamodules.prompt_files import PromptFiles
 
 
@@ -26,9 +27,9 @@ class TaggedPrompts(PromptFiles):
         for where, record in read_records(path):
             tag, metadata = record.get("tag"), record.get("metadata", {})
             if not isinstance(tag, str) or not tag:
-                raise ValueError(f"{where}: `tag` is {tag!r}: name the reward that judges this prompt.")
+                raise ValueError(f"{where}: `tag` is {quoted(tag)}: name the reward that judges this prompt.")
             if not isinstance(metadata, dict):
-                raise ValueError(f"{where}: `metadata` is {metadata!r}: give an object, or leave it out.")
+                raise ValueError(f"{where}: `metadata` is {quoted(metadata)}: give an object, or leave it out.")
             if "include" in metadata:
                 try:
                     validate_metadata(metadata)

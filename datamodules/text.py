@@ -6,6 +6,7 @@ from pathlib import Path
 
 from datamodules.base import PromptSample
 from datamodules.jsonl import read_records
+from datamodules.parsing import quoted
 from datamodules.prompt_files import PromptFiles
 
 
@@ -25,6 +26,6 @@ class TextPrompts(PromptFiles):
             metadata = {key: value for key, value in record.items() if key not in ("id", "prompt")}
             tag = record.get("tag", "text")
             if not isinstance(tag, str) or not tag:
-                raise ValueError(f"{where}: `tag` is {tag!r}: give text, or leave the key out.")
+                raise ValueError(f"{where}: `tag` is {quoted(tag)}: give text, or leave the key out.")
             samples.append(PromptSample(record["id"], record["prompt"], tag, metadata))
         return samples

@@ -18,13 +18,14 @@ class TypedPrompts(PromptDataModule):
     Args:
         prompts: texts as they were typed; equal ones are drawn each with noise of its own.
         images: paths of the source images that editing models start from: none, one for all prompts, or one each.
+        first: number of the first prompt, which keys its noise; the others count on from it.
         **kwargs: as for `PromptDataModule`.
 
     Raises:
         ValueError: if the numbers do not match, or an image cannot be read.
     """
 
-    def __init__(self, prompts: Sequence[str], images: Sequence[str] = (), **kwargs: Any) -> None:
+    def __init__(self, prompts: Sequence[str], images: Sequence[str] = (), first: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if len(images) not in (0, 1, len(prompts)):
             raise ValueError(
@@ -38,7 +39,7 @@ class TypedPrompts(PromptDataModule):
             sources *= len(prompts)
         self._samples = [
             PromptSample(f"{number:05d}", prompt, "text", {}, source)
-            for number, (prompt, source) in enumerate(zip(prompts, sources, strict=True))
+            for number, (prompt, source) in enumerate(zip(prompts, sources, strict=True), start=first)
         ]
 
     def train_samples(self) -> list[PromptSample]:

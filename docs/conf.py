@@ -44,6 +44,7 @@ include_patterns = [
     "docs/api/*.rst",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "SECURITY.md",
     "configs/README.md",
     "miniature/*.md",
     "notebooks/README.md",

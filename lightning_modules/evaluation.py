@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -76,6 +77,7 @@ class EvaluatedAgents(Agents):
         """Called with the share of an evaluation's batch that is drawn, after every micro-batch; set by a callback."""
         self._drawn = self._to_draw = 0
         self._validated_step = -1
+        self._validation_due = False
 
     def validation_step(  # type: ignore[override]
         self, batch: Sequence[PromptSample], batch_idx: int, dataloader_idx: int = 0
@@ -187,10 +189,12 @@ class EvaluatedAgents(Agents):
 
     def on_validation_end(self) -> None:
         """Records that the agents of this step have been evaluated."""
+        super().on_validation_end()
         self._validated_step = self.global_step
 
     def on_validation_start(self) -> None:
-        """Warns of long prompts in `lightning validate`; in a fit `on_train_start` has done so."""
+        """Gathers sharded weights; warns of long prompts in `lightning validate`, as `on_train_start` does in a fit."""
+        super().on_validation_start()
         if self.trainer.state.fn == TrainerFn.VALIDATING:
             warn_of_long_prompts(self.flow, self._data.eval_sets)
 
@@ -202,10 +206,15 @@ class EvaluatedAgents(Agents):
         """Warns of long prompts."""
         warn_of_long_prompts(self.flow, self._data.predict_samples())
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Notes if the validation of the checkpoint's step was cut off."""
+        super().on_load_checkpoint(checkpoint)
+        self._validation_due = checkpoint.get("validation_due", False)
+
     def on_train_start(self) -> None:
-        """Warns of long prompts, and evaluates the agents before training, unless the run is resumed."""
-        warn_of_long_prompts(self.flow, {"training": self._data.train_samples()} | self._data.eval_samples())
-        if self.global_step == 0:
+        """Warns of long prompts, and evaluates the agents before training, in a resumed run only if that is due."""
+        warn_of_long_prompts(self.flow, {"training": self._data.training_set} | self._data.eval_samples())
+        if self.global_step == 0 or self._validation_due:
             validate_now(self.trainer)
 
     def on_train_end(self) -> None:
@@ -247,6 +256,7 @@ def validate_now(trainer: L.Trainer) -> None:
     if not trainer.enable_validation or not loop.max_batches:
         return
     trainer.validating = True
+    loop.restarting = False  # a resumed run would skip what its checkpoint has counted
     loop.run()
     trainer.training = True
 

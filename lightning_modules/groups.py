@@ -9,6 +9,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from datamodules.sample import PromptSample
+from rewards.arguments import check_minimum
 
 
 def check_group(group_size: int, num_retained: int, refines: bool) -> None:
@@ -25,6 +26,20 @@ def check_group(group_size: int, num_retained: int, refines: bool) -> None:
             f"`model.language` is null, but `model.num_retained` {num_retained} is less than `model.group_size` "
             f"{group_size}, so {group_size - num_retained} prompts have no writer; set num_retained to {group_size}."
         )
+
+
+def check_split(processes: int, group_size: int, num_retained: int, groupwise: bool) -> None:
+    """Raises a ValueError if a group cannot be drawn by several processes."""
+    name, rewrites = f"`model.processes_per_group` is {processes}", group_size - num_retained
+    check_minimum("model", 1, processes_per_group=processes)
+    if group_size % processes:
+        raise ValueError(f"{name}, which does not divide `model.group_size` {group_size}: use one that does.")
+    if processes > rewrites > 0:
+        raise ValueError(
+            f"{name}, but a group has {rewrites} rewrites, so that some processes had none: use at most that."
+        )
+    if processes > 1 and groupwise:
+        raise ValueError(f"{name}, but the reward compares all images of a group in one process: leave it at 1.")
 
 
 def group_prompts(

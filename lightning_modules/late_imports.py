@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -42,9 +43,12 @@ class LateModule(ModuleType):
 
 
 def postpone() -> None:
-    """Postpones `scipy.signal` (with `scipy.ndimage` and `scipy.stats`), which torchmetrics imports to patch it.
+    """Postpones `scipy.signal` (with `scipy.ndimage` and `scipy.stats`), and bitsandbytes (with PyTorch's compiler).
 
-    The patch gives packages for speech quality a function that SciPy has moved; nothing here uses it.
+    torchmetrics imports the first to give packages for speech quality a function that SciPy has moved; diffusers the
+    second, which would also use a GPU at once, whether anything is quantized or not.
     """
     if "scipy.signal" not in sys.modules:
         sys.modules["scipy.signal"] = LateModule("scipy.signal", {"hamming": "scipy.signal.windows.hamming"})
+    if "bitsandbytes" not in sys.modules and find_spec("bitsandbytes"):
+        sys.modules["bitsandbytes"] = LateModule("bitsandbytes", {})

@@ -30,13 +30,16 @@ def check_ratio(flow: FlowPolicy, language: LanguagePolicy | None, rollout: Roll
     if flow.trained:
         rows = next(chunks(len(rollout.trajectory), flow.micro_batch_size))
         part = rollout.trajectory.rows(rows)
-        replayed = [flow.replay(part, step).log_prob(part.next_latents[:, step]) for step in range(len(part.sde_steps))]
+        with flow.gathered():
+            transitions = [flow.replay(part, step) for step in range(len(part.sde_steps))]
+        replayed = [one.log_prob(part.next_latents[:, step]) for step, one in enumerate(transitions)]
         largest = (torch.stack(replayed, 1) - part.log_probs).abs().max().item()
         found["flow"] = (largest, largest)
     if language is not None and language.trained and rollout.completions is not None:
         rows = next(chunks(len(rollout.completions), language.micro_batch_size))
         completions = rollout.completions.rows(rows)
-        difference = (language.log_probs(completions) - completions.log_probs)[completions.mask].abs()
+        with language.gathered():
+            difference = (language.log_probs(completions) - completions.log_probs)[completions.mask].abs()
         found["language"] = (difference.max().item(), difference.mean().item())
     ranks = gather_lists([found])
     limits = {agent.agent: agent.max_log_ratio for agent in (flow, language) if agent is not None}

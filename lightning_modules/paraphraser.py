@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
+from datamodules.atomic_write import write_atomically
 from datamodules.base import PromptSample, bare
 from datamodules.chunks import chunks
 from datamodules.local_path import local_path
@@ -236,6 +237,6 @@ def _end_last_line(path: Path) -> None:
     try:
         json.loads(content[len(whole) :])
     except json.JSONDecodeError:
-        path.write_bytes(whole)
+        write_atomically(path, whole)
     else:
-        path.write_bytes(content + b"\n")
+        write_atomically(path, content + b"\n")

@@ -24,8 +24,8 @@ from torch import Tensor
 from datamodules.base import PromptSample, run_seed
 from datamodules.resumable import ResumableLoader
 from lightning_modules.comparison import compared, compared_apart, task_terms
-from lightning_modules.distributed import sum_over_ranks
-from lightning_modules.groups import check_group, group_formats, group_prompts, source_images
+from lightning_modules.distributed import gather_lists, sum_over_ranks
+from lightning_modules.groups import check_group, check_split, group_formats, group_prompts, source_images
 from lightning_modules.objectives import RatioNormalization
 from lightning_modules.on_policy import check_ratio
 from lightning_modules.policies.flow import FlowPolicy, to_pil
@@ -37,6 +37,7 @@ from lightning_modules.step_metrics import Averages
 from lightning_modules.updates import UpdatedAgents
 from rewards.arguments import check_minimum
 from rewards.base import Reward, RewardUnavailable, Score
+from rewards.calls import faults, guarded
 
 
 class PromptRL(UpdatedAgents):
@@ -49,6 +50,9 @@ class PromptRL(UpdatedAgents):
         group_size: n, prompts drawn per original prompt.
         num_retained: m < n of them are the original itself (m = n without a refiner).
         images_per_prompt: M images of each of the n; the refiner gets the mean of a rewrite's M advantages.
+        processes_per_group: neighbouring processes that draw and learn from one group together, each n divided by this
+            of its prompts, so that many GPUs need not draw many prompts a step. They take the same prompts from the
+            data, and their refiners write the whole group's rewrites, since writing a few takes as long.
         format_weight: weight of the format reward (1 for a well-formed answer).
         task_weight: weight of the task reward.
         advantage_scale: divide by the std of the "group", of the "tag" in the step's batch over all processes, or not
@@ -80,6 +84,7 @@ class PromptRL(UpdatedAgents):
         group_size: int = 8,
         num_retained: int = 2,
         images_per_prompt: int = 1,
+        processes_per_group: int = 1,
         format_weight: float = 1.0,
         task_weight: float = 1.0,
         advantage_scale: Literal["group", "tag", "none"] = "group",
@@ -108,6 +113,7 @@ class PromptRL(UpdatedAgents):
             max_bad_steps,
         )
         check_group(group_size, num_retained, language is not None)
+        check_split(processes_per_group, group_size, num_retained, reward.groupwise)
         check_minimum("model", -math.inf, format_weight=format_weight, task_weight=task_weight)
         check_minimum("model", 1, images_per_prompt=images_per_prompt)
         check_minimum("model", 1, check_ratio_every=check_ratio_every, max_invalid_steps=max_invalid_steps)
@@ -115,6 +121,7 @@ class PromptRL(UpdatedAgents):
         self.group_size = group_size
         self.num_retained = num_retained
         self.images_per_prompt = images_per_prompt
+        self.processes_per_group = processes_per_group
         self.format_weight = format_weight
         self.task_weight = task_weight
         self.advantage_scale = advantage_scale
@@ -127,13 +134,23 @@ class PromptRL(UpdatedAgents):
         """Last rollout, for callbacks to show."""
         self._ahead: Rollout | None = None
         self._checked = False
+        self._first = True
         self._invalid_steps = 0
         self._logged: set[str] = set()
 
     def setup(self, stage: str) -> None:
-        """Loads the scorers, except for predictions, which need none."""
+        """Loads the scorers, except for predictions, which need none; tells the data which processes share prompts."""
+        trainer, block = self._trainer, self.processes_per_group
+        if trainer is not None and stage == "fit":
+            if trainer.world_size % block:
+                raise ValueError(
+                    f"`model.processes_per_group` is {block}, which does not divide {trainer.world_size} processes: "
+                    "use one that does."
+                )
+            self._data.processes_per_group = block
         if stage != "predict":
-            self.reward.load()
+            with guarded(self.reward.name):
+                self.reward.load()
 
     def on_train_start(self) -> None:
         """Collects the first rollout before the evaluation, which would let a reward that cannot work wait minutes."""
@@ -143,23 +160,34 @@ class PromptRL(UpdatedAgents):
                 self._ahead = self._begin_step(loader.first_batch())
         super().on_train_start()
 
+    @property
+    def own_slots(self) -> range:
+        """Places 0..n-1 in a group, the retained first, of the prompts that this process draws."""
+        rank = 0 if self._trainer is None else self.global_rank
+        return range(rank % self.processes_per_group, self.group_size, self.processes_per_group)
+
     # --- one step -------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Sequence[PromptSample], batch_idx: int) -> None:
         """Collects a rollout for G prompts and updates both agents on it."""
         rollout, self._ahead = self._ahead or self._begin_step(batch), None
         self.latest = rollout
-        step = self.trainer.fit_loop.epoch_loop.total_batch_idx  # as the step's own numbers go by in the log
-        if not self._checked or step % self.check_ratio_every == 0:
-            self._checked = True
-            # Straight to the loggers: `self.log` would repeat the number in every step until the epoch's end.
-            ratios = {f"train/{agent}/max_log_ratio": value for agent, value in self.check_ratio(rollout).items()}
-            for logger in self.loggers:
-                logger.log_metrics(ratios, step=step)
+        self._check(rollout)
         stats = self.update(rollout)
         self.num_rollouts += len(rollout.images) * self.trainer.world_size
         self._log_step(rollout, stats)
         self.bad_steps.end_step()
+
+    def _check(self, rollout: Rollout) -> None:
+        """Checks the log-ratio of a replay in a run's first step, and checks and logs it every `check_ratio_every`."""
+        step = self.trainer.fit_loop.epoch_loop.total_batch_idx  # as the step's own numbers go by in the log
+        due = step % self.check_ratio_every == 0
+        if due or not self._checked:
+            self._checked = True
+            # Straight to the loggers: `self.log` would repeat the number in every step until the epoch's end.
+            ratios = {f"train/{agent}/max_log_ratio": value for agent, value in self.check_ratio(rollout).items()}
+            for logger in self.loggers if due else ():  # a resumed run's numbers are those of an unbroken one
+                logger.log_metrics(ratios, step=step)
 
     def collect(self, samples: Sequence[PromptSample]) -> Rollout:
         """Rewrites, draws, scores and compares within groups: makes the experience of G prompts.
@@ -172,15 +200,16 @@ class PromptRL(UpdatedAgents):
         completions = None
         with self._timed("refine"):
             if self.language is not None:
-                completions = self.language.refine(samples, refined)
+                with self.language.gathered():
+                    completions = self.language.refine(samples, refined)
         rewrites = None if completions is None else completions.rewrites
-        prompts = group_prompts(samples, rewrites, self.num_retained, self.images_per_prompt)
+        places = [slot * self.images_per_prompt + k for slot in self.own_slots for k in range(self.images_per_prompt)]
         per_group = self.group_size * self.images_per_prompt
-        judged = [sample for sample in samples for _ in range(per_group)]
+        all_prompts = group_prompts(samples, rewrites, self.num_retained, self.images_per_prompt)
+        prompts = [all_prompts[group * per_group + place] for group in range(len(samples)) for place in places]
+        judged = [sample for sample in samples for _ in places]
         seeds = [
-            seed_of("rollout", self.seed, self.global_step, sample.id, slot)
-            for sample in samples
-            for slot in range(per_group)
+            seed_of("rollout", self.seed, self.global_step, sample.id, place) for sample in samples for place in places
         ]
         images: list[Image] = []
         finite: list[bool] = []
@@ -193,11 +222,13 @@ class PromptRL(UpdatedAgents):
         with Scoring(self.reward, self.device, overlap=self.overlap_scoring, group=per_group) as scoring:
             with self._timed("rollout"):
                 window_seed = seed_of("window", self.seed, self.global_step)
-                trajectory = self.flow.rollout(
-                    prompts, seeds, window_seed=window_seed, on_drawn=score, images=source_images(judged)
-                )
+                with self.flow.gathered():
+                    trajectory = self.flow.rollout(
+                        prompts, seeds, window_seed=window_seed, on_drawn=score, images=source_images(judged)
+                    )
             with self._timed("reward"):  # what the overlap did not hide
-                scores = self._scores_on_all_ranks(scoring, finite)
+                own_scores = self._scores_on_all_ranks(scoring, finite)
+        scores = self._scores_of_whole_groups(own_scores, len(samples))
         valid = torch.tensor([score.valid for score in scores], device=self.device).view(-1, per_group)
         task = torch.tensor([score.rl for score in scores], device=self.device).view(-1, per_group)
         rewards, formats = self.task_weight * task, None
@@ -215,19 +246,23 @@ class PromptRL(UpdatedAgents):
         slots = (len(samples), self.group_size, self.images_per_prompt)
         # The mean over a rewrite's scored images; without any, the rewrite does not count.
         by_slot = advantages.view(slots).sum(-1) / counted.view(slots).sum(-1).clamp(min=1)
-        refines = completions is not None
+        written = [slot for slot in self.own_slots if slot >= self.num_retained]
+        if completions is not None:
+            rows = [group * refined + slot - self.num_retained for group in range(len(samples)) for slot in written]
+            completions = completions.rows(rows)
         return Rollout(
             samples=samples,
             prompts=prompts,
             completions=completions,
             trajectory=trajectory,
             images=images,
-            scores=scores,
-            rewards=rewards,
-            valid=valid,
-            advantages=advantages,
-            language_advantages=by_slot[:, self.num_retained :].flatten() if refines else None,
-            language_counted=counted.view(slots).any(-1)[:, self.num_retained :].flatten() if refines else None,
+            scores=own_scores,
+            rewards=rewards[:, places],
+            valid=valid[:, places],
+            advantages=advantages[:, places],
+            language_advantages=None if completions is None else by_slot[:, written].flatten(),
+            language_counted=None if completions is None else counted.view(slots).any(-1)[:, written].flatten(),
+            whole=None if self.processes_per_group == 1 else (rewards, valid),
         )
 
     def check_ratio(self, rollout: Rollout) -> dict[str, float]:
@@ -239,8 +274,26 @@ class PromptRL(UpdatedAgents):
     def _begin_step(self, batch: Sequence[PromptSample]) -> Rollout:
         """Collects the rollout of a step, the first of which does so before the evaluation."""
         self._seconds = {}
-        seed_step(self.seed, self.global_step, self.global_rank)
-        return self.collect(batch)
+        seed_step(self.seed, self.global_step, self.global_rank // self.processes_per_group)
+        self.peers.drawing = True
+        try:
+            return self.collect(batch)
+        finally:
+            self.peers.drawing = False
+
+    def _scores_of_whole_groups(self, own: list[Score], groups: int) -> list[Score]:
+        """Returns the scores of G whole groups [G * n * M], of which this process has its part, group by group."""
+        block, each = self.processes_per_group, self.images_per_prompt
+        if block == 1:
+            return own
+        ranks = gather_lists([own])[self.global_rank // block * block :][:block]
+        per_group = len(own) // groups
+        return [
+            ranks[slot % block][group * per_group + slot // block * each + k]
+            for group in range(groups)
+            for slot in range(self.group_size)
+            for k in range(each)
+        ]
 
     def _scores_on_all_ranks(self, scoring: Scoring, finite: Sequence[bool]) -> list[Score]:
         """Waits for the scores, and stops all ranks together when one has no scorer or none has had a score for long.
@@ -251,6 +304,7 @@ class PromptRL(UpdatedAgents):
 
         Raises:
             RewardUnavailable: on every rank; one that stopped alone would leave the others waiting.
+            ValueError: on every rank, if all calls of the reward failed in the first rollout.
         """
         failure: ValueError | None = None
         scores: list[Score] = []
@@ -263,15 +317,19 @@ class PromptRL(UpdatedAgents):
             # What the reward did wrong on this rank alone has to end the others too, which save their state together.
             alone = isinstance(error, RewardUnavailable) or self.trainer.world_size == 1
             failure = error if alone else RewardUnavailable(str(error))
-        here = [float(failure is not None), float(any(score.valid for score in scores))]
-        failed, scored = sum_over_ranks(torch.tensor(here, device=self.device)).tolist()
+        here = [failure is not None, any(score.valid for score in scores), not all(map(faults, scores))]
+        failed, scored, sound = sum_over_ranks(torch.tensor(here, dtype=torch.float, device=self.device)).tolist()
         if failed:
-            raise failure or RewardUnavailable("another process got no scores; its own message says why.")
+            said = gather_lists([f"process {self.global_rank}: {failure}"] if failure else [])
+            raise failure or RewardUnavailable(" ".join(said))
+        first, self._first = self._first, False
+        if first and not sound:
+            raise ValueError(f"the reward works for no image of the first step: {scores[0].detail['reason']}")
         self._invalid_steps = 0 if scored else self._invalid_steps + 1
         if self._invalid_steps >= self.max_invalid_steps:
             raise RewardUnavailable(
                 f"no image could be scored in {self._invalid_steps} steps in a row (`max_invalid_steps`); the last "
-                f"reason was: {scores[0].detail.get('reason', 'unknown')}."
+                f"reason was: {scores[0].detail.get('reason', 'unknown').rstrip('.')}."
             )
         return scores
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from PIL import Image
@@ -13,6 +14,11 @@ from torch.nn import functional as F
 from datamodules.base import PromptSample
 from lightning_modules.rl.log_probs import position_ids
 from rewards.base import Score
+
+
+def _selected(values: Any, rows: slice | list[int]) -> Any:
+    """Selects rows of a tensor or a sequence."""
+    return values[rows] if isinstance(rows, slice) or isinstance(values, Tensor) else [values[row] for row in rows]
 
 
 @dataclass(frozen=True)
@@ -43,9 +49,10 @@ class SeenImages:
         positions = position_ids(prompt_mask)[:, None].expand(-1, 3, -1)
         return cls((none,), (0,) * len(prompt_mask), torch.zeros_like(prompt_mask, dtype=torch.bool), positions)
 
-    def rows(self, rows: slice) -> SeenImages:
+    def rows(self, rows: slice | list[int]) -> SeenImages:
         """Selects some rows."""
-        return replace(self, index=self.index[rows], mask=self.mask[rows], positions=self.positions[rows])
+        index = tuple(_selected(self.index, rows))
+        return replace(self, index=index, mask=self.mask[rows], positions=self.positions[rows])
 
     def repeat(self, num: int) -> SeenImages:
         """Repeats each row `num` times, side by side."""
@@ -126,9 +133,9 @@ class Completions:
             seen=seen,
         )
 
-    def rows(self, rows: slice) -> Completions:
+    def rows(self, rows: slice | list[int]) -> Completions:
         """Selects the completions of some rows."""
-        selected = {one.name: getattr(self, one.name)[rows] for one in fields(self) if one.name != "seen"}
+        selected = {one.name: _selected(getattr(self, one.name), rows) for one in fields(self) if one.name != "seen"}
         return Completions(**selected, seen=None if self.seen is None else self.seen.rows(rows))
 
 
@@ -200,6 +207,8 @@ class Trajectory:
 class Rollout:
     """Experience of one step: G groups of N images, group by group; in a group the retained prompts come first.
 
+    Where several processes share a group, N and all but `whole` are of this process's part of it.
+
     Attributes:
         samples: G original prompts.
         prompts: G * N prompts as drawn.
@@ -212,6 +221,7 @@ class Rollout:
         advantages: [G, N] for the flow policy.
         language_advantages: [G * rewrites], the mean advantage of each rewrite's counted images, or None.
         language_counted: [G * rewrites] bool, True where any of a rewrite's images counts; None: all do.
+        whole: rewards and `valid` of whole groups, if processes share them.
     """
 
     samples: Sequence[PromptSample]
@@ -225,6 +235,7 @@ class Rollout:
     advantages: Tensor
     language_advantages: Tensor | None
     language_counted: Tensor | None = None
+    whole: tuple[Tensor, Tensor] | None = None
 
     def groups(self, rows: slice) -> Rollout:
         """Selects some of the G groups; those of a whole rollout in parts are its mini-batches."""
@@ -246,9 +257,11 @@ class Rollout:
             advantages=self.advantages[rows],
             language_advantages=None if advantages is None else advantages[texts],
             language_counted=None if counted is None else counted[texts],
+            whole=None if self.whole is None else (self.whole[0][rows], self.whole[1][rows]),
         )
 
     @property
     def counted(self) -> Tensor:
         """[G, N] bool, True for samples that take part in the update: valid, with another valid one in their group."""
-        return self.valid & (self.valid.sum(1, keepdim=True) >= 2)
+        valid = self.valid if self.whole is None else self.whole[1]
+        return self.valid & (valid.sum(1, keepdim=True) >= 2)

@@ -12,11 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
-
+from datamodules.jsonl import read_text
+from datamodules.parsing import parse_json, parse_yaml
 from datamodules.seed import run_seed
 
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # faster, where PyYAML has libyaml
 _NO_RUNS = ("checkpoints", "images", "predictions")
 MODE_LABELS = {"without_pe": "without PE", "with_pe": "with PE"}
 NAMES = {
@@ -56,17 +55,19 @@ class RunFolder:
         Raises:
             ValueError: if one is damaged.
         """
-        texts = {name: _text(folder / name) for name in ("config.yaml", "results.json")}
-        try:
-            config = yaml.load(texts["config.yaml"], Loader=_LOADER) or {}
-            results = json.loads(texts["results.json"] or "{}")
-        except (yaml.YAMLError, json.JSONDecodeError) as error:
-            name = "config.yaml" if isinstance(error, yaml.YAMLError) else "results.json"
-            raise ValueError(f"{folder / name} is damaged: {' '.join(str(error).split())}") from error
+        config = parse_yaml(_text(folder / "config.yaml"), str(folder / "config.yaml")) or {}
+        results = parse_json(_text(folder / "results.json") or "{}", str(folder / "results.json"))
         for name, value in (("config.yaml", config), ("results.json", results)):
             if not isinstance(value, dict):
                 raise ValueError(f"{folder / name} is damaged: it holds a {type(value).__name__}, not a mapping")
-        return cls(folder, config, results)
+        run = cls(folder, config, results)
+        try:
+            json.dumps(results, ensure_ascii=False).encode()  # half a character is no text
+            _ = run.headlines, [int(entry["step"]) + float(entry["rollouts"]) for entry in run.history]
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            said = f"{type(error).__name__}: {str(error)[:100]}"
+            raise ValueError(f"{folder / 'results.json'} is damaged ({said}); delete it or the folder.") from error
+        return run
 
     def get(self, key: str, default: Any = None) -> Any:
         """A value of the configuration by its dotted name, as on the command line."""
@@ -120,8 +121,13 @@ class RunFolder:
         """True if the command came to its end: at `max_steps`, or earlier where a rule stopped it."""
         if (self.folder / "results.md").is_file():  # `Report` writes it last of all
             return True
-        steps, most = [entry["step"] for entry in self.history], self.get("trainer.max_steps") or -1
-        return self.stage == "fit" and bool(steps) and steps[-1] >= most > 0
+        steps, most = [entry["step"] for entry in self.history], self.get("trainer.max_steps")
+        return self.stage == "fit" and bool(steps) and isinstance(most, int) and steps[-1] >= most > 0
+
+    @property
+    def saved(self) -> bool:
+        """True if there is a checkpoint in its folder."""
+        return any((self.folder / "checkpoints").glob("*.ckpt"))
 
     @property
     def continues(self) -> Path | None:
@@ -253,4 +259,4 @@ def below(folder: Path) -> Iterator[Path]:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return read_text(path, "a run's file") if path.is_file() else ""

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from datamodules.sample import PromptSample
-from rewards.base import Reward, RewardBatch, Score, score_each
+from rewards.base import Reward, RewardBatch, Score
+from rewards.calls import faults, score_each
 
 
 class Scoring:
@@ -41,7 +42,8 @@ class Scoring:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._thread.shutdown(cancel_futures=error is not None)
+        # An error is to be heard of now, by other processes too, not once a server has answered.
+        self._thread.shutdown(wait=error is None, cancel_futures=error is not None)
 
     def submit(self, samples: Sequence[PromptSample], images: Sequence[Image.Image]) -> None:
         """Hands over the next chunk: B images and their samples."""
@@ -58,10 +60,14 @@ class Scoring:
     def scores(self) -> list[Score]:
         """Waits for all scores and returns them in the order of submission.
 
+        Where the reward changed settings of the process, all are invalid: images may have been drawn by other ones.
+
         Raises:
-            Exception: what the reward raised at the first chunk that failed.
+            ValueError: at the first chunk that failed; see `score_each`.
         """
-        return [score for chunk in self._chunks for score in chunk.result()]
+        scores = [score for chunk in self._chunks for score in chunk.result()]
+        altered = [score for score in scores if "altered" in faults(score)]
+        return altered[:1] * len(scores) if altered and self.overlap else scores
 
     def _score(self, batch: RewardBatch) -> list[Score]:
         if self._device.type == "cuda":

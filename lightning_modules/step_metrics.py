@@ -68,9 +68,10 @@ class Averages:
         valid, groups = rollout.valid, len(rollout.samples)
         self.add("reward", rollout.rewards[valid].sum() / valid.sum().clamp(min=1), float(valid.sum()))
         usable = float(rollout.counted.any(1).sum())
-        for name, value in group_stats(rollout.rewards, valid).items():
+        for name, value in group_stats(*(rollout.whole or (rollout.rewards, valid))).items():
             self.add(f"group/{name}", value, groups if name == "invalid_share" else usable)
-        self.add("group/image_similarity", group_similarity(rollout.images, groups), groups)
+        if len(rollout.images) > groups:  # else each process has one image of a group
+            self.add("group/image_similarity", group_similarity(rollout.images, groups), groups)
         for score in rollout.scores:
             for name, part in score.leaves(reward):
                 self.add_score(name, part)

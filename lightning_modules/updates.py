@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from datamodules.chunks import chunks
 from lightning_modules.bad_steps import BadSteps
-from lightning_modules.distributed import average_gradients, clip, no_backward_sync, sum_over_ranks
+from lightning_modules.distributed import clip, gather_lists, no_backward_sync, several_processes, sum_over_ranks
 from lightning_modules.evaluation import EvaluatedAgents
 from lightning_modules.objectives import ObjectiveResult, RatioNormalization, flow_objective, language_objective
 from lightning_modules.policies.flow import FlowPolicy
@@ -87,7 +87,8 @@ class UpdatedAgents(EvaluatedAgents):
         bounds = [total * number // self.num_minibatches for number in range(self.num_minibatches + 1)]
         parts = [rollout.groups(slice(*pair)) for pair in zip(bounds, bounds[1:], strict=False)]
         # What each part is compared with: results of the policies that drew it, before the first step moves them.
-        old = [{} if number == 0 else self._results_of_rollout(part) for number, part in enumerate(parts)]
+        with self.gathered() if len(parts) > 1 else nullcontext():
+            old = [{} if number == 0 else self._results_of_rollout(part) for number, part in enumerate(parts)]
         for update in range(self.updates_per_rollout):
             for number, part in enumerate(parts):
                 self._step_on(part, stats, old[number], drew_it=update == number == 0)
@@ -115,7 +116,7 @@ class UpdatedAgents(EvaluatedAgents):
                     finite["flow"] = self._flow_backward(rollout, stats, old, drew_it)
         norms = {}
         for agent, group in zip(self._learners(), optimizer.param_groups, strict=True):
-            average_gradients(group["params"])
+            self.average_gradients(group["params"])
             norms[agent.agent] = clip(group["params"], agent.max_grad_norm)
             stats.add(f"train/{agent.agent}/grad_norm", norms[agent.agent])
             if self.lr_scheduler is not None or self.warmup_steps:
@@ -129,10 +130,11 @@ class UpdatedAgents(EvaluatedAgents):
                 self.bad_steps.add(name, self.global_step, rollout, finite[name])
                 for parameter in group["params"]:
                     parameter.grad = None  # the optimizer leaves it alone, weight decay and momentum included
-        optimizer.step()
         scheduler = self.lr_schedulers()
-        if scheduler is not None:
-            scheduler.step()  # type: ignore[union-attr]
+        with self.peers.whole_step():
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()  # type: ignore[union-attr]
 
     @torch.no_grad()
     def _results_of_rollout(self, rollout: Rollout) -> dict[Any, ObjectiveResult]:
@@ -168,12 +170,11 @@ class UpdatedAgents(EvaluatedAgents):
         assert rollout.completions is not None and rollout.language_advantages is not None
         counts = rollout.language_counted
         counts = torch.ones_like(rollout.language_advantages) if counts is None else counts
-        total = len(rollout.completions)
+        total = float(len(rollout.completions))
+        if several_processes():  # those that share groups may have other numbers: the mean over all of them
+            total = float(sum_over_ranks(torch.tensor(total, device=self.device))) / self.trainer.world_size
         finite = torch.ones_like(rollout.language_advantages, dtype=torch.bool)
-        for rows in chunks(total, policy.micro_batch_size):
-            counted = counts[rows]
-            if not counted.any():
-                continue
+        for rows, weights in self._passes(policy, counts.bool(), counts):
             key = ("language", rows.start)
             result = language_objective(
                 policy, rollout.completions.rows(rows), rollout.language_advantages[rows], old=old.get(key)
@@ -181,8 +182,8 @@ class UpdatedAgents(EvaluatedAgents):
             if drew_it and self.updates_per_rollout > 1:
                 old[key] = result.detach()
             finite[rows] = result.loss.isfinite()
-            self.manual_backward((result.loss * counted).sum() / total)
-            stats.add_all("train/language", result.stats, weight=len(counted))
+            self.manual_backward((result.loss * weights).sum() / total)
+            stats.add_all("train/language", result.stats, weight=len(weights) * float(weights.any()))
         return finite
 
     def _flow_backward(
@@ -197,10 +198,8 @@ class UpdatedAgents(EvaluatedAgents):
         steps = range(len(trajectory.sde_steps))
         finite = torch.ones_like(advantages, dtype=torch.bool)
         speaks = counts if self.flow.kl_weight > 0 else counts & (advantages != 0)
-        for rows in chunks(len(trajectory), self.flow.micro_batch_size):
-            part, counted = trajectory.rows(rows), counts[rows]
-            if not speaks[rows].any():
-                continue
+        for rows, weights in self._passes(self.flow, speaks, counts):
+            part = trajectory.rows(rows)
             for step in steps:
                 key = ("flow", rows.start, step)
                 result = flow_objective(
@@ -214,13 +213,34 @@ class UpdatedAgents(EvaluatedAgents):
                 if drew_it and self.updates_per_rollout > 1:
                     old[key] = result.detach()
                 finite[rows] &= result.loss.isfinite()
-                self.manual_backward((result.loss * counted).sum() / (len(trajectory) * len(steps)))
-                stats.add_all("train/flow", result.stats, weight=len(counted))
+                self.manual_backward((result.loss * weights).sum() / (len(trajectory) * len(steps)))
+                stats.add_all("train/flow", result.stats, weight=len(weights) * float(weights.any()))
         stats.add("train/flow/silent", (counts & ~speaks).float().mean(), len(counts))
         if counts.any() and not speaks.any():
             for parameter in self.flow.parameters():
-                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
         return finite
+
+    def _passes(
+        self, agent: FlowPolicy | LanguagePolicy, speaks: Tensor, counts: Tensor
+    ) -> Sequence[tuple[slice, Tensor]]:
+        """Lists the micro-batches of an update: rows, and their weights [b] in the loss.
+
+        The layers of a sharded agent are gathered in every pass, so all processes make as many: one that has fewer to
+        learn from repeats its first with weight 0.
+
+        Args:
+            agent: whose update it is.
+            speaks: [B] bool; a micro-batch without any has no gradient, and is left out.
+            counts: [B], the weights.
+        """
+        every = list(chunks(len(counts), agent.micro_batch_size))
+        passes = [(rows, counts[rows]) for rows in every if speaks[rows].any()]
+        if agent.sharded:
+            rows, weights = (passes or [(every[0], counts[every[0]])])[0]
+            passes += [(rows, torch.zeros_like(weights))] * (max(gather_lists([len(passes)])) - len(passes))
+        return passes
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from typing import Literal, get_args
+from urllib.parse import urlsplit
 
 OnFailure = Literal["skip", "fail"]
 """Policy once the retries of a request are used up: the image's score is invalid, or RewardUnavailable is raised."""
@@ -28,3 +29,30 @@ def check_on_failure(owner: str, on_failure: str) -> None:
     """Raises ValueError if a failure policy is neither `skip` nor `fail`."""
     if on_failure not in get_args(OnFailure):
         raise ValueError(f"{owner} has on_failure={on_failure!r}, use skip or fail.")
+
+
+def checked_url(owner: str, name: str, url: str, example: str, secret: str) -> str:
+    """Returns the address of a server without a final slash.
+
+    Args:
+        owner: name of the class, for the error.
+        name: name of the argument.
+        url: its value.
+        example: address that is right.
+        secret: name of the argument that brings a secret.
+
+    Raises:
+        ValueError: if it is no address, or holds a user, a password or a query, which it does not quote.
+    """
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 (raises if it is no number)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname)
+        private = "@" in parts.netloc or bool(parts.query)
+    except ValueError:
+        good = private = False
+    if private or (not good and "@" in url):  # not quoted: it would end up in logs, as would every later error
+        raise ValueError(f"{owner}'s {name} holds a user name or a query: give the secret by {secret} instead.")
+    if not good:
+        raise ValueError(f"{owner} has {name}={url!r}, use one such as {example}.")
+    return url.rstrip("/")

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rewards.arguments import OnFailure
+
 if TYPE_CHECKING:  # keeps scorers, and the server that hosts them, free of Lightning
     from PIL.Image import Image
 
@@ -45,13 +47,14 @@ class Score:
             )
 
     @classmethod
-    def invalid(cls, reason: str) -> Score:
+    def invalid(cls, reason: str, **detail: Any) -> Score:
         """Makes a failed score: NaN in every unit, so that forgetting to mask it cannot go unnoticed.
 
         Args:
             reason: what went wrong, kept in `detail["reason"]`.
+            detail: further entries of `detail`.
         """
-        return cls(math.nan, math.nan, math.nan, valid=False, detail={"reason": reason})
+        return cls(math.nan, math.nan, math.nan, valid=False, detail={"reason": reason, **detail})
 
     def leaves(self, name: str) -> Iterator[tuple[str, Score]]:
         """Yields the scorers' names and own scores, in place of those that only route or sum up.
@@ -104,6 +107,9 @@ class Reward(ABC):
     """Lowest and highest native score."""
     groupwise: bool = False
     """True if in training a batch holds whole groups, whose images stand side by side: scores that compare them."""
+    on_failure: OnFailure = "fail"
+    """What is done if it raises or returns no scores: `fail` stops the run with a checkpoint, `skip` leaves out the
+    images that it fails on."""
 
     def __init_subclass__(cls) -> None:
         if not hasattr(cls, "name"):
@@ -125,23 +131,12 @@ class Reward(ABC):
             batch: B images with their samples.
 
         Returns:
-            B scores in the order of the images. An image that cannot be scored gets `Score.invalid(reason)`. A finite
-            number stands for a score whose three values are the same.
+            B scores in the order of the images. An image that cannot be scored gets `Score.invalid(reason)`. A number
+            stands for a score whose three values are the same, and NaN and infinity for one that is invalid.
 
         Raises:
             RewardUnavailable: if no image can be scored now and the reward is configured not to go on without.
         """
-
-
-def score_each(reward: Reward, batch: RewardBatch) -> list[Score]:
-    """Scores a batch and checks that there is one score per image; a number is a score in all three units.
-
-    Raises:
-        ValueError: if the reward returns fewer or more scores, of which none could be told whose it is, or values that
-            are none.
-    """
-    name = type(reward).__name__
-    return [as_score(score, name) for score in checked_list(reward(batch), name, len(batch))]
 
 
 def checked_list(scores: Any, name: str, images: int) -> list[Any]:
@@ -171,7 +166,8 @@ def as_score(value: Any, name: str) -> Score:
     """Returns a reward's value for one image as a `Score`; a number is the native, the table and the rl value.
 
     Args:
-        value: a `Score`, or a finite number: Python's, NumPy's, or a tensor with a single one; True is 1.
+        value: a `Score`, or a number: Python's, NumPy's, or a tensor with a single one; True is 1. One that is not
+            finite is an invalid score.
         name: name of the reward, for the error.
 
     Raises:
@@ -179,8 +175,11 @@ def as_score(value: Any, name: str) -> Score:
     """
     if isinstance(value, Score):
         return value
-    if not _finite(value):
+    finite = _finite(value)
+    if finite is None:
         raise ValueError(f"{name} returned {_shown(value)} for an image: it must return a list, {_ONE}.")
+    if not finite:
+        return Score.invalid(f"{name} returned {_shown(value)}", fault="value")
     number = float(value)
     return Score(number, number, number)
 
@@ -192,9 +191,11 @@ def _shown(value: Any) -> str:
     return "None" if value is None else f"the {type(value).__name__} {reprlib.repr(value)}"
 
 
-def _finite(value: Any) -> bool:
-    """Returns True for what `float` turns into a finite number; text is no number."""
+def _finite(value: Any) -> bool | None:
+    """Returns True for what `float` turns into a finite number, False for other numbers, None for no number."""
     try:
         return math.isfinite(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last one is torch's for a tensor of several
+    except OverflowError:  # an integer of hundreds of digits
         return False
+    except (TypeError, ValueError, RuntimeError):  # text; RuntimeError is torch's, for a tensor of several
+        return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AddedToken, AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLModel, Qwen2VLImageProcessorPil
 
 from datamodules.chunks import chunks
+from datamodules.jsonl import read_json
 from rewards.arguments import check_minimum
 from rewards.base import Reward, RewardBatch, Score
 from rewards.editreward_weights import build_heads, check_names, locate, read_weights, split_state_dict
@@ -240,7 +240,7 @@ def _chat_template(folder: Path) -> str | None:
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     if (folder / "chat_template.json").is_file():
-        return str(json.loads((folder / "chat_template.json").read_text(encoding="utf-8"))["chat_template"])
+        return str(read_json(folder / "chat_template.json")["chat_template"])
     return None
 
 

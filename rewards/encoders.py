@@ -14,7 +14,8 @@ from torch.nn.functional import normalize
 
 from datamodules.chunks import chunks
 from datamodules.sample import PromptSample
-from rewards.base import Reward, RewardBatch, score_each
+from rewards.base import Reward, RewardBatch
+from rewards.calls import score_each
 
 
 class Encoder(Protocol):

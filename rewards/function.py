@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rewards.arguments import OnFailure, check_on_failure
 from rewards.base import Reward, RewardBatch, Score, as_score, checked_list
 
 PlainReward = Callable[[list[str], list[Any], list[dict[str, Any]]], Sequence[Any]]
@@ -17,12 +18,18 @@ class FunctionReward(Reward):
 
     Args:
         function: import path of it, such as `my_rewards.redness` for `my_rewards.py` in the current folder. It returns
-            a finite number (or a `Score`) for each image, or None where it failed.
+            a number (or a `Score`) for each image; None, NaN or infinity where it failed.
         groupwise: gives the function all images of a prompt's group in one call, as pairwise judges need them.
         name: name in the logs; null is the function's own.
+        on_failure: what is done if the function raises or returns something else: `fail` stops the run with a
+            checkpoint, `skip` leaves out the images that it fails on.
     """
 
-    def __init__(self, function: str, groupwise: bool = False, name: str | None = None) -> None:
+    def __init__(
+        self, function: str, groupwise: bool = False, name: str | None = None, on_failure: OnFailure = "fail"
+    ) -> None:
+        check_on_failure("FunctionReward", on_failure)
+        self.on_failure = on_failure
         self.function = function
         self.groupwise = groupwise
         self.score = find(function)

@@ -11,6 +11,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -55,9 +56,19 @@ def pick_device(device: str | None) -> torch.device:
 
 @contextmanager
 def one_line_errors(model: str) -> Iterator[None]:
-    """Context manager: turns a loader's error (missing files, gated or unknown hub id, no network) into one line."""
+    """Context manager: turns a loader's error (gated or unknown hub id, missing or damaged files) into one line."""
     try:
         yield
+    except LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"cannot load {model}: the hub cannot be reached, and there is no copy of it here: check the network, or "
+            "give the folder of a download."
+        ) from error
+    except (AttributeError, KeyError, RecursionError, SafetensorError, TypeError) as error:  # a file holds other things
+        said = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(
+            f"cannot load {model}: one of its files is damaged ({type(error).__name__}: {said}); copy it again."
+        ) from error
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from rewards.arguments import check_minimum
-from rewards.base import Reward, RewardBatch, Score, score_each
+from rewards.base import Reward, RewardBatch, Score
+from rewards.calls import score_each
 
 
 class _Composite(Reward):

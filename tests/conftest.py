@@ -53,6 +53,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _no_charts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the charts out of the pages of short fits, but where pages are tested: they take as long as a step."""
+    if "slow" in request.keywords and not request.path.is_relative_to(ROOT / "tests/callbacks/reporting"):
+        monkeypatch.setattr("callbacks.reporting.page.line_chart", lambda *_, **__: "data:,")
+
+
+@pytest.fixture(autouse=True)
 def _same_start(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     import torch
 

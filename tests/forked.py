@@ -37,16 +37,20 @@ class Forked:
     def wait(self, timeout: float = 240) -> int:
         """Waits for the end; returns the status, negative for a signal, as `subprocess` does."""
         end = time.monotonic() + timeout
-        while self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.returncode = os.waitstatus_to_exitcode(status)
-            elif time.monotonic() > end:
+        while (status := self.poll()) is None:
+            if time.monotonic() > end:
                 os.kill(self.pid, signal.SIGKILL)
                 os.waitpid(self.pid, 0)
                 raise TimeoutError(f"not done after {timeout} s:\n{self.text}")
-            else:
-                time.sleep(0.02)
+            time.sleep(0.02)
+        return status
+
+    def poll(self) -> int | None:
+        """Returns the status as `wait` does, None as long as it runs."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
 
     def kill(self, number: int = signal.SIGKILL) -> int:
@@ -126,8 +130,8 @@ def become(run: Callable[[], object], streams: Sequence[int]) -> None:
     status = 1
     try:
         os.setsid()
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_DFL)
+        for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(signum, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for number, stream in enumerate(streams):
             os.dup2(stream, number)

@@ -14,7 +14,7 @@ QUICK = [
 
 
 def quick(command: str, root: Path, *more: str, config: str | Path = "configs/quickstart.yaml") -> list[str]:
-    """Returns a command on the quickstart's small models with one prompt a step and one in each evaluation set.
+    """Returns a command on the quickstart's small models: 12 prompts, one a step, and one in each evaluation set.
 
     Args:
         command: `fit`, `validate` or `test`.
@@ -22,7 +22,8 @@ def quick(command: str, root: Path, *more: str, config: str | Path = "configs/qu
         more: further options; they override the others.
         config: configuration file.
     """
-    sizes = ["--data.init_args.batch_size=1", "--data.init_args.eval_prompts=1"]
+    data = {"batch_size": 1, "train_prompts": 12, "eval_prompts": 1}
+    sizes = [f"--data.init_args.{name}={size}" for name, size in data.items()]
     preflight = ["--preflight=off"] if command == "fit" else []
     return [command, f"--config={config}", f"--trainer.default_root_dir={root}", *QUICK, *sizes, *preflight, *more]
 
@@ -47,3 +48,9 @@ def short_fit(root: Path, experiment: str, prompts: int, steps: int = 2) -> list
 def folder(root: Path, experiment: str) -> Path:
     """Returns the folder of the first run of an experiment."""
     return root / "miniature" / experiment / "version_0"
+
+
+def last(root: Path) -> Path:
+    """Returns the only `last.ckpt` below a folder."""
+    (path,) = root.rglob("last.ckpt")
+    return path

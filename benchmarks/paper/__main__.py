@@ -21,6 +21,7 @@ from benchmarks.paper import tables as paper_tables
 from benchmarks.paper.claims import verdicts
 from benchmarks.paper.runs import Studies
 from callbacks.reporting.tables import Table, markdown
+from datamodules.atomic_write import write_atomically
 from datamodules.local_path import local_path
 from lightning_modules.sweep.run import endable, read, sweep
 
@@ -131,7 +132,7 @@ def main(args: Sequence[str] | None = None) -> None:
     studies = Studies(plans)
     figure = options.out.with_suffix("").with_name(f"{options.out.stem.lower()}_curves.png")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(report(studies, figure, options.out.parent), encoding="utf-8")
+    write_atomically(options.out, report(studies, figure, options.out.parent))
     print(f"{options.out} is written.")
     if failed:
         sys.exit(f"not all runs of {', '.join(failed)} are done; the same command tries again.")

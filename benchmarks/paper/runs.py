@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import math
 import os
 import platform
@@ -23,6 +22,7 @@ from callbacks.runs.contrasts import Summary, mean_of_images, mean_of_tags, prom
 from callbacks.runs.curves import Curves, curve
 from callbacks.runs.loading import Run, load
 from callbacks.scores.prompt_scores import PromptTable
+from datamodules.jsonl import read_json
 from lightning_modules.sweep.plan import Sweep
 from miniature.scenes.prompts import MiniaturePrompts, ShapesPrompts
 from miniature.signs.prompts import MultiRewardPrompts, PreferencePrompts, WordsPrompts
@@ -226,7 +226,7 @@ class Study:
         paths = [path for name in names for path in (self.root.glob(name) if self.root is not None else ())]
         found = []
         for path in paths:
-            seconds = json.loads(path.read_text(encoding="utf-8")).get("seconds") or 0.0
+            seconds = read_json(path).get("seconds") or 0.0
             end = path.stat().st_mtime  # it is written when the process ends
             found.append((end - seconds, end))
         return found

@@ -8,6 +8,7 @@ from PIL import Image
 
 from callbacks.reporting.gallery import Gallery, Sample
 from callbacks.reporting.sheets import ROWS, sheet
+from datamodules.atomic_write import replaced_file
 
 _MILLISECONDS = 1200
 """Time that each frame is shown; the last one twice as long."""
@@ -40,7 +41,8 @@ def animate(gallery: Gallery, path: Path) -> None:
     for canvas, frame in zip(whole, frames, strict=True):
         canvas.paste(frame)
     times = [_MILLISECONDS] * (len(whole) - 1) + [2 * _MILLISECONDS]
-    whole[0].save(path, save_all=True, append_images=whole[1:], duration=times, loop=0, optimize=True)
+    with replaced_file(path) as file:
+        whole[0].save(file, "GIF", save_all=True, append_images=whole[1:], duration=times, loop=0, optimize=True)
 
 
 def _caption(sample: Sample) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from datamodules.atomic_write import write_atomically
+from datamodules.atomic_write import replaced_file, write_atomically
+from datamodules.jsonl import read_json
 from lightning_modules.image_store import safe_name
 
 FOLDER = "report"
@@ -133,15 +134,20 @@ class Gallery:
         if not path.is_file():
             return cls(folder)
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
             samples = [
                 Sample(**line | {"ratings": tuple(Rating(**one) for one in line["ratings"])})
                 for line in found["samples"]
             ]
             group = found["group"]
             slots = tuple(Slot(**slot) for slot in group["slots"]) if group else ()
+            files = [file for sample in samples for file in (sample.file, sample.source)]
+            files += [group["source"], *(slot.file for slot in slots)] if group else []
+            for file in files:  # a folder may come from others, and its images are copied and removed by these names
+                if file is not None and Path(file).parent != Path(FOLDER):
+                    raise ValueError(f"{path} is damaged: {file} is no image in {FOLDER}/; delete it.")
             return cls(folder, samples, Group(**group | {"slots": slots}) if group else None)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged: {error}; delete it.") from error
 
     @property
@@ -163,8 +169,8 @@ class Gallery:
         small.thumbnail((_LARGEST, _LARGEST))
         lossless = small.width * small.height <= _SMALL
         path = self.folder / FOLDER / f"{safe_name(name)}.{'png' if lossless else 'jpg'}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        small.save(path, quality=88)
+        with replaced_file(path) as file:
+            small.save(file, "PNG" if lossless else "JPEG", quality=88)
         return path.relative_to(self.folder).as_posix()
 
     def write(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -87,6 +88,17 @@ class _Images:
         return Markup(element).format(source, width, height, alt)
 
 
+@cache
+def _templates() -> Environment:
+    return Environment(
+        loader=PackageLoader("callbacks.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
 def render(page: Path, template: str = "run.html.jinja", **content: Any) -> None:
     """Writes a page; texts of the content are escaped, so that a prompt with markup in it shows as it is.
 
@@ -97,12 +109,5 @@ def render(page: Path, template: str = "run.html.jinja", **content: Any) -> None
     """
     cards = [card for cards in content["gallery"].values() for card in cards] + list(content.get("groups", []))
     images = _Images(page, {tile.path for card in cards for tile in card.tiles})
-    environment = Environment(
-        loader=PackageLoader("callbacks.reporting"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    text = environment.get_template(template).render(**content, image=images, embedded=images.embedded)
+    text = _templates().get_template(template).render(**content, image=images, embedded=images.embedded)
     write_atomically(page, text)

@@ -69,8 +69,9 @@ def model_card(
     if language is not None:
         parts += ["## The refiner's template", f"````text\n{language.template}\n````"]
     parts += ["## Sampling", _sampling(flow, language)]
-    if results:
-        parts += ["## Results", *_tables(results)]
+    tables = _tables(results or {})
+    if tables:
+        parts += ["## Results", *tables]
     if configured:
         parts += ["## Configuration", "All settings of the run: [config.yaml](config.yaml)."]
     return "\n\n".join(parts) + "\n"

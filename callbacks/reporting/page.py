@@ -134,10 +134,19 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         "refiner": run.get(f"{part}.language.init_args.model"),
         "reward": str(run.get(f"{part}.reward.class_path") or "").rpartition(".")[2],
         "data": str(run.get("data.class_path") or "").rpartition(".")[2],
+        "made with": _made_with(run.results.get("run", {})),
         "resumed from": str(run.continues) if run.continues else None,
         "folder": str(run.folder),
     }
     return [(name, str(value)) for name, value in found.items() if value]
+
+
+def _made_with(record: Mapping[str, Any]) -> str:
+    """Says in a line device, commit and versions, as `callbacks.record` has noted them."""
+    device, code = record.get("device", {}), record.get("code") or {}
+    parts = [f"{device['processes']} x {device['name']}, {device['precision']}"] if device else []
+    parts += [f"commit {code['commit'][:10]}{' with changes' * code['changed']}"] if code else []
+    return "; ".join([*parts, *(f"{name} {one}" for name, one in record.get("versions", {}).items())])
 
 
 def _settings(run: Run) -> list[tuple[str, str]]:

@@ -7,37 +7,36 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-_WIDTH, _GAP = 208, 12
-"""Width of an image in a sheet, and the space between two, in pixels."""
+_GAP = 12
+"""Space between two images of a sheet, in pixels."""
 _FONT = ImageFont.load_default(13)
 ROWS = {"without_pe": "prompts as written", "with_pe": "rewritten by the refiner (with PE)"}
 """Labels of the rows of an evaluation by mode."""
 
 
-def sheet(rows: Mapping[str, Sequence[tuple[Image.Image, str]]]) -> Image.Image:
+def sheet(rows: Mapping[str, Sequence[tuple[Image.Image, str]]], *, width: int = 208) -> Image.Image:
     """Pastes rows of images into one, each with its whole caption below.
 
     Args:
         rows: label of a row -> its images and captions. Images keep their aspect ratio; small ones are enlarged
             without smoothing.
+        width: width of each, in pixels.
     """
-    width = max(map(len, rows.values())) * (_WIDTH + _GAP) + _GAP
+    total = max(map(len, rows.values())) * (width + _GAP) + _GAP
     parts: list[tuple[int, int, Image.Image | str]] = []
     y = 0
     for label, tiles in rows.items():
-        title = _wrapped(label, width - 2 * _GAP)
+        title = _wrapped(label, total - 2 * _GAP)
         parts.append((_GAP, y + _GAP, title))
         y += _GAP + _height(title) + _GAP
-        shown = [
-            image.resize((_WIDTH, round(image.height * _WIDTH / image.width)), _filter(image)) for image, _ in tiles
-        ]
-        captions = [_wrapped(text, _WIDTH) for _, text in tiles]
+        shown = [_resized(image, width) for image, _ in tiles]
+        captions = [_wrapped(text, width) for _, text in tiles]
         below = max((image.height for image in shown), default=0) + _GAP // 2
         for column, (image, caption) in enumerate(zip(shown, captions, strict=True)):
-            x = _GAP + column * (_WIDTH + _GAP)
+            x = _GAP + column * (width + _GAP)
             parts += [(x, y, image), (x, y + below, caption)]
         y += below + max(map(_height, captions), default=0) + _GAP
-    whole = Image.new("RGB", (width, y), "white")
+    whole = Image.new("RGB", (total, y), "white")
     draw = ImageDraw.Draw(whole)
     for left, top, part in parts:
         if isinstance(part, str):
@@ -47,8 +46,9 @@ def sheet(rows: Mapping[str, Sequence[tuple[Image.Image, str]]]) -> Image.Image:
     return whole
 
 
-def _filter(image: Image.Image) -> Image.Resampling:
-    return Image.Resampling.NEAREST if image.width < _WIDTH else Image.Resampling.LANCZOS
+def _resized(image: Image.Image, width: int) -> Image.Image:
+    resampling = Image.Resampling.NEAREST if image.width < width else Image.Resampling.LANCZOS
+    return image.resize((width, round(image.height * width / image.width)), resampling)
 
 
 def _wrapped(text: str, width: int) -> str:

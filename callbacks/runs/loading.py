@@ -7,7 +7,7 @@ and every row has its rollouts.
 
 from __future__ import annotations
 
-import json
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from datamodules.jsonl import json_lines
 from lightning_modules.run_folder import RunFolder, find, headlines, read_all
 
 
@@ -44,11 +45,17 @@ class Run(RunFolder):
         small = RunFolder.read(folder)
         path = folder / "metrics.csv"
         try:
-            rows = pd.read_csv(path) if path.is_file() else _events(folder)
+            rows = _rows(folder)
         except ValueError as error:  # pandas' own errors are such
-            raise ValueError(f"{path} is damaged: {error}") from error
+            raise ValueError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
         if len(rows) and "step" not in rows:
             raise ValueError(f"{path} is damaged: it has no column `step`")
+        texts = [name for name in rows if not pd.api.types.is_numeric_dtype(rows[name])]
+        if texts:
+            name = str(texts[0])[:80]
+            raise ValueError(f"{path} is damaged: its column `{name}` holds something else than numbers")
+        if len(rows) and not rows["step"].between(0, 2**53).all():
+            raise ValueError(f"{path} is damaged: its column `step` holds something else than numbers of steps")
         return cls(folder, small.config, small.results, rows)
 
     @cached_property
@@ -153,15 +160,11 @@ class Run(RunFolder):
             ValueError: if the file is damaged.
         """
         path = self.folder / "scores.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        try:
-            return pd.DataFrame([json.loads(line) for line in lines])
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is damaged: {error}; score the images again by the same command.") from error
+        return pd.DataFrame([record for _, record in json_lines(path)] if path.is_file() else [])
 
 
 def load(*places: str | Path, stage: str | None = "fit", skip_broken: bool = False) -> list[Run]:
-    """Reads runs; a run that another one continues is left out.
+    """Reads runs, without those that another one continues, or has made again since they had saved nothing.
 
     Args:
         places: run folders, folders above them, patterns.
@@ -172,8 +175,14 @@ def load(*places: str | Path, stage: str | None = "fit", skip_broken: bool = Fal
         ValueError: if there is no run, or one is damaged.
     """
     runs: list[Run] = read_all(Run, find(*places), skip_broken=skip_broken)
-    continued = {run.continues for run in runs}
-    kept = [run for run in runs if stage in (None, run.stage) and run.folder.resolve() not in continued]
+    newest = {run.continues: run for run in sorted(runs, key=lambda run: (len(run.folder.name), run.folder.name))}
+    kept = [
+        run
+        for run in runs
+        if stage in (None, run.stage)
+        and run.folder.resolve() not in newest
+        and (run.continues is None or run is newest[run.continues] or run.finished or run.saved)
+    ]
     if not kept:
         raise ValueError(
             f"{', '.join(map(str, places))}: there are runs, but none of the stage {stage}; choose another."
@@ -191,6 +200,19 @@ def overview(runs: Sequence[Run]) -> pd.DataFrame:
         about = {"run": str(run.folder), "mode": run.mode, "seed": run.seed, "finished": run.finished}
         rows.append(about | last | scores)
     return pd.DataFrame(rows).set_index("run")
+
+
+def _rows(folder: Path) -> pd.DataFrame:
+    """Reads the lines of `metrics.csv` that are whole, as a kill may halve the last; else TensorBoard's files."""
+    path = folder / "metrics.csv"
+    text = path.read_bytes() if path.is_file() else b""
+    whole = text[: text.rfind(b"\n") + 1]
+    if not whole:
+        return _events(folder)
+    rows = pd.read_csv(io.BytesIO(whole))
+    if not isinstance(rows.index, pd.RangeIndex):  # pandas then takes the first values for the rows' names
+        raise ValueError("a row has more values than there are columns")
+    return rows
 
 
 def _events(folder: Path) -> pd.DataFrame:

@@ -5,7 +5,8 @@ By pyarrow rather than `datasets`, which copies a Parquet file into its cache, i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,14 +36,16 @@ class ArrowRows:
     def kinds(self) -> dict[str, Kind]:
         """Name of each column -> what it holds."""
         file = self._open()
-        schema = file.schema_arrow if self._is_parquet else file.schema
-        return {field.name: _kind(field.type) for field in schema}
+        with self._one_line_errors():
+            schema = file.schema_arrow if self._is_parquet else file.schema
+            return {field.name: _kind(field.type) for field in schema}
 
     def read(self, columns: Sequence[str]) -> list[dict[str, Any]]:
         """Reads all rows of some columns as Python values."""
         file = self._open()
-        table = file.read(columns=list(columns)) if self._is_parquet else file.select(list(columns))
-        rows: list[dict[str, Any]] = table.to_pylist()
+        with self._one_line_errors():
+            table = file.read(columns=list(columns)) if self._is_parquet else file.select(list(columns))
+            rows: list[dict[str, Any]] = table.to_pylist()
         return rows
 
     def image(self, row: int, column: str) -> bytes:
@@ -55,7 +58,8 @@ class ArrowRows:
         Raises:
             ValueError: if there are neither bytes nor a file.
         """
-        value = self._value(row, column)
+        with self._one_line_errors():
+            value = self._value(row, column)
         data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
         if isinstance(data, bytes):
             return data
@@ -92,7 +96,7 @@ class ArrowRows:
                 import pyarrow.parquet
             except ImportError as error:
                 raise ValueError(f"{self.path} needs pyarrow ({error}): run `pip install -e '.[data]'`.") from error
-            try:
+            with self._one_line_errors():
                 if self._is_parquet:
                     self._file = pa.parquet.ParquetFile(self.path)
                 else:
@@ -100,10 +104,18 @@ class ArrowRows:
                     seekable = source.read(6) == b"ARROW1"
                     source.seek(0)
                     self._file = (pa.ipc.open_file if seekable else pa.ipc.open_stream)(source).read_all()
-            except (OSError, pa.ArrowException) as error:
-                kind = self.path.suffix[1:].capitalize()
-                raise ValueError(f"{self.path} cannot be read as {kind} ({error}): fetch it anew.") from error
         return self._file
+
+    @contextmanager
+    def _one_line_errors(self) -> Iterator[None]:
+        """Context manager: turns pyarrow's errors (damaged bytes, names or texts that are no UTF-8) into one line."""
+        from pyarrow import ArrowException
+
+        try:
+            yield
+        except (OSError, ArrowException, UnicodeDecodeError) as error:
+            kind, said = self.path.suffix[1:].capitalize(), " ".join(str(error).split())[:200]
+            raise ValueError(f"{self.path} cannot be read as {kind} ({said}): fetch it anew.") from error
 
 
 def _kind(type_: Any) -> Kind:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from datamodules.editing.prompts import EditSamples
 from datamodules.editing.rows import Row, Table, distinct_rows, image_file, tables
 from datamodules.jsonl import read_text
 from datamodules.local_path import local_path
+from datamodules.parsing import listed, parse_json, quoted
 
 _GEDIT = ("key", "task_type", "instruction", "instruction_language", "Intersection_exist")
 _GEDIT_IMAGES = ("input_image_raw", "input_image", "image", "source_image")
@@ -112,7 +112,7 @@ class GEditPrompts(EditBenchmarkPrompts):
 
     def _image_column(self, table: Table) -> str:
         """Returns the name of the image's column; raises ValueError if that or one of GEdit-Bench's is missing."""
-        has = ", ".join(table.columns)
+        has = listed(table.columns)
         if missing := [name for name in _GEDIT if name not in table.columns]:
             raise ValueError(f"{table.path}: no column {missing[0]}, only {has}: GEdit-Bench's rows are needed.")
         known = _GEDIT_IMAGES if self.image_column is None else (self.image_column,)
@@ -144,17 +144,16 @@ class ImgEditPrompts(EditBenchmarkPrompts):
         path = local_path(self.file, "data.file")
         if not path.is_file():
             raise ValueError(f"data.file is {self.file!r}, which is not a file: give ImgEdit's basic_edit.json.")
-        try:
-            entries = json.loads(read_text(path, "data.file"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not valid JSON ({error}): fetch it anew.") from None
+        entries = parse_json(read_text(path, "data.file"), str(path))
         if not isinstance(entries, dict) or not entries:
             raise ValueError(f'{path}: not an object of entries: write {{"1": {{"id", "prompt", "edit_type"}}, ...}}.')
         rows: list[Row] = []
         for key, entry in entries.items():
-            where = f"{path}, entry {key!r}"
+            where = f"{path}, entry {quoted(key)}"
             if not isinstance(entry, dict):
-                raise ValueError(f"{where}: {entry!r} in place of an object: give `id`, `prompt` and `edit_type`.")
+                raise ValueError(
+                    f"{where}: {quoted(entry)} in place of an object: give `id`, `prompt` and `edit_type`."
+                )
             name, prompt, kind = (_text(where, entry, column) for column in ("id", "prompt", "edit_type"))
             sample = PromptSample(key, prompt, kind, {"edit_type": kind})
             with _at(where):
@@ -174,7 +173,7 @@ def _at(where: str) -> Iterator[None]:
 def _text(where: str, record: Mapping[str, Any], column: str) -> str:
     value = record.get(column)
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: `{column}` is {value!r}: give a text.")
+        raise ValueError(f"{where}: `{column}` is {quoted(value)}: give a text.")
     return value
 
 
@@ -182,9 +181,9 @@ def _gedit_sample(where: str, record: Mapping[str, Any]) -> PromptSample:
     """Makes a sample of a row; keys are unique within a task and a language."""
     key, task, instruction, language = (_text(where, record, column) for column in _GEDIT[:4])
     if not re.fullmatch(r"[A-Za-z_-]+", language):
-        raise ValueError(f"{where}: `instruction_language` is {language!r}: give a short name such as en or cn.")
+        raise ValueError(f"{where}: `instruction_language` is {quoted(language)}: give a short name such as en or cn.")
     shared = record.get("Intersection_exist")
     if not isinstance(shared, bool):
-        raise ValueError(f"{where}: `Intersection_exist` is {shared!r}: give true or false.")
+        raise ValueError(f"{where}: `Intersection_exist` is {quoted(shared)}: give true or false.")
     metadata = {"key": key, "task_type": task, "instruction_language": language, "Intersection_exist": shared}
     return PromptSample(f"{task}-{key}", instruction, task, metadata)

@@ -9,6 +9,7 @@ from typing import Literal
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
+from datamodules.parsing import listed
 from datamodules.public_sets import origin
 
 RepoType = Literal["model", "dataset"]
@@ -71,7 +72,7 @@ class HubPath:
             raise self._failure("its list of files", error) from error
         found = [name for name in names if Path(name).suffix in DATA_SUFFIXES]
         if len(found) != 1:
-            has = f"{len(found)} files of rows ({', '.join(found[:8])}{', ...' if len(found) > 8 else ''})"
+            has = f"{len(found)} files of rows ({listed(found, 8)})"
             raise ValueError(
                 f"{self._place} has {has if found else f'no {_KINDS} file'}: name a file, a folder or a pattern, such "
                 f"as hf://{'datasets/' if self.repo_type == 'dataset' else ''}{self.repo}/data/train-*.parquet."

@@ -15,6 +15,7 @@ from datamodules.editing.arrow import SUFFIXES, ArrowRows, Image
 from datamodules.editing.hub import DATA_SUFFIXES
 from datamodules.editing.images import Source
 from datamodules.jsonl import id_of, json_lines, read_text
+from datamodules.parsing import listed, quoted
 from datamodules.repeats import distinct
 from datamodules.sample import PromptSample
 
@@ -88,7 +89,7 @@ def read_rows(
             name = id_of(record.get(found.get("id", "")), total, where)
             total += 1
             if name in lines:
-                raise ValueError(f"{where}: the id {name!r} was used in {lines[name]}: make ids unique.")
+                raise ValueError(f"{where}: the id {quoted(name)} was used in {lines[name]}: make ids unique.")
             lines[name] = where
             try:
                 source = table.source(number, record, found["image"])
@@ -154,7 +155,7 @@ def _prompt(record: Mapping[str, Any], column: str, index: int) -> str:
             raise ValueError(f"`{column}` has {len(value)} entries, none at {index}: change prompt_index.")
         value = value[index]
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"`{column}` is {value!r}: give the text of the prompt.")
+        raise ValueError(f"`{column}` is {quoted(value)}: give the text of the prompt.")
     return value
 
 
@@ -196,7 +197,7 @@ class Table:
             value = value[0]
         name = value.get("uri") if isinstance(value, dict) else value
         if not isinstance(name, str) or not name:
-            raise ValueError(f"`{column}` is {record.get(column)!r}: give the path of the source image.")
+            raise ValueError(f"`{column}` is {quoted(record.get(column))}: give the path of the source image.")
         return image_file(self.path if self.path.is_dir() else self.path.parent, name)
 
 
@@ -221,7 +222,7 @@ def find_columns(table: Table, given: Mapping[str, str]) -> dict[str, str]:
     Raises:
         ValueError: with a list of the columns, if one is missing or it is unclear which one holds the source image.
     """
-    has = ", ".join(table.columns) or "none"
+    has = listed(table.columns)
     for role, name in given.items():
         if name not in table.columns:
             raise ValueError(f"{table.path}: data.columns.{role} is {name!r}, and the columns are {has}.")
@@ -230,7 +231,7 @@ def find_columns(table: Table, given: Mapping[str, str]) -> dict[str, str]:
         named = ["image"] if "image" in table.columns else [name for name in _IMAGES if name in table.columns]
         likely = named or list(table.images) or [name for name in _LISTS if name in table.columns]
         if len(likely) != 1:
-            which = f"any of {', '.join(likely)}" if likely else "no column"
+            which = f"any of {listed(likely)}" if likely else "no column"
             raise ValueError(
                 f"{table.path}: {which} may hold the source images, the columns are {has}: name it in "
                 "data.columns.image."

@@ -10,6 +10,7 @@ from datamodules.base import PromptSample, bare
 from datamodules.jsonl import Broken, Record, id_of, json_lines
 from datamodules.local_path import local_path
 from datamodules.paraphrases.base import Paraphraser, Wordings, check_kinds
+from datamodules.parsing import quoted
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ class FileParaphrases(Paraphraser):
                     continue
                 if (line.kind, row) in places:
                     raise ValueError(
-                        f"{line.where}: {places[line.kind, row]} has a wording of the prompt {sample.id!r} of the kind "
-                        f"{line.kind} already: give one of them another `kind`."
+                        f"{line.where}: {places[line.kind, row]} has a wording of the prompt {quoted(sample.id)} of "
+                        f"the kind {line.kind} already: give one of them another `kind`."
                     )
                 places[line.kind, row] = line.where
                 found[line.kind][row] = None if line.paraphrase == sample.prompt else line.paraphrase
@@ -102,7 +103,7 @@ def read_wordings(path: Path, *, broken: Broken = "stop") -> Iterator[tuple[str,
     """
     for where, record in json_lines(path, broken=broken):
         if not isinstance(record.get("paraphrase"), str) or not record["paraphrase"].strip():
-            raise ValueError(f"{where}: `paraphrase` is {record.get('paraphrase')!r}: give the other wording.")
+            raise ValueError(f"{where}: `paraphrase` is {quoted(record.get('paraphrase'))}: give the other wording.")
         yield where, record
 
 
@@ -114,7 +115,7 @@ def _parse(path: Path, kind: str) -> Iterator[_Line]:
         said["id"] = None if said["id"] is None else id_of(said["id"], 0, where)
         for key, value in said.items():
             if value is not None and not isinstance(value, str):
-                raise ValueError(f"{where}: `{key}` is {value!r}: give text, or leave the key out.")
+                raise ValueError(f"{where}: `{key}` is {quoted(value)}: give text, or leave the key out.")
         if said["id"] is None and said["original"] is None:
             raise ValueError(f"{where}: neither `id` nor `original`: say which prompt this rewords.")
         (own,) = check_kinds([record.get("kind", kind)], where)

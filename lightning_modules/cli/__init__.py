@@ -13,6 +13,7 @@ import re
 import sys
 import warnings
 
+from lightning_modules.cli.demo import serve_demo
 from lightning_modules.cli.errors import complain
 from lightning_modules.cli.misspelt import misspelt
 from lightning_modules.cli.shipped import shipped_words
@@ -21,12 +22,14 @@ SUBCOMMANDS = ("fit", "validate", "test", "predict")
 QUICKSTART = ["fit", "--config", "configs/quickstart.yaml"]
 HELP = """usage: promptrl {fit,validate,test,predict} --config FILE [--config FILE ...] [--KEY VALUE ...]
        promptrl quickstart [--KEY VALUE ...]   (`lightning` is another name of `promptrl`)
+       promptrl demo RUN [RUN ...] [--KEY VALUE ...]
 
   fit        train both agents, one of them, or flow-only (`language: null`)
   validate   score the validation prompts
   test       score fresh prompts, with intervals; images are kept
   predict    draw prompts (`--prompt TEXT`, or the data's) with and without the refiner into a folder
   quickstart fit in the small world that comes with the package: two minutes on a CPU
+  demo       a page for trying prompts on runs, before and after training (`promptrl demo --help`)
 
   --config FILE             an experiment, such as configs/quickstart.yaml; later files are laid over earlier ones;
                             configs/... and miniature/... are the package's where the current folder has none
@@ -53,19 +56,22 @@ def main(args: list[str] | None = None) -> None:
     if not words or words[0] in ("-h", "--help"):
         print(HELP, end="")
         return
+    if words[0] == "demo":
+        serve_demo(words[1:])
+        return
     if words[0] in SUBCOMMANDS:
         mistake = misspelt(words)
     elif words[0].startswith("-"):
         mistake = None  # the parser's to explain
     else:
         mistake = (
-            f"`{words[0]}` is no command: begin with {', '.join(SUBCOMMANDS)} or quickstart, such as `promptrl fit "
-            "--config ...`."
+            f"`{words[0]}` is no command: begin with {', '.join(SUBCOMMANDS)}, quickstart or demo, such as `promptrl "
+            "fit --config ...`."
         )
     if mistake is not None:
         sys.exit(complain(mistake))
     quieten()  # before the imports below, which have notices of their own
-    from lightning_modules.cli.command import run  # imports torch, diffusers and Lightning: seconds
+    from lightning_modules.cli.run import run  # imports torch, diffusers and Lightning: seconds
 
     run(words)
 
@@ -89,6 +95,8 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*logging interval.*")
+    warnings.filterwarnings("ignore", message="It is recommended to use `self.log.*sync_dist=True.*")  # it is synced
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view.*")  # which nothing writes to
     warnings.filterwarnings("ignore", message="Total length of `DataLoader` across ranks is zero.*")  # all predicted
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization.*")
     warnings.filterwarnings("ignore", message="The dirpath has changed from.*")

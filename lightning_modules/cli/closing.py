@@ -18,7 +18,7 @@ def closing(folder: Path, root: Path, prompt: str | None) -> str:
     folder, root = _short(folder), _short(root)
     lines = [f"Report:      {folder / name}" for name in ("report.html", "results.md") if (folder / name).is_file()][:1]
     last = folder / "checkpoints" / "last.ckpt"
-    draws = prompt is not None and last.is_file()
+    draws = prompt is not None and last.exists()
     lines += [f"Checkpoint:  {last}"] * draws
     lines += [f"TensorBoard: tensorboard --logdir {shlex.quote(str(root))}"]
     if draws:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import signal
 import sys
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -13,42 +10,41 @@ from typing import Any, NoReturn, cast
 
 import jsonargparse
 import lightning as L
-import torch
-import yaml
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from omegaconf.errors import OmegaConfBaseException
 
+from callbacks.benchmark import Benchmark
 from callbacks.dashboard import Dashboard
 from callbacks.kept_images import KeepImages
 from callbacks.page import Page
 from callbacks.predictions import SavePredictions
 from callbacks.progress import RunProgressBar
+from callbacks.record import Record
 from callbacks.report import Report
 from callbacks.run_config import resolved_config
 from datamodules.base import PromptDataModule
 from datamodules.local_path import local_path
 from datamodules.typed import TypedPrompts
-from lightning_modules.agents import check_precision
+from lightning_modules.agents import Agents, check_precision
+from lightning_modules.checkpoints import CheckpointIO, check_whole, is_checkpoint, read
 from lightning_modules.cli import earlier_checkpoints
-from lightning_modules.cli.checkpoint import Checkpoint, SaveConfig
+from lightning_modules.cli.checkpoint import Checkpoint
 from lightning_modules.cli.closing import closing
 from lightning_modules.cli.errors import complain, raised_by_us
 from lightning_modules.cli.loggers import open_loggers
+from lightning_modules.cli.preemption import Preemption
 from lightning_modules.cli.prompts import TEXTS, split_prompts
 from lightning_modules.cli.refusals import check_something_to_train, check_trainer, refused_by_lightning
 from lightning_modules.cli.renamed import renamed
-from lightning_modules.cli.texts import escaped, load_config, no_such_key, read_as_mapping, texts_as_configs
+from lightning_modules.cli.texts import escaped, read_as_mapping, texts_as_configs
 from lightning_modules.cli.trainer import Trainer
 from lightning_modules.evaluation import EvaluatedAgents
 from lightning_modules.policies.pipeline import PipelinePolicy
 from lightning_modules.preflight.check import Mode, check
-from rewards.base import RewardUnavailable
-
-_NO_ACCESS = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS)
 
 
 class Parser(LightningArgumentParser):
@@ -153,13 +149,15 @@ class PromptRLCLI(LightningCLI):
             left_out += ["images", "predictions"]
         parser.callback_keys = [key for key in parser.callback_keys if key not in left_out]
         trainer: Any = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = CheckpointIO()
         bars = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]
         if [type(bar) for bar in bars] in ([TQDMProgressBar], [RichProgressBar]):  # Lightning's default, not a choice
             trainer.callbacks[trainer.callbacks.index(bars[0])] = RunProgressBar()
         if self.subcommand == "fit":
-            trainer.callbacks.append(Dashboard())
+            trainer.callbacks += [Dashboard(), Preemption()]
         if self.subcommand != "predict":
-            trainer.callbacks.append(Report())
+            trainer.callbacks += [Record(), Report()]
         if not options["fast_dev_run"]:
             trainer.callbacks.append(Page())  # the last one, which reads what the others leave
         return cast(L.Trainer, trainer)
@@ -193,9 +191,14 @@ class PromptRLCLI(LightningCLI):
         elif options.get("ckpt_path") == "best":
             options["ckpt_path"] = str(earlier_checkpoints.best(experiment, kept["dirpath"], kept["monitor"]))
         path = self._checkpoint_path
-        if path is not None and not zipfile.is_zipfile(path):
-            what = "which is no checkpoint" if Path(path).is_file() else "but there is no such file"
+        if path is not None and not is_checkpoint(path):
+            what = "which is no checkpoint" if Path(path).exists() else "but there is no such file"
             raise ValueError(f"`ckpt_path` is {path}, {what}; give a .ckpt of an earlier run.")
+        if path is not None:
+            check_whole(path)
+            checkpoint = read(path, record_only=True)
+            if not all(isinstance(checkpoint.get(part), dict) for part in ("loops", "state_dict")):
+                raise ValueError(f"`ckpt_path` is {path}, which is no checkpoint; give a .ckpt of an earlier run.")
         if path is None and self.subcommand != "fit":
             rank_zero_warn("no `--ckpt_path` is given: the base model is evaluated, not one that a fit has trained.")
 
@@ -210,12 +213,13 @@ class PromptRLCLI(LightningCLI):
         if isinstance(self.datamodule, PromptDataModule):
             self.datamodule.setup(str(self.subcommand))
         path = self._checkpoint_path
-        checkpoint = None if path is None else torch.load(path, map_location="cpu", mmap=True)
-        if checkpoint is not None and "loops" not in checkpoint:
-            raise ValueError(f"`ckpt_path` is {path}, which is no checkpoint; give a .ckpt of an earlier run.")
+        checkpoint = None if path is None else read(path, record_only=True)
         if self.subcommand == "fit":
             check_trainer(self.trainer, self.model, self.datamodule)
-            check_something_to_train(self.trainer, checkpoint)
+            scored = any(isinstance(callback, Benchmark) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+            # `Report` writes it last of all; a checkpoint kept elsewhere may be of any run.
+            ended = not scored or path is None or (Path(path).resolve().parents[1] / "results.md").is_file()
+            check_something_to_train(self.trainer, checkpoint, ended=ended)
         trainer = cast(Trainer, self.trainer)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.open_folder(self._options["experiment"], loggers=self._own_loggers)
@@ -232,7 +236,10 @@ class PromptRLCLI(LightningCLI):
         """Loads the models and compares the checkpoint with them."""
         if self.subcommand == "fit":
             check(self.model, self.datamodule, self.trainer, self._options["preflight"])
-        self.model.configure_model()
+        if isinstance(self.model, Agents):
+            self.model.load(self.trainer.strategy, fits=self.subcommand == "fit")
+        else:
+            self.model.configure_model()
         self.model.setup(str(self.subcommand))
         if checkpoint is not None:
             averages = any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
@@ -251,7 +258,7 @@ class PromptRLCLI(LightningCLI):
         if folder is None:  # predictions, trial runs, ranks other than 0
             return
         if self.subcommand == "fit" and isinstance(self.datamodule, PromptDataModule):
-            prompt = next((sample.asked for sample in self.datamodule.train_samples()), None)
+            prompt = next((sample.asked for sample in self.datamodule.training_set), None)
         print(closing(folder, Path(self._options["trainer"]["default_root_dir"] or ""), prompt))
 
     def before_predict(self) -> None:
@@ -284,46 +291,3 @@ class PromptRLCLI(LightningCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SavePredictions) and self.trainer.is_global_zero:
                 print(callback.summary())
-
-
-def run(args: list[str] | None = None) -> None:
-    """Runs the command.
-
-    Errors raised on purpose by this project's own code end in one line; any other keeps its traceback.
-    """
-    jsonargparse.set_loader("omegaconf+", load_config, (yaml.YAMLError,))
-    words = sys.argv[1:] if args is None else args
-    PromptRLCLI.wanted = words[0] if words and words[0] in LightningCLI.subcommands() else None
-    try:
-        cli = PromptRLCLI(
-            L.LightningModule,
-            L.LightningDataModule,
-            trainer_class=Trainer,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            parser_class=Parser,
-            parser_kwargs={"parser_mode": "omegaconf+"},
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=42,
-            args=args,
-        )
-        cli.say_where_things_are()
-    except SIGTERMException:
-        sys.exit(128 + signal.SIGTERM)  # as shells say it; Lightning would end as if the run were complete
-    except OmegaConfBaseException as error:
-        sys.exit(complain(no_such_key(error)))
-    except RewardUnavailable as error:
-        sys.exit(complain(f"{error} A fit stops so with its state in checkpoints/last.ckpt: go on with --ckpt_path."))
-    except OSError as error:
-        if error.errno not in _NO_ACCESS:
-            raise
-        place = error.filename or "a file of the run cannot be written"
-        sys.exit(complain(f"{place}: {error.strerror}; make room or allow access, or name another place."))
-    except (MisconfigurationException, ValueError) as error:
-        ours = raised_by_us(error)
-        said = refused_by_lightning(error) if ours is None else str(ours)
-        if said is None:
-            raise
-        sys.exit(complain(said))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
+from lightning_modules.checkpoints import read
 
 
 def last(experiment: Path, dirpath: str | None = None) -> Path:
@@ -40,14 +40,14 @@ def best(experiment: Path, dirpath: str | None = None, monitor: str | None = Non
     scored: list[tuple[str, float, Path]] = []
     newest = (_by_age(folder.glob("*.ckpt"))[-1:] for folder in _folders(experiment, dirpath))
     for path in _by_age(path for paths in newest for path in paths):
-        callbacks = torch.load(path, map_location="cpu", mmap=True).get("callbacks", {})
+        callbacks = read(path, record_only=True).get("callbacks", {})
         for key, state in callbacks.items():
             if not isinstance(state, dict) or not state.get("monitor") or state.get("best_model_score") is None:
                 continue
             # By its name: the path is relative to where that command was started.
             file = path.parent / Path(state["best_model_path"]).name
             sign = 1 if "'mode': 'max'" in key else -1
-            if file.is_file() and monitor in (None, state["monitor"]):
+            if file.exists() and monitor in (None, state["monitor"]):
                 scored.append((state["monitor"], sign * float(state["best_model_score"]), file))
     if not scored:
         raise ValueError(

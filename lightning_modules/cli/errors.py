@@ -6,7 +6,8 @@ import sys
 import traceback
 from pathlib import Path
 
-OUR_PACKAGES = ("lightning_modules", "datamodules", "rewards", "callbacks", "miniature")
+from datamodules.masked import masked
+from rewards.calls import OUR_PACKAGES
 
 
 def complain(message: str) -> int:
@@ -16,7 +17,7 @@ def complain(message: str) -> int:
         The exit status of a command that was used wrongly, 2.
     """
     name = Path(sys.argv[0]).name
-    print(f"{name if name == 'promptrl' else 'lightning'}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{name if name == 'promptrl' else 'lightning'}: error: {masked(' '.join(message.split()))}", file=sys.stderr)
     return 2
 
 

@@ -1,16 +1,58 @@
-"""Loggers of the key `loggers`, such as Weights & Biases, beside a run's TensorBoard and `metrics.csv`."""
+"""`metrics.csv`, and the loggers of the key `loggers`, such as Weights & Biases, beside it and TensorBoard."""
 
 from __future__ import annotations
 
+import csv
 import inspect
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from pydoc import locate
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
-from lightning.pytorch.loggers import Logger
+from lightning.fabric.loggers.csv_logs import _ExperimentWriter
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from datamodules.atomic_write import write_atomically
+
+
+class MetricsLogger(CSVLogger):
+    """Lightning's logger to `metrics.csv`, of which a kill leaves all rows but, at most, half of the last one."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> _ExperimentWriter:
+        """Writer of the file, made when it is first used."""
+        if self._experiment is None:
+            self._experiment = _MetricsFile(self.log_dir)
+        return self._experiment
+
+
+class _MetricsFile(ExperimentWriter):
+    def save(self) -> None:
+        """Writes the rows since the last call: behind the others in one piece, or, with new columns, all rows anew."""
+        if not self.metrics:
+            return
+        path = Path(self.metrics_file_path)
+        keys = sorted({*self.metrics_keys, *(key for row in self.metrics for key in row)})
+        text = io.StringIO()
+        writer = csv.DictWriter(text, keys)
+        if keys == self.metrics_keys:
+            writer.writerows(self.metrics)
+            with path.open("a", newline="") as file:
+                file.write(text.getvalue())
+        else:
+            writer.writeheader()
+            if self.metrics_keys:
+                with path.open(newline="") as file:
+                    writer.writerows(csv.DictReader(file))
+            writer.writerows(self.metrics)
+            write_atomically(path, text.getvalue())
+        self.metrics, self.metrics_keys = [], keys
 
 
 def open_loggers(specs: Sequence[Namespace], folder: Path, config: dict[str, Any]) -> list[Logger]:

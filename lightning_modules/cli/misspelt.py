@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from datamodules.jsonl import read_text
+from datamodules.parsing import parse_yaml
 from lightning_modules.cli.prompts import split_prompts
 from lightning_modules.cli.renamed import renamed
 from lightning_modules.cli.signatures import arguments
@@ -79,17 +79,11 @@ def _read(path: Path) -> Node | None:
         ValueError: with file and line, if it is no YAML.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not path.is_file():
+            return None
+        content = parse_yaml(read_text(path, "--config"), str(path))
     except OSError:
         return None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text: {error.reason} at byte {error.start}; save it as UTF-8.") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        what = getattr(error, "problem", None) or str(error).splitlines()[0]
-        what = "a tab, where YAML takes spaces alone" if "'\\t'" in what else what
-        place = str(path) if mark is None else f"{path}:{mark.line + 1}"
-        raise ValueError(f"{place} is no YAML: {what}; correct the line.") from None
     return _nested(content) if isinstance(content, dict) else None
 
 
@@ -150,8 +144,8 @@ def _inline(value: str) -> Any:
     if not value.startswith(("{", "[")):
         return value
     try:
-        return _nested(yaml.safe_load(value))
-    except yaml.YAMLError:
+        return _nested(parse_yaml(value, "an option"))
+    except ValueError:
         return value
 
 

@@ -12,6 +12,7 @@ import lightning as L
 
 from datamodules.base import PromptDataModule
 from datamodules.resumable import place_in_epoch
+from lightning_modules.agents import check_strategy
 from lightning_modules.evaluation import EvaluatedAgents
 
 _UNNAMED = {
@@ -59,6 +60,7 @@ def check_trainer(trainer: L.Trainer, model: L.LightningModule, data: L.Lightnin
     """Raises ValueError for settings that Lightning would refuse, or ignore, after the models are loaded."""
     if isinstance(model, EvaluatedAgents):
         model.require_learner()
+        check_strategy(trainer.strategy)
     if not model.automatic_optimization:
         for name in ("gradient_clip_val", "gradient_clip_algorithm"):
             if getattr(trainer, name):
@@ -80,6 +82,7 @@ def check_trainer(trainer: L.Trainer, model: L.LightningModule, data: L.Lightnin
             "and give fewer training prompts."
         )
     data.trainer = trainer
+    data.processes_per_group = getattr(model, "processes_per_group", 1)
     steps = len(data.train_dataloader())  # raises ValueError for too few prompts
     limit = trainer.limit_train_batches
     steps = min(steps, limit) if isinstance(limit, int) else int(steps * limit)
@@ -96,12 +99,13 @@ def check_trainer(trainer: L.Trainer, model: L.LightningModule, data: L.Lightnin
         )
 
 
-def check_something_to_train(trainer: L.Trainer, checkpoint: dict[str, Any] | None) -> None:
-    """Raises ValueError if a fit would end before its first step.
+def check_something_to_train(trainer: L.Trainer, checkpoint: dict[str, Any] | None, *, ended: bool = True) -> None:
+    """Raises ValueError if a fit would end before its first step, but for a last validation that it still lacks.
 
     Args:
         trainer: knows where training ends.
         checkpoint: what the fit resumes from, if it does.
+        ended: False if the run that the checkpoint is of was cut off before its results were complete.
     """
     step = epochs = 0
     start = "training begins"
@@ -123,7 +127,7 @@ def check_something_to_train(trainer: L.Trainer, checkpoint: dict[str, Any] | No
     name = next((name for name, reached in ends.items() if reached), None)
     if name is not None and trainer.fast_dev_run:  # type: ignore[attr-defined]
         raise ValueError(f"nothing to train: {start}, where `trainer.fast_dev_run` ends; leave one of the two out.")
-    if name is not None:
+    if name is not None and (ended or not trainer.limit_val_batches or name == "limit_train_batches"):
         raise ValueError(
             f"nothing to train: {start}, and `trainer.{name}` is {getattr(trainer, name)}; set it higher, or evaluate "
             "with `lightning validate` or `lightning test`."

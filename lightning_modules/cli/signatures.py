@@ -158,8 +158,8 @@ def _parsed(module: str) -> ast.Module | None:
     for root in map(Path, spec.submodule_search_locations or ()):
         path = root.joinpath(*below)
         files += [path.parent / f"{path.name}.py", path / "__init__.py"]
-    file = next((one for one in files if one.suffix == ".py" and one.is_file()), None)
     try:
+        file = next((one for one in files if one.suffix == ".py" and one.is_file()), None)
         return None if file is None else ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError):  # the parser's import says where
+    except (OSError, SyntaxError, ValueError):  # the parser's import says where; a name may be too long for a file
         return None

@@ -11,6 +11,7 @@ import yaml
 from jsonargparse import Namespace, get_loader
 from omegaconf.errors import OmegaConfBaseException
 
+from datamodules.parsing import check_yaml_size
 from lightning_modules.cli.shipped import shipped
 
 _TEXT = re.compile(r"--model\.(?:init_args\.)?(language|flow)\.(?:init_args\.)?(template|negative_prompt)")
@@ -27,12 +28,18 @@ def load_config(text: str) -> Any:
     >>> load_config(r"{a: {b: '${c.d} ${5} \${c}'}}")
     {'a': {'b': '${..c.d} \\${5} \\${c}'}}
     """
-    content = get_loader("yaml")(text)
+    check_yaml_size(text, "the configuration")
+    try:
+        content = get_loader("yaml")(text)
+    except TypeError as error:  # jsonargparse looks at the names of settings without values
+        raise ValueError("the configuration has a setting whose name is a number: names are texts.") from error
     return _prepared(content, 0) if isinstance(content, dict) else content
 
 
 def _prepared(content: Any, depth: int) -> Any:
     if isinstance(content, dict):
+        if None in content:
+            raise ValueError("the configuration has a setting without a name (`:` or `?` alone): name or delete it.")
         return {key: _prepared(value, depth + 1) for key, value in content.items()}
     if isinstance(content, list):
         return [_prepared(value, depth + 1) for value in content]

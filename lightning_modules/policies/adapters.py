@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
@@ -24,6 +24,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from datamodules.jsonl import read_json
+from datamodules.parsing import parse_json
 from rewards.pretrained import check_hub_id, one_line_errors
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ def base_and_adapter(model: str, agent: str) -> tuple[str, str | None]:
     if agent == "flow" and (path / "model_index.json").is_file():
         return model, None
     if config is not None and Path(config).is_file():
-        base = json.loads(Path(config).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = read_json(config).get("base_model_name_or_path")
     elif agent == "flow" and _local_weights(path) is not None:
         base = _base_in_metadata(lora_file(model, agent))
     else:
@@ -143,7 +145,7 @@ def _base_in_metadata(file: Path) -> str | None:
             metadata = (opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}")
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged ({error}): copy it again.") from error
-    base: str | None = json.loads(metadata).get(f"{TRANSFORMER}base_model_name_or_path")
+    base: str | None = parse_json(metadata, str(file)).get(f"{TRANSFORMER}base_model_name_or_path")
     return base
 
 
@@ -359,6 +361,8 @@ def _one_error(where: str, network: nn.Module) -> Iterator[None]:
     """Context manager: says in one line what a loader of adapters raises, mismatched shapes among it."""
     try:
         yield
+    except UnpicklingError as error:  # whose text advises to run whatever the file holds
+        raise ValueError(f"{where} holds more than weights, or is damaged; give a .safetensors file.") from error
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         mismatches = [line for line in lines if line.startswith("size mismatch")]

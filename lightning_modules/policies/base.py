@@ -6,16 +6,19 @@ import copy
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_modules.policies.adapters import DEFAULT, REFERENCE, base_and_adapter, reference_adapter
 from lightning_modules.policies.memory import Quantization, follow_weights, quantize_linears
+from lightning_modules.policies.sharding import gathered, saved_whole, shard_network
 from rewards.arguments import check_minimum
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -146,8 +149,12 @@ class Policy(nn.Module, ABC):
         return self._frozen_copy if self._use_frozen_copy else self.network
 
     @abstractmethod
-    def load(self) -> None:
-        """Loads the weights and prepares them for training; later calls do nothing."""
+    def load(self, *, weights: bool = True) -> None:
+        """Loads the weights and prepares them for training; later calls do nothing.
+
+        Args:
+            weights: False leaves those of a network that learns on the meta device, for `shard` to fill.
+        """
 
     @abstractmethod
     def _add_adapters(self, lora: LoRA) -> None:
@@ -214,6 +221,46 @@ class Policy(nn.Module, ABC):
                     nn.Module.to(self._frozen_copy, self.frozen_dtype)  # diffusers' own warns of layers, none of ours
             self.network.requires_grad_(True)
         self.eval()
+
+    def shard(self, mesh: DeviceMesh, device: torch.device, compute: torch.dtype | None) -> None:
+        """Shares the weights and the reference out over processes; nothing happens to a frozen agent.
+
+        Args:
+            mesh: one dimension, the processes.
+            device: where the shards go.
+            compute: dtype in which fully trained weights compute; None is their own.
+
+        Raises:
+            ValueError: if the weights are quantized.
+        """
+        if not self.trained or self.sharded:
+            return
+        if self.quantization is not None:
+            raise ValueError(
+                f"`{self.agent}.quantization` is {self.quantization}, which cannot be sharded: leave it out, or use "
+                "`trainer.strategy: ddp`."
+            )
+        shard_network(self._core, mesh, device, None if self.lora is not None else compute)
+        if self._frozen_copy is not None:
+            shard_network(self._frozen_copy, mesh, device, None)
+
+    @property
+    def sharded(self) -> bool:
+        """True if this agent's weights are shared out over processes."""
+        return isinstance(self._core, FSDPModule)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Context manager: every process has all weights of this agent; to enter it is a collective."""
+        return nullcontext() if self.network is None else gathered(self._core)
+
+    def saved_whole(self) -> AbstractContextManager[None]:
+        """Context manager for `save_pretrained` on the first process; to enter it is a collective."""
+        return saved_whole(self.network)
+
+    @property
+    def _core(self) -> Any:
+        """The network without what peft puts around it."""
+        return self.network.get_base_model() if hasattr(self.network, "get_base_model") else self.network
 
     def _apply(self, fn: Any, recurse: bool = True) -> Policy:
         super()._apply(fn, recurse)

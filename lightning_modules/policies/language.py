@@ -29,6 +29,7 @@ from lightning_modules.policies.adapters import DEFAULT, load_language_lora
 from lightning_modules.policies.base import LoRA, Policy
 from lightning_modules.policies.loading import check_language_model, lora_config
 from lightning_modules.policies.memory import gradient_checkpointing_enabled
+from lightning_modules.policies.sharding import run_inside
 from lightning_modules.policies.templates import GENERAL, fill, parse_answer
 from lightning_modules.rl.log_probs import completion_mask, position_ids, token_log_probs
 from lightning_modules.rollout import Completions, SeenImages
@@ -92,7 +93,7 @@ class LanguagePolicy(Policy):
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.tokenizer: Any = None
 
-    def load(self) -> None:
+    def load(self, *, weights: bool = True) -> None:
         """Loads model and tokenizer."""
         if self.network is not None:
             return
@@ -105,7 +106,8 @@ class LanguagePolicy(Policy):
         text_alone = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         loader = AutoModelForCausalLM if text_alone else AutoModelForImageTextToText
         with one_line_errors(self.model):
-            self.network = loader.from_pretrained(self.model, dtype=self.dtype, use_safetensors=True)
+            where = None if weights or not self.trained else "meta"
+            self.network = loader.from_pretrained(self.model, dtype=self.dtype, use_safetensors=True, device_map=where)
         self._prepare()
 
     def _check_chat(self, config: Any) -> None:
@@ -180,10 +182,15 @@ class LanguagePolicy(Policy):
         """
         ids = torch.cat([completions.prompt_ids, completions.tokens], dim=1)
         attention = torch.cat([completions.prompt_mask, completions.mask.long()], dim=1)
-        with gradient_checkpointing_enabled(self.active, on=self.gradient_checkpointing and torch.is_grad_enabled()):
-            hidden = self._hidden(ids, attention, completions.seen, use_cache=False)
         start, head = completions.prompt_ids.shape[1] - 1, self.causal_lm.get_output_embeddings()
-        return token_log_probs(hidden[:, start:-1], head, completions.tokens, temperature=self.temperature)
+
+        def read() -> Tensor:
+            checkpoints = self.gradient_checkpointing and torch.is_grad_enabled()
+            with gradient_checkpointing_enabled(self.active, on=checkpoints):
+                hidden = self._hidden(ids, attention, completions.seen, use_cache=False)
+            return token_log_probs(hidden[:, start:-1], head, completions.tokens, temperature=self.temperature)
+
+        return run_inside(self.causal_lm, read)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes a PEFT adapter folder, or a transformers model folder; the tokenizer beside it."""
@@ -216,6 +223,7 @@ class LanguagePolicy(Policy):
                 past_key_values=cache,
                 generation_config=config,
                 logits_processor=None if greedy else LogitsProcessorList([recorder]),
+                synced_gpus=False,  # of sharded weights transformers would let all processes write equally long
             )
         tokens = sequences[:, ids.shape[1] :]
         answered = completion_mask(tokens, self.eos_token_ids)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from datamodules.jsonl import read_json
 from lightning_modules.policies.adapters import matching
 from lightning_modules.policies.base import LoRA
 from rewards.pretrained import check_hub_id, one_line_errors
@@ -80,14 +80,15 @@ def _read_json(model: str, name: str) -> dict[str, Any]:
         with one_line_errors(model):
             try:
                 path = Path(hf_hub_download(model, name))
+            except LocalEntryNotFoundError:  # a kind of EntryNotFoundError
+                raise
             except EntryNotFoundError as error:
                 raise ValueError(
                     f"it has no {name}; if it is a LoRA, give its base model as `flow.model` and it as `flow.lora.path`"
                 ) from error
     if not path.is_file():
         raise ValueError(f"the pipeline folder {model} lacks {name}: copy it there.")
-    content: dict[str, Any] = json.loads(path.read_text())
-    return content
+    return read_json(path)
 
 
 def check_language_model(model: str) -> None:

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, cast
 
 import diffusers
 import torch
+from accelerate import init_empty_weights
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.training_utils import cast_training_params
 from peft import get_peft_model_state_dict
 from PIL import Image
 from torch import Tensor, nn
@@ -178,7 +178,7 @@ class PipelinePolicy(FlowPolicy):
         cut = {row for row, text in zip(rows, texts, strict=True) if len(tokenizer(text)["input_ids"]) > limit}
         return [row in cut for row in range(len(prompts))]
 
-    def load(self) -> None:
+    def load(self, *, weights: bool = True) -> None:
         """Loads the pipeline; its modules become submodules, so that Lightning moves them."""
         if self.pipe is not None:
             return
@@ -191,6 +191,7 @@ class PipelinePolicy(FlowPolicy):
                 torch_dtype={"transformer": self.dtype, "default": self.frozen_dtype},
                 use_safetensors=True,
                 **self.passed_parts(),
+                **({} if weights or not self.trained else {"transformer": self._network_to_fill()}),
             )
         self.network = self.pipe.transformer
         for name, part in self._frozen_parts().items():
@@ -247,12 +248,21 @@ class PipelinePolicy(FlowPolicy):
             network: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
         return network
 
+    def _network_to_fill(self) -> nn.Module:
+        """Builds the network with its parameters alone on the meta device; it computes its tables of positions."""
+        config = read_config(self.model, "transformer")
+        with init_empty_weights():
+            network: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
+        return network
+
     def _add_adapters(self, lora: LoRA) -> None:
         if lora.path is not None:
             load_flow_lora(self.network, lora, self.pipeline_class, self._adapters)
             return
         self.network.add_adapter(lora_config(self.network, lora, self.default_lora_targets, "flow.lora"))
-        cast_training_params(self.network, torch.float32)  # bf16 would round small updates away
+        for parameter in self.network.parameters():
+            if parameter.requires_grad:  # bf16 would round small updates away
+                parameter.data = parameter.float()
 
     def sigmas(self, num_steps: int) -> Tensor:
         """Returns the sigma table of the pipeline's own scheduler: [num_steps + 1] fp32, from 1 to 0."""

@@ -61,10 +61,10 @@ class QwenImageEditPolicy(QwenImagePolicy):
         """Parts to give to `from_pretrained`, among them the processor where the stock one cannot be loaded."""
         return super().passed_parts() | image_processor(self.model)
 
-    def load(self) -> None:
+    def load(self, *, weights: bool = True) -> None:
         """Loads the pipeline; its text encoder then marks which tokens are an image's (`positions: mrope`)."""
         loaded = self.pipe is not None
-        super().load()
+        super().load(weights=weights)
         if loaded:
             return
         # An exported folder names the class that the published one names, whatever stands in for it here.

@@ -52,9 +52,9 @@ class SanaPolicy(GuidedPolicy):
         super().__init__(model, sampling, guidance_scale, max_sequence_length=max_sequence_length, **kwargs)
         self.complex_human_instruction = complex_human_instruction
 
-    def load(self) -> None:
+    def load(self, *, weights: bool = True) -> None:
         """Loads the pipeline; with float16, text encoder and VAE are in bfloat16 since they do not work in it."""
-        super().load()
+        super().load(weights=weights)
         if self.dtype == torch.float16:
             self.pipe.text_encoder.to(torch.bfloat16)
             self.pipe.vae.to(torch.bfloat16)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 from transformers import Qwen2VLImageProcessorPil
 
 from datamodules.base import PromptSample
+from datamodules.jsonl import read_json
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.policies.templates import fill
 from lightning_modules.rollout import SeenImages
@@ -156,4 +156,4 @@ def _processor_template(model: str) -> str | None:
                 path = Path(hf_hub_download(model, path.name))
             except EntryNotFoundError:
                 return None
-    return str(json.loads(path.read_text(encoding="utf-8"))["chat_template"]) if path.is_file() else None
+    return str(read_json(path)["chat_template"]) if path.is_file() else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning as L
@@ -20,6 +21,7 @@ from lightning_modules.preflight.estimate import Setting, agent_estimate
 from lightning_modules.preflight.estimate import estimate as estimate
 from lightning_modules.preflight.meta_models import with_settings
 from lightning_modules.prompt_rl import PromptRL
+from lightning_modules.sharded import Sharded
 
 Mode = Literal["stop", "warn", "off", False]
 """False is how YAML reads a bare `off`."""
@@ -49,20 +51,26 @@ def check(module: L.LightningModule, datamodule: Any, trainer: L.Trainer, mode: 
         source=_source(module, datamodule),
         cuda=device.type == "cuda",
         num_devices=trainer.world_size,
+        shards=_shards(trainer),
         autocast={"bf16-mixed": torch.bfloat16}.get(str(trainer.precision)),
     )
     found = estimate(module, setting, device_memory(device, trainer.num_devices))
-    report(found, str(device))
+    report(found, str(device), setting.shards)
     if found.memory is None or found.total <= found.memory:
         return
     helps = ", ".join(f"{name} ({size_text(size)})" for name, size in suggestions(module, setting, found))
     helps = f"; each of these would save some: {helps}" if helps else ""
     have = f"{device} has {size_text(found.memory)}"
-    if found.persistent_total <= found.memory:
+    surely = found.persistent_total + found.gathered
+    if surely <= found.memory:
         rank_zero_warn(f"the run may need about {size_text(found.total)} at its peak, but {have}{helps}.")
         return
+    shares = ""
+    if found.gathered:
+        helps = f"; take more devices, or a larger shard_size{helps}"
+        shares = f", with {size_text(found.gathered)} to gather an agent's shards on every device to draw,"
     message = (
-        f"weights, gradients, optimizer state and reference alone need {size_text(found.persistent_total)}, but "
+        f"weights, gradients, optimizer state and reference alone{shares} need {size_text(surely)}, but "
         f"{have}{helps}; or try all the same with --preflight=warn."
     )
     if mode == "stop":
@@ -88,6 +96,10 @@ def suggestions(module: PromptRL, setting: Setting, found: Estimate) -> list[tup
         return found.total - smaller.total
 
     saved = [(f"`{name}.lora`", saved_for_good(name, lora=LoRA())) for name in full]
+    if setting.num_devices > setting.shards == 1 and learners:
+        shared = replace(setting, shards=setting.num_devices)
+        left = [agent_estimate(module, name, shared, persistent_only=True).persistent_total for name in learners]
+        saved.insert(0, ("`trainer.strategy: sharded`", sum(held[name] for name in learners) - sum(left)))
     for name, policy in agents.items():
         if policy.quantization is None:
             more = {"lora": LoRA()} if name in full else {}
@@ -109,8 +121,14 @@ def suggestions(module: PromptRL, setting: Setting, found: Estimate) -> list[tup
 
 
 @rank_zero_only
-def report(found: Estimate, device: str) -> None:
-    """Prints the estimate as two tables."""
+def report(found: Estimate, device: str, shards: int = 1) -> None:
+    """Prints the estimate as two tables.
+
+    Args:
+        found: the estimate.
+        device: name of the device.
+        shards: devices that share out what learns.
+    """
     networks = Table("part", title="Preflight: parameters", title_justify="left")
     for column in ("parameters", "trained", "weights"):
         networks.add_column(column, justify="right")
@@ -118,7 +136,8 @@ def report(found: Estimate, device: str) -> None:
         trained = f"{network.trained:,}" if network.trained else "frozen"
         weights = size_text(network.bytes) + (" (CPU)" if network.offloaded else "")
         networks.add_row(network.name, f"{network.parameters:,}", trained, weights)
-    memory = Table("", title="Preflight: memory per device", title_justify="left")
+    shared = f", {shards} share what learns" if shards > 1 else ""
+    memory = Table("", title=f"Preflight: memory per device{shared}", title_justify="left")
     memory.add_column("size", justify="right")
     memory.add_column("")
     for row, size in found.persistent.items():
@@ -151,11 +170,16 @@ def size_text(size: int) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
+def _shards(trainer: L.Trainer) -> int:
+    strategy = trainer.strategy
+    return strategy.shard_size or trainer.world_size if isinstance(strategy, Sharded) else 1
+
+
 def _source(module: PromptRL, datamodule: Any) -> tuple[int, int] | None:
     """Size of the first training prompt's source image, if there is one and the flow model can take it."""
     flow = type(module.flow)
     edits = issubclass(flow, PipelinePolicy) and flow.encode_sources is not PipelinePolicy.encode_sources
     if not edits or not isinstance(datamodule, PromptDataModule):
         return None
-    image = next((sample.image for sample in datamodule.train_samples()), None)
+    image = next((sample.image for sample in datamodule.training_set), None)
     return None if image is None else (image.height, image.width)

@@ -12,11 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import nn
 
+from lightning_modules.distributed import CHUNK
 from lightning_modules.objectives import flow_objective, language_objective
 from lightning_modules.policies.base import Policy
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.policies.pipeline import NEGATIVE, PipelinePolicy
+from lightning_modules.policies.sharding import repeated_layers
 from lightning_modules.preflight.formulas import (
     cache_bytes,
     optimizer_state,
@@ -44,6 +47,9 @@ CHAT_TOKENS = 64
 PIXELS_PER_TOKEN = 28**2
 """Area of a source image that is one token to the refiner (Qwen2.5-VL)."""
 
+LEARNERS = ("flow.transformer", "language")
+"""Names of the networks that learn, if their agent does."""
+
 LOGITS_COPIES = 5
 """fp32 copies of one step's logits in `generate`: raw, over temperature, log-softmax, softmax, sampled; rough."""
 
@@ -57,6 +63,7 @@ class Setting:
         source: height and width of source images; None draws from text alone.
         cuda: True if the device is a GPU.
         num_devices: data-parallel devices.
+        shards: devices that share one copy of everything that learns out, under the strategy `sharded`.
         autocast: type of products with `trainer.precision: bf16-mixed` or `16-mixed`.
     """
 
@@ -64,6 +71,7 @@ class Setting:
     source: tuple[int, int] | None = None
     cuda: bool = True
     num_devices: int = 1
+    shards: int = 1
     autocast: torch.dtype | None = None
 
 
@@ -88,7 +96,7 @@ class NetworkSize:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Memory of one device in bytes; with data parallelism every device holds all of it.
+    """Memory of one device in bytes; with data parallelism every device holds all of it, or its part of shards.
 
     Attributes:
         networks: all networks of the agents.
@@ -97,6 +105,7 @@ class Estimate:
         transient: phase -> bytes at its peak, one phase at a time; None if a network does not run on shapes. Rough.
         notes: names of what is not counted.
         memory: bytes that the device has; None if unknown.
+        gathered: bytes of the largest agent whose shards are gathered to draw or to write; exact.
     """
 
     networks: tuple[NetworkSize, ...] = ()
@@ -105,6 +114,7 @@ class Estimate:
     transient: dict[str, int | None] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     memory: int | None = None
+    gathered: int = 0
 
     @property
     def persistent_total(self) -> int:
@@ -129,6 +139,7 @@ class Estimate:
             per_step=_summed(self.per_step, other.per_step),
             transient=transient,
             notes=self.notes + other.notes,
+            gathered=max(self.gathered, other.gathered),
         )
 
 
@@ -201,15 +212,16 @@ def _flow(module: PromptRL, policy: PipelinePolicy, setting: Setting, persistent
         flow_objective(meta, trajectory, 0, torch.empty(rows, device="meta")).loss.mean().backward()
 
     peak = _Peaks(meta, setting)
+    beside = gathered_bytes(meta, setting)
     waiting = sum(network.bytes for network in found.networks if network.offloaded)
     decoder = sum(network.bytes for network in found.networks if network.offloaded and network.name == "flow.vae")
     # `PromptRL.latest` keeps the last step's trajectories for callbacks until the new ones are there.
     if waiting:
         found.transient["encoding"] = waiting + trajectories
-    found.transient["drawing"] = peak.of(draw, trajectories)
-    found.transient["decoding"] = peak.of(decode, trajectories + decoder)
+    found.transient["drawing"] = peak.of(draw, trajectories + beside)
+    found.transient["decoding"] = peak.of(decode, trajectories + decoder + beside)
     if policy.trained and trajectory.sde_steps:
-        found.transient["updating flow"] = peak.of(update)
+        found.transient["updating flow"] = peak.of(update, layer_bytes(meta, setting))
     return found
 
 
@@ -231,9 +243,10 @@ def _language(module: PromptRL, policy: LanguagePolicy, setting: Setting, persis
 
     written = min(policy.rollout_batch_size or total, total)
     logits = written * config.get_text_config().vocab_size * (itemsize + 4 * LOGITS_COPIES)
-    found.transient["refining"] = logits + cache_bytes(config, written, prompt + policy.max_new_tokens, itemsize)
+    cache = cache_bytes(config, written, prompt + policy.max_new_tokens, itemsize)
+    found.transient["refining"] = logits + cache + gathered_bytes(meta, setting)
     if policy.trained:
-        found.transient["updating language"] = _Peaks(meta, setting).of(update)
+        found.transient["updating language"] = _Peaks(meta, setting).of(update, layer_bytes(meta, setting))
     return found
 
 
@@ -254,26 +267,61 @@ def _persistent(module: PromptRL, policy: Policy, meta: Policy, setting: Setting
                 offloaded=getattr(policy, "offload", False) and setting.cuda and not own,
             )
         )
-    found = Estimate(tuple(networks), {"weights": sum(network.bytes for network in networks if not network.offloaded)})
+    shards = setting.shards if policy.trained else 1
+
+    def held(network: NetworkSize) -> int:
+        return 0 if network.offloaded else network.bytes // (shards if network.name in LEARNERS else 1)
+
+    weights = {"weights": sum(map(held, networks))}
+    found = Estimate(tuple(networks), weights, gathered=gathered_bytes(meta, setting))
     if policy.trained:
-        gradients = sum(parameter.nbytes for parameter in meta.parameters() if parameter.requires_grad)
+        gradients = sum(parameter.nbytes for parameter in meta.parameters() if parameter.requires_grad) // shards
         state = optimizer_state(module.optimizer, meta)
         found.persistent["gradients"] = gradients
-        if setting.num_devices > 1:
-            found.persistent["buckets of DDP"] = gradients  # made at the start, although its reduction is never used
-        (found.per_step if state.paged else found.persistent)[f"optimizer state ({state.name})"] = state.bytes
+        name = f"optimizer state ({state.name})"
+        (found.per_step if state.paged else found.persistent)[name] = state.bytes // shards
         if meta._frozen_copy is not None:
-            found.persistent["reference"] = weight_bytes(meta._frozen_copy)
-        # `average_gradients` makes one flat copy of an agent's gradients to sum up, and one of their mean.
-        if setting.num_devices > 1 or (state.foreach and setting.cuda):
-            found.transient["stepping"] = gradients * (2 if setting.num_devices > 1 else 1)
+            found.persistent["reference"] = weight_bytes(meta._frozen_copy) // shards
+        averaging = min(gradients, 4 * CHUNK) if setting.num_devices > setting.shards else 0
+        stepping = gradients if state.foreach and setting.cuda else 0
+        if averaging or stepping:
+            found.transient["stepping"] = max(averaging, stepping)
     return found
+
+
+def gathered_bytes(meta: Policy, setting: Setting) -> int:
+    """Bytes of an agent's whole network in the dtype that it computes in, for which its shards are gathered; else 0."""
+    return _in_use(meta, setting, meta.network) if setting.shards > 1 else 0
+
+
+def layer_bytes(meta: Policy, setting: Setting) -> int:
+    """Bytes that an update of shards gathers at a time: what is outside the layers, two layers and their gradients."""
+    if setting.shards == 1:
+        return 0
+    layers = [_in_use(meta, setting, layer) for layer in repeated_layers(meta.network)]
+    outside = _in_use(meta, setting, meta.network) - sum(layers)
+    return outside + 4 * max(layers, default=0)
+
+
+def _in_use(meta: Policy, setting: Setting, network: nn.Module) -> int:
+    """Bytes of a network's parameters as `fully_shard` gathers them; 0 for an agent that is not sharded."""
+    compute = _compute_dtype(meta, setting)
+    sizes = (p.numel() * (p if compute is None else compute).itemsize for p in network.parameters())
+    return sum(sizes) if meta.trained else 0
+
+
+def _compute_dtype(meta: Policy, setting: Setting) -> torch.dtype | None:
+    """Dtype in which gathered weights compute; None is their own."""
+    return setting.autocast if setting.shards > 1 and meta.trained and meta.lora is None else None
 
 
 class _Peaks:
     """Measures an agent's phases on shapes, beside its weights and the gradients of earlier micro-batches."""
 
     def __init__(self, meta: Policy, setting: Setting) -> None:
+        compute = _compute_dtype(meta, setting)
+        for parameter in () if compute is None else meta.parameters():  # so that nothing is cast in the passes
+            parameter.data = parameter.data.to(compute)
         trained = [parameter for parameter in meta.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from datamodules.atomic_write import write_atomically
+from datamodules.jsonl import read_json, read_text
 from datamodules.local_path import local_path
+from datamodules.parsing import parse_yaml
 from lightning_modules.run_folder import RunFolder, below
 
 
@@ -60,18 +60,18 @@ class Command:
     def checkpoint(self) -> Path | None:
         """Path of the newest `last.ckpt`; None without one."""
         paths = [run.folder / "checkpoints" / "last.ckpt" for run in self.runs()]
-        return max((path for path in paths if path.is_file()), key=lambda path: path.stat().st_mtime, default=None)
+        return max((path for path in paths if path.exists()), key=lambda path: path.stat().st_mtime, default=None)
 
     def finished(self) -> bool:
         """Returns True if the command ended by itself: its record says so, or the report, written last, is there."""
-        seen = json.loads(self.record_path.read_text()) if self.record_path.is_file() else {}
+        seen = read_json(self.record_path) if self.record_path.is_file() else {}
         return seen.get("seconds") is not None or any((run.folder / "results.md").is_file() for run in self.runs())
 
     def conflict(self) -> str:
         """Describes a run by another command in the folder; empty if there is none."""
         if not self.record_path.is_file():
             return f"{self.folder} has a run that no sweep made" if self.runs() else ""
-        was, now = json.loads(self.record_path.read_text()), self.record
+        was, now = read_json(self.record_path), self.record
         gone = [option for option in was["options"] if option not in now["options"]]
         new = [option for option in now["options"] if option not in was["options"]]
         edited = [path for path, digest in now["configs"].items() if was["configs"].get(path, digest) != digest]
@@ -152,7 +152,7 @@ class Sweep:
         jobs = []
         for seed in self.seeds:
             for config, stem in zip(self.configs, _stems(self.configs), strict=True):
-                given = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+                given = parse_yaml(read_text(config, "a configuration"), config)
                 for points in itertools.product(*(self._axis(name, config, given) for name in self.grid)):
                     name = "-".join([stem, *(label for label, _ in points), *([f"s{seed}"] if self.fit else [])])
                     values = self.overrides | {key: value for _, point in points for key, value in point.items()}
@@ -188,7 +188,7 @@ class Sweep:
         if isinstance(axis, list):
             axis, label = {name: axis}, name.rpartition(".")[2]
         else:
-            label = name
+            label = _label(name)
         lists = list(axis.values()) if isinstance(axis, dict) else []
         if not lists or not all(isinstance(values, list) and values for values in lists):
             raise ValueError(wrong)

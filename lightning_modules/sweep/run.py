@@ -124,7 +124,7 @@ def _run(job: Job, children: Children, started: float) -> Outcome:
         if status is None:
             return Outcome(job.name, "stopped", time.monotonic() - started)
         log = command.folder / f"{command.stage}.log"
-        # A fit that was cut off in its last validation has trained all it should.
+        # A fit that was cut off behind its last step and validates nothing has done all it should.
         if status != 0 and not (command.stage == "fit" and "nothing to train: " in _last_line(log)):
             return Outcome(job.name, "crashed", time.monotonic() - started, f"{log}: {_last_line(log)}")
         seen = command.record | {"seconds": round(time.monotonic() - begun, 1)}
@@ -175,7 +175,7 @@ def sweep(plan: Sweep) -> bool:
             print(shlex.join(["lightning", *command.options, *_checkpoint_of(jobs, command)]))
         return True
     console = Console()
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, disable=console.is_jupyter) as progress:  # there it wants ipywidgets
         task = progress.add_task("runs", total=len(jobs))
 
         def tell(outcome: Outcome) -> None:
@@ -191,7 +191,7 @@ def sweep(plan: Sweep) -> bool:
 def table_of(outcomes: Sequence[Outcome]) -> Table:
     """Makes the final table: run, state, time, headline scores."""
     table = Table(title="Sweep")
-    table.add_column("run", overflow="fold", min_width=20)
+    table.add_column("run", overflow="fold")
     table.add_column("state")
     columns = list(dict.fromkeys(name for outcome in outcomes for name in outcome.scores))
     for column in ("time", *columns):

@@ -8,7 +8,8 @@ from typing import Any
 import lightning as L
 import torch
 
-from callbacks.benchmark import add_results, texts_digest
+from callbacks.benchmark import texts_digest
+from callbacks.results_file import add_results
 from callbacks.scores.prompt_scores import PromptScores, PromptTable, weighted_mean
 from datamodules.base import PromptDataModule, PromptSample, bare
 from lightning_modules.evaluation import EvaluationBatch

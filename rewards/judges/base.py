@@ -13,14 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 from PIL import Image
 
 from datamodules.atomic_write import write_atomically
+from datamodules.jsonl import read_json
 from datamodules.local_path import local_path
-from rewards.arguments import OnFailure, check_minimum, check_on_failure
+from datamodules.parsing import parse_json
+from rewards.arguments import OnFailure, check_minimum, check_on_failure, checked_url
 from rewards.base import Reward, RewardUnavailable, Score
 from rewards.format import after_thinking
 from rewards.judges.templates import JudgeTemplate
@@ -110,7 +111,7 @@ class Judge(Reward):
         check_minimum(own, 0, max_retries=max_retries, backoff=backoff)
         if not 0 < timeout < math.inf:
             raise ValueError(f"{own} has timeout={timeout}, use a number of seconds above 0.")
-        self.base_url = _checked_url(base_url, own)
+        self.base_url = checked_url(own, "base_url", base_url, "http://127.0.0.1:8000/v1", "api_key_env")
         self.model = model
         self.api_key_env = api_key_env
         if name is not None:
@@ -213,7 +214,7 @@ class Judge(Reward):
         path = self.cache_dir / f"{key}.json"
         if not path.is_file():
             return None
-        native = json.loads(path.read_text())["native"]
+        native = read_json(path)["native"]
         return tuple(map(float, native)) if isinstance(native, list) else (float(native),)
 
     def _write_cache(self, key: str, template: str, answer: Answer) -> None:
@@ -304,21 +305,6 @@ class _ImageRefused(Exception):
     """The server refuses this image or its prompt; it may accept others."""
 
 
-def _checked_url(url: str, owner: str) -> str:
-    try:
-        parts = urlsplit(url)
-        parts.port  # noqa: B018 (raises if it is no number)
-        good = parts.scheme in ("http", "https") and bool(parts.hostname)
-        secret = parts.username is not None or parts.password is not None or bool(parts.query)
-    except ValueError:
-        good = secret = False
-    if secret:  # not quoted: it would end up in logs, as would every later error
-        raise ValueError(f"{owner}'s base_url holds a user name or a query: give the key by api_key_env instead.")
-    if not good:
-        raise ValueError(f"{owner} has base_url={url!r}, use one such as http://127.0.0.1:8000/v1.")
-    return url.rstrip("/")
-
-
 def _data_url(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", compress_level=1)
@@ -328,7 +314,7 @@ def _data_url(image: Image.Image) -> str:
 def _read_reply(text: str) -> tuple[str, str] | None:
     """Returns text and finish reason of a chat completion's first choice; None if this is no chat completion."""
     try:
-        choice = json.loads(text)["choices"][0]
+        choice = parse_json(text, "the reply")["choices"][0]
         content = choice["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError):
         return None

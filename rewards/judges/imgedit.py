@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from datamodules.jsonl import read_text
+from datamodules.parsing import parse_json
 from rewards.base import RewardBatch, Score
 from rewards.judges.base import Answer, Judge, Question
 from rewards.judges.templates import JudgeTemplate, reworded
@@ -165,10 +166,7 @@ def _join(templates: Mapping[str, JudgeTemplate]) -> tuple[JudgeTemplate, str]:
 def _read_templates(path: str) -> dict[str, JudgeTemplate]:
     """Reads a user's questions from a JSON file: kind of edit -> template."""
     where = "ImgEditJudge's wording"
-    try:
-        texts = json.loads(read_text(path, where))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} names {path}, which cannot be read as JSON ({error}): check it.") from error
+    texts = parse_json(read_text(path, where), f"{where} names {path}")
     if not isinstance(texts, dict) or not texts:
         raise ValueError(f'{where}: {path} must be a JSON object such as {{"add": "... {_PLACEHOLDER} ..."}}.')
     templates = {}

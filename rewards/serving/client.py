@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -16,9 +17,19 @@ from pydantic import ValidationError
 
 from datamodules.chunks import chunks
 from datamodules.sample import PromptSample
-from rewards.arguments import OnFailure, check_minimum, check_on_failure
+from rewards.arguments import OnFailure, check_minimum, check_on_failure, checked_url
 from rewards.base import Reward, RewardBatch, RewardUnavailable, Score
-from rewards.serving.protocol import Item, RewardInfo, RewardList, ScoreReply, ScoreRequest, encode_image, to_score
+from rewards.retries import TransientError
+from rewards.serving.protocol import (
+    Item,
+    RewardInfo,
+    RewardList,
+    ScoreReply,
+    ScoreRequest,
+    encode_image,
+    item_id,
+    to_score,
+)
 from rewards.serving.server_pool import MAX_REPLY_BYTES, NoAnswer, ServerPool
 
 Pair = tuple[PromptSample, Image]
@@ -47,9 +58,9 @@ class RemoteReward(Reward):
             until `cooldown` is over.
         reward: the reward's name in the servers' configuration.
         timeout: how long one attempt may take until the whole answer is there, in seconds.
-        retries: how often a request is sent again after a lost connection, a timeout, or status 408, 425, 429, 502,
-            503 or 504.
-        on_failure: what is done about a request that stays without an answer, or an image too large for the server:
+        retries: how often a request is sent again after a lost connection, a timeout or a bad answer: status 408, 425,
+            429 or any but 200 and 4xx; no reply, one to another request, or one whose results are not of its images.
+        on_failure: what is done about a request that stays without a good answer, or an image too large for the server:
             `fail` raises RewardUnavailable, so that training saves a checkpoint and stops; `skip` makes its images
             invalid, so that training goes on without.
         max_items: most images of one request; fewer where the server takes fewer, or where they are too many bytes.
@@ -74,9 +85,11 @@ class RemoteReward(Reward):
         token_env: str = "REWARD_TOKEN",
         name: str | None = None,
     ) -> None:
-        self.urls = [url.rstrip("/") for url in ([urls] if isinstance(urls, str) else urls)]
-        if not self.urls or not all(url.startswith(("http://", "https://")) for url in self.urls):
-            raise ValueError(f"RemoteReward has urls={urls!r}, give at least one, such as http://127.0.0.1:18080.")
+        example = "http://127.0.0.1:18080"
+        given = [urls] if isinstance(urls, str) else urls
+        self.urls = [checked_url("RemoteReward", "urls", url, example, "token_env") for url in given]
+        if not self.urls:
+            raise ValueError(f"RemoteReward has urls=[], give at least one, such as {example}.")
         check_on_failure("RemoteReward", on_failure)
         if not 0 < timeout < math.inf:
             raise ValueError(f"RemoteReward has timeout={timeout}, use more than 0 seconds.")
@@ -162,8 +175,8 @@ class RemoteReward(Reward):
         """Scores B images on the servers, in requests of at most `max_items` images.
 
         Raises:
-            RewardUnavailable: if a request stays without an answer and `on_failure` is `fail`, and always if a server
-                changed its version or refuses a request as wrong.
+            RewardUnavailable: if a request stays without a good answer and `on_failure` is `fail`, and always if a
+                server changed its version or refuses a request as wrong.
             ValueError: if a sample holds what cannot be sent.
         """
         self.load()
@@ -224,19 +237,25 @@ class RemoteReward(Reward):
                 f"takes at most {self._max_bytes}: raise its max_request_bytes"
             )
         request = ScoreRequest(schema=1, id=uuid4(), reward=self.reward, items=draft.items)
+        parts = dict(draft.files.values())
+        ids = [
+            item_id(place, item, parts[item.images[0]], parts[item.source[0]] if item.source else None)
+            for place, item in enumerate(draft.items)
+        ]
         files = [
             ("request", (None, request.model_dump_json(by_alias=True).encode(), "application/json")),
-            *((name, (f"{name}.png", data, "image/png")) for name, data in draft.files.values()),
+            *((name, (f"{name}.png", data, "image/png")) for name, data in parts.items()),
         ]
         max_reply = max(MAX_REPLY_BYTES, REPLY_BYTES_PER_ITEM * num_items)
-        url, body = self._servers.post("/v1/score", files, given_up, max_reply)
-        reply = _parse_reply(url, body, request)
+        read = partial(_parse_reply, request=request, ids=ids)
+        url, reply = self._servers.post("/v1/score", files, given_up, read, max_reply)
         if reply.reward_version != self._version:
             raise RewardUnavailable(
                 f"{url} now serves {reply.reward_version!r} as reward {self.reward!r}, but this run was scored by "
                 f"{self._version!r}: their scores must not mix, so start the server as it was."
             )
-        return [to_score(result) for result in reply.results]
+        by_id = {result.item: result for result in reply.results}
+        return [to_score(by_id[one]) for one in ids]
 
 
 @dataclass(frozen=True)
@@ -291,22 +310,26 @@ def _to_plain(value: Any) -> Any:
     return value
 
 
-def _parse_reply(url: str, body: bytes, request: ScoreRequest) -> ScoreReply:
-    """Parses the reply to a request.
+def _parse_reply(url: str, body: bytes, request: ScoreRequest, ids: Sequence[str]) -> ScoreReply:
+    """Parses the reply to a request whose items have these ids.
 
     Raises:
-        NoAnswer: if the body is no reply to this request.
+        TransientError: if the body is no reply to this request, with one result for each of its items.
     """
     try:
         reply = ScoreReply.model_validate_json(body)
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, problem["loc"]))
-        raise NoAnswer(f"{url} sent a reply that is wrong at {where or 'its JSON'} ({problem['msg']})") from error
+        raise TransientError(f"{url} sent a reply that is wrong at {where or 'its JSON'} ({problem['msg']})") from error
     if reply.id != request.id:
-        raise NoAnswer(f"{url} answered request {reply.id} in place of {request.id}")
-    if len(reply.results) != len(request.items):
-        raise NoAnswer(f"{url} sent {len(reply.results)} results for {len(request.items)} images")
+        raise TransientError(f"{url} answered request {reply.id} in place of {request.id}")
+    if len(reply.results) != len(ids):
+        raise TransientError(f"{url} sent {len(reply.results)} results for {len(ids)} images")
+    given = [result.item for result in reply.results]
+    if sorted(given) != sorted(ids):
+        odd = next(one for one in given if one not in ids or given.count(one) > 1)
+        raise TransientError(f"{url} sent results of other images, or one twice: the first is {odd[:80]!r}")
     return reply
 
 
@@ -314,4 +337,9 @@ def _parse_listing(url: str, body: bytes) -> RewardList:
     try:
         return RewardList.model_validate_json(body)
     except ValidationError as error:
+        if any(problem["loc"] == ("schema",) for problem in error.errors(include_url=False)):
+            raise ValueError(
+                f"{url} is a reward server of another version, and this one needs results that say which image they "
+                "are of: start it from the same version as the training."
+            ) from error
         raise ValueError(f"{url} does not answer as a reward server does: check `urls`.") from error

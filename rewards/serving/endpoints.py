@@ -24,13 +24,24 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rewards.base import Reward, RewardUnavailable
 from rewards.serving.batching import Batcher, Job, QueueFull
-from rewards.serving.protocol import PART_NAME, Health, Problem, RewardInfo, RewardList, ScoreReply, ScoreRequest
+from rewards.serving.protocol import (
+    PART_NAME,
+    Health,
+    Problem,
+    RewardInfo,
+    RewardList,
+    ScoreReply,
+    ScoreRequest,
+    item_id,
+)
 from rewards.serving.requests import Limits, MemoryBudget, Reservation, read_request, unavailable
 
 log = logging.getLogger("rewards.serving.server")
 
 CACHE_SIZE = 512
 """Most answers that are kept for clients that repeat a request."""
+CACHE_BYTES = 64 * 2**20
+"""Most bytes of answers that are kept."""
 CACHE_S = 600.0
 """How long an answer is kept, in seconds."""
 LOOPBACK_HOST = re.compile(rb"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)
@@ -49,12 +60,17 @@ def create_app(rewards: Mapping[str, Reward], limits: Limits, token: str | None 
     """
     infos = []
     for name, reward in rewards.items():
+        if reward.groupwise:
+            raise ValueError(
+                f"the reward {name!r} compares the images of a group (`groupwise`), which a server, where requests are "
+                "split and gathered, does not keep together: use it in the training process."
+            )
         reward.load()
         low, high = (value if math.isfinite(value) else None for value in reward.native_range)
         infos.append(RewardInfo(name=name, version=reward.version, native_range=(low, high), needs=list(reward.needs)))
     versions = {info.name: info.version for info in infos}
     listing = RewardList(
-        schema=1,
+        schema=2,
         rewards=infos,
         max_items=limits.max_items,
         max_request_bytes=limits.max_request_bytes,
@@ -67,6 +83,7 @@ def create_app(rewards: Mapping[str, Reward], limits: Limits, token: str | None 
             max_batch_items=limits.max_batch_items,
             batch_wait_ms=limits.batch_wait_ms,
             queue_limit=limits.queue_limit,
+            score_timeout=limits.score_timeout,
         )
         for name, reward in rewards.items()
     }
@@ -141,7 +158,11 @@ async def _score(request: ScoreRequest, jobs: Sequence[Job], batcher: Batcher, v
         raise unavailable("too many items wait for this reward") from error
     except RewardUnavailable as error:
         raise unavailable("the scorer is unavailable") from error
-    reply = ScoreReply(schema=1, id=request.id, reward_version=version, results=results)
+    results = [
+        result.model_copy(update={"item": item_id(place, job.item, job.image, job.source)})
+        for place, (job, result) in enumerate(zip(jobs, results, strict=True))
+    ]
+    reply = ScoreReply(schema=2, id=request.id, reward_version=version, results=results)
     return Answer(reply.model_dump_json(by_alias=True).encode(), sum(not result.valid for result in results))
 
 
@@ -162,11 +183,13 @@ class AnswerCache:
             HTTPException: 409 if the id was given to another request.
         """
         now = time.monotonic()
-        excess = len(self._known) - CACHE_SIZE
-        for other, (_, since, task) in list(self._known.items()):  # the oldest first
-            if task.done() and (excess > 0 or since < now - CACHE_S):  # what is under way must not start twice
+        finished = [(other, since, task) for other, (_, since, task) in self._known.items() if task.done()]
+        excess, num_bytes = len(self._known) - CACHE_SIZE, sum(_num_bytes(task) for _, _, task in finished)
+        for other, since, task in finished:  # the oldest first; what is under way must not start twice
+            if excess > 0 or num_bytes > CACHE_BYTES or since < now - CACHE_S:
                 del self._known[other]
                 excess -= 1
+                num_bytes -= _num_bytes(task)
         if name not in self._known:
             task = asyncio.get_running_loop().create_task(start())
             self._known[name] = (digest, now, task)
@@ -182,6 +205,10 @@ class AnswerCache:
         if task.cancelled() or task.exception() is not None:  # so that a retry is scored anew
             if name in self._known and self._known[name][2] is task:
                 del self._known[name]
+
+
+def _num_bytes(task: asyncio.Task[Answer]) -> int:
+    return 0 if task.cancelled() or task.exception() is not None else len(task.result().body)
 
 
 # --- access ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,9 @@ from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
+_PIECE = 2**17
+"""Least size of the pieces in which a part is collected."""
+
 
 class MultipartError(ValueError):
     """The body is malformed or breaks a limit; the message is one sentence."""
@@ -49,6 +52,7 @@ async def read_parts(
                 "on_header_end": parts.header_end,
                 "on_headers_finished": parts.headers_finished,
                 "on_part_data": parts.data,
+                "on_part_end": parts.part_end,
                 "on_end": parts.end,
             },
         )
@@ -59,7 +63,7 @@ async def read_parts(
         raise MultipartError("the body is not well-formed multipart.") from error
     if not parts.complete:
         raise MultipartError("the body ends before its last multipart boundary.")
-    return {name: bytes(data) for name, data in parts.by_name.items()}
+    return parts.by_name
 
 
 class _PartCollector:
@@ -68,9 +72,10 @@ class _PartCollector:
     def __init__(self, max_parts: int, max_bytes: Mapping[str, int]) -> None:
         self.max_parts = max_parts
         self.max_bytes = max_bytes
-        self.by_name: dict[str, bytearray] = {}
+        self.by_name: dict[str, bytes] = {}
         self.complete = False
-        self._part = bytearray()
+        self._pieces: list[bytes] = []  # of _PIECE bytes: one buffer that grows leaves holes of all its sizes in memory
+        self._piece = bytearray()
         self._name = ""
         self._field = b""
         self._value = b""
@@ -98,14 +103,22 @@ class _PartCollector:
             raise MultipartError(f"there are two parts {name[:70]!r}: give every part a name of its own.")
         if len(self.by_name) == self.max_parts:
             raise MultipartError(f"the body has more than {self.max_parts} parts.")
-        self._name, self._part = name, bytearray()
-        self.by_name[name] = self._part
+        self._name = name
+        self.by_name[name] = b""
 
     def data(self, data: bytes, start: int, end: int) -> None:
         most = self.max_bytes.get(self._name)
-        if most is not None and len(self._part) + end - start > most:
+        if most is not None and sum(map(len, self._pieces)) + len(self._piece) + end - start > most:
             raise PartTooLarge(f"the part `{self._name}` is over {most} bytes")
-        self._part += data[start:end]
+        self._piece += data[start:end]
+        if len(self._piece) >= _PIECE:
+            self._pieces.append(bytes(self._piece))
+            self._piece.clear()
+
+    def part_end(self) -> None:
+        self.by_name[self._name] = b"".join([*self._pieces, self._piece])
+        self._pieces.clear()
+        self._piece.clear()
 
     def end(self) -> None:
         self.complete = True

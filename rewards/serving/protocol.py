@@ -1,12 +1,13 @@
 """The protocol between reward server and client: JSON checked by pydantic, images as plain files.
 
 A request is multipart: the part `request` holds a `ScoreRequest` as JSON, every other part is one image that an
-item names. The reply is a `ScoreReply`. Numbers cross exactly: JSON carries the shortest text that reads back as the
-same float. Neither end ever unpickles, opens a path or follows a URL.
+item names. The reply is a `ScoreReply`, whose results say which item they are of. Numbers cross exactly: JSON carries
+the shortest text that reads back as the same float. Neither end ever unpickles, opens a path or follows a URL.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -73,6 +74,8 @@ class ScoreRequest(ProtocolModel):
 class Scored(ProtocolModel):
     """Result of an item that has a score (see `rewards.base.Score`)."""
 
+    item: str = ""
+    """Id of the item, see `item_id`; empty in parts."""
     valid: Literal[True]
     native: FiniteFloat
     table: FiniteFloat
@@ -86,9 +89,12 @@ class Unscored(ProtocolModel):
     """Result of an item without a score: what went wrong.
 
     `error` is one of bad_image, too_many_pixels, missing_need (the item lacks what the reward needs), unscorable (the
-    scorer said so), scorer_error (it raised), non_finite, wrong_length (it returned another number of scores).
+    scorer said so), scorer_error (it raised), too_slow (it took over `score_timeout`), non_finite, wrong_length (it
+    returned another number of scores).
     """
 
+    item: str = ""
+    """Id of the item, see `item_id`; empty in parts."""
     valid: Literal[False]
     error: str
     reason: str = ""
@@ -100,9 +106,9 @@ Result = Scored | Unscored
 
 
 class ScoreReply(ProtocolModel):
-    """The answer to a `ScoreRequest`: one result per item, in the order of the items."""
+    """The answer to a `ScoreRequest`: one result per item, in the order of the items. Schema 1 had no `item`."""
 
-    version: Literal[1] = Field(1, alias="schema")
+    version: Literal[2] = Field(2, alias="schema")
     id: UUID
     reward_version: str
     results: list[Result]
@@ -118,9 +124,12 @@ class RewardInfo(ProtocolModel):
 
 
 class RewardList(ProtocolModel):
-    """The answer to `GET /v1/rewards`. The limits are per request, `max_pixels` per image."""
+    """The answer to `GET /v1/rewards`. The limits are per request, `max_pixels` per image.
 
-    version: Literal[1] = Field(1, alias="schema")
+    A server of schema 1 sends results without `item`; clients refuse it.
+    """
+
+    version: Literal[2] = Field(2, alias="schema")
     rewards: list[RewardInfo]
     max_items: int
     max_request_bytes: int
@@ -139,6 +148,22 @@ class Problem(ProtocolModel):
     """The body of every answer that is not a success."""
 
     detail: str
+
+
+def item_id(place: int, item: Item, image: bytes, source: bytes | None) -> str:
+    """Names a request's item by its place and its content; both ends compute it.
+
+    A result is matched by it, so that one that stands in another place, or was given to another image, is noticed.
+
+    Args:
+        place: of the item in its request, from 0.
+        item: the item.
+        image: the file of its image.
+        source: the file of its source image, if it has one.
+    """
+    files = b"".join(hashlib.sha256(data or b"").digest() for data in (image, source))
+    texts = "\0".join((item.id, item.tag, item.prompt)).encode()
+    return f"{place}-{hashlib.sha256(files + texts).hexdigest()[:32]}"
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------

@@ -40,8 +40,14 @@ class Limits:
         queue_limit: most items that wait for one reward; clients get 503 and come again.
         max_waiting_bytes: most bytes of all requests together that are being read or wait for their answer, where JSON
             counts for what it takes once parsed; clients get 503 and come again.
-        max_connections: most connections; clients get 503 and come again.
+        max_connections: most connections; to make room for more, those without a request are closed, the oldest first.
+            While all have one, clients get 503 and come again.
+        header_timeout: how long a connection may go without a request, in seconds: until a header is complete, and
+            after an answer, until the client has fetched it and sent the next one.
         read_timeout: how long a request's body may take to arrive, in seconds.
+        score_timeout: how long the scorer may take for a batch, in seconds. The images of one that takes longer are
+            then scored one by one, and one that takes as long alone is invalid. Calls that took too long run on, as
+            Python cannot end them; once there are 4, clients get 503 until one ends.
     """
 
     max_request_bytes: int = 64 * 2**20
@@ -53,11 +59,14 @@ class Limits:
     queue_limit: int = 1024
     max_waiting_bytes: int = 2**30
     max_connections: int = 512
+    header_timeout: float = 20.0
     read_timeout: float = 60.0
+    score_timeout: float = 60.0
 
     def __post_init__(self) -> None:
+        least_of = {"batch_wait_ms": 0, "header_timeout": 0.001, "read_timeout": 0.001, "score_timeout": 0.001}
         for one in fields(self):
-            value, least = getattr(self, one.name), {"batch_wait_ms": 0, "read_timeout": 0.001}.get(one.name, 1)
+            value, least = getattr(self, one.name), least_of.get(one.name, 1)
             if not least <= value < math.inf:
                 raise ValueError(f"the server has {one.name}={value}, use {least} or more.")
         if self.queue_limit < self.max_items:
@@ -174,23 +183,17 @@ async def _read_in_time(
 
 async def _limit_body(request: Request, max_bytes: int, memory: Reservation) -> AsyncIterator[bytes]:
     """Yields a body's chunks; raises a 413 once it is too large, whatever `Content-Length` promised."""
-    declared = request.headers.get("content-length", "")
-    too_large = declared.isdecimal() and int(declared) > max_bytes
+    too_large = HTTPException(413, f"the request is over {max_bytes} bytes: send fewer items a request.")
+    if int(request.headers.get("content-length", 0)) > max_bytes:
+        raise too_large
     received = 0
     async with aclosing(request.stream()) as stream:
         async for chunk in stream:
             received += len(chunk)
-            too_large = too_large or received > max_bytes
-            if not too_large:
-                memory.add(len(chunk))
-                yield chunk
-            # A little more is read and dropped: a client that is cut off while it sends may never see the answer.
-            elif received > 2 * max_bytes:
-                break
-    if too_large:
-        raise HTTPException(
-            413, f"the request is over {max_bytes} bytes: send fewer items a request.", {"Connection": "close"}
-        )
+            if received > max_bytes:
+                raise too_large
+            memory.add(len(chunk))
+            yield chunk
 
 
 def _parse_parts(parts: dict[str, bytes], max_items: int) -> tuple[ScoreRequest, list[Job], bytes]:

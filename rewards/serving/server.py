@@ -4,7 +4,7 @@ Scorers that need other libraries than the trainer, or another GPU, run here; th
 `rewards.serving.client.RemoteReward`.
 It reads JSON and images, nothing that could run code, and listens to this machine alone unless the environment holds
 a `REWARD_TOKEN`. It imports neither Lightning nor torch: only the scorers that it hosts may. Where strangers can
-connect, put a proxy before it: for TLS, and to cut off clients that never finish their headers.
+connect, put a proxy before it, for TLS and for bounds by client.
 """
 
 from __future__ import annotations
@@ -18,14 +18,19 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import NoReturn
+from functools import partial
+from typing import Any, NoReturn
 
 import jsonargparse
 import uvicorn
 from fastapi import FastAPI
 from PIL import Image
 
+from datamodules.jsonl import read_text
+from datamodules.masked import masked
+from datamodules.parsing import parse_yaml
 from rewards.base import Reward, RewardUnavailable
+from rewards.serving.connections import Connection
 from rewards.serving.endpoints import create_app
 from rewards.serving.requests import Limits
 
@@ -40,6 +45,14 @@ class Parser(jsonargparse.ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exits with one line instead of the usage text."""
         _exit(message)
+
+    def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Parses a configuration file; ends first if its bytes are no UTF-8 text, or its text no YAML of fair size."""
+        try:
+            parse_yaml(read_text(os.fspath(path), "--config"), str(path))
+        except ValueError as error:
+            _exit(str(error))
+        return super().parse_path(path, *args, **kwargs)
 
 
 def build_parser() -> Parser:
@@ -95,17 +108,23 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def run(app: FastAPI, listener: socket.socket, max_connections: int) -> None:
-    """Serves until SIGTERM or SIGINT, then answers what was accepted and returns."""
-    server = Server(
+def build_server(app: FastAPI, limits: Limits) -> Server:
+    """Builds the HTTP server of an application."""
+    return Server(
         uvicorn.Config(
             app,
+            http=partial(Connection, limits),  # type: ignore[arg-type]
+            ws="none",
             log_config=None,
             access_log=False,
             server_header=False,
-            limit_concurrency=max_connections + 1,  # uvicorn counts the new one and refuses at this number
+            limit_concurrency=limits.max_connections + 1,  # uvicorn counts the new one and refuses at this number
         )
     )
+
+
+def run(server: Server, listener: socket.socket) -> None:
+    """Serves until SIGTERM or SIGINT, then answers what was accepted and returns."""
 
     def stop(*_: object) -> None:
         server.should_exit = True
@@ -132,11 +151,11 @@ def main(args: Sequence[str] | None = None) -> None:
             raise ValueError("`rewards` is empty: name at least one reward.")
         app = create_app(rewards, limits, token)
         log.info("serving %s on http://%s:%d", ", ".join(rewards), *listener.getsockname()[:2])
-        run(app, listener, limits.max_connections)
+        run(build_server(app, limits), listener)
     except (ValueError, OSError, RewardUnavailable) as error:
         _exit(str(error))
 
 
 def _exit(message: str) -> NoReturn:
-    print(f"rewards.serving.server: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"rewards.serving.server: error: {masked(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(2)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import random
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
+from datamodules.parsing import parse_json
 from rewards.base import RewardUnavailable
 from rewards.retries import TransientError, parse_retry_after, retrying
 
 MAX_PAUSE_S = 30.0
 MAX_REPLY_BYTES = 16 * 2**20
-RETRIED_STATUSES = (408, 425, 429, 502, 503, 504)
+COME_AGAIN = (408, 425, 429)
+"""Statuses from 400 to 499 that do not refuse the request itself."""
+
+Reply = TypeVar("Reply")
 
 
 class NoAnswer(RuntimeError):
@@ -99,7 +102,7 @@ class ServerPool:
                 self._cool_down(url)
                 problems.append(_describe(url, error))
                 continue
-            except NoAnswer as error:
+            except TransientError as error:
                 problems.append(str(error))
                 continue
             if refusal := self._refusal(url, answer):
@@ -113,21 +116,27 @@ class ServerPool:
         return bodies
 
     def post(
-        self, path: str, files: Any, given_up: threading.Event, max_bytes: int = MAX_REPLY_BYTES
-    ) -> tuple[str, bytes]:
-        """Sends a request until a server answers it; the servers see the same bytes each time.
+        self,
+        path: str,
+        files: Any,
+        given_up: threading.Event,
+        read: Callable[[str, bytes], Reply],
+        max_bytes: int = MAX_REPLY_BYTES,
+    ) -> tuple[str, Reply]:
+        """Sends a request until a server answers it well; the servers see the same bytes each time.
 
         Args:
             path: path of the address, such as `/v1/score`.
             files: the parts of a multipart body, as httpx takes them.
             given_up: once it is set, there are no more retries.
+            read: reads the body of a server's answer; raises TransientError for a bad one.
             max_bytes: largest answer that is read.
 
         Returns:
-            The server that answered, and the body of its answer.
+            The server that answered, and what `read` made of its answer.
 
         Raises:
-            NoAnswer: if no server answered.
+            NoAnswer: if no server answered, or not well.
             RewardUnavailable: if one refused the request as wrong, which no retry mends.
         """
 
@@ -144,11 +153,13 @@ class ServerPool:
             sleep=sleep,
         )
         try:
-            return retry(self._post_once, path, files, max_bytes)
+            return retry(self._post_once, path, files, read, max_bytes)
         except TransientError as error:
             raise NoAnswer(f"{error}, tried {self.retries + 1} times") from error
 
-    def _post_once(self, path: str, files: Any, max_bytes: int) -> tuple[str, bytes]:
+    def _post_once(
+        self, path: str, files: Any, read: Callable[[str, bytes], Reply], max_bytes: int
+    ) -> tuple[str, Reply]:
         """Sends a request to the server whose turn it is, or to the next ones while none can be reached."""
         failure: TransientError | None = None
         for url in self._next_urls():
@@ -164,11 +175,9 @@ class ServerPool:
                 raise RewardUnavailable(refusal)
             if answer.status == 200:
                 self._cooling_until.pop(url, None)
-                return url, answer.body
-            problem = f"{url} answered {answer.status}{_error_detail(answer)}"
-            if answer.status not in RETRIED_STATUSES:
-                raise NoAnswer(problem)
-            raise TransientError(problem, answer.retry_after)
+                return url, read(url, answer.body)
+            # Not the server's own words, perhaps: a proxy's redirect, or its page for a server that just restarts.
+            raise TransientError(f"{url} answered {answer.status}{_error_detail(answer)}", answer.retry_after)
         assert failure is not None  # there is at least one server
         raise failure
 
@@ -188,7 +197,7 @@ class ServerPool:
         """Returns the error message for an answer that no retry mends; empty for other answers."""
         if answer.status in (401, 403):
             return f"{url} wants a token or has another one: set {self.token_env} to the server's REWARD_TOKEN."
-        if 300 <= answer.status < 500 and answer.status not in RETRIED_STATUSES:
+        if 400 <= answer.status < 500 and answer.status not in COME_AGAIN:
             return f"{url} refused the request with status {answer.status}{_error_detail(answer)}"
         return ""
 
@@ -197,7 +206,7 @@ class ServerPool:
 
         Raises:
             httpx.RequestError: if there is no whole answer within `timeout`.
-            NoAnswer: if the answer is too large.
+            TransientError: if the answer is too large.
         """
         deadline = _Deadline(self.timeout)
         timed_out = httpx.ReadTimeout(f"no whole answer within {self.timeout:g} s")
@@ -207,7 +216,7 @@ class ServerPool:
                 for chunk in response.iter_bytes():
                     body += chunk
                     if len(body) > max_bytes:
-                        raise NoAnswer(f"{url} sent an answer of over {max_bytes} bytes")
+                        raise TransientError(f"{url} sent an answer of over {max_bytes} bytes")
         except httpx.RequestError as error:
             if deadline.expired.is_set():
                 raise timed_out from error
@@ -254,13 +263,14 @@ class _Deadline:
 
 
 def _describe(url: str, error: Exception) -> str:
-    return f"{url} failed with {type(error).__name__}{f' ({error})' if str(error) else ''}"
+    said = " ".join(str(error).split())[:200]  # what a client's library quotes of an answer has no end
+    return f"{url} failed with {type(error).__name__}{f' ({said})' if said else ''}"
 
 
 def _error_detail(answer: Answer) -> str:
     """Returns the error message in an answer's body as `: message`; empty if there is none."""
     try:
-        detail = str(json.loads(answer.body)["detail"])
+        detail = str(parse_json(answer.body.decode(), "the answer")["detail"])
     except (ValueError, KeyError, TypeError):  # an answer of something else, such as a proxy
         return ""
     return f": {' '.join(detail.split())[:300]}"

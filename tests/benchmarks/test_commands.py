@@ -1,4 +1,4 @@
-"""Every benchmark can be started: `python -m benchmarks.system.step_time --help` and so on."""
+"""Every benchmark can be started: `python -m benchmarks.system.step --help` and so on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMMANDS = [
 
 
 def test_commands_are_found() -> None:
-    assert len(COMMANDS) == 13 and "benchmarks.paper.__main__" in COMMANDS
+    assert len(COMMANDS) == 16 and "benchmarks.paper.__main__" in COMMANDS
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")

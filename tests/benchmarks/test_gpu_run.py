@@ -13,8 +13,8 @@ import diffusers
 import pytest
 import torch
 
-from benchmarks.system import gpu
-from benchmarks.system.gpu_cases import Case, Constant, Options, Row
+from benchmarks.system.gpu import __main__ as gpu
+from benchmarks.system.gpu.cases import Case, Constant, Options, Row
 from benchmarks.system.published import MODELS
 from datamodules.sample import PromptSample
 from rewards.base import RewardBatch
@@ -105,15 +105,18 @@ def test_networks_have_the_published_sizes(name: str, billions: float) -> None:
 
 def test_a_tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Both agents learn, the source image is seen, log-ratios are those of the guard; every file is written."""
-    cases = ["card", "klein edits, 1024 px"]
+    cases = ["card", "klein edits, 1024 px", "sharded"]
     monkeypatch.setattr("sys.argv", ["gpu", "--tiny", "--out", str(tmp_path), "--cases", *cases])
     with pytest.raises(SystemExit) as ended:
         gpu.main()
     assert ended.value.code == 0, (tmp_path / "log.txt").read_text()[-2000:]
-    _, row = (json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines())
+    _, row, *sharded = (json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines())
     assert row["log_ratio"]["flow"] == 0 and 0 <= row["log_ratio"]["language"] < 0.1
     assert {"refine", "rollout", "reward", "language_update", "flow_update", "step"} == set(row["seconds"])
     assert row["flops"] > 0 and row["estimate"] > 0 and row["silent"] == 0
+    assert [one["setting"] for one in sharded[:2]] == ["ddp", "sharded"]
+    apart, moved = sharded[2]["figures"].values()
+    assert apart < 1e-3 * moved
     assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
 
 

@@ -43,6 +43,7 @@ def test_every_fit_leaves_a_page(two_runs: Path) -> None:
     for experiment, refined in (("promptrl", True), ("flow_only", False)):
         page = (folder(two_runs, experiment) / "report.html").read_text()
         assert set(re.findall(r'(?:src|href)="([a-z]*)', page)) == {"data"}, "nothing is fetched"
+        assert page.count("data:image/svg+xml") >= 5, "curves of scores, the reward and health"
         assert ("with PE" in page) == refined and page.count("retained</span>") == (2 if refined else 8)
         assert len(page) < 3e6
 

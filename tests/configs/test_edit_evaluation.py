@@ -25,14 +25,14 @@ def tested(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "miniature").symlink_to(ROOT / "miniature")
     overlay = yaml.safe_load((ROOT / "configs/miniature/edit_evaluate.yaml").read_text())
     (diversity,) = (one for one in overlay["trainer"]["callbacks"] if one["class_path"].endswith("Diversity"))
-    diversity["init_args"]["num_prompts"] = 4  # of 48, with eight images in each of three arms
+    diversity["init_args"]["num_prompts"] = 2  # of 48, with eight images in each of three arms
     (folder / "evaluate.yaml").write_text(yaml.safe_dump(overlay))
     configs = [f"--config={ROOT}/configs/miniature/edit_promptrl.yaml", f"--config={folder}/evaluate.yaml"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # the static enhancer's wordings go where the command is run
         for name, sees in (("base-0", "true"), ("blind-0", "false")):
             options = [
-                "--data.init_args.eval_prompts=12",
+                "--data.init_args.eval_prompts=6",
                 f"--model.init_args.language.init_args.see_source={sees}",
                 f"--trainer.default_root_dir=evaluation/{name}",
                 "--trainer.accelerator=cpu",
@@ -54,7 +54,7 @@ def test_a_static_enhancer_is_the_untrained_refiner(tested: Path) -> None:
         assert static == base["edit/shapes_edit"]["with_pe"][key]
         assert static == blind["edit.static_pe/shapes_edit"]["without_pe"][key]
     said = base["robustness"]["EditBenchmark by shapes_edit"]["edit.static_pe"]
-    assert said["against_pe"]["prompts"] == 12 and said["against_pe"]["scores"]["headline"] == 0
+    assert said["against_pe"]["prompts"] == 6 and said["against_pe"]["scores"]["headline"] == 0
     scores = base["edit/shapes_edit"]
     assert scores["without_pe"] == blind["edit/shapes_edit"]["without_pe"]
     assert scores["with_pe"]["overall"] > blind["edit/shapes_edit"]["with_pe"]["overall"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.atomic_write import replaced_folder, write_atomically
+from datamodules.atomic_write import remove_strays, replaced_file, replaced_folder, write_atomically
 
 
 def contents(root: Path) -> dict[str, str]:
@@ -65,3 +65,22 @@ def test_a_folder_comes_back_if_its_replacement_is_gone(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), replaced_folder(tmp_path / "export") as folder:
         folder.rmdir()
     assert contents(tmp_path) == {"export/README.md": "old"}
+
+
+def test_strays_are_removed_unless_somebody_writes_them(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    for name in (".last.ckpt.1.2.tmp", "below/.scores.1.2.tmp"):
+        (tmp_path / name).write_text("half")
+    (tmp_path / ".export.unfinished").mkdir()
+    (tmp_path / ".hidden").write_text("whole")
+    with replaced_file(tmp_path / "last.ckpt") as file, replaced_folder(tmp_path / "folder") as folder:
+        (folder / "part").write_text("part")
+        remove_strays(tmp_path)
+        file.write(b"new")
+    assert contents(tmp_path) == {
+        "last.ckpt": "new", "folder/part": "part", ".hidden": "whole", "below/.scores.1.2.tmp": "half",
+    }  # fmt: skip
+    remove_strays(tmp_path, deep=True)
+    assert not (tmp_path / "below" / ".scores.1.2.tmp").exists()
+    assert not (tmp_path / ".export.unfinished").exists()
+    remove_strays(tmp_path / "missing")

@@ -47,6 +47,7 @@ POSITION = [{"class": "sink", "count": 1}, {"class": "tie", "count": 1, "positio
     [
         ('{"prompt": "a dog",', r"not valid JSON \(.* at column \d+\): correct or delete the line"),
         ("[1, 2]", r"a JSON list in place of an object"),
+        ({**DOG, "tag": "x" * 5000}, r"`tag` is 'x{40,60}\.\.\.x{40,60}', use one of"),
         ({**DOG, "prompt": " "}, r"`prompt` is ' ': give the text"),
         ({"tag": "single_object", "include": DOG["include"]}, r"`prompt` is None: give the text"),
         ({**DOG, "tag": "shapes"}, r"`tag` is 'shapes', use one of single_object"),

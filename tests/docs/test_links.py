@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "configs/README.md", "notebooks/README.md")),
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY", "configs/README", "notebooks/README")),
     ROOT / "rewards/served/README.md",
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "miniature").glob("*.md")),

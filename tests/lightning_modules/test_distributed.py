@@ -1,10 +1,9 @@
-"""Two processes, each with half of a rollout, end with the parameters of one process that had all of it."""
+"""Two processes under DDP: validation, results, a lost scorer, curves, skipped updates (weights: `test_sharded.py`)."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,55 +12,17 @@ import pytest
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
-from datamodules.base import PromptSample
 from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.flux1 import Flux1Policy
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.prompt_rl import PromptRL
 from lightning_modules.rl.advantages import group_advantages
 from lightning_modules.rollout import Rollout
-from miniature.scenes.detector import ShapesDetector
 from miniature.scenes.prompts import ShapesPrompts
 from rewards.base import Reward, RewardBatch, Score
-from rewards.geneval.reward import GenEvalReward
-from tests.forked import Forked, free_port, launched, run, two_processes
+from tests.forked import run, two_processes
 from tests.lightning_modules.test_finite import Spoiled
 from tests.lightning_modules.test_prompt_rl import Collector
-
-
-class Shared(PromptRL):
-    """Collects for all ranks' prompts with the same seed, then keeps its own groups: the union is known."""
-
-    def collect(self, samples: Any) -> Rollout:
-        """The rollout of the union's prompts, cut to this rank's share."""
-        everything: list[PromptSample] = self.union[self.global_step]
-        torch.manual_seed(self.global_step)
-        whole = super().collect(everything)
-        rank, world, size = self.global_rank, self.trainer.world_size, self.group_size
-        mine = slice(4 // world * rank, 4 // world * (rank + 1))
-        images = slice(mine.start * size, mine.stop * size)
-        refined = size - self.num_retained
-        rewrites = slice(mine.start * refined, mine.stop * refined)
-        assert whole.completions is not None
-        assert whole.language_advantages is not None and whole.language_counted is not None
-        return Rollout(
-            samples=whole.samples[mine],
-            prompts=whole.prompts[images],
-            completions=whole.completions.rows(rewrites),
-            trajectory=whole.trajectory.rows(images),
-            images=whole.images[images],
-            scores=whole.scores[images],
-            rewards=whole.rewards[mine],
-            valid=whole.valid[mine],
-            advantages=whole.advantages[mine],
-            language_advantages=whole.language_advantages[rewrites],
-            language_counted=whole.language_counted[rewrites],
-        )
-
-
-def sgd(groups: list[dict[str, Any]]) -> torch.optim.SGD:
-    """Plain SGD: Adam would blow the rounding of near-zero gradients up to full steps."""
-    return torch.optim.SGD([{"name": g["name"], "params": g["params"], "lr": 0.05} for g in groups])
 
 
 def trainer_of(world: int, **kwargs: Any) -> L.Trainer:
@@ -78,47 +39,6 @@ def trainer_of(world: int, **kwargs: Any) -> L.Trainer:
         enable_model_summary=False,
         **kwargs,
     )
-
-
-def train(rank: int, world: int, folder: Path) -> None:
-    data = ShapesPrompts(train_prompts=16, batch_size=2)
-    # Ranks run different numbers of micro-batches.
-    flow = Flux1Policy(
-        "miniature/flow",
-        Sampling(4, 2),
-        height=32,
-        width=32,
-        max_sequence_length=18,
-        dtype="float32",
-        learning_rate=1e-3,
-        micro_batch_size=4 if rank == 0 else 3,
-    )
-    language = LanguagePolicy(
-        "miniature/language", template="{prompt}", max_new_tokens=32, dtype="float32", learning_rate=1e-3
-    )
-    module = Shared(flow, GenEvalReward(ShapesDetector()), language, 4, 2, optimizer=sgd)
-    module.union = [data.train_samples()[i : i + 4] for i in (0, 4)]
-    trainer = trainer_of(world, max_steps=2)
-    trainer.fit(module, data)
-    weights = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
-    torch.save({"weights": weights, "rollouts": module.num_rollouts}, folder / f"{world}-{rank}.pt")
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one_with_the_union(tmp_path: Path) -> None:
-    port = free_port()
-    workers = [(0, 1)] + [(rank, 2) for rank in range(2)]
-    processes = [
-        Forked(partial(train, rank, world, tmp_path), tmp_path / f"{world}-{rank}.log", launched(rank, world, port))
-        for rank, world in workers
-    ]
-    for process in processes:
-        assert process.wait() == 0, process.text
-    one, *two = (torch.load(tmp_path / f"{world}-{rank}.pt", weights_only=True) for rank, world in workers)
-    for other in two:
-        assert other["rollouts"] == one["rollouts"] == 32
-        for name, weight in one["weights"].items():
-            torch.testing.assert_close(other["weights"][name], weight, atol=2e-6, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 SHORT = [
     "fit",
     "--config=configs/quickstart.yaml",
-    "--data.init_args.eval_prompts=3",
+    "--data.init_args.eval_prompts=1",
     "--data.init_args.train_prompts=6",  # three steps an epoch: the break is in mid-epoch, the rest crosses one
     "--data.init_args.batch_size=2",
     "--trainer.val_check_interval=3",
@@ -54,7 +54,8 @@ def same(a: object, b: object) -> bool:
 @pytest.mark.parametrize("parts", [1, 2], ids=["full", "lora, mini-batches, warm-up"])
 def test_two_and_two_steps_are_four(tmp_path: Path, parts: int) -> None:
     """A step has one rollout, and as many optimizer steps as mini-batches."""
-    more = [f"--model.init_args.num_minibatches={parts}"]
+    more = [f"--model.init_args.num_minibatches={parts}", f"--data.init_args.batch_size={parts}"]
+    more += [f"--data.init_args.train_prompts={3 * parts}"]
     if parts > 1:
         more += [f"--model.init_args.{agent}.init_args.lora.rank=4" for agent in ("flow", "language")]
         more += ["--model.init_args.lr_scheduler=CosineAnnealingLR", "--model.init_args.warmup_steps=6"]
@@ -67,7 +68,7 @@ def test_two_and_two_steps_are_four(tmp_path: Path, parts: int) -> None:
     assert same(whole["state_dict"], resumed["state_dict"])
     assert same(whole["optimizer_states"], resumed["optimizer_states"])
     assert same(whole["lr_schedulers"], resumed["lr_schedulers"]) and bool(whole["lr_schedulers"]) == (parts > 1)
-    assert whole["num_rollouts"] == resumed["num_rollouts"] == 4 * 16
+    assert whole["num_rollouts"] == resumed["num_rollouts"] == 4 * 8 * parts
     assert all(("lora" in name) == (parts > 1) for name in whole["state_dict"])  # type: ignore[attr-defined]
     train = [row for row in whole_rows if "reward" in row]
     again = [row for row in resumed_rows if "reward" in row]

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from PIL import Image
 
+from callbacks.geneval import GenEvalBenchmark
 from datamodules.sample import PromptSample
 from lightning_modules.agents import check_precision
 from lightning_modules.cli import main
@@ -21,6 +25,7 @@ from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.prompt_rl import PromptRL
 from lightning_modules.scoring import Scoring
 from miniature.scenes.detector import ShapesDetector
+from rewards.arguments import OnFailure
 from rewards.base import Reward, RewardBatch, RewardUnavailable, Score
 from rewards.geneval.reward import GenEvalReward
 from rewards.tagged import TaggedReward
@@ -138,6 +143,106 @@ def test_a_reward_that_returns_nothing_ends_a_fit_before_its_evaluation(
     assert "lightning: error: Returns returned None for " in capsys.readouterr().err.splitlines()[-1]
 
 
+class Rude(GenEvalReward):
+    """The miniature's reward, which does something else first from a call on."""
+
+    def __init__(self, fault: str, after: int = 0, on_failure: OnFailure = "fail") -> None:
+        super().__init__(ShapesDetector())
+        self.fault = fault
+        self.after = after
+        self.on_failure = on_failure
+
+    def __call__(self, batch: RewardBatch) -> list[Score]:
+        self.after -= 1
+        if self.after < 0:
+            getattr(self, f"_{self.fault}", lambda: None)()
+        return super().__call__(batch)
+
+    def _exit(self) -> None:
+        sys.exit(0)
+
+    def _raise(self) -> None:
+        raise KeyError("color")
+
+    def _float64(self) -> None:
+        torch.set_default_dtype(torch.float64)
+
+
+def rude(tmp_path: Path, fault: str, after: int = 0, on_failure: str = "fail") -> list[str]:
+    """Returns a short command of three steps, each of which calls the reward once."""
+    reward = "--model.reward"
+    options = {"fault": fault, "after": after, "on_failure": on_failure}
+    return [
+        *SHORT,
+        "--trainer.max_steps=3",
+        f"--trainer.default_root_dir={tmp_path}",
+        f"{reward}=tests.lightning_modules.test_scoring.Rude",
+        *(f"{reward}.{name}={value}" for name, value in options.items()),
+    ]
+
+
+@pytest.mark.parametrize("fault", ["exit", "raise"])
+def test_a_scorer_that_fails_at_once_ends_a_fit_before_its_evaluation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """Whatever its `on_failure` is: nothing would be trained."""
+    drawn: list[object] = []
+    monkeypatch.setattr(PromptRL, "validation_step", lambda *_: drawn.append(0))
+    for on_failure in ("fail", "skip"):
+        with pytest.raises(SystemExit) as stopped, warnings.catch_warnings(action="ignore"):
+            main(rude(tmp_path, fault, on_failure=on_failure))
+        assert stopped.value.code == 2 and not drawn
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith("lightning: error: ") and "geneval failed with" in last and "test_scoring.py:" in last
+
+
+def test_a_scorer_that_fails_later_leaves_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(rude(tmp_path, "exit", after=2))
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and "lightning: error: geneval failed with SystemExit: 0 (" in said
+    (path,) = tmp_path.rglob("last.ckpt")
+    assert torch.load(path, weights_only=True)["global_step"] == 2
+
+
+def test_a_setting_changed_while_others_are_drawn_spoils_all_of_them(samples: Sequence[PromptSample]) -> None:
+    """Only where drawing goes on meanwhile."""
+    for overlap in (True, False):
+        reward = Rude("float64", 1, "skip")
+        with Scoring(reward, torch.device("cpu"), overlap=overlap) as scoring:
+            with pytest.warns(UserWarning, match="default dtype"):
+                for _ in range(2):
+                    scoring.submit(samples[:2], [Image.new("RGB", (32, 32))] * 2)
+                scores = scoring.scores()
+        assert [score.valid for score in scores] == [not overlap] * 2 + [False] * 2
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_benchmark_that_fails_leaves_a_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the validation after the third step; the one before training went well."""
+    updates: list[object] = []
+    update: Callable[..., Any] = PromptRL.update
+
+    def counted(self: PromptRL, rollout: object) -> object:
+        updates.append(rollout)
+        return update(self, rollout)
+
+    def score(self: GenEvalBenchmark, samples: Sequence[PromptSample], images: object) -> list[dict[str, float]]:
+        if updates:
+            raise KeyError("color")
+        return [{"correct": 1.0}] * len(samples)
+
+    monkeypatch.setattr(PromptRL, "update", counted)
+    monkeypatch.setattr(GenEvalBenchmark, "score", score)
+    with pytest.raises(SystemExit):
+        main(rude(tmp_path, "none"))
+    assert "lightning: error: GenEvalBenchmark failed with KeyError: 'color' (" in capsys.readouterr().err
+    (path,) = tmp_path.rglob("last.ckpt")
+    assert torch.load(path, weights_only=True)["global_step"] == 3
+
+
 def test_overlap_changes_nothing(make_flow: MakeFlow, make_language: MakeLanguage, samples: list[PromptSample]) -> None:
     """Scores, images and gradients of a step are bitwise the same with overlap and without."""
     found = []
@@ -249,8 +354,9 @@ def test_training_stops_with_a_checkpoint_when_scores_end_and_resumes_exactly(
     ]
     with pytest.raises(SystemExit):
         main(["fit", f"--config={path}", *options, f"--trainer.default_root_dir={tmp_path / 'stopped'}"])
-    assert "lightning: error: the reward server is gone. A fit stops so with its state in" in capsys.readouterr().err
     (stopped,) = (tmp_path / "stopped").rglob("last.ckpt")
+    said = f"lightning: error: the reward server is gone. A fit stops so with its state in {stopped}: go on with --ckpt"
+    assert said in capsys.readouterr().err
     assert torch.load(stopped, weights_only=True)["global_step"] == 2
     again = "--model.init_args.reward.init_args.batches=100"
     for name, more in (("resumed", [f"--ckpt_path={stopped}"]), ("unbroken", [])):

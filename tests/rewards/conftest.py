@@ -9,7 +9,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -19,7 +19,7 @@ import uvicorn
 from rewards.base import Reward
 from rewards.serving.endpoints import create_app
 from rewards.serving.requests import Limits
-from rewards.serving.server import bind
+from rewards.serving.server import bind, build_server
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,8 +33,8 @@ def serve() -> Iterator[Callable[..., str]]:
         rewards: Mapping[str, Reward], limits: Limits | None = None, token: str | None = None, port: int = 0
     ) -> str:
         listener = bind("127.0.0.1", port, token)
-        app = create_app(rewards, limits or Limits(batch_wait_ms=1), token)
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+        limits = limits or Limits(batch_wait_ms=1)
+        server = build_server(create_app(rewards, limits, token), limits)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         thread.start()
@@ -74,7 +74,7 @@ class SlowReward(Reward):
 class Process:
     """`python -m rewards.serving` with a `SlowReward`."""
 
-    def __init__(self, folder: Path, port: int, **init_args: float) -> None:
+    def __init__(self, folder: Path, port: int, options: Sequence[str], **init_args: float) -> None:
         (folder / "slow_scorer.py").write_text(SLOW)
         arguments = ", ".join(f"{key}: {value}" for key, value in init_args.items())
         (folder / "slow.yaml").write_text(
@@ -90,7 +90,7 @@ class Process:
         )
         self.url = f"http://127.0.0.1:{port}"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "rewards.serving", "--config", str(folder / "slow.yaml")],
+            [sys.executable, "-m", "rewards.serving", "--config", str(folder / "slow.yaml"), *options],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(folder)},
             stdout=subprocess.PIPE,
@@ -126,11 +126,11 @@ def slow_server(tmp_path: Path) -> Iterator[Callable[..., Process]]:
     """Starts a server process; `port` null takes a free one."""
     processes: list[Process] = []
 
-    def start(port: int | None = None, **init_args: float) -> Process:
+    def start(port: int | None = None, options: Sequence[str] = (), **init_args: float) -> Process:
         if port is None:
             with bind("127.0.0.1", 0, None) as free:
                 port = free.getsockname()[1]
-        processes.append(Process(tmp_path, port, **init_args))
+        processes.append(Process(tmp_path, port, options, **init_args))
         return processes[-1]
 
     yield start

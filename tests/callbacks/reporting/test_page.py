@@ -68,6 +68,16 @@ def test_kept_images_keep_their_shape(tmp_path: Path) -> None:
     assert Image.open(tmp_path / tiny).size == (32, 48) and Path(tiny).parent == Path("report")
 
 
+def test_no_gallery_of_others_names_files_outside(tmp_path: Path) -> None:
+    """A resumed run copies and removes images by the names in the earlier one's file."""
+    for file in ("report/../../stolen", "/etc/hostname", "config.yaml"):
+        gallery = Gallery(tmp_path)
+        gallery.samples.append(Sample(1, 1, "set", "without_pe", "0", "a cat", "a cat", file))
+        gallery.write()
+        with pytest.raises(ValueError, match="gallery.json is damaged: .* is no image in report/; delete it"):
+            Gallery.read(tmp_path)
+
+
 def test_many_evaluations_are_thinned_out(tmp_path: Path) -> None:
     gallery = Gallery(tmp_path)
     for step in range(100):

@@ -175,6 +175,15 @@ def test_event_files_stand_in(tmp_path: Path) -> None:
     assert run.validations["val/naming"].tolist() == pytest.approx([0.1, 0.2, 0.3])
 
 
+def test_a_number_of_steps_that_is_none(tmp_path: Path) -> None:
+    folder = write(tmp_path / "version_0", results=history(4))
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert RunFolder.read(folder).finished
+    config["trainer"]["max_steps"] = "4ll"
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert not RunFolder.read(folder).finished
+
+
 def test_places(tmp_path: Path) -> None:
     folders = [write(tmp_path / name / "mini" / "version_0") for name in ("a-1", "a-2", "b-1")]
     (tmp_path / "a-1" / "mini" / "version_0" / "checkpoints").mkdir()
@@ -187,6 +196,29 @@ def test_places(tmp_path: Path) -> None:
         load(tmp_path, stage="test")
 
 
+@pytest.mark.parametrize(("cut", "steps"), [(0, [1, 2, 3, 4]), (1, [1, 2, 3]), (9, [1, 2, 3]), (1000, [])])
+def test_what_a_kill_leaves_of_a_file_is_read(cut: int, steps: list[int], tmp_path: Path) -> None:
+    """The last line lacks its line feed, or more; the file may be empty."""
+    path = write(tmp_path / "version_0", rows=ROWS[:-1]) / "metrics.csv"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: max(0, len(whole) - cut)])
+    (run,) = load(tmp_path)
+    assert run.training.index.tolist() == steps
+
+
+def test_a_run_that_was_resumed_twice_is_one(tmp_path: Path) -> None:
+    """The first resumed run was cut off before it saved anything; the second went on from the same checkpoint."""
+    first = write(tmp_path / "version_0", rows=ROWS[:7])
+    (first / "checkpoints").mkdir()
+    (first / "checkpoints" / "last.ckpt").touch()
+    last = str(first / "checkpoints" / "last.ckpt")
+    write(tmp_path / "version_1", rows=[{"step": 2, "reward": 3.0, "rollouts": 24.0}], ckpt_path=last)
+    rows = [{"step": 2, "reward": 3.5, "rollouts": 24.0}, {"step": 3, "reward": 4.0, "rollouts": 32.0}]
+    write(tmp_path / "version_2", rows=rows, ckpt_path=last)
+    (run,) = load(tmp_path)
+    assert run.folder.name == "version_2" and run.training["reward"].to_dict() == {1: 1.0, 2: 2.0, 3: 3.5, 4: 4.0}
+
+
 def test_broken_runs_are_named(tmp_path: Path) -> None:
     write(tmp_path / "good" / "version_0")
     for name, file, text in (
@@ -194,16 +226,23 @@ def test_broken_runs_are_named(tmp_path: Path) -> None:
         ("list", "results.json", "[]"),
         ("yaml", "config.yaml", "a: [1"),
         ("csv", "metrics.csv", "reward\n1.0\n"),
-        ("empty", "metrics.csv", ""),
+        ("text", "metrics.csv", "step,reward\nx\x00y,1.0\n"),
+        ("latin", "config.yaml", "a: \udce9"),
     ):
-        (write(tmp_path / name / "version_0") / file).write_text(text)
-    with pytest.raises(ValueError) as said:
+        (write(tmp_path / name / "version_0") / file).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError) as raised:
         load(tmp_path)
-    sentence = str(said.value)
-    for name in ("cut/version_0/results.json", "list/version_0/results.json", "yaml/version_0/config.yaml"):
-        assert f"{tmp_path}/{name} is damaged" in sentence
+    sentence = str(raised.value)
+    for said in (
+        "cut/version_0/results.json:1: not valid JSON",
+        "list/version_0/results.json is damaged",
+        "yaml/version_0/config.yaml:",
+        "text/version_0/metrics.csv is damaged: its column `step` holds something else than numbers",
+        "latin/version_0/config.yaml:1: the file is not UTF-8 text",
+    ):
+        assert f"{tmp_path}/{said}" in sentence
     assert "csv/version_0/metrics.csv is damaged: it has no column `step`" in sentence
-    assert "empty/version_0/metrics.csv is damaged" in sentence and "good" not in sentence and "\n" not in sentence
+    assert "good" not in sentence and "\n" not in sentence
     with pytest.warns(UserWarning, match=r"left out: .*cut/version_0/results\.json"):
         assert [run.folder.parts[-2] for run in load(tmp_path, skip_broken=True)] == ["good"]
 
@@ -254,3 +293,26 @@ def test_a_real_run(tmp_path: Path) -> None:
     (test,) = load(tmp_path, stage="test")
     assert test.mode == "flow-only" and test.seed == 42 and len(test.scores) == len(test.headlines)
     assert test.get("ckpt_path") == checkpoint
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("metrics.csv", "step,reward\n,1.0\n", "its column `step` holds something else than numbers of steps"),
+        ("metrics.csv", "step,reward\n1,2,3\n", "a row has more values than there are columns"),
+        ("metrics.csv", f"step,{'x' * 5000}\n1,y\n", "its column `xxx"),
+        (
+            "results.json",
+            '{"history": {"GenEval": [{"step": 1, "rollouts": 8, "results": {}}]}}',
+            "KeyError: 'seconds'",
+        ),
+        ("results.json", '{"geneval": {"without_pe": {"score": "\\ud800"}}}', "UnicodeEncodeError"),
+        ("results.json", '{"geneval": {"without_pe": {}, "with_pe": 3}}', "TypeError"),
+    ],
+)
+def test_values_that_no_run_writes(file: str, text: str, said: str, tmp_path: Path) -> None:
+    (write(tmp_path / "version_0") / file).write_text(text)
+    with pytest.raises(ValueError) as raised:
+        load(tmp_path)
+    assert f"version_0/{file} is damaged" in str(raised.value) and said in str(raised.value)
+    assert len(str(raised.value)) < 600

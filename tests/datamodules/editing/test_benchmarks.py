@@ -221,7 +221,7 @@ def test_imgedit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ("{", r"basic_edit\.json: not valid JSON"),
+        ("{", r"basic_edit\.json:1: not valid JSON"),
         ([], r"basic_edit\.json: not an object of entries"),
         ({"7": entry(0), "8": []}, r"basic_edit\.json, entry '8': \[\] in place of an object"),
         ({"7": entry(0, prompt="")}, "entry '7': `prompt` is ''"),

@@ -15,6 +15,7 @@ from PIL import Image
 
 from callbacks.reporting.published import EDIT
 from datamodules.base import bare
+from datamodules.editing.arrow import ArrowRows
 from datamodules.editing.prompts import EditPrompts
 from datamodules.editing.rows import TASKS, category_of
 
@@ -179,6 +180,9 @@ def test_unclear_columns_are_listed(tmp_path: Path, kind: str) -> None:
     ):
         with pytest.raises(ValueError, match=rf"a\.{kind}: {message}"):
             load(write(tmp_path / f"a.{kind}", [cells]))
+    with pytest.raises(ValueError, match="x{60}[.]{3}, 0, .* and 80 more") as raised:
+        load(write(tmp_path / f"b.{kind}", [{"x" * 5000: "t"} | {str(number): "t" for number in range(99)}]))
+    assert len(str(raised.value)) < 600
 
 
 def test_categories() -> None:
@@ -388,3 +392,20 @@ def test_a_predicted_sets_name_has_no_signs_of_a_pattern(tmp_path: Path) -> None
     data = EditPrompts(path, path, predict_file=f"{tmp_path}/dev-*.parquet")
     data.setup("predict")
     assert [(name, len(samples)) for name, samples in data.predict_samples().items()] == [("dev-_", 1)]
+
+
+def test_damaged_pages_of_a_parquet_file(tmp_path: Path) -> None:
+    """Bytes are flipped one after another all over the file; each is read, or refused in one sentence."""
+    path = tmp_path / "rows.parquet"
+    write(path, [{"prompt": f"a photo of number {i}", "id": i} for i in range(9)])
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(4, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            rows = ArrowRows(path)
+            rows.read(list(rows.kinds))
+        except ValueError as error:
+            assert type(error) is ValueError and str(error).startswith(str(path))
+            refused += 1
+    assert refused

@@ -35,14 +35,29 @@ class Watched(Recorder):
         self.validated.append(self.global_step)
 
 
-def fit(root: Path, steps: int, ckpt_path: Path | None = None, every: int | None = None, **kwargs: Any) -> Watched:
+class Unevaluated(Numbers):
+    """Has no evaluation prompts."""
+
+    def eval_samples(self) -> dict[str, list[PromptSample]]:
+        return {}
+
+
+def fit(
+    root: Path,
+    steps: int,
+    ckpt_path: Path | None = None,
+    every: int | None = None,
+    data: type[Numbers] = Numbers,
+    **kwargs: Any,
+) -> Watched:
     module = Watched()
+    saves = Checkpoint(root, "{step}", save_last=True, save_top_k=-1, every_n_train_steps=every)
     trainer = L.Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         num_sanity_val_steps=0, use_distributed_sampler=False, max_steps=steps,
-        callbacks=[Checkpoint(root, save_last=True, every_n_train_steps=every)], **kwargs,
+        callbacks=[saves], **kwargs,
     )  # fmt: skip
-    trainer.fit(module, Numbers(), ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+    trainer.fit(module, data(), ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
     return module
 
 
@@ -76,3 +91,12 @@ def test_a_run_that_ends_after_every_step(tmp_path: Path) -> None:
         seen += part.seen
         last = tmp_path / f"{end}" / "last.ckpt"
     assert seen == whole.seen
+
+
+def test_each_steps_checkpoint_is_of_that_step(tmp_path: Path) -> None:
+    """Also where a validation is due after the step but has no prompts: after each epoch, of 5 steps."""
+    whole = fit(tmp_path, STEPS, every=1, data=Unevaluated)
+    assert len(whole.seen) == STEPS and not whole.validated
+    for step in range(1, STEPS):
+        on = fit(tmp_path / f"{step} on", STEPS, tmp_path / f"step={step}.ckpt", data=Unevaluated)
+        assert on.seen == whole.seen[step:], f"saved after step {step}"

@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 
 from lightning_modules.cli import main
+from lightning_modules.cli.loggers import MetricsLogger
 from tests.forked import Forked
 from tests.short_runs import quick
 
@@ -47,6 +48,29 @@ def test_wandb_gets_what_tensorboard_gets(tmp_path: Path) -> None:
         assert json.loads(results.read_text())["data"][0][0].startswith("quickstart without PE")
         written = yaml.safe_load((folder / "config.yaml").read_text())["loggers"]
         assert [one["class_path"] for one in written] == ["lightning.pytorch.loggers.WandbLogger"]
+
+
+def test_a_new_column_leaves_the_rows_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is written anew for its header; what is killed in the middle of that has lost nothing."""
+    logger = MetricsLogger(tmp_path, name="run", version=0)
+    path = tmp_path / "run" / "version_0" / "metrics.csv"
+
+    def log(step: int, **values: float) -> None:
+        logger.log_metrics(values, step)
+        logger.save()
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    log(0, a=1.0)
+    log(1, a=2.0)
+    with monkeypatch.context() as patch:
+        patch.setattr("csv.DictWriter.writerows", stop)
+        with pytest.raises(KeyboardInterrupt):
+            log(2, a=3.0, b=4.0)
+    assert path.read_text().splitlines() == ["a,step", "1.0,0", "2.0,1"]
+    logger.save()
+    assert path.read_text().splitlines() == ["a,b,step", "1.0,,0", "2.0,,1", "3.0,4.0,2"]
 
 
 def test_a_missing_package_is_one_sentence(

@@ -205,11 +205,12 @@ def test_words_that_are_no_options(words: list[str], said: str) -> None:
     ("content", "said"),
     [
         (b"model:\n\tinit_args: 3\n", ":2 is no YAML: a tab, where YAML takes spaces alone; correct the line."),
-        (b"a: 1\nmodel: {init_args: [3}\n", ":2 is no YAML: expected ',' or ']', but got '}'; correct the line."),
+        (b"a: 1\nmodel: {init_args: [3}\n", ":2 is no YAML: did not find expected ',' or ']'; correct the line."),
         (b"a: 'x\nb: 2\n", ":3 is no YAML: found unexpected end of stream; correct the line."),
-        ("a: Größe".encode("latin-1"), " is no UTF-8 text: invalid start byte at byte 5; save it as UTF-8."),
+        ("a: Größe".encode("latin-1"), ":1: the file is not UTF-8 text: save it as UTF-8."),
+        (b"\xef", ":1: the file is not UTF-8 text: save it as UTF-8."),
     ],
-    ids=["tab", "brackets", "open string", "Latin-1"],
+    ids=["tab", "brackets", "open string", "Latin-1", "half a mark"],
 )
 def test_files_that_are_no_yaml(content: bytes, said: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import os
+import resource
+import shutil
 import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ import yaml
 from lightning_modules.cli import main
 from lightning_modules.cli.earlier_checkpoints import best, last
 from lightning_modules.cli.trainer import claim
+from lightning_modules.prompt_rl import PromptRL
 from lightning_modules.run_folder import RunFolder
 from tests.forked import Forked, command, run
 from tests.short_runs import quick
@@ -95,7 +97,7 @@ def test_a_folder_does_not_depend_on_loggers(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["ours", "Lightning's"])
-def test_two_processes_of_one_run_have_one_folder(launcher: str, tmp_path: Path) -> None:
+def test_two_processes_of_one_run_have_one_folder(launcher: str, tmp_path: Path, preloaded: list[str]) -> None:
     root = tmp_path / "runs"
     (root / EXPERIMENT / "version_0").mkdir(parents=True)
     options = quick(
@@ -105,7 +107,7 @@ def test_two_processes_of_one_run_have_one_folder(launcher: str, tmp_path: Path)
         for one in run(tmp_path / "output", *options, processes=2):
             assert one.returncode == 0, one.text
     else:
-        subprocess.run([sys.executable, "-m", "lightning_modules.cli", *options], check=True)
+        subprocess.run([*preloaded, "-m", "lightning_modules.cli", *options], check=True)
     assert versions(root) == ["version_0", "version_1"]
     written = {path.name for path in (root / EXPERIMENT / "version_1").iterdir()}
     assert written == {
@@ -240,3 +242,54 @@ def test_all_commands_find_them(
             if name == "fit":
                 assert RunFolder.read(fitted / folder).continues == expected.parents[1].resolve()
                 (fitted / folder / "checkpoints" / "last.ckpt").unlink()  # a newer last.ckpt than the one to be found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [True, False], ids=["deleted", "a file in its place"])
+def test_a_folder_that_goes_in_mid_run_ends_in_one_sentence(tmp_path: Path, kept: bool) -> None:
+    """The last step is saved in a new folder of that name, where one can be made."""
+    folder = tmp_path / EXPERIMENT / "version_0"
+
+    def fit() -> None:
+        update: Any = PromptRL.update
+
+        def deletes(self: PromptRL, rollout: Any) -> Any:
+            if self.global_step == 1:
+                shutil.rmtree(folder)
+                if not kept:
+                    folder.touch()
+            return update(self, rollout)
+
+        PromptRL.update = deletes  # type: ignore[method-assign]
+        steps = ["--trainer.max_steps=3", "--trainer.val_check_interval=9", "--checkpoint.every_n_train_steps=9"]
+        main(quick("fit", tmp_path, *steps, config=FLOW_ONLY))
+
+    run = Forked(fit, tmp_path / "log")
+    assert run.wait() == 2 and "Traceback" not in run.text
+    said = [line for line in run.text.splitlines() if line.startswith("lightning: error: ")]
+    assert len(said) == 1 and str(folder) in said[0] and "the run's folder was deleted or moved" in said[0]
+    last_one = folder / "checkpoints" / "last.ckpt"
+    assert last_one.exists() == kept == (f"{last_one}: go on with --ckpt_path" in run.text)
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_in_one_sentence(tmp_path: Path) -> None:
+    """The second fit, for which there is room, removes what a killed one left."""
+
+    def fit_without_room() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_200_000, resource.RLIM_INFINITY))
+        main(quick("fit", tmp_path, *STEP, config=FLOW_ONLY))
+
+    fit = Forked(fit_without_room, tmp_path / "log")
+    folder = tmp_path / EXPERIMENT / "version_0"
+    assert fit.wait() == 2 and "Traceback" not in fit.text
+    said = [line for line in fit.text.splitlines() if line.startswith("lightning: error: ")]
+    assert len(said) == 1 and f"{folder / 'checkpoints'}/" in said[0] and "File too large; make room" in said[0]
+    assert not list(folder.glob("checkpoints/*")) + [
+        path for path in folder.rglob("*") if path.is_file() and not path.stat().st_size
+    ]
+    stray = folder / "checkpoints" / ".last.ckpt.1.2.tmp"
+    stray.parent.mkdir(exist_ok=True)
+    stray.write_bytes(b"half")
+    main(quick("fit", tmp_path, *STEP, config=FLOW_ONLY))
+    assert not stray.exists() and (folder.parent / "version_1" / "checkpoints" / "last.ckpt").is_file()

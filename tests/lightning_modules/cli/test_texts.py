@@ -12,6 +12,7 @@ import yaml
 
 from lightning_modules.cli import main
 from lightning_modules.cli.command import PromptRLCLI
+from lightning_modules.cli.texts import load_config
 from tests.short_runs import quick
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
@@ -78,6 +79,12 @@ def test_refusals_say_how_to_write_it(line: str, said: str, capsys: pytest.Captu
         main(["fit", "--config=configs/quickstart.yaml", overlay(tmp_path, line)])
     assert stopped.value.code == 2
     assert re.search(f"^lightning: error: {said}", capsys.readouterr().err, re.MULTILINE)
+
+
+@pytest.mark.parametrize("text", ["1: &a ", "{2: }"])
+def test_settings_without_names_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="the configuration has a setting whose name is a number"):
+        load_config(text)
 
 
 def test_a_runs_own_configuration_reads_the_same(tmp_path: Path) -> None:

@@ -56,6 +56,12 @@ def test_neither_folder_nor_hub_id(check: object, tmp_path: Path, monkeypatch: p
     check("black-forest-labs/FLUX.1-dev")  # type: ignore[operator]
 
 
+def test_a_hub_that_cannot_be_reached_is_no_missing_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"cannot load nobody/nothing: the hub cannot be reached"):
+        check_pipeline("nobody/nothing", "FluxPipeline")
+
+
 @pytest.mark.parametrize(
     ("files", "lacks"),
     [

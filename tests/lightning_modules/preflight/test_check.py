@@ -539,8 +539,27 @@ def test_estimates_are_ordered() -> None:
     assert totals(Setting(8)).total > full.total and totals(Setting(8)).persistent_total == full.persistent_total
     larger = totals(height=64, width=64)
     assert larger.per_step["trajectories"] > 3.9 * full.per_step["trajectories"] and larger.total > full.total
-    assert totals(Setting(4, num_devices=2)).transient["stepping"] == 2 * full.persistent["gradients"]
-    assert totals(Setting(4, num_devices=2)).persistent["buckets of DDP"] == full.persistent["gradients"]
+    replicas = totals(Setting(4, num_devices=2))  # nothing but a piece of the gradients, to average it
+    assert replicas.persistent == full.persistent and replicas.transient["stepping"] == full.persistent["gradients"]
+    assert replicas.gathered == 0
+
+
+def test_shards_divide_what_learns() -> None:
+    """Of two devices each has half, and gathers a whole network in the dtype that it computes in; frozen parts stay."""
+    module = agents({"kl_weight": 0.1}, {"kl_weight": 0.1, "lora": LORA})
+    whole = estimate(module, Setting(4, num_devices=2))
+    half = estimate(module, Setting(4, num_devices=2, shards=2, autocast=torch.bfloat16))
+    for name in ("gradients", "optimizer state (AdamW)", "reference"):
+        assert half.persistent[name] == pytest.approx(whole.persistent[name] / 2, abs=1)
+    learners = {one.name: one for one in whole.networks if one.trained}
+    frozen = sum(one.bytes for one in whole.networks if not one.trained)
+    assert half.persistent["weights"] == frozen + sum(one.bytes // 2 for one in learners.values())
+    adapted = 4 * learners["language"].parameters  # adapters and base as they are, in fp32 here
+    assert half.gathered == max(2 * learners["flow.transformer"].parameters, adapted)
+    assert suggestions(module, Setting(4, num_devices=2), whole)[0] == (
+        "`trainer.strategy: sharded`",
+        whole.persistent_total - half.persistent_total,
+    )
 
 
 def test_suggestions_save_what_they_say() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import signal
@@ -12,11 +13,13 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from callbacks.runs.loading import load
+from lightning_modules.cli import main as lightning
 from lightning_modules.sweep import run
 from lightning_modules.sweep.plan import Job, Sweep
-from lightning_modules.sweep.run import main, read, run_all
+from lightning_modules.sweep.run import Outcome, main, read, run_all, table_of
 from tests.forked import Forked
 
 ROOT = Path(__file__).parents[3]
@@ -75,6 +78,11 @@ def test_a_grid_is_a_product() -> None:
         "model.init_args.group_size": "8",
         "model.init_args.num_retained": "8",
     }
+
+
+def test_no_name_leaves_the_root() -> None:
+    (job,) = plan(grid={"../../x": {"multiply": [FLOW], "by": [2]}})
+    assert job.name == "flow_only-.._.._x2-s42"
 
 
 def test_factors_leave_frozen_agents_alone() -> None:
@@ -191,11 +199,11 @@ def test_a_damaged_folder_is_one_runs_crash(tmp_path: Path) -> None:
     outcomes = run_all(jobs, 2, lambda outcome: None)
     assert [outcome.state for outcome in outcomes] == ["crashed", "crashed"]
     assert "has no last.ckpt to test" in outcomes[0].note
-    assert "results.json is damaged" in outcomes[1].note
+    assert "results.json:1: not valid JSON" in outcomes[1].note
 
 
 def test_a_fit_that_was_cut_off_after_its_last_step_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Resumed, it has nothing to train and is refused; its test is left to do."""
+    """Resumed without validations, it has nothing to do and is refused; its test is left to do."""
     program = tmp_path / "lightning.py"
     program.write_text("import sys\nif sys.argv[1] == 'fit': sys.exit('lightning: error: nothing to train: step 1')")
     monkeypatch.setattr("lightning_modules.sweep.run.PROGRAM", [sys.executable, str(program)])
@@ -208,6 +216,17 @@ def test_a_fit_that_was_cut_off_after_its_last_step_is_done(tmp_path: Path, monk
     (outcome,) = run_all([job], 1, lambda outcome: None)
     assert outcome.state == "done" and fit.finished() and test.finished()
     assert f"--ckpt_path={checkpoint}" in (test.folder / "test.log").read_text()
+
+
+def test_the_table_is_whole_on_a_narrow_terminal() -> None:
+    """A fit and its test, each with and without PE, and a long name."""
+    scores = {"GenEval without PE": 0.1, "test, GenEval without PE": 0.2, "GenEval with PE": 0.3}
+    outcome = Outcome("promptrl-num_retained0-s42", "done", 464.0, scores=scores | {"test, GenEval with PE": 0.4})
+    console = Console(width=80, file=io.StringIO())
+    console.print(table_of([outcome]))
+    _, *lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert {line[-1] for line in lines} <= set("┓┃┩│┘") and "0.400" in "".join(lines)
+    assert "".join(line[2:12].strip() for line in lines if line[0] == "│") == outcome.name
 
 
 # --- real runs --------------------------------------------------------------------------------------------------------
@@ -287,3 +306,21 @@ def test_a_sweep_that_is_interrupted_goes_on(tmp_path: Path) -> None:
     (test,) = load(folder, stage="test")
     assert test.folder.is_relative_to(folder / "test") and len(test.scores) == 6 * len(test.headlines)
     assert test.seed == 5 and test.get("data.init_args.seed") != 5 and test.mode == "flow-only"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("preloaded_runs")
+def test_a_fit_that_was_killed_in_its_last_validation_is_evaluated(tmp_path: Path) -> None:
+    overrides = SMALL | {"trainer.max_steps": 1, "trainer.val_check_interval": 5}
+    (job,) = plan(root=str(tmp_path / "runs"), overrides=overrides)
+    (fit,) = job.commands
+    strikes = "--trainer.callbacks+=tests.lightning_modules.cli.test_interrupted.Strikes"
+    struck = [*fit.options, strikes, "--trainer.callbacks.part=final", "--trainer.callbacks.number=9"]
+    fit.folder.mkdir(parents=True)
+    fit.write_record(fit.record | {"seconds": None})
+    assert Forked(lambda: lightning(struck), tmp_path / "log").wait() == -9
+    assert fit.checkpoint() is not None and not fit.finished()
+    (outcome,) = run_all([job], 1, lambda outcome: None)
+    assert outcome.state == "done" and fit.finished() and outcome.scores
+    (resumed,) = load(fit.folder)
+    assert resumed.finished and resumed.validations.index.tolist() == [0, 1]

@@ -145,7 +145,7 @@ def test_own_wordings_are_another_version(judge: Judge, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has questions for add, melt"):
         reward(batch("style"))
     for text, message in (
-        ("{", "cannot be read as JSON"),
+        ("{", "not valid JSON"),
         ("[]", "must be a JSON object"),
         ('{"add": "no place"}', "must have <edit_prompt> in the text of 'add'"),
     ):

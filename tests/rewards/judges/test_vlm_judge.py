@@ -368,8 +368,8 @@ def test_a_missing_or_broken_key_is_said_before_anything_is_sent(judge: Judge, m
     [
         ({"template": "mine"}, "template='mine', use one of unified_reward_v1, edit_v1, quality_v1"),
         ({"api_key_env": KEY}, "must be the name, in capitals"),
-        ({"base_url": f"https://me:{KEY}@host/v1"}, "give the key by api_key_env"),
-        ({"base_url": f"https://host/v1?key={KEY}"}, "give the key by api_key_env"),
+        ({"base_url": f"https://me:{KEY}@host/v1"}, "give the secret by api_key_env"),
+        ({"base_url": f"https://host/v1?key={KEY}"}, "give the secret by api_key_env"),
         ({"base_url": "host:8000"}, "use one such as http://127.0.0.1:8000/v1"),
         ({"on_failure": "zero"}, "use skip or fail"),
         ({"concurrency": 0}, "concurrency=0, use at least 1"),

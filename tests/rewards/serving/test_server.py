@@ -37,15 +37,17 @@ from miniature.scenes.world import TAGS, all_contents, random_scene, render
 from rewards.base import Reward, RewardBatch, RewardUnavailable, Score
 from rewards.geneval.reward import GenEvalReward
 from rewards.serving import server
-from rewards.serving.endpoints import CACHE_S, CACHE_SIZE, Answer, AnswerCache
+from rewards.serving.endpoints import CACHE_BYTES, CACHE_S, CACHE_SIZE, Answer, AnswerCache
 from rewards.serving.multipart import MultipartError, read_parts
 from rewards.serving.protocol import (
     MAX_SCANS,
     BadImage,
+    Item,
     Scored,
     ScoreReply,
     decode_image,
     encode_image,
+    item_id,
     to_result,
     to_score,
 )
@@ -190,13 +192,20 @@ def test_shapes_score_as_in_process(serve: Callable[..., str]) -> None:
 
 def test_a_reply_in_full(url: str) -> None:
     name = str(uuid4())
-    response = ask(url, ["a", "invalid"], [encode_image(number_image(n)) for n in (258, 1)], id=name)
+    files = [encode_image(number_image(n)) for n in (258, 1)]
+    response = ask(url, ["a", "invalid"], files, id=name)
+    first, second = (
+        item_id(place, Item(prompt=prompt, images=["x"]), file, None)
+        for place, (prompt, file) in enumerate(zip(("a", "invalid"), files, strict=True))
+    )
+    assert first.startswith("0-") and second.startswith("1-") and first[2:] != second[2:]
     assert response.json() == {
-        "schema": 1,
+        "schema": 2,
         "id": name,
         "reward_version": "NumberReward",
         "results": [
             {
+                "item": first,
                 "valid": True,
                 "native": 258.0,
                 "table": 86.0,
@@ -206,6 +215,7 @@ def test_a_reply_in_full(url: str) -> None:
                 "weights": {},
             },
             {
+                "item": second,
                 "valid": False,
                 "error": "unscorable",
                 "reason": "no text in the image",
@@ -225,7 +235,7 @@ scores = st.builds(Score, numbers, numbers, numbers, detail=st.dictionaries(st.t
 def test_numbers_cross_exactly(score: Score, parts: dict[str, Score]) -> None:
     """Bit for bit (`repr` tells -0.0 from 0.0), with parts."""
     sent = Score(score.native, score.table, score.rl, detail=score.detail, parts=parts)
-    reply = ScoreReply(schema=1, id=uuid4(), reward_version="1", results=[to_result(sent)])
+    reply = ScoreReply(schema=2, id=uuid4(), reward_version="1", results=[to_result(sent)])
     (result,) = ScoreReply.model_validate_json(reply.model_dump_json(by_alias=True)).results
     assert repr(to_score(result)) == repr(sent)
 
@@ -725,6 +735,20 @@ def test_what_is_under_way_is_not_forgotten() -> None:
     asyncio.run(main())
 
 
+def test_answers_that_are_kept_are_bounded_in_bytes() -> None:
+    async def main() -> None:
+        answers = AnswerCache()
+
+        async def work() -> Answer:
+            return Answer(b"0" * (CACHE_BYTES // 4), 0)
+
+        for _ in range(20):
+            await answers.once(uuid4(), b"", work)
+        assert len(answers._known) == 5, "as many as fit, and the last one"
+
+    asyncio.run(main())
+
+
 def test_full_queue(url: str, scorer: NumberReward) -> None:
     """8 may wait: 4 are being scored, 8 wait, the next is sent away and is welcome later."""
     scorer.open.clear()
@@ -815,7 +839,7 @@ def test_small_answers_are_sent_at_once() -> None:
 
 def test_listing(url: str) -> None:
     assert httpx.get(f"{url}/v1/rewards", trust_env=False).json() == {
-        "schema": 1,
+        "schema": 2,
         "rewards": [
             {"name": "number", "version": "NumberReward", "native_range": [0.0, None], "needs": []},
             {"name": "short", "version": "ShortReward", "native_range": [None, None], "needs": []},
@@ -876,7 +900,7 @@ rewards:
         ("rewards: {a: {class_path: rewards.geneval.reward.NoReward}}", "NoReward"),
         ("rewards: {a: {class_path: miniature.scenes.detector.ShapesDetector}}", "ShapesDetector"),
         ("rewards: {}", "`rewards` is empty"),
-        ("rewards: [", "parsing"),
+        ("rewards: [", "c.yaml:2 is no YAML"),
         ("", "rewards"),
         (GOOD % ", exclude_penalty: -1", "use 0 or more"),
         (GOOD % ", rewrd: soft", "rewrd"),
@@ -889,6 +913,16 @@ rewards:
         (GOOD % "" + "\nmax_items: 0", "max_items=0"),
         (GOOD % "" + "\nread_timeout: 0", "read_timeout=0"),
         (GOOD % "" + "\nread_timeout: .nan", "read_timeout=nan"),
+        (GOOD % "" + "\nscore_timeout: 0", "score_timeout=0"),
+        (b"\x89PNG\r\n\x1a\n\0\0", "c.yaml:1: the file is not UTF-8 text"),
+        ("rewards: 1".encode("utf-16"), "c.yaml:1: the file is not UTF-8 text"),
+        ("# größer\nrewards: 1".encode("latin-1"), "c.yaml:1: the file is not UTF-8 text"),
+        ("[" * 500 + "]" * 500, "over 100 levels"),
+        (
+            "a: &a [1,1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b]\n"
+            "d: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c]\ne: &e [*d,*d,*d,*d,*d,*d,*d,*d,*d]\nf: [*e,*e,*e,*e,*e,*e,*e,*e,*e]",
+            "each alias counted in full",
+        ),
         (
             GOOD % "" + "\nmax_waiting_bytes: 100000000",
             "but one request may take 134217728",
@@ -896,10 +930,10 @@ rewards:
     ],
 )
 def test_one_line_errors(
-    text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    text: str | bytes, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("REWARD_TOKEN", raising=False)
-    (tmp_path / "c.yaml").write_text(text)
+    (tmp_path / "c.yaml").write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(SystemExit) as stopped:
         server.main(["--config", str(tmp_path / "c.yaml")])
     error = capsys.readouterr().err

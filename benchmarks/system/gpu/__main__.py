@@ -20,23 +20,18 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-
-from lightning_modules.late_imports import LateModule
 
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to ask for a GPU is not to use it
 
 import torch
 from tqdm import tqdm
 
-if torch.cuda.is_available() and find_spec("bitsandbytes"):  # which diffusers imports, and which would use it at once
-    sys.modules.setdefault("bitsandbytes", LateModule("bitsandbytes", {}))
-
-from benchmarks.system import gpu_cases
-from benchmarks.system.gpu_cases import Case, Options, Row, Variant, one_line
+from benchmarks.system.gpu import measurements
+from benchmarks.system.gpu.cases import Case, Options, Row, Variant, estimated
+from benchmarks.system.gpu.measurements import one_line
 from benchmarks.system.recipes import recipe
 
 SIZES = (Variant(4), Variant(1), Variant(8))
@@ -47,23 +42,23 @@ QWEN_VL = "Qwen2.5-VL-3B"
 
 def step(name: str, seconds: int, flow: str, **more: Any) -> Case:
     """A case of joint steps, flow-only unless it has a refiner."""
-    return Case(name, seconds, gpu_cases.steps, flow, **more)
+    return Case(name, seconds, measurements.steps, flow, **more)
 
 
 CASES = (
-    Case("card", 10, gpu_cases.card),
+    Case("card", 10, measurements.card),
     step("klein", 45, KLEIN, refiner="Qwen3-4B", variants=SIZES),
     step("flux1", 60, FLUX, refiner=QWEN_VL, variants=SIZES),
     step("sd3", 40, SD3, refiner=QWEN_VL, variants=SIZES),
     Case(
         "attention",
         60,
-        gpu_cases.attention,
+        measurements.attention,
         FLUX,
         variants=(Variant(), *(Variant(backend=name) for name in BACKENDS)),
     ),
     step("compiled blocks", 90, FLUX, changes={"flow.init_args.compile": True}),
-    Case("precision", 30, gpu_cases.precision, KLEIN),
+    Case("precision", 30, measurements.precision, KLEIN),
     step("nf4", 40, FLUX, changes={"flow.init_args.quantization": "nf4"}),
     step("int8", 40, FLUX, changes={"flow.init_args.quantization": "int8"}),
     step("8-bit Adam", 40, FLUX, changes={"optimizer": {"class_path": "bitsandbytes.optim.AdamW8bit"}}),
@@ -72,7 +67,7 @@ CASES = (
         for name, model in (("flux1", FLUX), ("klein", KLEIN), ("sd3", SD3))
         for memory in (48, 24)
     ),
-    Case("decoding", 60, gpu_cases.decoding, KLEIN, "Qwen3-4B", changes={"language.init_args.max_new_tokens": 256}),
+    Case("decoding", 60, measurements.decoding, KLEIN, "Qwen3-4B", changes={"language.init_args.max_new_tokens": 256}),
     step("qwen-image, nf4", 60, "Qwen-Image"),
     step("z-image", 30, "Z-Image"),
     step("sana", 20, "Sana-1600M"),
@@ -87,7 +82,14 @@ CASES = (
         "klein edits, 1024 px", 60, KLEIN, refiner=QWEN_VL, configs=("edit/flux2_klein_4b_promptrl.yaml",), source=1024
     ),
     step("qwen-image-edit, nf4", 90, "Qwen-Image-Edit-2509", source=512),
-    Case("tests", 60, gpu_cases.gpu_tests),
+    Case("tests", 60, measurements.gpu_tests),
+    Case(
+        "sharded",
+        60,
+        measurements.sharded,
+        SD3,
+        changes={"flow.init_args.lora": None, "flow.init_args.dtype": "float32", "flow.init_args.kl_weight": 0.0},
+    ),
 )
 """All cases, the most important first. Seconds are guesses until a card has run them."""
 
@@ -109,7 +111,7 @@ def run(cases: Sequence[Case], options: Options, minutes: float) -> Iterator[Row
         estimates = {
             case.name: pool.apply_async(_estimated, (case, replace(options, folder=Path(folder, "estimates"))))
             for case in cases
-            if case.measure is gpu_cases.steps
+            if case.measure is measurements.steps
         }
         for case in tqdm(cases, desc="cases", disable=None):
             left = deadline - time.monotonic()
@@ -157,7 +159,7 @@ def _estimated(case: Case, options: Options) -> dict[str, int]:
     _write_to(options.log)
     torch.set_num_threads(1)
     try:
-        return gpu_cases.estimated(case, options)
+        return estimated(case, options)
     except Exception:
         traceback.print_exc()
         return {}

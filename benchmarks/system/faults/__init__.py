@@ -1,0 +1,1 @@
+"""Attacks on training, readers of files and the reward server: `python -m benchmarks.system.faults`."""

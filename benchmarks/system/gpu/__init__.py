@@ -1,0 +1,1 @@
+"""What holds on a GPU: joint steps of models of full size, drawn at random."""

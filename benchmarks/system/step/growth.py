@@ -1,0 +1,107 @@
+"""Step time and memory against the sizes of a step, beside what its network calls take.
+
+    python -m benchmarks.system.step.growth [--rounds 3] [--plot docs/images/growth.png]
+
+One size is doubled twice, the others stay. Seconds are medians of one thread's CPU time; the exponent is the slope of
+seconds over the size, both as logarithms: 1 is linear.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from tqdm import tqdm
+
+from benchmarks.system.step.__main__ import FLUX, Case, Measured, measure
+
+BASE = Case(
+    FLUX,
+    "Qwen3-4B",
+    settings={
+        "group_size": 8,
+        "num_retained": 2,
+        "flow.sampling.num_steps": 8,
+        "flow.sampling.sde_steps": 2,
+        "flow.micro_batch_size": 4,
+        "language.micro_batch_size": 4,
+        "language.max_new_tokens": 16,
+    },
+)
+SIZES: dict[str, list[tuple[float, Case]]] = {
+    "images of a prompt": [
+        (n, replace(BASE, settings=BASE.settings | {"group_size": n, "num_retained": n // 4})) for n in (8, 16, 32)
+    ],
+    "prompts": [(n, replace(BASE, prompts=n)) for n in (1, 2, 4)],
+    "SDE steps": [(n, replace(BASE, settings=BASE.settings | {"flow.sampling.sde_steps": n})) for n in (2, 4, 8)],
+    "image tokens": [
+        ((side // 16) ** 2, replace(BASE, settings=BASE.settings | {"flow.height": side, "flow.width": side}))
+        for side in (64, 128, 256)
+    ],
+    "words of a prompt": [(n, replace(BASE, words=n)) for n in (25, 50, 100)],
+    "tokens of a rewrite": [
+        (n, replace(BASE, settings=BASE.settings | {"language.max_new_tokens": n})) for n in (16, 32, 64)
+    ],
+}
+"""What grows -> its sizes, each with the agents that have it."""
+
+
+def slope(sizes: list[float], values: list[float]) -> float:
+    """Exponent of growth between the first and the last size."""
+    return math.log(values[-1] / values[0]) / math.log(sizes[-1] / sizes[0])
+
+
+def plot(found: dict[str, list[tuple[float, Measured]]], path: Path) -> None:
+    """Draws step and floor over each size."""
+    figure, axes = plt.subplots(2, 3, figsize=(9, 5), sharey=True, layout="constrained")
+    for axis, (name, rows) in zip(axes.flat, found.items(), strict=True):
+        sizes = [size for size, _ in rows]
+        axis.plot(sizes, [one.step for _, one in rows], "o-", color="#0072B2", label="step")
+        axis.plot(sizes, [one.floor for _, one in rows], "s--", color="#D55E00", label="its network calls alone")
+        axis.set(xscale="log", yscale="log", xlabel=name, xticks=sizes)
+        axis.set_xticklabels([f"{size:g}" for size in sizes])
+        axis.minorticks_off()
+    for axis in axes[:, 0]:
+        axis.set_ylabel("CPU seconds a step")
+    axes.flat[0].legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Prints a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--plot", type=Path, help="file of a plot")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found: dict[str, list[tuple[float, Measured]]] = {}
+    for name, cases in tqdm(SIZES.items(), disable=None):
+        found[name] = [(size, measure(case, torch.device("cpu"), options.rounds)) for size, case in cases]
+    print("| size | of | step, s | floor, s | step / floor | exponent: step, floor | step, MB | exponent |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, rows in found.items():
+        sizes = [size for size, _ in rows]
+        step, floor = [one.step for _, one in rows], [one.floor for _, one in rows]
+        memory = [float(one.step_bytes) for _, one in rows]
+        lists = (
+            ", ".join(f"{value:{form}}" for value in values)
+            for values, form in (
+                (step, ".2f"),
+                (floor, ".2f"),
+                ([a / b for a, b in zip(step, floor, strict=True)], ".2f"),
+                ([slope(sizes, step), slope(sizes, floor)], ".2f"),
+                ([value / 1e6 for value in memory], ".0f"),
+                ([slope(sizes, memory)], ".2f"),
+            )
+        )
+        print(f"| {name} | {', '.join(f'{size:g}' for size in sizes)} | {' | '.join(lists)} |")
+    if options.plot is not None:
+        plot(found, options.plot)
+
+
+if __name__ == "__main__":
+    main()
