@@ -72,14 +72,14 @@ def flow_objective(
     loss, stats = surrogate.loss, surrogate.stats
     if normalize_ratio == "over_dt":
         loss = loss / dt
-    if policy.kl_weight > 0:
+    if policy.kl_weight_now > 0:
         with torch.no_grad(), policy.reference():
             reference = policy.replay(trajectory, step)
         kl = transition.kl(reference)
         # Flow-GRPO divides by its step's variance per unit of time; Flow-CPS's variance is not one.
         if policy.kl_units == "flow_grpo" and policy.sampling.sde_type != "cps":
             kl = kl * dt
-        loss = loss + policy.kl_weight * kl
+        loss = loss + policy.kl_weight_now * kl
         stats = stats | {"kl": kl.detach().mean()}
     return ObjectiveResult(loss, stats, log_probs.detach(), transition.mean.detach())
 
@@ -95,16 +95,18 @@ def language_objective(
         advantages: [B].
         old: the result of the policy that wrote them; None is strictly on-policy.
     """
-    log_probs = policy.log_probs(completions)
-    surrogate = clipped_surrogate(
-        log_probs, advantages, clip_range=policy.clip_range, old_log_probs=None if old is None else old.log_probs
-    )
-    loss, stats = surrogate.loss, {"clip_fraction": surrogate.stats["clip_fraction"]}
-    if policy.kl_weight > 0:
+    reference = None
+    if policy.kl_weight_now > 0:  # first, so that only one of both holds logits at a time
         with torch.no_grad(), policy.reference():
             reference = policy.log_probs(completions)
+    log_probs = policy.log_probs(completions)
+    old_log_probs = log_probs.detach() if old is None else old.log_probs
+    loss = clipped_surrogate(log_probs, advantages, clip_range=policy.clip_range, old_log_probs=old_log_probs).loss
+    outside = ((log_probs.detach() - old_log_probs).exp() - 1).abs() > policy.clip_range
+    stats = {"clip_fraction": masked_sequence_mean(outside.float(), completions.mask).mean()}
+    if reference is not None:
         kl = k3_kl(log_probs, reference)
-        loss = loss + policy.kl_weight * kl
+        loss = loss + policy.kl_weight_now * kl
         stats["kl"] = masked_sequence_mean(kl.detach(), completions.mask).mean()
     # -log p of the drawn tokens: an unbiased estimate of the entropy, at no cost.
     stats["entropy"] = -masked_sequence_mean(log_probs.detach(), completions.mask).mean()

@@ -37,7 +37,7 @@ def check_ratio(flow: FlowPolicy, language: LanguagePolicy | None, rollout: Roll
         found["flow"] = (largest, largest)
     if language is not None and language.trained and rollout.completions is not None:
         rows = next(chunks(len(rollout.completions), language.micro_batch_size))
-        completions = rollout.completions.rows(rows)
+        completions = rollout.completions.rows(rows).trimmed()
         with language.gathered():
             difference = (language.log_probs(completions) - completions.log_probs)[completions.mask].abs()
         found["language"] = (difference.max().item(), difference.mean().item())

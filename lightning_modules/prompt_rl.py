@@ -131,12 +131,13 @@ class PromptRL(UpdatedAgents):
         self.overlap_scoring = overlap_scoring
         self.seed = run_seed(seed)
         self.latest: Rollout | None = None
-        """Last rollout, for callbacks to show."""
+        """Last rollout, for callbacks to show; None while the next one is collected."""
         self._ahead: Rollout | None = None
         self._checked = False
         self._first = True
         self._invalid_steps = 0
-        self._logged: set[str] = set()
+        sometimes = [agent for agent in self._learners() if agent.kl_weight > 0 and agent.kl_every > 1]
+        self._logged = {f"train/{agent.agent}/kl" for agent in sometimes}  # a resumed run's rows have the same gaps
 
     def setup(self, stage: str) -> None:
         """Loads the scorers, except for predictions, which need none; tells the data which processes share prompts."""
@@ -170,6 +171,7 @@ class PromptRL(UpdatedAgents):
 
     def training_step(self, batch: Sequence[PromptSample], batch_idx: int) -> None:
         """Collects a rollout for G prompts and updates both agents on it."""
+        self.latest = None  # or its trajectories would be held while the next ones are collected
         rollout, self._ahead = self._ahead or self._begin_step(batch), None
         self.latest = rollout
         self._check(rollout)
@@ -211,6 +213,12 @@ class PromptRL(UpdatedAgents):
         seeds = [
             seed_of("rollout", self.seed, self.global_step, sample.id, place) for sample in samples for place in places
         ]
+        start_seeds = None
+        if self.flow.sampling.share_start:
+            start_seeds = [
+                seed_of("start", self.seed, self.global_step, sample.id, prompt)
+                for sample, prompt in zip(judged, prompts, strict=True)
+            ]
         images: list[Image] = []
         finite: list[bool] = []
 
@@ -224,7 +232,12 @@ class PromptRL(UpdatedAgents):
                 window_seed = seed_of("window", self.seed, self.global_step)
                 with self.flow.gathered():
                     trajectory = self.flow.rollout(
-                        prompts, seeds, window_seed=window_seed, on_drawn=score, images=source_images(judged)
+                        prompts,
+                        seeds,
+                        window_seed=window_seed,
+                        on_drawn=score,
+                        images=source_images(judged),
+                        start_seeds=start_seeds,
                     )
             with self._timed("reward"):  # what the overlap did not hide
                 own_scores = self._scores_on_all_ranks(scoring, finite)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from datamodules.base import PromptSample
+from datamodules.chunks import chunks
 from lightning_modules.rl.log_probs import position_ids
 from rewards.base import Score
 
@@ -138,6 +139,26 @@ class Completions:
         selected = {one.name: _selected(getattr(self, one.name), rows) for one in fields(self) if one.name != "seen"}
         return Completions(**selected, seen=None if self.seen is None else self.seen.rows(rows))
 
+    def micro_batches(self, size: int | None) -> list[list[int]]:
+        """Lists the rows of micro-batches of up to `size` rows of similar length, the longest first."""
+        lengths = (self.prompt_mask.sum(1) + self.mask.sum(1)).tolist()
+        order = sorted(range(len(self)), key=lambda row: -lengths[row])
+        return [order[part] for part in chunks(len(order), size)]
+
+    def trimmed(self) -> Completions:
+        """Cuts the columns that are padding in all rows, on the left of prompts and on the right of completions."""
+        prompt, length = int(self.prompt_mask.sum(1).max()), int(self.mask.sum(1).max())
+        seen = self.seen
+        return replace(
+            self,
+            prompt_ids=self.prompt_ids[:, -prompt:],
+            prompt_mask=self.prompt_mask[:, -prompt:],
+            tokens=self.tokens[:, :length],
+            mask=self.mask[:, :length],
+            log_probs=self.log_probs[:, :length],
+            seen=seen and replace(seen, mask=seen.mask[:, -prompt:], positions=seen.positions[..., -prompt:]),
+        )
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -156,7 +177,7 @@ class Conditioning:
     def __len__(self) -> int:
         return len(self.index)
 
-    def rows(self, rows: slice) -> Conditioning:
+    def rows(self, rows: slice | list[int]) -> Conditioning:
         """Selects the conditioning of some samples."""
         own_index = {name: index[rows] for name, index in self.own_index.items()}
         return replace(self, index=self.index[rows], own_index=own_index)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -22,6 +22,8 @@ from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.rollout import Rollout
 from lightning_modules.step_metrics import Averages
 from rewards.arguments import check_minimum
+
+Rows = TypeVar("Rows", slice, list[int])
 
 
 class UpdatedAgents(EvaluatedAgents):
@@ -100,12 +102,14 @@ class UpdatedAgents(EvaluatedAgents):
         Args:
             rollout: experience of G prompts.
             stats: gets numbers for the log.
-            old: (agent, rows, step) -> result of the policy that drew the rollout; filled by the policy itself.
+            old: (agent, first row, step) -> result of the policy that drew a micro-batch; filled by the policy itself.
             drew_it: True if the current policies drew the rollout.
         """
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         optimizer.zero_grad()
+        for agent in self._learners():
+            agent.step = self.global_step
         finite: dict[str, Tensor] = {}
         with no_backward_sync(self.trainer):
             if self.language is not None and self.language.trained:
@@ -147,9 +151,9 @@ class UpdatedAgents(EvaluatedAgents):
         loss = torch.zeros((), device=self.device)
         if self.language is not None and self.language.trained and rollout.completions is not None:
             with self._timed("language_update"):
-                for rows in chunks(len(rollout.completions), self.language.micro_batch_size):
-                    log_probs = self.language.log_probs(rollout.completions.rows(rows))
-                    old["language", rows.start] = ObjectiveResult(loss, {}, log_probs)
+                for texts in rollout.completions.micro_batches(self.language.micro_batch_size):
+                    log_probs = self.language.log_probs(rollout.completions.rows(texts).trimmed())
+                    old["language", texts[0]] = ObjectiveResult(loss, {}, log_probs)
         flow, trajectory = self.flow, rollout.trajectory
         replays = self.ratio_normalization or flow.drawn_together != flow.micro_batch_size
         with self._timed("flow_update"):
@@ -174,11 +178,11 @@ class UpdatedAgents(EvaluatedAgents):
         if several_processes():  # those that share groups may have other numbers: the mean over all of them
             total = float(sum_over_ranks(torch.tensor(total, device=self.device))) / self.trainer.world_size
         finite = torch.ones_like(rollout.language_advantages, dtype=torch.bool)
-        for rows, weights in self._passes(policy, counts.bool(), counts):
-            key = ("language", rows.start)
-            result = language_objective(
-                policy, rollout.completions.rows(rows), rollout.language_advantages[rows], old=old.get(key)
-            )
+        every = rollout.completions.micro_batches(policy.micro_batch_size)
+        for rows, weights in self._passes(policy, every, counts.bool(), counts):
+            key = ("language", rows[0])
+            completions = rollout.completions.rows(rows).trimmed()
+            result = language_objective(policy, completions, rollout.language_advantages[rows], old=old.get(key))
             if drew_it and self.updates_per_rollout > 1:
                 old[key] = result.detach()
             finite[rows] = result.loss.isfinite()
@@ -197,8 +201,9 @@ class UpdatedAgents(EvaluatedAgents):
         trajectory, advantages, counts = rollout.trajectory, rollout.advantages.flatten(), rollout.counted.flatten()
         steps = range(len(trajectory.sde_steps))
         finite = torch.ones_like(advantages, dtype=torch.bool)
-        speaks = counts if self.flow.kl_weight > 0 else counts & (advantages != 0)
-        for rows, weights in self._passes(self.flow, speaks, counts):
+        speaks = counts if self.flow.kl_weight_now > 0 else counts & (advantages != 0)
+        every = list(chunks(len(trajectory), self.flow.micro_batch_size))
+        for rows, weights in self._passes(self.flow, every, speaks, counts):
             part = trajectory.rows(rows)
             for step in steps:
                 key = ("flow", rows.start, step)
@@ -223,8 +228,8 @@ class UpdatedAgents(EvaluatedAgents):
         return finite
 
     def _passes(
-        self, agent: FlowPolicy | LanguagePolicy, speaks: Tensor, counts: Tensor
-    ) -> Sequence[tuple[slice, Tensor]]:
+        self, agent: FlowPolicy | LanguagePolicy, every: Sequence[Rows], speaks: Tensor, counts: Tensor
+    ) -> Sequence[tuple[Rows, Tensor]]:
         """Lists the micro-batches of an update: rows, and their weights [b] in the loss.
 
         The layers of a sharded agent are gathered in every pass, so all processes make as many: one that has fewer to
@@ -232,10 +237,10 @@ class UpdatedAgents(EvaluatedAgents):
 
         Args:
             agent: whose update it is.
+            every: rows of each micro-batch.
             speaks: [B] bool; a micro-batch without any has no gradient, and is left out.
             counts: [B], the weights.
         """
-        every = list(chunks(len(counts), agent.micro_batch_size))
         passes = [(rows, counts[rows]) for rows in every if speaks[rows].any()]
         if agent.sharded:
             rows, weights = (passes or [(every[0], counts[every[0]])])[0]

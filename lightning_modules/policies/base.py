@@ -69,6 +69,9 @@ class Policy(nn.Module, ABC):
             higher in half precision.
         gradient_checkpointing: computes activations again in the backward pass instead of keeping them.
         quantization: keeps the frozen weights in 4 or 8 bits (bitsandbytes); an agent that learns needs `lora` then.
+        kl_every: optimizer steps from one with the KL to the next; the others do not call the reference, and have no
+            `kl` in the log. The KL weighs `kl_every` times as much where it is, so that the mean gradient over steps
+            stays the same, but AdamW's moments and `max_grad_norm` see it in bursts.
     """
 
     agent: ClassVar[str] = "language"
@@ -92,6 +95,7 @@ class Policy(nn.Module, ABC):
         rollout_batch_size: int | None = None,
         gradient_checkpointing: bool = False,
         quantization: Quantization | None = None,
+        kl_every: int = 1,
     ) -> None:
         super().__init__()
         agent = self.agent
@@ -99,6 +103,7 @@ class Policy(nn.Module, ABC):
         check_minimum(own, 0, learning_rate=learning_rate, weight_decay=weight_decay, kl_weight=kl_weight)
         check_minimum(own, 0, clip_range=clip_range, max_log_ratio=max_log_ratio, beta_1=betas[0], beta_2=betas[1])
         check_minimum(own, 1, micro_batch_size=micro_batch_size, rollout_batch_size=rollout_batch_size)
+        check_minimum(own, 1, kl_every=kl_every)
         if lora is not None:
             check_minimum(f"{own}.lora", 1, rank=lora.rank, alpha=lora.alpha)
         if max(betas) >= 1:
@@ -115,6 +120,9 @@ class Policy(nn.Module, ABC):
         self.betas = betas
         self.max_grad_norm = max_grad_norm
         self.kl_weight = kl_weight
+        self.kl_every = kl_every
+        self.step = 0
+        """Number of the optimizer step that is being taken."""
         self.clip_range = clip_range
         self.max_log_ratio = max_log_ratio
         self.lora = lora
@@ -132,6 +140,11 @@ class Policy(nn.Module, ABC):
     def trained(self) -> bool:
         """True if this agent learns."""
         return self.learning_rate is not None
+
+    @property
+    def kl_weight_now(self) -> float:
+        """Weight of the KL in the current optimizer step: none, but in every `kl_every`-th one."""
+        return 0.0 if self.step % self.kl_every else self.kl_every * self.kl_weight
 
     @property
     def adapted(self) -> bool:

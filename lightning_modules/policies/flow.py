@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from datamodules.chunks import chunks
 from lightning_modules.policies.base import Policy
-from lightning_modules.rl.sampling import Velocity, sample, sde_transition
+from lightning_modules.rl.sampling import SampledPath, Velocity, sample, sde_transition
 from lightning_modules.rl.schedule import Window, sde_step_indices
-from lightning_modules.rl.sde import SDEType, Transition, sde_by_name
+from lightning_modules.rl.sde import SDEType, Transition, euler, sde_by_name
 from lightning_modules.rollout import Conditioning, Trajectory
 from lightning_modules.seeding import generators_for
 from rewards.arguments import check_minimum
@@ -35,6 +36,10 @@ class Sampling:
         clip_range: the flow policy's ratio is clipped to 1 - clip_range, 1 + clip_range.
         eval_steps: sampler steps in evaluation (no noise is added there); null is `num_steps`.
         val_steps: sampler steps in validations within a fit, which may be lighter than tests; null is `eval_steps`.
+        share_start: samples of a group that have one prompt start from the same noise, and share the Euler steps before
+            the first SDE step, which then cost one sample's network calls (branches as in TempFlow-GRPO, arXiv
+            2508.04324). Their images differ by the noise of the SDE steps alone, so that a group compares fewer
+            compositions.
     """
 
     num_steps: int = 20
@@ -44,6 +49,7 @@ class Sampling:
     clip_range: float = 1e-4
     eval_steps: int | None = None
     val_steps: int | None = None
+    share_start: bool = False
 
     def __post_init__(self) -> None:
         own = "model.flow.sampling"
@@ -55,6 +61,11 @@ class Sampling:
             )
         # Checks the steps now rather than at the first rollout.
         steps = sde_step_indices(self.sde_steps, self.num_steps, generator=torch.Generator())
+        if self.share_start and (not steps or steps[0] == 0) and not isinstance(self.sde_steps, Window):
+            raise ValueError(
+                f"{own} has share_start, but `sde_steps` is {self.sde_steps}: give it SDE steps without step 0, or "
+                "there are no Euler steps to share."
+            )
         last = isinstance(self.sde_steps, Window) and (self.sde_steps.stop or self.num_steps) == self.num_steps
         if self.sde_type == "cps" and (last or self.num_steps - 1 in steps):
             raise ValueError(
@@ -155,6 +166,7 @@ class FlowPolicy(Policy):
         window_seed: int = 0,
         on_drawn: Callable[[slice, Tensor], None] | None = None,
         images: Sequence[Image.Image] | None = None,
+        start_seeds: Sequence[int] | None = None,
     ) -> Trajectory:
         """Samples one trajectory per prompt with the mixed SDE-ODE sampler.
 
@@ -165,11 +177,14 @@ class FlowPolicy(Policy):
             on_drawn: called after every micro-batch with its rows and its images [b, 3, height, width] in [0, 1],
                 so that scoring may begin before the whole batch is drawn.
             images: B source images for an editing model; the same object for samples that share one.
+            start_seeds: B seeds of the noise to start from, equal for samples that share prompt, source and the Euler
+                steps before the first SDE step; None starts each from its own noise.
         """
         sampling = self.sampling
         generator = torch.Generator().manual_seed(window_seed)
         steps = sde_step_indices(sampling.sde_steps, sampling.num_steps, generator=generator)
-        return self._sample(self.encode(prompts, images), seeds, self.sigmas(sampling.num_steps), steps, on_drawn)
+        conditioning, sigmas = self.encode(prompts, images), self.sigmas(sampling.num_steps)
+        return self._sample(conditioning, seeds, sigmas, steps, on_drawn, start_seeds=start_seeds)
 
     @torch.no_grad()
     def generate(
@@ -232,35 +247,57 @@ class FlowPolicy(Policy):
         sde_steps: tuple[int, ...],
         on_drawn: Callable[[slice, Tensor], None] | None = None,
         on_sampled: Callable[[int], None] | None = None,
+        start_seeds: Sequence[int] | None = None,
     ) -> Trajectory:
         sigmas = sigmas.to(self.device)
-        paths = []
+        first, starts, own_start = 0, None, []
+        if start_seeds is not None:
+            first = min(sde_steps)
+            starts = self._shared_starts(conditioning, start_seeds, sigmas[: first + 1])
+            places = {seed: place for place, seed in enumerate(dict.fromkeys(start_seeds))}
+            own_start = [places[seed] for seed in start_seeds]
+        path: SampledPath | None = None
         for rows in chunks(len(seeds), self.drawn_together):
             draw_noise = partial(self.prepare_latents, generators_for(seeds[rows]))
-            path = sample(
+            start = draw_noise() if starts is None else starts[own_start[rows]]
+            path = SampledPath.empty(start[0], len(seeds), sde_steps) if path is None else path
+            part = sample(
                 self._velocity_of(conditioning.rows(rows)),
-                draw_noise(),
+                start,
                 sigmas,
                 sde_steps=sde_steps,
                 sde=sde_by_name(self.sampling.sde_type),
                 noise_level=self.sampling.noise_level,
                 draw_noise=draw_noise,
+                first=first,
+                out=path.rows(rows),
             )
-            paths.append(path)
             if on_drawn is not None:
                 with self.decoding():
-                    on_drawn(rows, self.decode(path.final))
+                    on_drawn(rows, self.decode(part.final))
             if on_sampled is not None:
-                on_sampled(len(path.final))
+                on_sampled(len(part.final))
+        assert path is not None
         return Trajectory(
-            latents=torch.cat([path.latents for path in paths]),
-            next_latents=torch.cat([path.next_latents for path in paths]),
-            log_probs=torch.cat([path.log_probs for path in paths]),
-            final=torch.cat([path.final for path in paths]),
+            latents=path.latents,
+            next_latents=path.next_latents,
+            log_probs=path.log_probs,
+            final=path.final,
             sigmas=sigmas,
             sde_steps=sde_steps,
             conditioning=conditioning,
         )
+
+    def _shared_starts(self, conditioning: Conditioning, seeds: Sequence[int], sigmas: Tensor) -> Tensor:
+        """Walks down some sigmas by Euler steps; returns latents [D, ...] of the D distinct seeds among B samples."""
+        distinct, found = list(dict.fromkeys(seeds)), []
+        for part in chunks(len(distinct), self.drawn_together):
+            latents = self.prepare_latents(generators_for(distinct[part]))
+            velocity = self._velocity_of(conditioning.rows([seeds.index(seed) for seed in distinct[part]]))
+            for sigma, following in pairwise(sigmas):
+                latents = euler(latents, velocity(latents, sigma), sigma, following)
+            found.append(latents)
+        return torch.cat(found)
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:

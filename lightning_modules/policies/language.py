@@ -17,9 +17,6 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     DynamicCache,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -27,6 +24,8 @@ from datamodules.base import PromptSample
 from datamodules.chunks import chunks
 from lightning_modules.policies.adapters import DEFAULT, load_language_lora
 from lightning_modules.policies.base import LoRA, Policy
+from lightning_modules.policies.decoding import write
+from lightning_modules.policies.heads import output_head
 from lightning_modules.policies.loading import check_language_model, lora_config
 from lightning_modules.policies.memory import gradient_checkpointing_enabled
 from lightning_modules.policies.sharding import run_inside
@@ -182,7 +181,7 @@ class LanguagePolicy(Policy):
         """
         ids = torch.cat([completions.prompt_ids, completions.tokens], dim=1)
         attention = torch.cat([completions.prompt_mask, completions.mask.long()], dim=1)
-        start, head = completions.prompt_ids.shape[1] - 1, self.causal_lm.get_output_embeddings()
+        start, head = completions.prompt_ids.shape[1] - 1, output_head(self.causal_lm)
 
         def read() -> Tensor:
             checkpoints = self.gradient_checkpointing and torch.is_grad_enabled()
@@ -206,28 +205,25 @@ class LanguagePolicy(Policy):
         cache = self._prefill(ids, mask, seen, num)
         ids, mask = ids.repeat_interleave(num, 0), mask.repeat_interleave(num, 0)
         seen = None if seen is None else seen.repeat(num)
-        recorder = _LogProbRecorder(self.temperature)
-        config = GenerationConfig(
+        decoder, head = self.causal_lm.get_decoder(), output_head(self.causal_lm)
+
+        def logits(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+            inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+            found: Tensor = head(decoder(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1])
+            return found
+
+        tokens, log_probs = write(
+            logits,
+            cache,
+            ids[:, -1],
+            mask,
+            self._positions(mask, seen)[..., -1:],
             max_new_tokens=max_new_tokens,
-            do_sample=not greedy,
-            temperature=1.0 if greedy else self.temperature,
-            top_k=50 if greedy else 0,  # greedy takes no notice, and 50 is what it does not warn of
-            eos_token_id=self.eos_token_ids,
+            eos_token_ids=self.eos_token_ids,
             pad_token_id=self._pad_token_id,
+            temperature=None if greedy else self.temperature,
         )
-        with self._plain_generation():
-            sequences = self.causal_lm.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=self._positions(mask, seen),  # Qwen-VL would take up those of the call before
-                past_key_values=cache,
-                generation_config=config,
-                logits_processor=None if greedy else LogitsProcessorList([recorder]),
-                synced_gpus=False,  # of sharded weights transformers would let all processes write equally long
-            )
-        tokens = sequences[:, ids.shape[1] :]
         answered = completion_mask(tokens, self.eos_token_ids)
-        log_probs = torch.zeros(tokens.shape, device=tokens.device) if greedy else recorder.finish(tokens)
         texts = [self._text(row[keep]) for row, keep in zip(tokens, answered, strict=True)]
         start = "<think>" if opens_thinking(self.tokenizer.decode(ids[0, -8:])) else ""
         originals = [sample.asked for sample in samples for _ in range(num)]
@@ -238,27 +234,13 @@ class LanguagePolicy(Policy):
             prompt_mask=mask,
             tokens=tokens,
             mask=answered,
-            log_probs=log_probs * answered,
+            log_probs=log_probs,
             texts=texts,
             rewrites=[answer.rewrite for answer in answers],
             formatted=torch.tensor([float(answer.formatted) for answer in answers], device=tokens.device),
             truncated=~ended,
             seen=seen,
         )
-
-    @contextmanager
-    def _plain_generation(self) -> Iterator[None]:
-        """Context manager: `generate` has its library's defaults, whatever the model's folder says.
-
-        A folder's generation config (Qwen's has top-k and a repetition penalty), or config.json in its place, would
-        fill in all that a call leaves unsaid: samples of another distribution than the one that is trained.
-        """
-        model = self.causal_lm
-        own, model.generation_config = model.generation_config, GenerationConfig()
-        try:
-            yield
-        finally:
-            model.generation_config = own
 
     def _text(self, tokens: Tensor) -> str:
         """Decodes a completion [T] without its special tokens, of which tags of thinking and answer are none here."""
@@ -308,30 +290,3 @@ class LanguagePolicy(Policy):
     def _positions(self, attention: Tensor, seen: SeenImages | None) -> Tensor:
         """Position ids of the tokens of an attention mask [B, L], as the model takes them."""
         return position_ids(attention)
-
-
-class _LogProbRecorder(LogitsProcessor):
-    """Records the log-prob of every drawn token, holding the logits of one step only.
-
-    It sees a step's raw scores before the token is drawn and reads the token off the next call's input.
-    """
-
-    def __init__(self, temperature: float) -> None:
-        self.temperature = temperature
-        self.latest: Tensor | None = None
-        self.log_probs: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._take(input_ids[:, -1])
-        self.latest = (scores.float() / self.temperature).log_softmax(-1)
-        # Any token will do where the model says none: its log-prob is NaN, and the update that it spoils is skipped.
-        return torch.where(self.latest.isnan().any(-1, keepdim=True), 0.0, scores)
-
-    def finish(self, tokens: Tensor) -> Tensor:
-        """Returns the log-probs [B, T] of all drawn tokens, once the last one is known."""
-        self._take(tokens[:, -1])
-        return torch.stack(self.log_probs, 1)
-
-    def _take(self, drawn: Tensor) -> None:
-        if self.latest is not None:
-            self.log_probs.append(self.latest.gather(1, drawn[:, None])[:, 0])

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 import torch._dynamo
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 Quantization = Literal["nf4", "int8"]
@@ -105,11 +105,31 @@ def gradient_checkpointing_enabled(network: nn.Module, on: bool) -> Iterator[Non
 
 @contextmanager
 def on_device(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Context manager: modules that are kept on the CPU between uses are on a device."""
+    """Context manager: modules that never learn, and are kept on the CPU between uses, are on a device.
+
+    Nothing is copied back: their tensors on the CPU wait, in memory that a GPU reads without a detour, and return.
+    """
+    lent: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # the first one too, so that no other tensor gets its id
+
+    def lend(tensor: Tensor) -> Tensor:
+        if id(tensor) not in lent:  # layers may share a weight
+            waiting = tensor.data.pin_memory() if device.type == "cuda" else tensor.data  # once: it stays pinned
+            moved = _copied(waiting, device)
+            # A parameter gets the moved values, a buffer is replaced by them.
+            lent[id(tensor)] = lent[id(moved)] = tensor, moved, waiting
+        return lent[id(tensor)][1]
+
+    def take_back(tensor: Tensor) -> Tensor:
+        return lent[id(tensor)][2] if id(tensor) in lent else tensor.to("cpu")  # it was made meanwhile
+
     for module in modules:
-        module.to(device)
+        module._apply(lend)
     try:
         yield
     finally:
         for module in modules:
-            module.to("cpu")
+            module._apply(take_back)
+
+
+def _copied(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device, non_blocking=True)

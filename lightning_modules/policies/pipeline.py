@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -23,11 +25,14 @@ from lightning_modules.policies.base import LoRA
 from lightning_modules.policies.flow import FlowPolicy, Sampling
 from lightning_modules.policies.loading import absent_parts, check_pipeline, lora_config, read_config
 from lightning_modules.policies.memory import compile_blocks, on_device
+from lightning_modules.policies.text_cache import TextCache
 from lightning_modules.rl.schedule import dynamic_mu
 from lightning_modules.rollout import Conditioning
+from rewards.arguments import check_minimum
 from rewards.pretrained import one_line_errors
 
 NEGATIVE = "negative_"
+EncodeTexts = Callable[[Sequence[str], Sequence[Image.Image] | None], dict[str, Tensor]]
 
 
 class PipelinePolicy(FlowPolicy):
@@ -43,6 +48,9 @@ class PipelinePolicy(FlowPolicy):
         sampling: settings of the sampler.
         batch_guidance: runs the two passes of classifier-free guidance as one batch; faster on a GPU that is not full.
         offload: keeps text encoders and VAE on the CPU between uses.
+        text_cache_gib: GiB of CPU memory in each process for encoded texts, so that prompts that come again (retained
+            ones in each step, all in the next epoch or evaluation) are not encoded again, nor with `offload` their
+            encoders moved. Texts are then encoded one at a time, so that nothing depends on what is kept; 0 keeps none.
         attention_backend: one of diffusers' (such as `flash`, `sage`, `_native_cudnn`); null is PyTorch's own choice.
         compile: compiles the network's repeated blocks with torch.compile.
         **kwargs: as for `FlowPolicy`.
@@ -59,13 +67,16 @@ class PipelinePolicy(FlowPolicy):
         sampling: Sampling,
         batch_guidance: bool = False,
         offload: bool = False,
+        text_cache_gib: float = 0.0,
         attention_backend: str | None = None,
         compile: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, sampling, **kwargs)
+        check_minimum("model.flow", 0, text_cache_gib=text_cache_gib)
         self.batch_guidance = batch_guidance
         self.offload = offload
+        self.texts = TextCache(int(text_cache_gib * 2**30)) if text_cache_gib else None
         self.attention_backend = attention_backend
         self.compile_blocks = compile
         self.pipe: Any = None
@@ -221,8 +232,9 @@ class PipelinePolicy(FlowPolicy):
         return on_device([self.pipe.vae], self.device) if self.offload else nullcontext()
 
     def encoding(self) -> AbstractContextManager[None]:
-        """Context manager: text encoders and VAE are on the policy's device."""
-        return on_device(list(self._frozen_parts().values()), self.device) if self.offload else nullcontext()
+        """Context manager: the text encoders are on the policy's device."""
+        encoders = [part for part in self._frozen_parts().values() if part is not self.pipe.vae]
+        return on_device(encoders, self.device) if self.offload else nullcontext()
 
     def check_config(self) -> None:
         """Raises ValueError for settings that the model cannot take; reads configuration files only, no weights."""
@@ -287,9 +299,7 @@ class PipelinePolicy(FlowPolicy):
         index = [place[pair] for pair in zip(prompts, source_index, strict=True)]
         distinct = None if images is None else [images[source_index.index(row)] for row in range(len(sources))]
 
-        shown = None if distinct is None else [distinct[row] for _, row in pairs]
-        with self.encoding():
-            tensors, own_index = self._encode_distinct([prompt for prompt, _ in pairs], shown, distinct, source_index)
+        tensors, own_index = self._encode_distinct(pairs, distinct, source_index)
         device = self.device
         return Conditioning(
             {name: self._placed(value) for name, value in tensors.items()},
@@ -298,30 +308,39 @@ class PipelinePolicy(FlowPolicy):
         )
 
     def _encode_distinct(
-        self,
-        prompts: Sequence[str],
-        shown: Sequence[Image.Image] | None,
-        distinct: Sequence[Image.Image] | None,
-        source_index: list[int],
+        self, pairs: Sequence[tuple[str, int]], distinct: Sequence[Image.Image] | None, source_index: list[int]
     ) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
         """Encodes distinct texts and sources; also returns the samples' rows in tensors that do not go by prompt.
 
         Args:
-            prompts: D texts.
-            shown: the D source images that go with them, or None.
+            pairs: D texts, each with the number of its source image (0 without).
             distinct: S source images, or None.
             source_index: [B] numbers of the samples' source images (zeros without).
         """
-        tensors = self._encode_texts(self.encode_texts, prompts, shown)
-        own_index: dict[str, list[int]] = {}
+        asked: dict[str, tuple[EncodeTexts, Sequence[tuple[str, int]]]] = {"": (self.encode_texts, pairs)}
         if self.guided:
             # The negative prompt is the same for all; a text encoder that sees the source makes one per source.
-            texts = [self.negative_prompt] * (max(source_index) + 1)
-            negative = self._encode_texts(self.encode_negatives, texts, distinct)
-            tensors |= {NEGATIVE + name: value for name, value in negative.items()}
-            own_index |= {NEGATIVE + name: source_index for name in negative}
+            negatives = [(self.negative_prompt, source) for source in range(max(source_index) + 1)]
+            asked[NEGATIVE] = (self.encode_negatives, negatives)
+        keys: dict[str, list[Hashable]] = {}
+        if self.texts is not None:
+            seen = [None] if distinct is None else [_digest(image) for image in distinct]
+            # Evaluations may run in another precision than training.
+            autocast = torch.is_autocast_enabled(self.device.type) and torch.get_autocast_dtype(self.device.type)
+            keys = {
+                kind: [(kind, text, seen[source], autocast) for text, source in texts]
+                for kind, (_, texts) in asked.items()
+            }
+        known = self.texts is not None and all(key in self.texts for some in keys.values() for key in some)
+        tensors: dict[str, Tensor] = {}
+        with nullcontext() if known else self.encoding():
+            for kind, (encode, texts) in asked.items():
+                encoded = self._encode_texts(encode, texts, distinct, keys.get(kind))
+                tensors |= {kind + name: value for name, value in encoded.items()}
+        own_index = {name: source_index for name in tensors if name.startswith(NEGATIVE)}
         if distinct is not None:
-            encoded = self.encode_sources(distinct)
+            with self.decoding():
+                encoded = self.encode_sources(distinct)
             tensors |= encoded
             own_index |= dict.fromkeys(encoded, source_index)
         return tensors, own_index
@@ -359,15 +378,25 @@ class PipelinePolicy(FlowPolicy):
 
     def _encode_texts(
         self,
-        encode: Callable[[Sequence[str], Sequence[Image.Image] | None], dict[str, Tensor]],
-        texts: Sequence[str],
-        images: Sequence[Image.Image] | None,
+        encode: EncodeTexts,
+        pairs: Sequence[tuple[str, int]],
+        distinct: Sequence[Image.Image] | None,
+        keys: Sequence[Hashable] | None,
     ) -> dict[str, Tensor]:
-        parts = [
-            encode(texts[rows], None if images is None else images[rows])
-            for rows in chunks(len(texts), self.micro_batch_size)
-        ]
+        def encode_rows(rows: slice) -> dict[str, Tensor]:
+            images = None if distinct is None else [distinct[source] for _, source in pairs[rows]]
+            return encode([text for text, _ in pairs[rows]], images)
+
+        if self.texts is None or keys is None:
+            parts = [encode_rows(rows) for rows in chunks(len(pairs), self.micro_batch_size)]
+        else:
+            # One text a call: it is rounded alike whatever else is encoded or kept, in resumed runs for one.
+            parts = [self.texts(key, partial(encode_rows, slice(row, row + 1))) for row, key in enumerate(keys)]
         return {name: torch.cat(_same_length([part[name] for part in parts])) for name in parts[0]}
+
+
+def _digest(image: Image.Image) -> tuple[object, ...]:
+    return image.mode, image.size, hashlib.blake2b(image.tobytes()).digest()
 
 
 def _same_length(tensors: Sequence[Tensor]) -> list[Tensor]:

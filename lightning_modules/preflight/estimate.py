@@ -36,6 +36,8 @@ from lightning_modules.preflight.meta_models import (
 )
 from lightning_modules.preflight.peak_memory import peak_bytes
 from lightning_modules.prompt_rl import PromptRL
+from lightning_modules.rl.sampling import are_neighbours
+from lightning_modules.rl.schedule import Window
 from lightning_modules.rollout import Trajectory
 
 CUDA_CONTEXT = 600 * 2**20
@@ -51,7 +53,7 @@ LEARNERS = ("flow.transformer", "language")
 """Names of the networks that learn, if their agent does."""
 
 LOGITS_COPIES = 5
-"""fp32 copies of one step's logits in `generate`: raw, over temperature, log-softmax, softmax, sampled; rough."""
+"""fp32 copies of one step's logits in drawing: raw, over temperature, log-softmax, softmax, random numbers; rough."""
 
 
 @dataclass(frozen=True)
@@ -195,10 +197,13 @@ def _flow(module: PromptRL, policy: PipelinePolicy, setting: Setting, persistent
     refined = 0 if module.language is None else module.group_size - module.num_retained
     trajectory = meta_trajectory(meta, rows, setting.source)
     drawn = meta_trajectory(meta, min(policy.drawn_together or images, images), setting.source)
-    trajectories = trajectory_bytes(meta.latent_shape, len(trajectory.sde_steps), images)
-    found.per_step["trajectories"] = trajectories
+    steps, window = trajectory.sde_steps, policy.sampling.sde_steps
+    neighbours = are_neighbours(steps) and not (isinstance(window, Window) and not window.contiguous)
+    found.per_step["trajectories"] = trajectory_bytes(meta.latent_shape, len(steps), images, neighbours)
     num_prompts = setting.batch_size * (1 + refined)
     found.per_step["encoded prompts"] = _conditioning_bytes(trajectory, setting.batch_size, num_prompts)
+    if policy.texts is not None and not setting.cuda:
+        found.per_step["text cache, at most"] = policy.texts.max_bytes
 
     @torch.no_grad()
     def draw() -> None:
@@ -215,11 +220,10 @@ def _flow(module: PromptRL, policy: PipelinePolicy, setting: Setting, persistent
     beside = gathered_bytes(meta, setting)
     waiting = sum(network.bytes for network in found.networks if network.offloaded)
     decoder = sum(network.bytes for network in found.networks if network.offloaded and network.name == "flow.vae")
-    # `PromptRL.latest` keeps the last step's trajectories for callbacks until the new ones are there.
     if waiting:
-        found.transient["encoding"] = waiting + trajectories
-    found.transient["drawing"] = peak.of(draw, trajectories + beside)
-    found.transient["decoding"] = peak.of(decode, trajectories + decoder + beside)
+        found.transient["encoding"] = waiting - decoder
+    found.transient["drawing"] = peak.of(draw, beside)
+    found.transient["decoding"] = peak.of(decode, decoder + beside)
     if policy.trained and trajectory.sde_steps:
         found.transient["updating flow"] = peak.of(update, layer_bytes(meta, setting))
     return found

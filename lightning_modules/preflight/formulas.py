@@ -30,10 +30,18 @@ def quantized_savings(layers: Iterable[nn.Linear], quantization: str) -> int:
     return sum(x.weight.nbytes - int(x.weight.numel() * BYTES_PER_WEIGHT[quantization]) for x in layers)
 
 
-def trajectory_bytes(latent_shape: tuple[int, ...], num_sde_steps: int, rows: int) -> int:
-    """Bytes of `rows` trajectories: fp32 latents before and after each SDE step, final latents, a log-prob a step."""
+def trajectory_bytes(latent_shape: tuple[int, ...], num_sde_steps: int, rows: int, neighbours: bool) -> int:
+    """Bytes of `rows` trajectories: fp32 latents before and after each SDE step, final latents, a log-prob a step.
+
+    Args:
+        latent_shape: shape of one sample's latents.
+        num_sde_steps: K.
+        rows: B.
+        neighbours: each SDE step leads to the next one, whose latents are kept once.
+    """
     numbers = torch.Size(latent_shape).numel()
-    return 4 * rows * ((2 * num_sde_steps + 1) * numbers + num_sde_steps)
+    states = num_sde_steps + 1 if neighbours else 2 * num_sde_steps
+    return 4 * rows * ((states + 1) * numbers + num_sde_steps)
 
 
 def cache_bytes(config: Any, rows: int, tokens: int, itemsize: int) -> int:

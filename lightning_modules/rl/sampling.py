@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lightning_modules.rl.sde import SDE, Transition, euler
@@ -30,6 +29,32 @@ class SampledPath:
     log_probs: Tensor
     final: Tensor
 
+    @classmethod
+    def empty(cls, start: Tensor, num: int, sde_steps: Collection[int]) -> SampledPath:
+        """Makes room for paths; those of neighbouring SDE steps keep each of their latents once.
+
+        Args:
+            start: [...] latents of one path, for shape and dtype.
+            num: B.
+            sde_steps: K step numbers.
+        """
+        steps = len(sde_steps)
+        if are_neighbours(sde_steps):
+            states = start.new_empty(num, steps + 1, *start.shape)
+            before, after = states[:, :-1], states[:, 1:]
+        else:
+            before, after = start.new_empty(2, num, steps, *start.shape)
+        return cls(before, after, start.new_empty(num, steps), start.new_empty(num, *start.shape))
+
+    def rows(self, rows: slice) -> SampledPath:
+        """Selects some of the paths, without a copy."""
+        return SampledPath(self.latents[rows], self.next_latents[rows], self.log_probs[rows], self.final[rows])
+
+
+def are_neighbours(sde_steps: Collection[int]) -> bool:
+    """Returns True if there are several steps, each of which leads to the next one."""
+    return len(sde_steps) > 1 and max(sde_steps) - min(sde_steps) == len(sde_steps) - 1
+
 
 def sample(
     velocity: Velocity,
@@ -40,6 +65,8 @@ def sample(
     sde: SDE,
     noise_level: float,
     draw_noise: Callable[[], Tensor],
+    first: int = 0,
+    out: SampledPath | None = None,
 ) -> SampledPath:
     """Walks down a sigma table by SDE steps where they are asked for, and by Euler steps elsewhere.
 
@@ -51,29 +78,29 @@ def sample(
 
     Args:
         velocity: the model, called once a step.
-        latents: [B, ...] noise to start from, of any rank.
+        latents: [B, ...] noise to start from, of any rank, or what step `first` starts from.
         sigmas: [N + 1] noise shares, falling.
         sde_steps: K step numbers, 0..N-1.
         sde: step function, such as `flow_sde`.
         noise_level: noise of the SDE steps, as `sde` takes it; 0 gives the Euler step, which has no log-prob.
         draw_noise: gives standard normal noise [B, ...], called once per SDE step, in their order.
+        first: number of the first step.
+        out: room for the paths, which is returned; None makes it.
     """
-    before, after, log_probs = [], [], []
-    for step in range(len(sigmas) - 1):
-        if step in sde_steps:
+    path = SampledPath.empty(latents[0], len(latents), sde_steps) if out is None else out
+    places = {step: place for place, step in enumerate(sorted(sde_steps))}
+    for step in range(first, len(sigmas) - 1):
+        if step in places:
+            place = places[step]
             transition = sde_transition(velocity, latents, sigmas, step, sde=sde, noise_level=noise_level)
-            before.append(latents)
+            path.latents[:, place] = latents
             latents = transition.sample(draw_noise())
-            after.append(latents)
-            log_probs.append(transition.log_prob(latents))
+            path.next_latents[:, place] = latents
+            path.log_probs[:, place] = transition.log_prob(latents)
         else:
             latents = euler(latents, velocity(latents, sigmas[step]), sigmas[step], sigmas[step + 1])
-    return SampledPath(
-        latents=_stack(before, latents),
-        next_latents=_stack(after, latents),
-        log_probs=_stack(log_probs, latents.new_empty(len(latents))),
-        final=latents,
-    )
+    path.final.copy_(latents)
+    return path
 
 
 def sde_transition(
@@ -92,8 +119,3 @@ def sde_transition(
     sigma, sigma_next = sigmas[step], sigmas[step + 1]
     drift = velocity(latents, sigma)
     return sde(latents, drift, sigma, sigma_next, noise_level=noise_level, sigma_max=sigmas[1])
-
-
-def _stack(values: Sequence[Tensor], one: Tensor) -> Tensor:
-    """Stacks K tensors [B, ...], each of the shape of `one`, to [B, K, ...]; K may be 0."""
-    return torch.stack(list(values), 1) if values else one.unsqueeze(1)[:, :0]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import logging
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,15 @@ from lightning.pytorch.loggers import CSVLogger
 
 from datamodules.base import PromptSample
 from lightning_modules.objectives import RatioNormalization, flow_objective
-from lightning_modules.policies.base import LoRA
+from lightning_modules.policies.base import LoRA, Policy
 from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.flux1 import Flux1Policy
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.prompt_rl import PromptRL
+from lightning_modules.rl.schedule import Window
 from lightning_modules.rl.sde import SDEType
 from lightning_modules.rollout import Rollout
+from lightning_modules.seeding import generators_for, seed_of
 from miniature.scenes.prompts import ShapesPrompts
 from rewards.base import Reward, RewardBatch, Score
 from tests.lightning_modules.policies.test_flux1 import perturb
@@ -311,6 +315,41 @@ def test_grpo_guard_weighs_all_updates_alike(
     torch.testing.assert_close(torch.stack(norms), norms[0].expand(3), rtol=1e-5, atol=0)
 
 
+def test_the_kl_of_every_third_step(
+    make_flow: MakeFlow, make_language: MakeLanguage, samples: list[PromptSample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 0 and 3 have the gradient of three times the KL, the others none, and no call of a reference."""
+    found: dict[tuple[float, int, int], dict[str, torch.Tensor]] = {}
+    logged: dict[tuple[float, int, int], set[str]] = {}
+    calls: list[str] = []
+    reference = Policy.reference
+    monkeypatch.setattr(Policy, "reference", lambda agent: (calls.append(agent.agent), reference(agent))[1])
+    for kl_weight, kl_every in ((0.1, 3), (3 * 0.1, 1), (0.0, 1)):
+        torch.manual_seed(0)
+        shared: dict[str, Any] = {"kl_weight": kl_weight, "kl_every": kl_every, "learning_rate": 0.0}
+        flow, language = make_flow(max_grad_norm=1e9, **shared), make_language(max_grad_norm=1e9, **shared)
+        perturb(flow), perturb(language)
+        module = attach(PromptRL(flow, Listed([0.0, 1.0, 3.0, 1.0]), language, 4, 2))
+        torch.manual_seed(0)
+        rollout = module.collect(samples[:1])
+        progress = module.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total
+        for step in (0, 1, 3, 5):
+            calls.clear()
+            progress.completed = step  # as in a resumed run
+            logged[kl_weight, kl_every, step] = {name for name in module.update(rollout).compute() if "kl" in name}
+            found[kl_weight, kl_every, step] = gradients(module)
+            assert set(calls) == ({"flow", "language"} if kl_weight and step % kl_every == 0 else set())
+    for step in (0, 1, 3, 5):
+        expected = (3 * 0.1, 1, 0) if step % 3 == 0 else (0.0, 1, 0)
+        ours, theirs = found[0.1, 3, step], found[expected]
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert logged[0.1, 3, step] == logged[expected]
+    one, other = found[0.1, 3, 0], found[0.1, 3, 1]
+    assert {name.split(".")[0] for name in one if not torch.equal(one[name], other[name])} == {"flow", "language"}
+    with pytest.raises(ValueError, match=r"^model.flow has kl_every=0, use at least 1\.$"):
+        make_flow(kl_every=0)
+
+
 @pytest.mark.parametrize("sde_type", ["flow_sde", "dance_sde", "cps"])
 def test_units_of_the_kl_and_the_weight_of_a_step(make_flow: MakeFlow, sde_type: SDEType) -> None:
     """Sigmas of the table of 4 steps; Flow-CPS's variance is no rate, so that its KL is the same in both units."""
@@ -426,6 +465,70 @@ def test_prompt_rl_raises_a_simple_reward_by_words_alone(
     )
     rewards = [step["reward"] for step in fit(module, tmp_path, 16, batch_size=4)]
     assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.02
+
+
+@pytest.mark.parametrize(("sde_steps", "first"), [([2, 4], 2), (Window(2, 3, 5), 3), (Window(1, 0, 1), 0)])
+def test_samples_of_one_prompt_share_their_start(
+    make_flow: MakeFlow,
+    make_language: MakeLanguage,
+    samples: list[PromptSample],
+    monkeypatch: pytest.MonkeyPatch,
+    sde_steps: Any,
+    first: int,
+) -> None:
+    """Two of four samples are the original: their Euler steps before the first SDE step are taken once."""
+    rows: list[int] = []
+    flow = make_flow(sampling=Sampling(6, sde_steps, share_start=True), micro_batch_size=4)
+    velocity = flow.velocity
+    monkeypatch.setattr(
+        flow, "velocity", lambda latents, *more: (rows.append(len(latents)), velocity(latents, *more))[1]
+    )
+    module = attach(PromptRL(flow, Listed([0.0, 1.0, 3.0, 1.0]), make_language(), 4, 2))
+    torch.manual_seed(0)
+    rollout = module.collect(samples[:2])
+    pairs = [(row // 4, prompt) for row, prompt in enumerate(rollout.prompts)]
+    starts = list(dict.fromkeys(pairs))
+    assert pairs[0] == pairs[1] and 2 < len(starts) < len(pairs) == 8
+    assert sum(rows) == first * len(starts) + (6 - first) * len(pairs)
+    assert module.check_ratio(rollout)["flow"] == 0
+    latents, sigmas = rollout.trajectory.latents[:, 0], flow.sigmas(6)
+    for row, pair in enumerate(pairs):
+        others = [other for other in range(8) if torch.equal(latents[row], latents[other])]
+        assert others == [other for other in range(8) if pairs[other] == pair]
+        seed = seed_of("start", module.seed, 0, samples[pair[0]].id, pair[1])
+        expected, conditioning = flow.prepare_latents(generators_for([seed])), flow.encode([pair[1]])
+        for step in range(first):
+            with torch.no_grad():
+                drift = flow.velocity(expected, sigmas[step], conditioning)
+            expected = expected + drift * (sigmas[step + 1] - sigmas[step])
+        torch.testing.assert_close(latents[row], expected[0], atol=1e-5, rtol=1e-5)
+    assert not torch.equal(rollout.trajectory.final[0], rollout.trajectory.final[1])
+    flow.sampling = replace(flow.sampling, share_start=False)
+    apart = module.collect(samples[:2]).trajectory.latents[:, 0]
+    assert not torch.equal(apart[0], apart[1])
+
+
+@pytest.mark.parametrize("sde_steps", [3, 0, [0, 2]])
+def test_without_euler_steps_there_is_nothing_to_share(sde_steps: Any) -> None:
+    with pytest.raises(ValueError, match=r"^model.flow.sampling has share_start, but `sde_steps` is .* to share\.$"):
+        Sampling(6, sde_steps, share_start=True)
+
+
+def test_the_last_trajectories_are_gone_while_the_next_are_drawn(make_flow: MakeFlow, tmp_path: Path) -> None:
+    flow = make_flow()
+    module = PromptRL(flow, Listed([0.0, 1.0] * 2), None, 2, 2)
+    rollout, kept, shown = flow.rollout, [], []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        assert not [trajectory for trajectory in kept if trajectory() is not None]
+        trajectory = rollout(*args, **kwargs)
+        kept.append(weakref.ref(trajectory))
+        return trajectory
+
+    flow.rollout = watched  # type: ignore[method-assign]
+    looks = L.pytorch.callbacks.LambdaCallback(on_train_batch_end=lambda *_: shown.append(module.latest is not None))
+    fit(module, tmp_path, 3, looks)
+    assert len(kept) == 3 and shown == [True] * 3
 
 
 def test_updates_of_a_rollout_part_by_part(make_flow: MakeFlow, samples: list[PromptSample]) -> None:

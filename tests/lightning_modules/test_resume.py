@@ -27,6 +27,8 @@ SHORT = [
     "--preflight=off",
 ]
 
+AGENTS = ("flow", "language")
+
 
 def run(root: Path, steps: int, *more: str, processes: int = 1) -> tuple[dict[str, object], list[dict[str, str]]]:
     options = [*SHORT, f"--trainer.max_steps={steps}", f"--trainer.default_root_dir={root}", *more]
@@ -51,15 +53,22 @@ def same(a: object, b: object) -> bool:
     return a == b
 
 
-@pytest.mark.parametrize("parts", [1, 2], ids=["full", "lora, mini-batches, warm-up"])
+@pytest.mark.parametrize("parts", [1, 2], ids=["full", "lora, mini-batches, warm-up, fewer calls"])
 def test_two_and_two_steps_are_four(tmp_path: Path, parts: int) -> None:
     """A step has one rollout, and as many optimizer steps as mini-batches."""
     more = [f"--model.init_args.num_minibatches={parts}", f"--data.init_args.batch_size={parts}"]
     more += [f"--data.init_args.train_prompts={3 * parts}"]
     if parts > 1:
-        more += [f"--model.init_args.{agent}.init_args.lora.rank=4" for agent in ("flow", "language")]
+        more += [f"--model.init_args.{agent}.init_args.lora.rank=4" for agent in AGENTS]
         more += ["--model.init_args.lr_scheduler=CosineAnnealingLR", "--model.init_args.warmup_steps=6"]
         more += ["--model.init_args.lr_scheduler.init_args.T_max=9"]
+        more += [
+            f"--model.init_args.{agent}.init_args.{kl}" for agent in AGENTS for kl in ("kl_weight=0.1", "kl_every=3")
+        ]
+        more += [
+            f"--model.init_args.flow.init_args.{one}" for one in ("text_cache_gib=0.1", "sampling.share_start=true")
+        ]
+        more += ["--model.init_args.flow.init_args.sampling.sde_steps=[1,2]"]
     whole, whole_rows = run(tmp_path / "whole", 4 * parts, *more)
     run(tmp_path / "first", 2 * parts, *more)
     (checkpoint,) = (tmp_path / "first").rglob("last.ckpt")

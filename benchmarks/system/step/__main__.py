@@ -234,16 +234,18 @@ def main() -> None:
     torch.set_num_threads(1)
     device = torch.device("cuda" if options.cuda else "cpu")
     names: Sequence[str] = options.only or (SMALL if options.cuda else tuple(CASES))
-    found = {name: measure(CASES[name], device, options.rounds) for name in tqdm(names, disable=None)}
     print(
         "| case | step, s | floor, s | plain, s | step / floor | plain / step | step, MB | plain, MB | plain / step |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
-    for name, one in found.items():
+    found = {}
+    for name in tqdm(names, disable=None):
+        one = found[name] = measure(CASES[name], device, options.rounds)
         print(
             f"| {name} | {one.step:.2f} | {one.floor:.2f} | {one.plain:.2f} | {one.step / one.floor:.2f} | "
             f"{one.plain / one.step:.2f} | {one.step_bytes / 1e6:.0f} | {one.plain_bytes / 1e6:.0f} | "
-            f"{one.plain_bytes / one.step_bytes:.2f} |"
+            f"{one.plain_bytes / one.step_bytes:.2f} |",
+            flush=True,
         )
     summary = {
         "step_over_floor": {name: round(one.step / one.floor, 3) for name, one in found.items()},

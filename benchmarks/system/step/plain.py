@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from lightning_modules.comparison import compared
 from lightning_modules.groups import group_formats, group_prompts
 from lightning_modules.policies.base import Policy
 from lightning_modules.policies.flow import to_pil
+from lightning_modules.policies.pipeline import NEGATIVE
 from lightning_modules.policies.templates import parse_answer
 from lightning_modules.prompt_rl import PromptRL
 from lightning_modules.rl.log_probs import completion_mask, position_ids
@@ -99,7 +101,8 @@ class PlainRecipe:
             eos_token_id=language.eos_token_ids,
             pad_token_id=pad,
         )
-        with language._plain_generation():
+        # A folder's own generation config would fill in what is left unsaid, such as top-k.
+        with patch.object(language.causal_lm, "generation_config", GenerationConfig()):
             written = language.causal_lm.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         tokens = written[:, ids.shape[1] :]
         kept = completion_mask(tokens, language.eos_token_ids)
@@ -121,9 +124,12 @@ class PlainRecipe:
     def _draw(self, prompts: Sequence[str]) -> tuple[Trajectory, Tensor]:
         """Encodes every image's prompt, draws all images, then decodes them."""
         flow: Any = self.module.flow
+        parts: list[dict[str, Tensor]] = []
         with flow.encoding():
-            every = chunks(len(prompts), flow.micro_batch_size)
-            parts = [flow._encode_distinct(prompts[rows], None, None, [0] * len(prompts[rows]))[0] for rows in every]
+            for rows in chunks(len(prompts), flow.micro_batch_size):
+                part = dict(flow.encode_texts(prompts[rows]))
+                negatives = flow.encode_negatives([flow.negative_prompt] * len(prompts[rows])) if flow.guided else {}
+                parts.append(part | {NEGATIVE + name: value for name, value in negatives.items()})
         longest = {name: max(part[name].shape[1] for part in parts) for name in parts[0] if parts[0][name].ndim > 2}
         tensors = {
             name: torch.cat([_padded(flow._placed(part[name]), longest.get(name)) for part in parts])

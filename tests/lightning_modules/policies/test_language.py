@@ -81,7 +81,7 @@ def test_group_shares_one_prefill_and_greedy_equals_plain_generate(
     decoder = policy.causal_lm.get_decoder()
     decoder.register_forward_pre_hook(lambda m, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
     policy.refine(samples, 4)
-    assert rows[0] == 6 and set(rows[1:]) == {24}
+    assert rows[:2] == [6, 24] and rows[1:] == sorted(rows[1:], reverse=True) and rows[-1] < 24
     tokenizer = AutoTokenizer.from_pretrained("miniature/language")
     model = AutoModelForCausalLM.from_pretrained("miniature/language").eval()
     for sample, rewrite in zip(samples, policy.rewrite(samples), strict=True):

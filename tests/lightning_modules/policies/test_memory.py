@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from datamodules.sample import PromptSample
+from lightning_modules.policies import memory
 from lightning_modules.policies.base import LoRA, rounded_away
 from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.flux1 import Flux1Policy
@@ -126,6 +127,40 @@ def test_parts_that_wait_on_the_cpu_are_lent_and_returned(make_flow: MakeFlow) -
     meta_free = [p.device.type for part in policy._frozen_parts().values() for p in part.parameters()]
     assert set(meta_free) == {"cpu"}
     assert not any(p.requires_grad for part in policy._frozen_parts().values() for p in part.parameters())
+
+
+def test_parts_return_without_a_copy(make_flow: MakeFlow, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy on the CPU stands in for a GPU's: it is in use inside, and gone with the tensors back after it."""
+    policy, plain = make_flow(offload=True), make_flow()
+    encoder, vae = policy.pipe.text_encoder_2, policy.pipe.vae
+    encoder.register_buffer("scale", torch.ones(3))
+    assert encoder.shared.weight is encoder.encoder.embed_tokens.weight
+    copies: list[torch.Tensor] = []
+
+    def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        assert device.type == "cpu"
+        copies.append(tensor.clone())
+        return copies[-1]
+
+    def places(*parts: torch.nn.Module) -> list[int]:
+        return [tensor.data_ptr() for part in parts for tensor in (*part.parameters(), *part.buffers())]
+
+    monkeypatch.setattr(memory, "_copied", copied)
+    before = places(encoder, vae)
+    with policy.encoding():
+        inside = places(encoder)
+        assert set(inside).isdisjoint(before) and places(vae) == before[len(inside) :]
+        assert encoder.shared.weight is encoder.encoder.embed_tokens.weight
+        encoder.register_buffer("made", torch.zeros(2))
+    assert places(vae) == before[len(inside) :] and set(before) < set(places(encoder, vae))
+    assert encoder.made.device.type == "cpu"
+    del encoder.made
+    assert places(encoder, vae) == before
+    copies.clear()
+    images = policy.generate(PROMPTS[:2], [1, 2])
+    assert torch.equal(images, plain.generate(PROMPTS[:2], [1, 2])) and places(encoder, vae) == before
+    parts = policy._frozen_parts().values()
+    assert len(copies) == sum(1 for part in parts for _ in (*part.parameters(), *part.buffers())), "each once"
 
 
 def test_frozen_parts_in_another_type(make_flow: MakeFlow) -> None:

@@ -112,6 +112,20 @@ def test_replayed_log_probs_are_the_sampled_ones(
 
 
 @every_kind
+def test_columns_of_padding_make_no_difference(folders: dict[str, Path], kind: str) -> None:
+    """Micro-batches of the update, the shorter of which have shorter prompts, with images and without."""
+    policy = load(folders[kind])
+    completions = policy.refine(SAMPLES, 4)
+    widths = set()
+    for rows in completions.micro_batches(3):
+        cut = completions.rows(rows).trimmed()
+        widths.add(cut.prompt_ids.shape[1])
+        whole = policy.log_probs(completions.rows(rows))[:, : cut.tokens.shape[1]]
+        torch.testing.assert_close(policy.log_probs(cut)[cut.mask], whole[cut.mask], atol=1e-5, rtol=0)
+    assert len(widths) > 1
+
+
+@every_kind
 @seeing_or_not
 def test_rewrites_that_are_drawn_in_parts_are_one_batch(folders: dict[str, Path], kind: str, cls: Any) -> None:
     """One prompt at a time, of three lengths, the last without an image; each completion fits its own prompt."""
@@ -190,11 +204,12 @@ def test_an_image_is_looked_at_once_and_a_prompt_is_read_once(folders: dict[str,
         lambda m, args, kwargs: looks.append(len(kwargs["grid_thw"])), with_kwargs=True
     )
     model.language_model.register_forward_pre_hook(
-        lambda m, args, kwargs: rows.append(len(kwargs["inputs_embeds"])), with_kwargs=True
+        lambda m, args, kwargs: rows.append(len(kwargs["attention_mask"])), with_kwargs=True
     )
     completions = policy.refine(SAMPLES, 4)
     policy.log_probs(completions)
-    assert looks == [2] and rows[0] == 3 and set(rows[1:]) == {12}
+    assert looks == [2] and rows[:2] == [3, 12] and rows[-1] == 12
+    assert rows[1:-1] == sorted(rows[1:-1], reverse=True)
 
 
 @every_kind

@@ -45,6 +45,7 @@ from lightning_modules.preflight.meta_models import (
 )
 from lightning_modules.preflight.peak_memory import count_memory, peak_bytes
 from lightning_modules.prompt_rl import PromptRL
+from lightning_modules.rl.schedule import Window
 from miniature.scenes.detector import ShapesDetector
 from rewards.geneval.reward import GenEvalReward
 from tests.lightning_modules.cli.test_command import FLOW, LANGUAGE, complaint, fit
@@ -71,7 +72,7 @@ def flow(model: str | Path = "miniature/flow", **kwargs: Any) -> Flux1Policy:
         "dtype": "float32",
         "learning_rate": 1e-4,
     }
-    return Flux1Policy(str(model), Sampling(8, 3), **(small | kwargs))
+    return Flux1Policy(str(model), **({"sampling": Sampling(8, 3)} | small | kwargs))
 
 
 def language(**kwargs: Any) -> LanguagePolicy:
@@ -161,10 +162,14 @@ def test_every_family_is_counted_and_runs_on_shapes(family: Family, tmp_path: Pa
     assert {part.name: [part.parameters, part.trained] for part in found.networks} == {
         f"flow.{name}": count for name, count in counts.items()
     }
-    drawn = loaded.rollout(["a red circle"], [0], images=family.images(1))
-    assert trajectory_bytes(loaded.latent_shape, 2, 1) == sum(
-        tensor.nbytes for tensor in (drawn.latents, drawn.next_latents, drawn.log_probs, drawn.final)
-    )
+    for steps, neighbours in ((2, True), ([0, 2], False)):
+        loaded.sampling = Sampling(4, steps)
+        drawn = loaded.rollout(["a red circle"], [0], images=family.images(1))
+        kept = [
+            tensor.untyped_storage() for tensor in (drawn.latents, drawn.next_latents, drawn.log_probs, drawn.final)
+        ]
+        once = {storage.data_ptr(): storage.nbytes() for storage in kept}
+        assert trajectory_bytes(loaded.latent_shape, 2, 1, neighbours) == sum(once.values())
 
 
 def test_an_estimate_touches_neither_the_agents_nor_the_generator() -> None:
@@ -195,8 +200,11 @@ def test_the_miniatures_persistent_bytes_by_hand() -> None:
     weights = 4 * (trained + 281_855)
     assert weights <= found.persistent["weights"] <= weights + 2 * KIB  # buffers
     assert found.persistent_total == sum(found.persistent.values())
-    # 2 prompts x 8 images; 16 tokens of 48 numbers, before and after 3 SDE steps and at the end; 3 log-probs.
-    assert found.per_step["trajectories"] == 16 * 4 * (7 * 16 * 48 + 3)
+    # 2 prompts x 8 images; 16 tokens of 48 numbers, before 3 SDE steps, after the last and at the end; 3 log-probs.
+    assert found.per_step["trajectories"] == 16 * 4 * (5 * 16 * 48 + 3)
+    for window, states in ((Window(3), 5), (Window(3, contiguous=False), 7)):
+        module = PromptRL(flow(sampling=Sampling(8, window)), GenEvalReward(ShapesDetector()), num_retained=8)
+        assert estimate(module, Setting(2)).per_step["trajectories"] == 16 * 4 * (states * 16 * 48 + 3)
     # 2 originals and 12 rewrites; T5's 18 x 64 and CLIP's 64 numbers, and a mask of 18 longs.
     assert found.per_step["encoded prompts"] == 14 * (4 * (18 * 64 + 64) + 8 * 18)
 
@@ -450,6 +458,21 @@ def test_decoding_takes_what_the_profiler_measures() -> None:
             lambda: meta.decode(torch.empty_like(final, device="meta")),
         )
     assert found <= 1.05 * measured <= 1.05 * 1.5 * found, "convolutions on a CPU have workspaces"
+
+
+@pytest.mark.parametrize(("steps", "rows"), [(20, 4), (20, None), ([0, 2, 4], 4)])
+def test_a_rollout_holds_its_trajectories_once(steps: Any, rows: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside them there is a micro-batch's Euler or SDE step alone: at most eight tensors of its latents."""
+    policy = flow(height=128, width=128, sampling=Sampling(20, steps), micro_batch_size=rows)
+    policy.load()
+    monkeypatch.setattr(policy, "velocity", lambda latents, sigma, conditioning: latents * 0.5)
+    num, one = 32, 4 * torch.Size(policy.latent_shape).numel()
+    sde_steps = tuple(range(steps)) if isinstance(steps, int) else tuple(steps)
+    trajectories = trajectory_bytes(policy.latent_shape, len(sde_steps), num, isinstance(steps, int))
+    conditioning, sigmas = policy.encode(["a red circle"] * num), policy.sigmas(20)
+    with torch.no_grad():
+        peak = measured_peak(lambda: policy._sample(conditioning, range(num), sigmas, sde_steps))
+    assert trajectories <= peak <= trajectories + 8 * (rows or num) * one + 32 * KIB
 
 
 # --- counting ---------------------------------------------------------------------------------------------------------

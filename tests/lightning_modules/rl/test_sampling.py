@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -130,6 +131,25 @@ def test_log_probs_are_those_of_normal_distributions(sde: SDE, shape: tuple[int,
     assert torch.equal(path.latents[:, 0], _normal(*shape)) and torch.equal(path.latents[:, 1], path.next_latents[:, 0])
     last = path.next_latents[:, 1]
     assert torch.equal(path.final, last + _bent(last, SIGMAS[2]) * (SIGMAS[3] - SIGMAS[2]))
+
+
+@pytest.mark.parametrize(("sde_steps", "states"), [((), 0), ((1,), 2), ((0, 1), 3), ((0, 2), 4), ((2, 0, 1), 4)])
+def test_paths_are_written_where_there_is_room(sde_steps: tuple[int, ...], states: int) -> None:
+    """In two parts as in one; what is between two neighbouring SDE steps is there once."""
+
+    def draw(rows: slice, out: SampledPath | None = None) -> SampledPath:
+        noises = iter([_normal(5, 6, seed=k)[rows] for k in (1, 2, 3)])
+        kwargs: Any = {"sde_steps": sde_steps, "sde": flow_sde, "noise_level": 0.6, "draw_noise": noises.__next__}
+        return sample(_bent, _normal(5, 6)[rows], SIGMAS, out=out, **kwargs)
+
+    whole, out = draw(slice(0, 5)), SampledPath.empty(_normal(5, 6)[0], 5, sde_steps)
+    for rows in (slice(0, 3), slice(3, 5)):
+        part = draw(rows, out.rows(rows))
+        assert part.final.data_ptr() == out.final[rows].data_ptr()
+    for name in ("latents", "next_latents", "log_probs", "final"):
+        assert torch.equal(getattr(out, name), getattr(whole, name)), name
+    assert out.latents.untyped_storage().data_ptr() == out.next_latents.untyped_storage().data_ptr()
+    assert out.latents.untyped_storage().nbytes() == states * _normal(5, 6).nbytes
 
 
 @pytest.mark.parametrize("sde", SDES)
