@@ -174,11 +174,9 @@ class Agents(L.LightningModule):
                 f"`model.optimizer` is bitsandbytes' {type(optimizer).__name__}, which cannot take sharded weights: "
                 "use torch.optim.AdamW, or `trainer.strategy: ddp`."
             )
-        for (
-            group
-        ) in optimizer.param_groups:  # PyTorch's choice on a GPU; weight by weight, shards cost 20 times as much
-            if sharded and group.get("foreach", True) is None and not group.get("fused"):
-                group["foreach"] = True
+        for group in optimizer.param_groups if sharded else ():
+            if group.get("foreach", True) is None and not group.get("fused"):
+                group["foreach"] = True  # PyTorch's choice on a GPU; weight by weight, shards cost 20 times as much
         if self.lr_scheduler is None and not self.warmup_steps:
             return optimizer
         schedule = torch.optim.lr_scheduler

@@ -102,13 +102,10 @@ def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
     Of sharded parameters every rank has a part, and the norm is that of all parts together.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    parts = [local_part(gradient) for gradient in gradients]
-    norm = nn.utils.get_total_norm(parts)
+    norm = nn.utils.get_total_norm([local_part(gradient) for gradient in gradients])
     if gradients and isinstance(gradients[0], DTensor):
         squared = norm.square()
         dist.all_reduce(squared, group=gradients[0].device_mesh.get_group())
         norm = squared.sqrt()
-    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as `clip_grad_norm_`, without DTensor's cost of each call
-    for part in parts:
-        part.mul_(factor)
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)  # one by one, shards would cost more
     return norm

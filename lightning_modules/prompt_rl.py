@@ -30,7 +30,7 @@ from lightning_modules.objectives import RatioNormalization
 from lightning_modules.on_policy import check_ratio
 from lightning_modules.policies.flow import FlowPolicy, to_pil
 from lightning_modules.policies.language import LanguagePolicy
-from lightning_modules.rollout import Rollout
+from lightning_modules.rollout import Completions, Rollout
 from lightning_modules.scoring import Scoring
 from lightning_modules.seeding import seed_of, seed_step
 from lightning_modules.step_metrics import Averages
@@ -242,19 +242,7 @@ class PromptRL(UpdatedAgents):
             with self._timed("reward"):  # what the overlap did not hide
                 own_scores = self._scores_on_all_ranks(scoring, finite)
         scores = self._scores_of_whole_groups(own_scores, len(samples))
-        valid = torch.tensor([score.valid for score in scores], device=self.device).view(-1, per_group)
-        task = torch.tensor([score.rl for score in scores], device=self.device).view(-1, per_group)
-        rewards, formats = self.task_weight * task, None
-        if completions is not None:
-            formats = group_formats(completions.formatted, len(samples), self.num_retained, self.images_per_prompt)
-            rewards = rewards + self.format_weight * formats
-        tags = [sample.tag for sample in samples]
-        if self.normalize == "each":
-            terms = [(self.task_weight * weight, values.view_as(valid)) for weight, values in task_terms(scores)]
-            terms += [] if formats is None else [(self.format_weight, formats)]
-            advantages = compared_apart(tags, terms, valid, self.advantage_scale)
-        else:
-            advantages = compared(tags, rewards, valid, self.advantage_scale)
+        rewards, valid, advantages = self.compare(samples, scores, completions)
         counted = valid & (valid.sum(1, keepdim=True) >= 2)
         slots = (len(samples), self.group_size, self.images_per_prompt)
         # The mean over a rewrite's scored images; without any, the rewrite does not count.
@@ -277,6 +265,30 @@ class PromptRL(UpdatedAgents):
             language_counted=None if completions is None else counted.view(slots).any(-1)[:, written].flatten(),
             whole=None if self.processes_per_group == 1 else (rewards, valid),
         )
+
+    def compare(
+        self, samples: Sequence[PromptSample], scores: Sequence[Score], completions: Completions | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Computes rewards, which of them are valid, and advantages, all [G, N], of G whole groups.
+
+        Args:
+            samples: G original prompts.
+            scores: G * N scores, group by group.
+            completions: the rewrites, whose format is rewarded, or None.
+        """
+        per_group = self.group_size * self.images_per_prompt
+        valid = torch.tensor([score.valid for score in scores], device=self.device).view(-1, per_group)
+        task = torch.tensor([score.rl for score in scores], device=self.device).view(-1, per_group)
+        rewards, formats = self.task_weight * task, None
+        if completions is not None:
+            formats = group_formats(completions.formatted, len(samples), self.num_retained, self.images_per_prompt)
+            rewards = rewards + self.format_weight * formats
+        tags = [sample.tag for sample in samples]
+        if self.normalize == "each":
+            terms = [(self.task_weight * weight, values.view_as(valid)) for weight, values in task_terms(scores)]
+            terms += [] if formats is None else [(self.format_weight, formats)]
+            return rewards, valid, compared_apart(tags, terms, valid, self.advantage_scale)
+        return rewards, valid, compared(tags, rewards, valid, self.advantage_scale)
 
     def check_ratio(self, rollout: Rollout) -> dict[str, float]:
         """Returns agent -> max |log ratio| of a replay before any update; see `on_policy.check_ratio`."""

@@ -223,6 +223,28 @@ class LanguagePolicy(Policy):
             pad_token_id=self._pad_token_id,
             temperature=None if greedy else self.temperature,
         )
+        return self.completed(samples, ids, mask, tokens, log_probs, seen)
+
+    def completed(
+        self,
+        samples: Sequence[PromptSample],
+        ids: Tensor,
+        mask: Tensor,
+        tokens: Tensor,
+        log_probs: Tensor,
+        seen: SeenImages | None = None,
+    ) -> Completions:
+        """Reads the answers in B written completions, those of one sample side by side.
+
+        Args:
+            samples: the prompts that were rewritten, each as often as the others.
+            ids: [B, P] tokens of the chats.
+            mask: [B, P] 1 for tokens, 0 for padding.
+            tokens: [B, T] tokens of the completions.
+            log_probs: [B, T] fp32.
+            seen: the source images as the refiner sees them.
+        """
+        num = len(tokens) // len(samples)
         answered = completion_mask(tokens, self.eos_token_ids)
         texts = [self._text(row[keep]) for row, keep in zip(tokens, answered, strict=True)]
         start = "<think>" if opens_thinking(self.tokenizer.decode(ids[0, -8:])) else ""

@@ -17,8 +17,9 @@ from torch import nn
 from lightning_modules.distributed import CHUNK
 from lightning_modules.objectives import flow_objective, language_objective
 from lightning_modules.policies.base import Policy
+from lightning_modules.policies.conditioning import NEGATIVE
 from lightning_modules.policies.language import LanguagePolicy
-from lightning_modules.policies.pipeline import NEGATIVE, PipelinePolicy
+from lightning_modules.policies.pipeline import PipelinePolicy
 from lightning_modules.policies.sharding import repeated_layers
 from lightning_modules.preflight.formulas import (
     cache_bytes,

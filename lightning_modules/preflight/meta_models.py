@@ -15,10 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lightning_modules.policies.base import Policy
+from lightning_modules.policies.conditioning import NEGATIVE
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.policies.loading import check_language_model, check_pipeline, read_config, read_index
 from lightning_modules.policies.memory import Quantization, quantize_linears
-from lightning_modules.policies.pipeline import NEGATIVE, PipelinePolicy
+from lightning_modules.policies.pipeline import PipelinePolicy
 from lightning_modules.rl.schedule import sde_step_indices
 from lightning_modules.rollout import Completions, Conditioning, Trajectory
 from rewards.pretrained import one_line_errors
@@ -126,7 +127,7 @@ def _conditioning(meta: PipelinePolicy, rows: int, source: tuple[int, int] | Non
         tensors |= {NEGATIVE + name: value for name, value in tensors.items()}
     if source is not None:
         encoded = meta.encode_sources([Image.new("RGB", (source[1], source[0]))])
-        tensors |= {name: meta._placed(value).expand(rows, *value.shape[1:]) for name, value in encoded.items()}
+        tensors |= {name: meta.placed(value).expand(rows, *value.shape[1:]) for name, value in encoded.items()}
     return tensors
 
 

@@ -147,7 +147,10 @@ class _FrozenHead(Function):
             with torch.enable_grad():
                 leaf = rows.detach().requires_grad_()
                 log_probs = _LogProbs.apply(head(leaf), index, temperature)  # type: ignore[no-untyped-call]
-            own.copy_(torch.autograd.grad(log_probs, leaf, torch.ones_like(log_probs))[0])
+            # Not `autograd.grad`, beside which FlopCounterMode's hooks fail; the leaf alone takes a gradient here.
+            torch.autograd.backward(log_probs, torch.ones_like(log_probs))
+            assert leaf.grad is not None
+            own.copy_(leaf.grad)
             values.append(log_probs.detach())
         ctx.save_for_backward(derivative)
         return torch.cat(values)

@@ -194,11 +194,16 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     """Most bytes alive at one time beside those that were there before."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
+    if device.type != "cuda":
+        return measured_peak(run)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measured_peak(run: Callable[[], object]) -> int:
+    """The profiler's account of the CPU's allocator: most bytes at one time beside those that were there."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     assert profiler.profiler is not None

@@ -50,9 +50,13 @@ SIZES: dict[str, list[tuple[float, Case]]] = {
 """What grows -> its sizes, each with the agents that have it."""
 
 
-def slope(sizes: list[float], values: list[float]) -> float:
-    """Exponent of growth between the first and the last size."""
-    return math.log(values[-1] / values[0]) / math.log(sizes[-1] / sizes[0])
+MEASURES = ("step", "floor", "step_bytes")
+
+
+def slope(rows: list[tuple[float, float]]) -> float:
+    """Exponent of growth of a value with a size, between the first pair of them and the last."""
+    (first, before), (last, after) = rows[0], rows[-1]
+    return math.log(after / before) / math.log(last / first)
 
 
 def plot(found: dict[str, list[tuple[float, Measured]]], path: Path) -> None:
@@ -79,26 +83,16 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, list[tuple[float, Measured]]] = {}
+    print("| size | of | step, s | floor, s | step / floor | step, MB |\n|---|---|---|---|---|---|")
     for name, cases in tqdm(SIZES.items(), disable=None):
-        found[name] = [(size, measure(case, torch.device("cpu"), options.rounds)) for size, case in cases]
-    print("| size | of | step, s | floor, s | step / floor | exponent: step, floor | step, MB | exponent |")
-    print("|---|---|---|---|---|---|---|---|")
-    for name, rows in found.items():
-        sizes = [size for size, _ in rows]
-        step, floor = [one.step for _, one in rows], [one.floor for _, one in rows]
-        memory = [float(one.step_bytes) for _, one in rows]
-        lists = (
-            ", ".join(f"{value:{form}}" for value in values)
-            for values, form in (
-                (step, ".2f"),
-                (floor, ".2f"),
-                ([a / b for a, b in zip(step, floor, strict=True)], ".2f"),
-                ([slope(sizes, step), slope(sizes, floor)], ".2f"),
-                ([value / 1e6 for value in memory], ".0f"),
-                ([slope(sizes, memory)], ".2f"),
-            )
-        )
-        print(f"| {name} | {', '.join(f'{size:g}' for size in sizes)} | {' | '.join(lists)} |")
+        rows = found[name] = []
+        for size, case in cases:
+            one = measure(case, torch.device("cpu"), options.rounds)
+            rows.append((size, one))
+            cells = f"{one.step:.2f} | {one.floor:.2f} | {one.step / one.floor:.2f} | {one.step_bytes / 1e6:.1f}"
+            print(f"| {name} | {size:g} | {cells} |", flush=True)
+        step, floor, memory = (slope([(size, getattr(one, key)) for size, one in rows]) for key in MEASURES)
+        print(f"| {name} | exponent | {step:.2f} | {floor:.2f} | | {memory:.2f} |", flush=True)
     if options.plot is not None:
         plot(found, options.plot)
 

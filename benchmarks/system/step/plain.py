@@ -18,14 +18,12 @@ from transformers import GenerationConfig
 
 from datamodules.base import PromptSample
 from datamodules.chunks import chunks
-from lightning_modules.comparison import compared
-from lightning_modules.groups import group_formats, group_prompts
+from lightning_modules.groups import group_prompts
 from lightning_modules.policies.base import Policy
+from lightning_modules.policies.conditioning import NEGATIVE, same_length
 from lightning_modules.policies.flow import to_pil
-from lightning_modules.policies.pipeline import NEGATIVE
-from lightning_modules.policies.templates import parse_answer
 from lightning_modules.prompt_rl import PromptRL
-from lightning_modules.rl.log_probs import completion_mask, position_ids
+from lightning_modules.rl.log_probs import position_ids
 from lightning_modules.rollout import Completions, Conditioning, Rollout, Trajectory
 from rewards.base import RewardBatch
 from rewards.calls import score_each
@@ -67,13 +65,7 @@ class PlainRecipe:
         trajectory, pixels = self._draw(prompts)
         images = to_pil(pixels)
         scores = score_each(module.reward, RewardBatch(judged, images))
-        task = torch.tensor([score.rl for score in scores], device=pixels.device).view(-1, module.group_size)
-        rewards = module.task_weight * task
-        if completions is not None:
-            formats = group_formats(completions.formatted, len(samples), module.num_retained, 1)
-            rewards = rewards + module.format_weight * formats
-        valid = torch.ones_like(rewards, dtype=torch.bool)
-        advantages = compared([sample.tag for sample in samples], rewards, valid, module.advantage_scale)
+        rewards, valid, advantages = module.compare(samples, scores, completions)
         return Rollout(
             samples=samples,
             prompts=prompts,
@@ -92,34 +84,19 @@ class PlainRecipe:
         language = self.module.language
         assert language is not None
         ids, mask, _ = language._encode([sample for sample in samples for _ in range(num)])
-        pad = language._pad_token_id
         config = GenerationConfig(
             max_new_tokens=language.max_new_tokens,
             do_sample=True,
             temperature=language.temperature,
             top_k=0,
             eos_token_id=language.eos_token_ids,
-            pad_token_id=pad,
+            pad_token_id=language._pad_token_id,
         )
         # A folder's own generation config would fill in what is left unsaid, such as top-k.
         with patch.object(language.causal_lm, "generation_config", GenerationConfig()):
             written = language.causal_lm.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         tokens = written[:, ids.shape[1] :]
-        kept = completion_mask(tokens, language.eos_token_ids)
-        texts = [language._text(row[keep]) for row, keep in zip(tokens, kept, strict=True)]
-        originals = [sample.asked for sample in samples for _ in range(num)]
-        answers = [parse_answer(text, original) for text, original in zip(texts, originals, strict=True)]
-        return Completions(
-            prompt_ids=ids,
-            prompt_mask=mask,
-            tokens=tokens,
-            mask=kept,
-            log_probs=torch.zeros(tokens.shape, device=tokens.device),
-            texts=texts,
-            rewrites=[answer.rewrite for answer in answers],
-            formatted=torch.tensor([float(answer.formatted) for answer in answers], device=tokens.device),
-            truncated=kept.all(1),
-        )
+        return language.completed(samples, ids, mask, tokens, torch.zeros(tokens.shape, device=tokens.device))
 
     def _draw(self, prompts: Sequence[str]) -> tuple[Trajectory, Tensor]:
         """Encodes every image's prompt, draws all images, then decodes them."""
@@ -130,11 +107,7 @@ class PlainRecipe:
                 part = dict(flow.encode_texts(prompts[rows]))
                 negatives = flow.encode_negatives([flow.negative_prompt] * len(prompts[rows])) if flow.guided else {}
                 parts.append(part | {NEGATIVE + name: value for name, value in negatives.items()})
-        longest = {name: max(part[name].shape[1] for part in parts) for name in parts[0] if parts[0][name].ndim > 2}
-        tensors = {
-            name: torch.cat([_padded(flow._placed(part[name]), longest.get(name)) for part in parts])
-            for name in parts[0]
-        }
+        tensors = {name: flow.placed(torch.cat(same_length([part[name] for part in parts]))) for name in parts[0]}
         conditioning = Conditioning(tensors, torch.arange(len(prompts), device=flow.device))
         sigmas = flow.sigmas(flow.sampling.num_steps)
         steps = range(flow.sampling.sde_steps) if isinstance(flow.sampling.sde_steps, int) else flow.sampling.sde_steps
@@ -209,9 +182,3 @@ class PlainRecipe:
             yield
         finally:
             agent._frozen_copy, agent._use_frozen_copy = kept
-
-
-def _padded(value: Tensor, length: int | None) -> Tensor:
-    if length is None or value.shape[1] == length:
-        return value
-    return torch.nn.functional.pad(value, (0, 0) * (value.ndim - 2) + (0, length - value.shape[1]))

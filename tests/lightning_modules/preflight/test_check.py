@@ -15,10 +15,10 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks.system.step.__main__ import measured_peak
 from datamodules.sample import PromptSample
 from lightning_modules.objectives import flow_objective, language_objective
 from lightning_modules.policies.base import LoRA, Policy
@@ -310,19 +310,6 @@ def test_an_optimizer_that_cannot_be_tried_counts_two_numbers_a_weight() -> None
 
 
 # --- what passes, against PyTorch -------------------------------------------------------------------------------------
-
-
-def measured_peak(run: Callable[[], object]) -> int:
-    """The profiler's account of the allocator: most bytes at one time beside those that were there."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    assert profiler.profiler is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
 
 
 def with_gradients(policy: Policy) -> list[torch.Tensor]:
