@@ -57,6 +57,7 @@ class Agents(L.LightningModule):
         self.lr_scheduler = lr_scheduler
         self.warmup_steps = warmup_steps
         self._gathered: ExitStack | None = None
+        self._saved_copies: dict[str, dict[str, Tensor]] = {}
         self.peers = Peers()
         self.num_rollouts = 0
         """Images drawn for training so far, over all ranks."""
@@ -93,16 +94,9 @@ class Agents(L.LightningModule):
         Args:
             strategy: of the trainer.
             fits: False if it evaluates, for which every process has all weights.
-
-        Raises:
-            ValueError: if a flow model that learns has no SDE step.
         """
         empty = {"weights": False} if fits and isinstance(strategy, Sharded) and strategy.global_rank > 0 else {}
         self.flow.load(**empty)
-        if self.flow.trained and not self.flow.sampling.sde_steps:
-            raise ValueError(
-                "`flow.sampling.sde_steps` is empty, so the flow model has nothing to learn from; add some."
-            )
         if self.language is not None:
             self.language.load(**empty)
 
@@ -158,6 +152,10 @@ class Agents(L.LightningModule):
             for parameter in self.parameters():
                 if parameter.requires_grad:  # adapters begin at random
                     dist.broadcast(parameter.data, 0)
+        for agent in self._learners():
+            for name, copy in agent.copies.items():
+                copy.load(self._saved_copies.get(f"{agent.agent}.{name}", {}))
+        self._saved_copies = {}
 
     def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
         """Averages an agent's gradients over the processes; those of shards are averages within their replica."""
@@ -210,6 +208,9 @@ class Agents(L.LightningModule):
         trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["num_rollouts"] = self.num_rollouts
+        copies = {f"{agent.agent}.{name}": copy for agent in self._learners() for name, copy in agent.copies.items()}
+        if copies:
+            checkpoint["copies"] = {name: copy.whole() for name, copy in copies.items()}
         check_finite(trained)
         check_finite(checkpoint["state_dict"])  # may be a moving average
 
@@ -225,6 +226,7 @@ class Agents(L.LightningModule):
                 f"the checkpoint does not fit this configuration: {len(wrong)} trained weights differ, for example "
                 f"{min(wrong)}; use the agents, LoRA settings and learning rates that it was trained with."
             )
+        self._saved_copies = checkpoint.get("copies", {})
 
 
 def check_finite(weights: Mapping[str, Tensor]) -> None:

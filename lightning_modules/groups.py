@@ -28,7 +28,7 @@ def check_group(group_size: int, num_retained: int, refines: bool) -> None:
         )
 
 
-def check_split(processes: int, group_size: int, num_retained: int, groupwise: bool) -> None:
+def check_split(processes: int, group_size: int, num_retained: int, groupwise: bool, compares: bool = False) -> None:
     """Raises a ValueError if a group cannot be drawn by several processes."""
     name, rewrites = f"`model.processes_per_group` is {processes}", group_size - num_retained
     check_minimum("model", 1, processes_per_group=processes)
@@ -38,8 +38,9 @@ def check_split(processes: int, group_size: int, num_retained: int, groupwise: b
         raise ValueError(
             f"{name}, but a group has {rewrites} rewrites, so that some processes had none: use at most that."
         )
-    if processes > 1 and groupwise:
-        raise ValueError(f"{name}, but the reward compares all images of a group in one process: leave it at 1.")
+    if processes > 1 and (groupwise or compares):
+        what = "reward" if groupwise else "objective"
+        raise ValueError(f"{name}, but the {what} compares all images of a group in one process: leave it at 1.")
 
 
 def group_prompts(

@@ -12,11 +12,16 @@ from lightning_modules.rollout import Rollout
 
 
 @torch.no_grad()
-def check_ratio(flow: FlowPolicy, language: LanguagePolicy | None, rollout: Rollout) -> dict[str, float]:
+def check_ratio(flow: FlowPolicy | None, language: LanguagePolicy | None, rollout: Rollout) -> dict[str, float]:
     """Replays the first micro-batch before any update: its log-probs must be those of the rollout.
 
     If they differ, what is updated is not the policy that drew the samples, which no curve shows. Log-probs that are
     not finite are left to the update, which skips them.
+
+    Args:
+        flow: the flow policy; None if it does not learn from SDE steps.
+        language: the refiner, or None.
+        rollout: what they drew.
 
     Returns:
         Agent that learns -> max |log ratio| over the micro-batch, the largest of all processes.
@@ -27,7 +32,7 @@ def check_ratio(flow: FlowPolicy, language: LanguagePolicy | None, rollout: Roll
             values rounds differently from a replay (bf16: 4e-3).
     """
     found: dict[str, tuple[float, float]] = {}  # agent -> what is reported, what is judged
-    if flow.trained:
+    if flow is not None and flow.trained:
         rows = next(chunks(len(rollout.trajectory), flow.micro_batch_size))
         part = rollout.trajectory.rows(rows)
         with flow.gathered():

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from datamodules.base import PromptSample, run_seed
 from datamodules.resumable import ResumableLoader
-from lightning_modules.comparison import compared, compared_apart, task_terms
+from lightning_modules.comparison import Scale, compared, compared_apart, compared_rewrites, task_terms
 from lightning_modules.distributed import gather_lists, sum_over_ranks
 from lightning_modules.groups import check_group, check_split, group_formats, group_prompts, source_images
-from lightning_modules.objectives import RatioNormalization
+from lightning_modules.objectives import FlowObjective, RefinerGRPO
 from lightning_modules.on_policy import check_ratio
 from lightning_modules.policies.flow import FlowPolicy, to_pil
 from lightning_modules.policies.language import LanguagePolicy
@@ -55,16 +55,17 @@ class PromptRL(UpdatedAgents):
             data, and their refiners write the whole group's rewrites, since writing a few takes as long.
         format_weight: weight of the format reward (1 for a well-formed answer).
         task_weight: weight of the task reward.
-        advantage_scale: divide by the std of the "group", of the "tag" in the step's batch over all processes, or not
-            ("none").
+        advantage_scale: divide by the std of the "group", of the "tag" in the step's batch over all processes, of the
+            whole "batch" over all processes, or not ("none").
+        advantage_clip: largest absolute advantage.
         normalize: advantages of the "sum" of task and format reward, or of "each" reward apart, also of the parts of a
             `WeightedSum`, weighed and summed after it (GDPO, arXiv 2601.05242): a rare malformed answer does not drown
             the task, nor one scorer's scale another's.
         updates_per_rollout: passes over one rollout; 1 is strictly on-policy if there is one mini-batch.
         num_minibatches: optimizer steps of a pass, each on a part of the rollout's prompts; those after the first are
             off the policy that drew the rollout, and clipped. `max_steps` counts optimizer steps.
-        ratio_normalization: normalises the flow policy's ratio as in GRPO-Guard; `over_dt` also weighs each SDE step's
-            surrogate by 1/|dt|, as the published code does. For several updates per rollout.
+        objective: how the image model learns from a rollout; null is `FlowGRPO`.
+        language_objective: how the refiner learns; null is `RefinerGRPO`.
         optimizer: gets one parameter group per agent; weight decay and betas are the agents' own.
         lr_scheduler: one of torch's schedules of the learning rates, which counts optimizer steps; null is constant.
         warmup_steps: optimizer steps over which the learning rates also rise linearly from near 0.
@@ -87,11 +88,13 @@ class PromptRL(UpdatedAgents):
         processes_per_group: int = 1,
         format_weight: float = 1.0,
         task_weight: float = 1.0,
-        advantage_scale: Literal["group", "tag", "none"] = "group",
+        advantage_scale: Scale = "group",
+        advantage_clip: float = 5.0,
         normalize: Literal["sum", "each"] = "sum",
         updates_per_rollout: int = 1,
         num_minibatches: int = 1,
-        ratio_normalization: RatioNormalization = False,
+        objective: FlowObjective | None = None,
+        language_objective: RefinerGRPO | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         warmup_steps: int = 0,
@@ -109,13 +112,22 @@ class PromptRL(UpdatedAgents):
             warmup_steps,
             updates_per_rollout,
             num_minibatches,
-            ratio_normalization,
+            objective,
+            language_objective,
             max_bad_steps,
         )
         check_group(group_size, num_retained, language is not None)
-        check_split(processes_per_group, group_size, num_retained, reward.groupwise)
+        compares = self.objective.needs_whole_groups and flow.trained
+        check_split(processes_per_group, group_size, num_retained, reward.groupwise, compares)
+        baseline = self.language_objective.baseline
+        if language is not None and baseline != "group" and (normalize != "sum" or group_size - num_retained < 2):
+            raise ValueError(
+                f"`model.language_objective` has baseline: {baseline}, which compares a group's "
+                "rewrites by the sum of their rewards: use `normalize: sum`, and two rewrites or more."
+            )
         check_minimum("model", -math.inf, format_weight=format_weight, task_weight=task_weight)
         check_minimum("model", 1, images_per_prompt=images_per_prompt)
+        check_minimum("model", 0, advantage_clip=advantage_clip)
         check_minimum("model", 1, check_ratio_every=check_ratio_every, max_invalid_steps=max_invalid_steps)
         self.reward = reward
         self.group_size = group_size
@@ -124,7 +136,8 @@ class PromptRL(UpdatedAgents):
         self.processes_per_group = processes_per_group
         self.format_weight = format_weight
         self.task_weight = task_weight
-        self.advantage_scale = advantage_scale
+        self.advantage_scale: Scale = advantage_scale
+        self.advantage_clip = advantage_clip
         self.normalize = normalize
         self.check_ratio_every = check_ratio_every
         self.max_invalid_steps = max_invalid_steps
@@ -230,11 +243,12 @@ class PromptRL(UpdatedAgents):
         with Scoring(self.reward, self.device, overlap=self.overlap_scoring, group=per_group) as scoring:
             with self._timed("rollout"):
                 window_seed = seed_of("window", self.seed, self.global_step)
-                with self.flow.gathered():
+                with self.flow.drawing(), self.flow.gathered():
                     trajectory = self.flow.rollout(
                         prompts,
                         seeds,
                         window_seed=window_seed,
+                        optimizer_step=self.global_step,
                         on_drawn=score,
                         images=source_images(judged),
                         start_seeds=start_seeds,
@@ -247,6 +261,14 @@ class PromptRL(UpdatedAgents):
         slots = (len(samples), self.group_size, self.images_per_prompt)
         # The mean over a rewrite's scored images; without any, the rewrite does not count.
         by_slot = advantages.view(slots).sum(-1) / counted.view(slots).sum(-1).clamp(min=1)
+        if completions is not None and self.language_objective.baseline != "group":
+            by_slot[:, self.num_retained :] = compared_rewrites(
+                [sample.tag for sample in samples],
+                rewards.view(slots)[:, self.num_retained :],
+                valid.view(slots)[:, self.num_retained :],
+                self.advantage_scale if self.language_objective.baseline == "refined" else "leave_one_out",
+                self.advantage_clip,
+            )
         written = [slot for slot in self.own_slots if slot >= self.num_retained]
         if completions is not None:
             rows = [group * refined + slot - self.num_retained for group in range(len(samples)) for slot in written]
@@ -264,6 +286,8 @@ class PromptRL(UpdatedAgents):
             language_advantages=None if completions is None else by_slot[:, written].flatten(),
             language_counted=None if completions is None else counted.view(slots).any(-1)[:, written].flatten(),
             whole=None if self.processes_per_group == 1 else (rewards, valid),
+            seeds=seeds,
+            step=self.global_step,
         )
 
     def compare(
@@ -287,12 +311,12 @@ class PromptRL(UpdatedAgents):
         if self.normalize == "each":
             terms = [(self.task_weight * weight, values.view_as(valid)) for weight, values in task_terms(scores)]
             terms += [] if formats is None else [(self.format_weight, formats)]
-            return rewards, valid, compared_apart(tags, terms, valid, self.advantage_scale)
-        return rewards, valid, compared(tags, rewards, valid, self.advantage_scale)
+            return rewards, valid, compared_apart(tags, terms, valid, self.advantage_scale, self.advantage_clip)
+        return rewards, valid, compared(tags, rewards, valid, self.advantage_scale, self.advantage_clip)
 
     def check_ratio(self, rollout: Rollout) -> dict[str, float]:
         """Returns agent -> max |log ratio| of a replay before any update; see `on_policy.check_ratio`."""
-        return check_ratio(self.flow, self.language, rollout)
+        return check_ratio(self.flow if self.objective.needs_sde_steps else None, self.language, rollout)
 
     # --- helpers ------------------------------------------------------------------------------------------------------
 

@@ -243,6 +243,8 @@ class Rollout:
         language_advantages: [G * rewrites], the mean advantage of each rewrite's counted images, or None.
         language_counted: [G * rewrites] bool, True where any of a rewrite's images counts; None: all do.
         whole: rewards and `valid` of whole groups, if processes share them.
+        seeds: G * N seeds of the samples' noise.
+        step: number of the optimizer step before which it was collected.
     """
 
     samples: Sequence[PromptSample]
@@ -257,6 +259,8 @@ class Rollout:
     language_advantages: Tensor | None
     language_counted: Tensor | None = None
     whole: tuple[Tensor, Tensor] | None = None
+    seeds: Sequence[int] = ()
+    step: int = 0
 
     def groups(self, rows: slice) -> Rollout:
         """Selects some of the G groups; those of a whole rollout in parts are its mini-batches."""
@@ -279,6 +283,7 @@ class Rollout:
             language_advantages=None if advantages is None else advantages[texts],
             language_counted=None if counted is None else counted[texts],
             whole=None if self.whole is None else (self.whole[0][rows], self.whole[1][rows]),
+            seeds=self.seeds[images],
         )
 
     @property

@@ -16,10 +16,11 @@ from datamodules.chunks import chunks
 from lightning_modules.bad_steps import BadSteps
 from lightning_modules.distributed import clip, gather_lists, no_backward_sync, several_processes, sum_over_ranks
 from lightning_modules.evaluation import EvaluatedAgents
-from lightning_modules.objectives import ObjectiveResult, RatioNormalization, flow_objective, language_objective
+from lightning_modules.objectives import FlowBatch, FlowGRPO, FlowObjective, ObjectiveResult, RefinerGRPO
 from lightning_modules.policies.flow import FlowPolicy
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.rollout import Rollout
+from lightning_modules.seeding import seed_of
 from lightning_modules.step_metrics import Averages
 from rewards.arguments import check_minimum
 
@@ -37,7 +38,8 @@ class UpdatedAgents(EvaluatedAgents):
         warmup_steps: optimizer steps over which the learning rates also rise linearly from near 0.
         updates_per_rollout: passes over one rollout.
         num_minibatches: optimizer steps of a pass, each on a part of the rollout's prompts.
-        ratio_normalization: normalises the flow policy's ratio as in GRPO-Guard.
+        objective: how the flow model learns; null is `FlowGRPO`.
+        language_objective: how the refiner learns; null is `RefinerGRPO`.
         max_bad_steps: stop after this many steps in a row in which an agent's loss or gradient was not finite.
     """
 
@@ -50,7 +52,8 @@ class UpdatedAgents(EvaluatedAgents):
         warmup_steps: int,
         updates_per_rollout: int,
         num_minibatches: int,
-        ratio_normalization: RatioNormalization,
+        objective: FlowObjective | None,
+        language_objective: RefinerGRPO | None,
         max_bad_steps: int,
     ) -> None:
         super().__init__(flow, language, optimizer, lr_scheduler, warmup_steps)
@@ -58,7 +61,12 @@ class UpdatedAgents(EvaluatedAgents):
         check_minimum("model", 1, max_bad_steps=max_bad_steps)
         self.updates_per_rollout = updates_per_rollout
         self.num_minibatches = num_minibatches
-        self.ratio_normalization = ratio_normalization
+        self.objective = objective or FlowGRPO()
+        self.language_objective = language_objective or RefinerGRPO()
+        if flow.trained:
+            self.objective.check(flow)
+            flow.needs_reference |= self.objective.needs_reference
+            flow.old_decay = self.objective.old_policy
         self.bad_steps = BadSteps(max_bad_steps)
         self._seconds: dict[str, float] = {}
 
@@ -137,8 +145,12 @@ class UpdatedAgents(EvaluatedAgents):
         scheduler = self.lr_schedulers()
         with self.peers.whole_step():
             optimizer.step()
+            torch.clear_autocast_cache()  # the whole step is one context, which would keep the old weights in bf16
             if scheduler is not None:
                 scheduler.step()  # type: ignore[union-attr]
+            for agent in self._learners():
+                for copy in agent.copies.values():
+                    copy.follow(self.global_step)
 
     @torch.no_grad()
     def _results_of_rollout(self, rollout: Rollout) -> dict[Any, ObjectiveResult]:
@@ -154,18 +166,27 @@ class UpdatedAgents(EvaluatedAgents):
                 for texts in rollout.completions.micro_batches(self.language.micro_batch_size):
                     log_probs = self.language.log_probs(rollout.completions.rows(texts).trimmed())
                     old["language", texts[0]] = ObjectiveResult(loss, {}, log_probs)
-        flow, trajectory = self.flow, rollout.trajectory
-        replays = self.ratio_normalization or flow.drawn_together != flow.micro_batch_size
+        flow, batch = self.flow, self._flow_batch(rollout)
         with self._timed("flow_update"):
-            for rows in chunks(len(trajectory), flow.micro_batch_size) if flow.trained else ():
-                part = trajectory.rows(rows)
-                for step in range(len(trajectory.sde_steps)):
-                    log_probs, mean = part.log_probs[:, step], None
-                    if replays:
-                        transition = flow.replay(part, step)
-                        log_probs, mean = transition.log_prob(part.next_latents[:, step]), transition.mean
-                    old["flow", rows.start, step] = ObjectiveResult(loss, {}, log_probs, mean)
+            learns = flow.trained and self.objective.compares_with_old
+            for rows in chunks(len(batch), flow.micro_batch_size) if learns else ():
+                for term in range(self.objective.num_terms(batch.trajectory)):
+                    old["flow", rows.start, term] = self.objective.before_update(flow, batch.rows(rows), term)
         return old
+
+    def _flow_batch(self, rollout: Rollout) -> FlowBatch:
+        """Takes from a rollout what the flow model learns from."""
+        per_group = rollout.rewards.shape[1]
+        shared = [seed_of("forward", self.seed, rollout.step, sample.id) for sample in rollout.samples]
+        return FlowBatch(
+            trajectory=rollout.trajectory,
+            advantages=rollout.advantages.flatten(),
+            counted=rollout.counted.flatten(),
+            groups=torch.arange(len(rollout.samples), device=rollout.advantages.device).repeat_interleave(per_group),
+            seeds=[seed_of("forward", seed) for seed in rollout.seeds],
+            group_seeds=[seed for seed in shared for _ in range(per_group)],
+            levels_seed=seed_of("levels", self.seed, rollout.step),
+        )
 
     def _language_backward(
         self, policy: LanguagePolicy, rollout: Rollout, stats: Averages, old: dict[Any, ObjectiveResult], drew_it: bool
@@ -174,15 +195,20 @@ class UpdatedAgents(EvaluatedAgents):
         assert rollout.completions is not None and rollout.language_advantages is not None
         counts = rollout.language_counted
         counts = torch.ones_like(rollout.language_advantages) if counts is None else counts
-        total = float(len(rollout.completions))
+        sums = torch.tensor([len(rollout.completions), rollout.completions.mask.sum()], device=self.device).double()
         if several_processes():  # those that share groups may have other numbers: the mean over all of them
-            total = float(sum_over_ranks(torch.tensor(total, device=self.device))) / self.trainer.world_size
+            sums = sum_over_ranks(sums) / self.trainer.world_size
+        total, tokens = sums.tolist()
+        mean_length = tokens / total
         finite = torch.ones_like(rollout.language_advantages, dtype=torch.bool)
         every = rollout.completions.micro_batches(policy.micro_batch_size)
         for rows, weights in self._passes(policy, every, counts.bool(), counts):
             key = ("language", rows[0])
             completions = rollout.completions.rows(rows).trimmed()
-            result = language_objective(policy, completions, rollout.language_advantages[rows], old=old.get(key))
+            advantages = rollout.language_advantages[rows]
+            result = self.language_objective.loss(
+                policy, completions, advantages, old=old.get(key), mean_length=mean_length
+            )
             if drew_it and self.updates_per_rollout > 1:
                 old[key] = result.detach()
             finite[rows] = result.loss.isfinite()
@@ -198,27 +224,21 @@ class UpdatedAgents(EvaluatedAgents):
         Micro-batches without an advantage, such as those of groups whose rewards are all equal, are left out where
         there is no KL: their gradient is 0.
         """
-        trajectory, advantages, counts = rollout.trajectory, rollout.advantages.flatten(), rollout.counted.flatten()
-        steps = range(len(trajectory.sde_steps))
-        finite = torch.ones_like(advantages, dtype=torch.bool)
-        speaks = counts if self.flow.kl_weight_now > 0 else counts & (advantages != 0)
-        every = list(chunks(len(trajectory), self.flow.micro_batch_size))
+        every = list(chunks(len(rollout.trajectory), self.flow.micro_batch_size))
+        same = every + [every[0]] * (max(gather_lists([len(every)])) - len(every)) if self.flow.sharded else every
+        batch = self.objective.prepare(self.flow, self._flow_batch(rollout), same, old)
+        counts, terms = batch.counted, self.objective.num_terms(batch.trajectory)
+        finite = torch.ones_like(counts)
+        speaks = counts if self.flow.kl_weight_now > 0 else counts & self.objective.speaks(batch)
         for rows, weights in self._passes(self.flow, every, speaks, counts):
-            part = trajectory.rows(rows)
-            for step in steps:
-                key = ("flow", rows.start, step)
-                result = flow_objective(
-                    self.flow,
-                    part,
-                    step,
-                    advantages[rows],
-                    old=old.get(key),
-                    normalize_ratio=self.ratio_normalization,
-                )
+            part = batch.rows(rows)
+            for term in range(terms):
+                key = ("flow", rows.start, term)
+                result = self.objective.loss(self.flow, part, term, old.get(key))
                 if drew_it and self.updates_per_rollout > 1:
                     old[key] = result.detach()
                 finite[rows] &= result.loss.isfinite()
-                self.manual_backward((result.loss * weights).sum() / (len(trajectory) * len(steps)))
+                self.manual_backward((result.loss * weights).sum() / (len(batch) * terms))
                 stats.add_all("train/flow", result.stats, weight=len(weights) * float(weights.any()))
         stats.add("train/flow/silent", (counts & ~speaks).float().mean(), len(counts))
         if counts.any() and not speaks.any():

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_modules.policies.adapters import DEFAULT, REFERENCE, base_and_adapter, reference_adapter
+from lightning_modules.policies.kept import Decay, KeptWeights
 from lightning_modules.policies.memory import Quantization, follow_weights, quantize_linears
 from lightning_modules.policies.sharding import gathered, saved_whole, shard_network
 from rewards.arguments import check_minimum
@@ -69,6 +70,9 @@ class Policy(nn.Module, ABC):
             higher in half precision.
         gradient_checkpointing: computes activations again in the backward pass instead of keeping them.
         quantization: keeps the frozen weights in 4 or 8 bits (bitsandbytes); an agent that learns needs `lora` then.
+        reference_decay: how the reference follows the weights: null keeps it as it was before training,
+            `{limit: 0, every: 100}` sets it to the weights every 100 optimizer steps, `{limit: 0.999}` is their moving
+            average.
         kl_every: optimizer steps from one with the KL to the next; the others do not call the reference, and have no
             `kl` in the log. The KL weighs `kl_every` times as much where it is, so that the mean gradient over steps
             stays the same, but AdamW's moments and `max_grad_norm` see it in bursts.
@@ -96,6 +100,7 @@ class Policy(nn.Module, ABC):
         gradient_checkpointing: bool = False,
         quantization: Quantization | None = None,
         kl_every: int = 1,
+        reference_decay: Decay | None = None,
     ) -> None:
         super().__init__()
         agent = self.agent
@@ -135,6 +140,12 @@ class Policy(nn.Module, ABC):
         self.network: Any = None
         self._frozen_copy: nn.Module | None = None
         self._use_frozen_copy = False
+        self.needs_reference = False
+        """True if an objective compares with `reference`, whatever the KL's weight is."""
+        self.reference_decay = reference_decay
+        self.old_decay: Decay | None = None
+        """How an objective's old policy follows the weights; None if there is none."""
+        self._copies: dict[str, KeptWeights] = {}
 
     @property
     def trained(self) -> bool:
@@ -199,9 +210,21 @@ class Policy(nn.Module, ABC):
             )
 
     @property
+    def decays(self) -> dict[str, Decay]:
+        """Name of each copy of the trained weights that follows them -> how."""
+        compares = self.kl_weight > 0 or self.needs_reference
+        found = {"reference": self.reference_decay if compares else None, "old": self.old_decay}
+        return {name: decay for name, decay in found.items() if decay is not None and self.trained}
+
+    @property
+    def _keeps_reference(self) -> bool:
+        compares = self.kl_weight > 0 or self.needs_reference
+        return self.trained and compares and self.reference_decay is None
+
+    @property
     def _adapters(self) -> list[str]:
         """Names of the adapters that the network gets: one to use and, for the KL, a copy of what was loaded."""
-        keeps = self.trained and self.kl_weight > 0 and self.lora is not None and self.lora.path is not None
+        keeps = self._keeps_reference and self.lora is not None and self.lora.path is not None
         return [DEFAULT, REFERENCE] if keeps else [DEFAULT]
 
     def _prepare(self) -> None:
@@ -223,7 +246,7 @@ class Policy(nn.Module, ABC):
                     "the weights; use `dtype: float32` with `trainer.precision: bf16-mixed`, or `lora`.",
                     stacklevel=2,
                 )
-            if self.kl_weight > 0:
+            if self._keeps_reference:
                 if self.frozen_dtype.itemsize > self.dtype.itemsize:
                     raise ValueError(
                         f"model.{self.agent} has frozen_dtype {self.frozen_dtype}, but its reference takes inputs of "
@@ -292,9 +315,15 @@ class Policy(nn.Module, ABC):
         Under LoRA the adapters are off or, where training began from `lora.path`, are those that were loaded; under
         full fine-tuning the frozen copy is in use. A frozen agent is its own reference.
 
+        With `reference_decay` it is the copy that follows the weights.
+
         Raises:
             ValueError: if the agent was loaded without a KL, and so kept no copy.
         """
+        if "reference" in self.decays:
+            with self.kept("reference"):
+                yield
+            return
         if self.trained and self.lora is not None and self.lora.path is None:
             with self._adapters_off():
                 yield
@@ -321,6 +350,18 @@ class Policy(nn.Module, ABC):
             yield
         finally:
             self.network.enable_adapters()
+
+    @property
+    def copies(self) -> dict[str, KeptWeights]:
+        """Copies of the trained weights that follow them, by name; made at the first call, before training."""
+        if self._copies.keys() != self.decays.keys():
+            learned = {name: p for name, p in self.named_parameters() if p.requires_grad}
+            self._copies = {name: KeptWeights(learned, decay) for name, decay in self.decays.items()}
+        return self._copies
+
+    def kept(self, name: str) -> AbstractContextManager[None]:
+        """Context manager: the network computes with a copy of the trained weights, without gradient."""
+        return self.copies[name].in_use()
 
     @property
     def device(self) -> torch.device:

@@ -88,7 +88,8 @@ class FlowPolicy(Policy):
         weight_decay: AdamW's weight decay.
         kl_weight: weight of the Gaussian KL per step to the model before training; 0 keeps no reference.
         kl_units: the KL that `kl_weight` weighs: of a whole `step`, whose variance is s^2 |dt|, as the paper's code has
-            it; or `flow_grpo`, where Flow-GRPO's code divides by s^2 alone: |dt| times as much (with cps the same).
+            it; or `flow_grpo`, where Flow-GRPO's code divides by s^2 alone: |dt| times as much (with cps the same); or
+            `velocity`, the mean squared difference of velocities, which needs no SDE step.
         max_log_ratio: a run stops where replayed log-probs of SDE steps differ from sampled ones by more, in nats.
         **kwargs: as for `Policy`.
     """
@@ -104,7 +105,7 @@ class FlowPolicy(Policy):
         learning_rate: float | None = 3e-7,
         weight_decay: float = 1e-4,
         kl_weight: float = 0.0,
-        kl_units: Literal["step", "flow_grpo"] = "step",
+        kl_units: Literal["step", "flow_grpo", "velocity"] = "step",
         max_log_ratio: float = 1e-5,
         **kwargs: Any,
     ) -> None:
@@ -164,6 +165,7 @@ class FlowPolicy(Policy):
         seeds: Sequence[int],
         *,
         window_seed: int = 0,
+        optimizer_step: int = 0,
         on_drawn: Callable[[slice, Tensor], None] | None = None,
         images: Sequence[Image.Image] | None = None,
         start_seeds: Sequence[int] | None = None,
@@ -174,6 +176,7 @@ class FlowPolicy(Policy):
             prompts: B prompts.
             seeds: B seeds; all noise of a sample comes from its own.
             window_seed: places a random window of SDE steps, one for the whole batch.
+            optimizer_step: number of optimizer steps taken so far, which places a window that moves on.
             on_drawn: called after every micro-batch with its rows and its images [b, 3, height, width] in [0, 1],
                 so that scoring may begin before the whole batch is drawn.
             images: B source images for an editing model; the same object for samples that share one.
@@ -182,7 +185,9 @@ class FlowPolicy(Policy):
         """
         sampling = self.sampling
         generator = torch.Generator().manual_seed(window_seed)
-        steps = sde_step_indices(sampling.sde_steps, sampling.num_steps, generator=generator)
+        steps = sde_step_indices(
+            sampling.sde_steps, sampling.num_steps, generator=generator, optimizer_step=optimizer_step
+        )
         conditioning, sigmas = self.encode(prompts, images), self.sigmas(sampling.num_steps)
         return self._sample(conditioning, seeds, sigmas, steps, on_drawn, start_seeds=start_seeds)
 
@@ -214,6 +219,10 @@ class FlowPolicy(Policy):
         with self.decoding():
             parts = [self.decode(trajectory.final[rows]) for rows in chunks(len(trajectory), self.drawn_together)]
         return torch.cat(parts)
+
+    def drawing(self) -> AbstractContextManager[None]:
+        """Context manager: the policy that draws rollouts, the old one where an objective keeps it."""
+        return self.kept("old") if "old" in self.decays else nullcontext()
 
     def decoding(self) -> AbstractContextManager[None]:
         """Context manager: the networks that `decode` needs are on the policy's device."""

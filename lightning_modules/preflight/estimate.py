@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from lightning_modules.distributed import CHUNK
-from lightning_modules.objectives import flow_objective, language_objective
 from lightning_modules.policies.base import Policy
 from lightning_modules.policies.conditioning import NEGATIVE
 from lightning_modules.policies.language import LanguagePolicy
@@ -31,6 +30,7 @@ from lightning_modules.preflight.formulas import (
 from lightning_modules.preflight.meta_models import (
     flow_on_meta,
     language_on_meta,
+    meta_batch,
     meta_completions,
     meta_trajectory,
     quantized_layers,
@@ -215,7 +215,7 @@ def _flow(module: PromptRL, policy: PipelinePolicy, setting: Setting, persistent
         meta.decode(drawn.final)
 
     def update() -> None:
-        flow_objective(meta, trajectory, 0, torch.empty(rows, device="meta")).loss.mean().backward()
+        module.objective.loss(meta, meta_batch(module.objective, trajectory), 0, None).loss.mean().backward()
 
     peak = _Peaks(meta, setting)
     beside = gathered_bytes(meta, setting)
@@ -225,7 +225,7 @@ def _flow(module: PromptRL, policy: PipelinePolicy, setting: Setting, persistent
         found.transient["encoding"] = waiting - decoder
     found.transient["drawing"] = peak.of(draw, beside)
     found.transient["decoding"] = peak.of(decode, decoder + beside)
-    if policy.trained and trajectory.sde_steps:
+    if policy.trained:
         found.transient["updating flow"] = peak.of(update, layer_bytes(meta, setting))
     return found
 
@@ -244,7 +244,8 @@ def _language(module: PromptRL, policy: LanguagePolicy, setting: Setting, persis
     completions = meta_completions(rows, prompt, policy.max_new_tokens)
 
     def update() -> None:
-        language_objective(meta, completions, torch.empty(rows, device="meta")).loss.mean().backward()
+        advantages = torch.empty(rows, device="meta")
+        module.language_objective.loss(meta, completions, advantages).loss.mean().backward()
 
     written = min(policy.rollout_batch_size or total, total)
     logits = written * config.get_text_config().vocab_size * (itemsize + 4 * LOGITS_COPIES)
@@ -287,6 +288,9 @@ def _persistent(module: PromptRL, policy: Policy, meta: Policy, setting: Setting
         (found.per_step if state.paged else found.persistent)[name] = state.bytes // shards
         if meta._frozen_copy is not None:
             found.persistent["reference"] = weight_bytes(meta._frozen_copy) // shards
+        for copy in policy.decays:
+            learned = sum(parameter.nbytes for parameter in meta.parameters() if parameter.requires_grad)
+            found.persistent[f"{copy}, which follows the weights"] = learned // shards
         averaging = min(gradients, 4 * CHUNK) if setting.num_devices > setting.shards else 0
         stepping = gradients if state.foreach and setting.cuda else 0
         if averaging or stepping:

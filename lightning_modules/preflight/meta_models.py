@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from lightning_modules.objectives import FlowBatch, FlowObjective
 from lightning_modules.policies.base import Policy
 from lightning_modules.policies.conditioning import NEGATIVE
 from lightning_modules.policies.language import LanguagePolicy
@@ -92,6 +93,24 @@ def meta_trajectory(meta: PipelinePolicy, rows: int, source: tuple[int, int] | N
         sigmas=torch.linspace(1, 0, sampling.num_steps + 1),
         sde_steps=steps,
         conditioning=Conditioning(_conditioning(meta, rows, source), torch.arange(rows)),
+    )
+
+
+def meta_batch(objective: FlowObjective, trajectory: Trajectory) -> FlowBatch:
+    """Builds the samples of a trajectory as an objective takes them, one group."""
+    rows = len(trajectory)
+    advantages = torch.empty(rows, device="meta")
+    return FlowBatch(
+        trajectory=trajectory,
+        advantages=advantages,
+        counted=advantages.bool(),
+        groups=advantages.long(),
+        seeds=range(rows),
+        group_seeds=[0] * rows,
+        levels_seed=0,
+        weights=advantages[:, None].expand(-1, objective.num_terms(trajectory))
+        if objective.needs_whole_groups
+        else None,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_modules.rl.sde import mean_per_sample
+from lightning_modules.rl.transition import mean_per_sample
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,13 @@ def clipped_surrogate(
     advantages: Tensor,
     *,
     clip_range: float,
+    clip_high: float | None = None,
     old_log_probs: Tensor | None = None,
     log_ratio: Tensor | None = None,
 ) -> Surrogate:
     """PPO's clipped surrogate objective as a loss, to be minimised (arXiv 1707.06347, Eq. 7).
 
-        loss = max(-A r, -A clip(r, 1 - c, 1 + c)),  r = exp(log_ratio)
+        loss = max(-A r, -A clip(r, 1 - c, 1 + c_high)),  r = exp(log_ratio)
 
     The log ratio is `log_probs - old_log_probs`; or `log_ratio`, when that is given ready made (`guard_log_ratio`),
     and `log_probs` is then used for its shape alone; or, with neither, strictly on-policy: `log_probs -
@@ -43,6 +44,7 @@ def clipped_surrogate(
         log_probs: [B, ...] log-probs of the current policy.
         advantages: [B], expanded over the trailing dims, or broadcastable to `log_probs`.
         clip_range: c; its useful size depends on how the log-probs are averaged and on the type of SDE.
+        clip_high: c_high, how far the ratio may rise (DAPO, arXiv 2503.14476, Sec. 3.1); None is c.
         old_log_probs: [B, ...] log-probs of the policy that drew the samples.
         log_ratio: [B, ...] log of the ratio r, with gradient.
 
@@ -58,16 +60,43 @@ def clipped_surrogate(
     if advantages.ndim == 1:
         assert advantages.shape == log_probs.shape[:1]
         advantages = advantages.reshape(-1, *[1] * (log_probs.ndim - 1))
+    ratio, high = log_ratio.exp(), clip_range if clip_high is None else clip_high
+    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + high))
+    outside = (ratio - 1 > high) | (1 - ratio > clip_range)
+    return Surrogate(loss, {"clip_fraction": outside.to(ratio.dtype).mean()} | ratio_stats(log_ratio))
+
+
+def trust_region_surrogate(log_ratio: Tensor, advantages: Tensor, divergence: Tensor, *, limit: float) -> Surrogate:
+    """Flow-DPPO's surrogate (arXiv 2606.11025): a divergence masks the gradient, in place of a clip range.
+
+        loss = -A r,  r = exp(log_ratio), without gradient where the policy is beyond the limit and would move further:
+        divergence > limit and (A > 0 and r > 1 or A < 0 and r < 1)
+
+    Args:
+        log_ratio: [B] log of the ratio r, with gradient.
+        advantages: [B] A.
+        divergence: [B] KL to the policy that drew the samples, in nats, without gradient.
+        limit: largest KL that does not mask.
+
+    Returns:
+        Loss [B]; the stats are `clipped_surrogate`'s, `clip_fraction` the share that is masked, and `divergence`.
+    """
+    assert log_ratio.shape == advantages.shape == divergence.shape
     ratio = log_ratio.exp()
-    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
-    with torch.no_grad():
-        stats = {
-            "ratio_mean": ratio.mean(),
-            "clip_fraction": ((ratio - 1).abs() > clip_range).to(ratio.dtype).mean(),
-            "max_abs_log_ratio": log_ratio.abs().max(),
-            "approx_kl": (log_ratio.expm1() - log_ratio).mean(),
-        }
-    return Surrogate(loss, stats)
+    masked = (divergence > limit) & (((advantages > 0) & (ratio > 1)) | ((advantages < 0) & (ratio < 1)))
+    loss = -advantages * torch.where(masked, ratio.detach(), ratio)
+    stats = {"clip_fraction": masked.to(ratio.dtype).mean(), "divergence": divergence.mean()}
+    return Surrogate(loss, stats | ratio_stats(log_ratio))
+
+
+@torch.no_grad()
+def ratio_stats(log_ratio: Tensor) -> dict[str, Tensor]:
+    """Mean of the ratio, the largest |log ratio|, and `r - 1 - log r`, an estimate of KL(old || current): scalars."""
+    return {
+        "ratio_mean": log_ratio.exp().mean(),
+        "max_abs_log_ratio": log_ratio.abs().max(),
+        "approx_kl": (log_ratio.expm1() - log_ratio).mean(),
+    }
 
 
 def guard_log_ratio(log_ratio: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor) -> Tensor:

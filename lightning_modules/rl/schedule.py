@@ -9,19 +9,24 @@ import torch
 
 @dataclass(frozen=True)
 class Window:
-    """SDE steps at a random place in the schedule (Flow-GRPO-Fast, MixGRPO arXiv 2507.21802).
+    """SDE steps at a place in the schedule that is random, or moves on (Flow-GRPO-Fast, MixGRPO arXiv 2507.21802).
 
     Args:
         size: number of steps.
         start: first step that the window may cover.
         stop: end (exclusive) of the steps that it may cover; null is the end of the schedule.
         contiguous: false draws each of the steps by itself from those that the window may cover.
+        every: optimizer steps after which the window moves on, from `start` until it has reached `stop`, then from
+            `start` again (MixGRPO's progressive strategy, Alg. 1); null places it at random.
+        stride: steps by which it moves on.
     """
 
     size: int
     start: int = 0
     stop: int | None = None
     contiguous: bool = True
+    every: int | None = None
+    stride: int = 1
 
 
 def dynamic_mu(
@@ -52,6 +57,7 @@ def sde_step_indices(
     num_steps: int,
     *,
     generator: torch.Generator | None = None,
+    optimizer_step: int = 0,
 ) -> tuple[int, ...]:
     """Chooses the SDE steps of a rollout; the others are Euler steps.
 
@@ -60,12 +66,13 @@ def sde_step_indices(
             rollout: every sample of a group needs the same steps).
         num_steps: number of sampler steps.
         generator: CPU generator for the window's place; null is torch's global one.
+        optimizer_step: number of optimizer steps taken so far, for a window that moves on.
 
     Returns:
         Step indices, rising.
     """
     if isinstance(spec, Window):
-        return _draw_window(spec, num_steps, generator)
+        return _draw_window(spec, num_steps, generator, optimizer_step)
     if isinstance(spec, int):
         if spec < 0 or spec > num_steps:
             raise ValueError(
@@ -81,7 +88,9 @@ def sde_step_indices(
     return tuple(sorted(spec))
 
 
-def _draw_window(window: Window, num_steps: int, generator: torch.Generator | None) -> tuple[int, ...]:
+def _draw_window(
+    window: Window, num_steps: int, generator: torch.Generator | None, optimizer_step: int
+) -> tuple[int, ...]:
     stop = num_steps if window.stop is None else window.stop
     if window.size < 1:
         raise ValueError(f"`sde_steps` is a window of size {window.size}; give it a `size` of at least 1.")
@@ -95,6 +104,15 @@ def _draw_window(window: Window, num_steps: int, generator: torch.Generator | No
             f"`sde_steps` is a window of {window.size} steps, which does not fit into [{window.start}, {stop}); "
             "lower `size` or widen `start` and `stop`."
         )
+    if window.every is not None:
+        if min(window.every, window.stride) < 1 or not window.contiguous:
+            raise ValueError(
+                f"`sde_steps` is a window with every {window.every} and stride {window.stride}; use at least 1 of "
+                "both, and `contiguous: true`."
+            )
+        places = range(window.start, stop - window.size + 1, window.stride)
+        first = places[optimizer_step // window.every % len(places)]
+        return tuple(range(first, first + window.size))
     if not window.contiguous:
         drawn = torch.randperm(stop - window.start, generator=generator)[: window.size]
         return tuple(sorted(window.start + step for step in drawn.tolist()))

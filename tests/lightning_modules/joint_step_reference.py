@@ -311,11 +311,11 @@ class JointStep:
             log_ratio = log_probs - self.flow_log_probs[place]
             slope = (drawn - mean) / (std**2 * dims)  # d log_ratio / d mean
             weight, variance = 1.0, std**2
-            if self.settings.ratio_normalization:  # GRPO-Guard, arXiv 2510.22319
+            if self.settings.objective.ratio_normalization:  # GRPO-Guard, arXiv 2510.22319
                 moved = mean - self.flow_means[place]
                 log_ratio = std * (log_ratio + mean_per_sample(moved**2 / (2 * std**2)))
                 slope = std * (slope + moved / (std**2 * dims))
-            if self.settings.ratio_normalization == "over_dt":
+            if self.settings.objective.ratio_normalization == "over_dt":
                 weight = 1 / (sigmas[step] - sigmas[step + 1])
             if settings.kl_units == "flow_grpo" and settings.sampling.sde_type != "cps":
                 variance = std**2 / (sigmas[step] - sigmas[step + 1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,9 +19,11 @@ from callbacks.benchmark import Benchmark
 from datamodules.base import PromptSample
 from lightning_modules.checkpoints import CheckpointIO
 from lightning_modules.distributed import whole
+from lightning_modules.objectives import FlowGRPO, FlowObjective
 from lightning_modules.policies.base import LoRA
 from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.flux1 import Flux1Policy
+from lightning_modules.policies.kept import Decay
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.prompt_rl import PromptRL
 from lightning_modules.rollout import Rollout
@@ -51,6 +53,8 @@ class Case:
         minibatches: optimizer steps of a pass.
         checkpointing: gradient checkpointing.
         precision: the trainer's.
+        objective: how the flow model learns.
+        reference: how both references follow the weights.
     """
 
     strategy: str | dict[str, Any]
@@ -64,6 +68,8 @@ class Case:
     minibatches: int = 1
     checkpointing: bool = False
     precision: str = "32-true"
+    objective: FlowObjective = field(default_factory=FlowGRPO)
+    reference: Decay | None = None
 
 
 class Shared(PromptRL):
@@ -107,6 +113,7 @@ def adamw(groups: list[dict[str, Any]]) -> torch.optim.AdamW:
 def build(case: Case, rank: int) -> Shared:
     lora = LoRA(rank=4, alpha=8) if case.lora else None
     common: dict[str, Any] = {"dtype": "float32", "lora": lora, "gradient_checkpointing": case.checkpointing}
+    common["reference_decay"] = case.reference
     flow = Flux1Policy(
         "miniature/flow",
         Sampling(4, 2),
@@ -117,6 +124,7 @@ def build(case: Case, rank: int) -> Shared:
         kl_weight=0.01,
         micro_batch_size=case.micro[rank % len(case.micro)],
         max_log_ratio=1.0,
+        kl_units="step" if case.objective.needs_sde_steps else "velocity",
         **common,
     )
     language = LanguagePolicy(
@@ -137,6 +145,7 @@ def build(case: Case, rank: int) -> Shared:
         4,
         4 if flow_only else 2,
         updates_per_rollout=case.updates,
+        objective=case.objective,
         num_minibatches=case.minibatches,
         optimizer=adamw,
     )

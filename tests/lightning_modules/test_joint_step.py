@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from datamodules.base import PromptSample
+from lightning_modules.objectives import FlowGRPO
 from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.flux1 import Flux1Policy
 from lightning_modules.policies.language import LanguagePolicy
@@ -90,14 +91,14 @@ CASES = [
         failed=(5,),
         flow={"learning_rate": 2e-3, "max_grad_norm": 0.05, "kl_weight": 5.0},
         language={"learning_rate": None},
-        module={"updates_per_rollout": 3, "ratio_normalization": True},
+        module={"updates_per_rollout": 3, "objective": FlowGRPO(ratio_normalization=True)},
     ),
     Case(
         "cps, GRPO-Guard over |dt|, no refiner",
         Sampling(4, [1, 2], "cps", 0.8),
         failed=(0, 7),
         flow={"kl_units": "flow_grpo", "kl_weight": 20.0},
-        module={"ratio_normalization": "over_dt", "num_retained": 4},
+        module={"objective": FlowGRPO(ratio_normalization="over_dt"), "num_retained": 4},
     ),
     # Of 3 groups, 1 and 2; the first step of the second pass is the first that is off the policy of its mini-batch.
     Case(
@@ -112,7 +113,7 @@ CASES = [
         Sampling(4, 2, "dance_sde", 0.8, clip_range=1e-3),
         flow={"learning_rate": 1e-3, "rollout_batch_size": 7, "max_log_ratio": 1e-4},
         language={"clip_range": 0.05},
-        module={"num_minibatches": 3, "ratio_normalization": True, "images_per_prompt": 2},
+        module={"num_minibatches": 3, "objective": FlowGRPO(ratio_normalization=True), "images_per_prompt": 2},
     ),
     Case(
         "refiner alone, two images a prompt",

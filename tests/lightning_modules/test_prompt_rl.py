@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from datamodules.base import PromptSample
-from lightning_modules.objectives import RatioNormalization, flow_objective
+from lightning_modules.objectives import FlowGRPO, RatioNormalization
 from lightning_modules.policies.base import LoRA, Policy
 from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.flux1 import Flux1Policy
@@ -31,6 +31,7 @@ from lightning_modules.rollout import Rollout
 from lightning_modules.seeding import generators_for, seed_of
 from miniature.scenes.prompts import ShapesPrompts
 from rewards.base import Reward, RewardBatch, Score
+from tests.lightning_modules.objectives.batches import batch_of
 from tests.lightning_modules.policies.test_flux1 import perturb
 
 MakeFlow = Callable[..., Flux1Policy]
@@ -304,7 +305,11 @@ def test_grpo_guard_weighs_all_updates_alike(
     """With a learning rate of 0 the policy stays where it was, and so does the gradient, KL included."""
     flow = make_flow(learning_rate=0.0, max_grad_norm=1e9, kl_weight=0.1)
     perturb(flow)  # away from the reference
-    module = attach(PromptRL(flow, Redness(), None, 4, 4, updates_per_rollout=3, ratio_normalization=normalization))
+    module = attach(
+        PromptRL(
+            flow, Redness(), None, 4, 4, updates_per_rollout=3, objective=FlowGRPO(ratio_normalization=normalization)
+        )
+    )
     norms: list[torch.Tensor] = []
     optimizer: Any = module.optimizers()
     optimizer.optimizer.register_step_pre_hook(
@@ -313,6 +318,21 @@ def test_grpo_guard_weighs_all_updates_alike(
     module.update(module.collect(samples[:2]))
     assert norms[0] > 1e-3
     torch.testing.assert_close(torch.stack(norms), norms[0].expand(3), rtol=1e-5, atol=0)
+
+
+def test_later_updates_in_bf16_see_the_weights_that_earlier_ones_left(
+    make_flow: MakeFlow, make_language: MakeLanguage, samples: list[PromptSample]
+) -> None:
+    """A training step is one autocast context, whose cache of bf16 weights must not outlive an optimizer step."""
+    found = []
+    for cached in (True, False):
+        torch.manual_seed(0)
+        flow, language = make_flow(learning_rate=0.05), make_language(learning_rate=0.05, clip_range=10.0)
+        module = attach(PromptRL(flow, Listed([0.0, 1.0, 3.0, 1.0]), language, 4, 2, updates_per_rollout=2))
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+            module.update(module.collect(samples[:1]))
+        found.append(gradients(module))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[1])
 
 
 def test_the_kl_of_every_third_step(
@@ -360,12 +380,12 @@ def test_units_of_the_kl_and_the_weight_of_a_step(make_flow: MakeFlow, sde_type:
     for number, step in enumerate((0, 2)):
         dt = flow.sigmas(4)[step] - flow.sigmas(4)[step + 1]
         flow.kl_units = "step"
-        whole = flow_objective(flow, trajectory, number, nothing).loss
+        whole = FlowGRPO().loss(flow, batch_of(trajectory, nothing), number, None).loss
         flow.kl_units = "flow_grpo"
-        theirs = flow_objective(flow, trajectory, number, nothing).loss
+        theirs = FlowGRPO().loss(flow, batch_of(trajectory, nothing), number, None).loss
         torch.testing.assert_close(theirs, whole if sde_type == "cps" else whole * dt)
         guarded, weighted = (
-            flow_objective(flow, trajectory, number, advantages, normalize_ratio=kind).loss - theirs
+            FlowGRPO(kind).loss(flow, batch_of(trajectory, advantages), number, None).loss - theirs
             for kind in (True, "over_dt")
         )
         torch.testing.assert_close(weighted, guarded / dt)

@@ -20,7 +20,7 @@ from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.system.step.__main__ import measured_peak
 from datamodules.sample import PromptSample
-from lightning_modules.objectives import flow_objective, language_objective
+from lightning_modules.objectives import FlowGRPO, RefinerGRPO
 from lightning_modules.policies.base import LoRA, Policy
 from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.flux1 import Flux1Policy
@@ -40,6 +40,7 @@ from lightning_modules.preflight.formulas import (
 from lightning_modules.preflight.meta_models import (
     flow_on_meta,
     language_on_meta,
+    meta_batch,
     meta_completions,
     meta_trajectory,
 )
@@ -49,6 +50,7 @@ from lightning_modules.rl.schedule import Window
 from miniature.scenes.detector import ShapesDetector
 from rewards.geneval.reward import GenEvalReward
 from tests.lightning_modules.cli.test_command import FLOW, LANGUAGE, complaint, fit
+from tests.lightning_modules.objectives.batches import batch_of
 from tests.lightning_modules.policies.family import Family
 from tests.lightning_modules.policies.test_families import FAMILIES
 from tests.lightning_modules.policies.test_memory import saved_bytes
@@ -367,8 +369,8 @@ def test_flow_update_takes_what_the_profiler_measures(settings: dict[str, Any], 
     compare(
         policy,
         meta,
-        lambda: flow_objective(policy, drawn, 0, torch.ones(rows)).loss.mean(),
-        lambda: flow_objective(meta, shapes, 0, torch.empty(rows, device="meta")).loss.mean(),
+        lambda: FlowGRPO().loss(policy, batch_of(drawn, torch.ones(rows)), 0, None).loss.mean(),
+        lambda: FlowGRPO().loss(meta, meta_batch(FlowGRPO(), shapes), 0, None).loss.mean(),
         autocast,
         within=0.06,
     )
@@ -388,8 +390,8 @@ def test_language_update_takes_what_the_profiler_measures(
     compare(
         policy,
         meta,
-        lambda: language_objective(policy, written, torch.ones(rows)).loss.mean(),
-        lambda: language_objective(meta, shapes, torch.empty(rows, device="meta")).loss.mean(),
+        lambda: RefinerGRPO().loss(policy, written, torch.ones(rows)).loss.mean(),
+        lambda: RefinerGRPO().loss(meta, shapes, torch.empty(rows, device="meta")).loss.mean(),
         autocast,
         within=0.06,
     )
@@ -426,8 +428,8 @@ def test_a_larger_flux_takes_what_the_profiler_measures(larger_flux: Path, setti
     compare(
         policy,
         meta,
-        lambda: flow_objective(policy, drawn, 0, torch.ones(1)).loss.mean(),
-        lambda: flow_objective(meta, shapes, 0, torch.empty(1, device="meta")).loss.mean(),
+        lambda: FlowGRPO().loss(policy, batch_of(drawn, torch.ones(1)), 0, None).loss.mean(),
+        lambda: FlowGRPO().loss(meta, meta_batch(FlowGRPO(), shapes), 0, None).loss.mean(),
         None,
         within=0.05,
     )
