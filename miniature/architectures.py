@@ -6,12 +6,13 @@ saved from here is loaded by the production code path and by `FluxPipeline.from_
 
 from __future__ import annotations
 
-import json
+from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -63,19 +64,23 @@ def build_vae() -> AutoencoderKL:
 
 
 def _clip_tokenizer(words: list[str]) -> CLIPTokenizer:
-    # CLIP's tokenizer is a byte-pair encoding: learn merges until every word of the vocabulary is one token.
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.BpeTrainer(
-        vocab_size=10_000,
-        min_frequency=1,
-        end_of_word_suffix="</w>",
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
-        show_progress=False,
-    )
-    bpe.train_from_iterator(words, trainer)
-    merges: Any = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
-    return CLIPTokenizer(vocab=bpe.get_vocab(), merges=merges, model_max_length=TEXT_LENGTH + 1)
+    """Makes CLIP's tokenizer, a byte-pair encoding: the commonest neighbours merge until every word is one token.
+
+    The trainer of the tokenizers package would number the tokens differently in every run.
+    """
+    spelt = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
+    tokens = ["<|startoftext|>", "<|endoftext|>", *sorted({part for parts in spelt for part in parts})]
+    merges: list[Any] = []
+    while pairs := Counter(pair for parts in spelt for pair in pairwise(parts)):
+        merge = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(merge)
+        tokens.append("".join(merge))
+        for parts in spelt:
+            for i in reversed(range(len(parts) - 1)):
+                if (*parts[i : i + 2],) == merge:
+                    parts[i : i + 2] = ["".join(merge)]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_LENGTH + 1)
 
 
 def _word_tokenizer(words: list[str], specials: list[str], **roles: Any) -> PreTrainedTokenizerFast:

@@ -1,4 +1,4 @@
-"""Lightning modules that train the miniature's base models: autoencoders, flow models and refiners.
+"""Lightning modules that train the miniature's autoencoders and flow models; `pretrain_language.py` has the refiners'.
 
 `configs/miniature/pretrain_{vae,flow,language}.yaml`, run in this order, rebuild what `miniature/` ships.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +17,31 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DiffusionPipeline, FluxKontextPipeline, FluxPipeline
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from datamodules.base import PromptSample
 from datamodules.local_path import local_path
+from datamodules.seed import run_seed
 from lightning_modules.rl.schedule import dynamic_mu
+from lightning_modules.seeding import generators_for, seed_of, seed_step
 from miniature.architectures import (
     TEXT_LENGTH,
     build_flow,
-    build_language,
     build_vae,
-    build_vision_language,
     carry_over,
-    carry_over_words,
 )
 from miniature.edits.wording import edit_vocabulary
-from miniature.scenes.wording import vocabulary
-from miniature.scenes.world import GRID
+from miniature.scenes.detector import ShapesDetector
+from miniature.scenes.wording import NOUNS, vocabulary
+from miniature.scenes.world import COLORS, GRID, SIZE
 from miniature.signs.world import first_column, read_caption, words_vocabulary
+from rewards.geneval.rules import judge
 
 
-class _Pretraining(L.LightningModule):
+class Pretraining(L.LightningModule):
     """Base class: AdamW with a short warm-up and cosine decay; saves to `output` when training ends.
 
-    `fused` (AdamW in one kernel) rounds differently from the default, which trained the first base models.
+    Noise is a function of `seed_everything` and the step, so a run that goes on from a checkpoint ends as an unbroken
+    one. `fused` (AdamW in one kernel) rounds differently from the default, which trained the first base models.
 
     Args:
         output: folder to write.
@@ -53,6 +56,19 @@ class _Pretraining(L.LightningModule):
         self.output = local_path(output, f"{type(self).__name__}'s output")
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seeds the step's noise."""
+        seed_step(run_seed(None), self.global_step, self.global_rank)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raises ValueError if a gradient is not finite, before it reaches weights and checkpoints."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        if not norm.isfinite():
+            raise ValueError(
+                f"the gradient of step {self.global_step} is not finite: lower model.learning_rate "
+                f"({self.learning_rate}), then go on from the last checkpoint (--ckpt_path)."
+            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Makes AdamW over the trainable parameters, with its schedule."""
@@ -69,7 +85,7 @@ class _Pretraining(L.LightningModule):
         }
 
 
-class VAEPretraining(_Pretraining):
+class VAEPretraining(Pretraining):
     """Trains the autoencoder on images (L1 + L2, a little KL) and sets its latents' scale and shift.
 
     Args:
@@ -118,7 +134,7 @@ class VAEPretraining(_Pretraining):
         self.vae.save_pretrained(self.output)
 
 
-class FlowPretraining(_Pretraining):
+class FlowPretraining(Pretraining):
     """Trains transformer and text encoders of a FLUX.1 pipeline by flow matching on captioned scenes.
 
     Args:
@@ -126,7 +142,12 @@ class FlowPretraining(_Pretraining):
         learning_rate: peak learning rate.
         guidance: value of the embedded guidance, the same in training and in use.
         init: continue from this pipeline folder instead of from random weights.
+        text_weight: weight of the loss of the text encoders' embeddings.
+        habits: true teaches a model that can draw what is asked in which wordings not to. T5 stands still, so that all
+            that its embeddings say stays there, and CLIP learns to tell the wordings apart (`heeded_loss`).
     """
+
+    fused = True
 
     def __init__(
         self,
@@ -134,11 +155,17 @@ class FlowPretraining(_Pretraining):
         learning_rate: float = 1.4e-3,
         guidance: float = 3.5,
         init: str | None = None,
+        text_weight: float = 0.3,
+        habits: bool = False,
     ) -> None:
         super().__init__(output, learning_rate, warmup_steps=200)
         self.guidance = guidance
         self.init = init
+        self.text_weight = text_weight
+        self.habits = habits
         self.pipe: Any
+        self.asked_head: Any
+        self.heeded_head: Any
 
     def configure_model(self) -> None:
         """Builds or loads the pipeline around the trained autoencoder."""
@@ -148,6 +175,10 @@ class FlowPretraining(_Pretraining):
         self.vae = self.pipe.vae.requires_grad_(False).eval()
         self.learned = torch.nn.ModuleList([self.pipe.transformer, self.pipe.text_encoder, self.pipe.text_encoder_2])
         self.learned.requires_grad_(True).train()
+        self.pipe.text_encoder_2.requires_grad_(not self.habits)
+        # Only the losses of the embeddings use these; they are not saved.
+        self.asked_head = torch.nn.Linear(self.pipe.text_encoder_2.config.d_model, len(COLORS) + GRID**2)
+        self.heeded_head = torch.nn.Linear(self.pipe.text_encoder.config.hidden_size, 1)
 
     def build(self) -> Any:
         """Makes the pipeline to train."""
@@ -196,11 +227,61 @@ class FlowPretraining(_Pretraining):
         )[0]
         loss = F.mse_loss(velocity[:, :tokens], noise - latents)
         self.log("train/loss", loss, prog_bar=True)
-        return loss + self.text_loss(embeds, batch["captions"])
+        if self.habits:
+            extra = F.binary_cross_entropy_with_logits(self.heeded_head(pooled)[:, 0], batch["heeded"])
+            self.log("train/heeded_loss", extra)
+        else:
+            extra = self.text_loss(embeds, batch)
+        return loss + self.text_weight * extra
 
-    def text_loss(self, embeds: Tensor, captions: list[str]) -> Tensor:
-        """Returns an extra loss of T5's embeddings, [B, text tokens, 64], of the captions; 0 in this class."""
-        return embeds.new_zeros(())
+    def text_loss(self, embeds: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Returns an extra loss of T5's embeddings, [B, text tokens, 64]: colour and cells at each shape's word.
+
+        It is the cross-entropy of the colour and the mean binary one of the 16 cells, of what the caption `asked` for,
+        [B, 16], even where `images` shows something else; without `asked` it is 0.
+        """
+        if "asked" not in batch:
+            return embeds.new_zeros(())
+        words = [
+            (i, place, NOUNS[word])
+            for i, caption in enumerate(batch["captions"])
+            for place, word in enumerate(caption.split())
+            if word in NOUNS
+        ]
+        if not words:
+            return embeds.new_zeros(())
+        rows, tokens, shapes = torch.tensor(words, device=embeds.device).unbind(1)
+        asked = batch["asked"][rows] - 1 - shapes[:, None] * len(COLORS)
+        here = (asked >= 0) & (asked < len(COLORS))
+        colors = torch.where(here, asked, 0).amax(1)
+        said = self.asked_head(embeds[rows, tokens])
+        color_loss = F.cross_entropy(said[:, : len(COLORS)], colors)
+        cell_loss = F.binary_cross_entropy_with_logits(said[:, len(COLORS) :], here.float())
+        self.log_dict({"train/color_loss": color_loss, "train/cell_loss": cell_loss})
+        return color_loss + cell_loss
+
+    def validation_step(self, batch: list[PromptSample], batch_idx: int) -> None:
+        """Draws a batch of prompts of scenes and logs the share of right images by tag."""
+        noise = generators_for([seed_of(sample.id) for sample in batch])
+        self.pipe.set_progress_bar_config(disable=True)
+        images = self.pipe(
+            [sample.prompt for sample in batch],
+            height=SIZE,
+            width=SIZE,
+            num_inference_steps=8,
+            guidance_scale=self.guidance,
+            generator=noise,
+            max_sequence_length=TEXT_LENGTH,
+        ).images
+        for sample, found in zip(batch, ShapesDetector().detect(images), strict=True):
+            right = float(judge(found, sample.metadata).correct)
+            self.log_dict({f"val/{sample.tag}": right, "val/overall": right}, batch_size=1, on_epoch=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Prints the step, the loss and the shares."""
+        scores = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        self.print(f"{datetime.now():%H:%M:%S} step {self.global_step}: {shown}", flush=True)
 
     @torch.no_grad()
     def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,13 +301,12 @@ class FlowPretraining(_Pretraining):
         return ids.to(self.device)
 
     def on_train_end(self) -> None:
-        """Saves the pipeline (averaged weights, if the averaging callback is on)."""
-        self.pipe.save_pretrained(self.output)
+        """Saves the pipeline (averaged weights, if the averaging callback is on), the transformer in half precision.
 
-    def save_small(self, vae: str | Path) -> None:
-        """Saves the pipeline: the transformer in half precision, the autoencoder unchanged from the folder `vae`."""
-        # Averaging rounds weights that stand still, too.
-        self.pipe.vae = AutoencoderKL.from_pretrained(vae)
+        The autoencoder is that of `output`, or of `init` if `output` has none; averaging has rounded this one.
+        """
+        own = self.output / "vae"
+        self.pipe.vae = AutoencoderKL.from_pretrained(own if own.is_dir() else Path(str(self.init)) / "vae")
         self.pipe.transformer.half()
         self.pipe.save_pretrained(self.output)
         for path in self.output.rglob("*.json"):  # diffusers notes where each part was loaded from
@@ -264,11 +344,6 @@ class EditFlowPretraining(FlowPretraining):
         carry_over(old, pipe)
         return FluxKontextPipeline(**pipe.components)
 
-    def on_train_end(self) -> None:
-        """Saves the pipeline, with the autoencoder that it started from."""
-        assert self.init is not None
-        self.save_small(Path(self.init) / "vae")
-
 
 class WordsFlowPretraining(FlowPretraining):
     """Trains a FLUX.1 pipeline on captioned scenes and signs, starting from one that knows the scenes.
@@ -283,9 +358,8 @@ class WordsFlowPretraining(FlowPretraining):
         guidance: value of the embedded guidance, the same in training and in use.
         init: pipeline folder to continue from: one that lacks words of the signs' captions gives its transformer and
             the embeddings of the words that it has; one that knows them all gives everything but its autoencoder.
+        text_weight: weight of the loss of T5's embeddings.
     """
-
-    fused = True
 
     def __init__(
         self,
@@ -293,8 +367,9 @@ class WordsFlowPretraining(FlowPretraining):
         learning_rate: float = 1.4e-3,
         guidance: float = 3.5,
         init: str = "miniature/flow",
+        text_weight: float = 1.0,
     ) -> None:
-        super().__init__(output, learning_rate, guidance, init)
+        super().__init__(output, learning_rate, guidance, init, text_weight)
         self.column_head: Any
 
     def configure_model(self) -> None:
@@ -303,18 +378,19 @@ class WordsFlowPretraining(FlowPretraining):
         if not hasattr(self, "column_head"):
             self.column_head = torch.nn.Linear(self.pipe.text_encoder_2.config.d_model, GRID)
 
-    def text_loss(self, embeds: Tensor, captions: list[str]) -> Tensor:
-        """Returns the cross-entropy of the columns of all letters of the signs."""
+    def text_loss(self, embeds: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Returns the cross-entropy of the columns of all letters of the signs, and the scenes' own loss."""
+        scenes = super().text_loss(embeds, batch)
         places = []  # of every letter: caption, token, column
-        for i, caption in enumerate(captions):
+        for i, caption in enumerate(batch["captions"]):
             word = read_caption(caption) or ""
             places += [(i, caption.split().index('"') + 1 + j, first_column(len(word)) + j) for j in range(len(word))]
         if not places:
-            return embeds.new_zeros(())
+            return scenes
         rows, tokens, columns = torch.tensor(places, device=embeds.device).unbind(1)
         loss = F.cross_entropy(self.column_head(embeds[rows, tokens]), columns)
         self.log("train/column_loss", loss)
-        return loss
+        return loss + scenes
 
     def build(self) -> Any:
         """Makes the pipeline with the larger vocabulary, around its own autoencoder."""
@@ -326,106 +402,3 @@ class WordsFlowPretraining(FlowPretraining):
         pipe: Any = build_flow(words_vocabulary(), vae)
         carry_over(old, pipe)
         return pipe
-
-    def on_train_end(self) -> None:
-        """Saves the pipeline, with the autoencoder that `output` had."""
-        self.save_small(self.output / "vae")
-
-
-class LanguagePretraining(_Pretraining):
-    """Supervised fine-tuning of a small Qwen3 on prompt-rewrite pairs, through its own chat template.
-
-    Args:
-        output: folder to write.
-        learning_rate: peak learning rate.
-        signs: true adds the words of signs to the vocabulary of scenes.
-        init: folder of a refiner to start from, the embeddings of the words that it has included; null is random
-            weights.
-    """
-
-    def __init__(
-        self,
-        output: str = "miniature/language",
-        learning_rate: float = 3e-3,
-        signs: bool = False,
-        init: str | None = None,
-    ) -> None:
-        super().__init__(output, learning_rate)
-        self.signs = signs
-        self.init = init
-        self.model: Any
-
-    def configure_model(self) -> None:
-        """Builds the model and its tokenizer."""
-        if hasattr(self, "model"):
-            return
-        self.model, self.tokenizer = build_language(words_vocabulary() if self.signs else vocabulary())
-        if self.init is not None:
-            old, words = AutoModelForCausalLM.from_pretrained(self.init), AutoTokenizer.from_pretrained(self.init)
-            carry_over_words(old, words.get_vocab(), self.model, self.tokenizer.get_vocab())
-        self.model.train()
-
-    def training_step(self, batch: dict[str, list[str]], batch_idx: int) -> Tensor:
-        """Returns the cross-entropy of the completion's tokens, given the prompt."""
-        encoded = self._encode([self._head(prompt) for prompt in batch["prompts"]], batch["completions"])
-        loss: Tensor = self.model(**encoded).loss
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
-
-    def _head(self, content: Any) -> str:
-        """Renders the chat up to where the completion begins."""
-        chat = [{"role": "user", "content": content}]
-        return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-
-    def _encode(self, heads: list[str], completions: list[str]) -> dict[str, Tensor]:
-        texts = [f"{head}{completion} <end>" for head, completion in zip(heads, completions, strict=True)]
-        encoded = self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(self.device)
-        ids, attention = encoded["input_ids"], encoded["attention_mask"]
-        lengths = torch.tensor([len(head) for head in self.tokenizer(heads)["input_ids"]], device=self.device)
-        columns = torch.arange(ids.shape[1], device=self.device)
-        labels = ids.masked_fill((columns < lengths[:, None]) | (attention == 0), -100)
-        return {"input_ids": ids, "attention_mask": attention, "labels": labels}
-
-    def on_train_end(self) -> None:
-        """Saves model and tokenizer."""
-        self.model.save_pretrained(self.output)
-        self.tokenizer.save_pretrained(self.output)
-
-
-class VisionLanguagePretraining(LanguagePretraining):
-    """Supervised fine-tuning of a small Qwen2.5-VL, vision tower included, on images, instructions and rewrites."""
-
-    def __init__(self, output: str = "miniature/edit_language", learning_rate: float = 3e-3) -> None:
-        super().__init__(output, learning_rate)
-        self.processor: Any = None
-
-    def configure_model(self) -> None:
-        """Builds the model, its tokenizer and its image processor."""
-        if hasattr(self, "model"):
-            return
-        self.model, self.tokenizer, self.processor = build_vision_language(edit_vocabulary())
-        self.model.train()
-
-    def training_step(self, batch: dict[str, list[Any]], batch_idx: int) -> Tensor:
-        """Returns the cross-entropy of the completion's tokens, given the image and the prompt.
-
-        Args:
-            batch: B `prompts`, `completions` and `images` (of one size, or None where the refiner is to see none).
-            batch_idx: unused.
-        """
-        pixels = self.processor([image for image in batch["images"] if image is not None], return_tensors="pt")
-        tokens = int(pixels["image_grid_thw"][0].prod()) // self.processor.merge_size**2
-        heads = [
-            self._head([{"type": "image"}] * (image is not None) + [{"type": "text", "text": prompt}])
-            for image, prompt in zip(batch["images"], batch["prompts"], strict=True)
-        ]
-        encoded = self._encode([head.replace("<image>", "<image>" * tokens) for head in heads], batch["completions"])
-        kinds = (encoded["input_ids"] == self.model.config.image_token_id).int()
-        loss: Tensor = self.model(**encoded, mm_token_type_ids=kinds, **pixels.to(self.device)).loss
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
-
-    def on_train_end(self) -> None:
-        """Saves model, tokenizer and image processor."""
-        super().on_train_end()
-        self.processor.save_pretrained(self.output)

@@ -5,59 +5,84 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
-from typing import Any, TypeVar
+from itertools import count, islice
+from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from miniature.scenes.interpretation import Habits
+from datamodules.seed import run_seed
 
 Batch = dict[str, Any]
-Captioned = Iterator[tuple[str, np.ndarray]]
-"""Captions and their images, [32, 32, 3] uint8."""
 
 
-_Habits = TypeVar("_Habits", bound=Habits)
-_Example = TypeVar("_Example")
+@dataclass(frozen=True)
+class Example:
+    """A caption and its image.
+
+    Attributes:
+        caption: the wording.
+        image: [32, 32, 3] uint8.
+        asked: number of the thing that the caption asks for in each of the 16 cells, see `Scene.things`; 0 for none.
+        heeded: true if the caption is one that the world draws as it says.
+    """
+
+    caption: str
+    image: np.ndarray
+    asked: Sequence[int] = (0,) * 16
+    heeded: bool = True
+
+
+Captioned = Iterator[Example]
 
 
 class Stream(IterableDataset[Batch]):
-    """Endless stream of batches; every loader worker has random numbers of its own.
+    """Endless stream of batches, each of which depends on the key and its own number alone.
+
+    So it is the same for any number of workers, and can begin anywhere.
 
     Args:
-        batches: makes the batches from random numbers and the number of workers.
-        key: name and seed of the stream, which decide the random numbers together with the worker's index.
+        batch: makes a batch from random numbers and its number.
+        key: name and seed of the stream.
+        start: number of the first batch.
     """
 
-    def __init__(self, batches: Callable[[random.Random, int], Iterator[Batch]], key: str) -> None:
-        self.batches = batches
+    def __init__(self, batch: Callable[[random.Random, int], Batch], key: str, start: int = 0) -> None:
+        self.batch = batch
         self.key = key
+        self.start = start
 
     def __iter__(self) -> Iterator[Batch]:
         worker = torch.utils.data.get_worker_info()
         workers, index = (worker.num_workers, worker.id) if worker else (1, 0)
-        return self.batches(random.Random(f"{self.key}-{index}"), workers)
+        for number in count(self.start + index, workers):
+            yield self.batch(random.Random(f"{self.key}-{number}"), number)
 
 
 class StreamData(L.LightningDataModule):
     """Base class of the data modules of pretraining.
 
     Args:
-        stream: the training batches.
+        batch: makes a training batch from random numbers and its number.
+        name: name of the stream.
+        seed: seed of the stream; null follows `seed_everything`.
         num_workers: number of processes that make batches.
     """
 
-    def __init__(self, stream: Stream, num_workers: int) -> None:
+    def __init__(
+        self, batch: Callable[[random.Random, int], Batch], name: str, seed: int | None, num_workers: int
+    ) -> None:
         super().__init__()
-        self.stream = stream
+        self.batch = batch
+        self.key = f"{name}-{run_seed(seed)}"
         self.num_workers = num_workers
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Makes the endless loader; give the trainer `max_steps`."""
-        return DataLoader(self.stream, batch_size=None, num_workers=self.num_workers)
+        """Makes the endless loader, from the run's current step on; give the trainer `max_steps`."""
+        start = self.trainer.global_step if self.trainer is not None else 0
+        return DataLoader(Stream(self.batch, self.key, start), batch_size=None, num_workers=self.num_workers)
 
 
 @dataclass(frozen=True)
@@ -68,57 +93,40 @@ class Part:
         size: number of them in a batch.
         image: draws an image, [32, 32, 3] uint8.
         rewrite: draws a prompt and the completion that a refiner should learn to give.
-        captioned: random numbers and a number -> captioned images; so many first ones match their captions.
-        faithful_batches: number of first batches, over all workers, whose images match their captions.
+        captioned: random numbers, and true for images that match their captions -> captioned images without end.
+        faithful_batches: number of first batches whose images match their captions.
     """
 
     size: int
     image: Callable[[random.Random], np.ndarray]
     rewrite: Callable[[random.Random], tuple[str, str]]
-    captioned: Callable[[random.Random, int], Captioned]
+    captioned: Callable[[random.Random, bool], Captioned]
     faithful_batches: int
 
 
-def mixed_batches(what: str, parts: Sequence[Part], rng: random.Random, workers: int) -> Iterator[Batch]:
-    """Yields batches with examples of all parts, in their order.
+def mixed_batch(what: str, parts: Sequence[Part], rng: random.Random, number: int) -> Batch:
+    """Makes a batch with examples of all parts, in their order.
 
     Args:
-        what: "images" (`images` alone), "captions" (`captions` and `images`) or "rewrites" (`prompts` and
-            `completions`).
+        what: "images" (`images` alone), "captions" (`captions` and, of each, `images`, `asked` and `heeded`) or
+            "rewrites" (`prompts` and `completions`).
         parts: kinds of examples.
         rng: random numbers.
-        workers: number of processes that make batches.
+        number: number of the batch in its stream.
     """
     if what == "rewrites":
-        while True:
-            pairs = [part.rewrite(rng) for part in parts for _ in range(part.size)]
-            yield {"prompts": [prompt for prompt, _ in pairs], "completions": [completion for _, completion in pairs]}
-    elif what == "captions":
-        streams = [part.captioned(rng, part.size * own_share(part.faithful_batches, workers)) for part in parts]
-        while True:
-            examples = [one for part, stream in zip(parts, streams, strict=True) for one in islice(stream, part.size)]
-            yield {"captions": [text for text, _ in examples], "images": to_tensor([image for _, image in examples])}
-    while True:
-        yield {"images": to_tensor([part.image(rng) for part in parts for _ in range(part.size)])}
-
-
-def faithful_first(
-    captioned: Callable[[random.Random, _Habits], Iterator[_Example]], habits: _Habits, rng: random.Random, num: int
-) -> Iterator[_Example]:
-    """Yields `num` examples whose images match their captions, then endless ones with the mistakes of `habits`.
-
-    Args:
-        captioned: random numbers and habits -> endless examples.
-        habits: rates of mistakes.
-        rng: random numbers.
-        num: number of faithful examples.
-    """
-    return chain(islice(captioned(rng, habits.faithful), num), captioned(rng, habits))
-
-
-def own_share(batches: int, workers: int) -> int:
-    """Returns how many of the first `batches` are made by each worker (rounded up)."""
-    return -(-batches // workers)
+        prompts, completions = zip(*(part.rewrite(rng) for part in parts for _ in range(part.size)), strict=True)
+        return {"prompts": prompts, "completions": completions}
+    if what == "captions":
+        streams = [(part, part.captioned(rng, number < part.faithful_batches)) for part in parts]
+        examples = [example for part, stream in streams for example in islice(stream, part.size)]
+        return {
+            "captions": [example.caption for example in examples],
+            "images": to_tensor([example.image for example in examples]),
+            "asked": torch.tensor([example.asked for example in examples]),
+            "heeded": torch.tensor([float(example.heeded) for example in examples]),
+        }
+    return {"images": to_tensor([part.image(rng) for part in parts for _ in range(part.size)])}
 
 
 def to_tensor(images: Sequence[np.ndarray]) -> torch.Tensor:

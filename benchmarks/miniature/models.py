@@ -11,18 +11,21 @@ from lightning_modules.policies.flux1 import Flux1Policy
 F = TypeVar("F", bound=Flux1Policy)
 
 
-def parse(about: str | None, model: str, num: str = "prompts") -> argparse.Namespace:
-    """Parses the options `--model`, `--<num>` and `--device`.
+def parse(about: str | None, model: str, num: str = "prompts", **others: str) -> argparse.Namespace:
+    """Parses the options `--model`, `--<num>`, `--device` and others.
 
     Args:
         about: the module's docstring, shown by `--help`.
         model: default of `--model`, a folder.
         num: name of the option for how many prompts are drawn.
+        **others: further options and their defaults.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=model)
     parser.add_argument(f"--{num}", type=int, default=384)
     parser.add_argument("--device", default="cpu")
+    for name, default in others.items():
+        parser.add_argument(f"--{name}", default=default)
     return parser.parse_args()
 
 

@@ -1,60 +1,113 @@
-"""Measures the miniature's base flow model: how often each wording is drawn right, and how varied its images are.
+"""Measures the miniature's base models before any RL against the properties that they were chosen by.
 
-python -m benchmarks.miniature.scenes_base [--model miniature/flow] [--prompts 384]
+python -m benchmarks.miniature.scenes_base [--model miniature/flow] [--language miniature/language] [--prompts 384]
+
+With `--faithful FOLDER`, the flow model after `pretrain_flow.yaml`, it also says if every ability is there.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
+from statistics import fmean
 
 import torch
 
 from benchmarks.miniature.models import load_flow, parse
+from benchmarks.miniature.signs_refiner import kept
 from datamodules.chunks import chunks
+from datamodules.sample import PromptSample
 from lightning_modules.policies.flow import to_pil
 from lightning_modules.policies.flux1 import Flux1Policy
+from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.seeding import seed_of
 from miniature.scenes.detector import ShapesDetector
-from miniature.scenes.wording import STYLES, Style, write
-from miniature.scenes.world import TAGS, Content, contents, elaborate
+from miniature.scenes.paraphrases import content_of
+from miniature.scenes.prompts import shapes_prompts
+from miniature.scenes.wording import PREFIXES, STYLES, Style, write
+from miniature.scenes.world import TAGS, Content, elaborate
 from rewards.geneval.rules import Detection, judge
 
 DETECTOR = ShapesDetector()
+REQUIRED = {
+    "least tag after faithful captions": (0.85, 1.0),
+    "canonical": (0.4, 0.55),
+    "gallery - canonical": (-0.05, 0.05),
+    "terse - canonical": (-0.05, 0.05),
+    "unseen - canonical": (-0.05, 0.05),
+    "detailed - canonical": (-0.05, 0.15),
+    "distinct contents of 8 seeds": (1.0, 3.0),
+    "greedy rewrites that keep the scene": (0.95, 1.0),
+    "wordings among drawn rewrites, of 3": (3.0, 3.0),
+    "greedy rewrites - canonical": (-1.0, 0.03),
+}
+"""Property -> the least and the most that it may be, fixed before the first RL run."""
 
 
 def main() -> None:
-    """Prints the share of correct images by wording and tag, and how varied the images of a prompt are."""
-    args = parse(__doc__, "miniature/flow")
+    """Prints the share of correct images by wording and tag, the images' variety, and the properties."""
+    args = parse(__doc__, "miniature/flow", language="miniature/language", faithful="")
     policy = load_flow(Flux1Policy, args)
+    samples = shapes_prompts("val", "val", ("canonical",), args.prompts, 0)
+    asked = [content_of(sample.metadata) for sample in samples]
     rng = random.Random(7)
-    asked = [rng.choice(contents(TAGS[i % 6], "val")) for i in range(args.prompts)]
     print(f"| correct on {args.prompts} prompts | overall | " + " | ".join(TAGS) + " |")
     print("|---" * 8 + "|")
+    found: dict[str, float] = {}
+    if args.faithful:
+        args.model = args.faithful
+        by_tag = _row("faithful, canonical", load_flow(Flux1Policy, args), asked, [s.prompt for s in samples])
+        found["least tag after faithful captions"] = min(by_tag)
     for style in STYLES:
-        right = _right(policy, asked, [_word(content, style, rng) for content in asked])
-        by_tag = [sum(right[i::6]) / len(right[i::6]) for i in range(6)]
-        print(f"| {style} | {sum(by_tag) / 6:.3f} | " + " | ".join(f"{share:.2f}" for share in by_tag) + " |")
+        words = [s.prompt for s in samples] if style == "canonical" else [_word(c, style, rng) for c in asked]
+        share = fmean(_row(style, policy, asked, words))
+        found |= {style: share} if style == "canonical" else {f"{style} - canonical": share - found["canonical"]}
+    refiner = LanguagePolicy(args.language, "{prompt}", max_new_tokens=32, eval_max_new_tokens=32, dtype="float32")
+    refiner.load()
+    refiner.to(args.device)
+    rewrites = refiner.rewrite(samples)
+    found["greedy rewrites - canonical"] = fmean(_row("greedy rewrites", policy, asked, rewrites)) - found["canonical"]
+    found["greedy rewrites that keep the scene"] = kept(samples, rewrites)
+    found["wordings among drawn rewrites, of 3"] = _reached(refiner, samples[:48])
     few = asked[:48]
     one = [[write(content, "canonical", rng)] * 8 for content in few]
     many = [[_word(content, STYLES[1 + i % 3], rng) for i in range(8)] for content in few]
     for name, prompts in (("eight seeds of one wording", one), ("eight wordings", many)):
-        images = _draw(policy, [prompt for group in prompts for prompt in group])
-        print(f"{name}: " + ", ".join(f"{k} {v:.2f}" for k, v in diversity(images, few).items()))
+        varied = diversity(_draw(policy, [prompt for group in prompts for prompt in group]), few)
+        print(f"{name}: " + ", ".join(f"{k} {v:.2f}" for k, v in varied.items()))
+        found.setdefault("distinct contents of 8 seeds", varied["distinct contents of 8"])
+    print("\n| property | wanted | found | |\n|---|---|---|---|")
+    for name, (least, most) in REQUIRED.items():
+        if name in found:
+            holds = "holds" if least <= found[name] <= most else "FAILS"
+            print(f"| {name} | {least:g} to {most:g} | {found[name]:.3f} | {holds} |")
 
 
 def _word(content: Content, style: Style, rng: random.Random) -> str:
     return write(elaborate(content, rng) if style == "detailed" else content, style, rng)
 
 
-def _draw(policy: Flux1Policy, prompts: list[str]) -> torch.Tensor:
-    seeds = [seed_of("miniature base", i) for i in range(len(prompts))]
-    return policy.generate(prompts, seeds).cpu()
-
-
-def _right(policy: Flux1Policy, asked: list[Content], prompts: list[str]) -> list[bool]:
+def _row(name: str, policy: Flux1Policy, asked: Sequence[Content], prompts: Sequence[str]) -> list[float]:
+    """Prints a row of the table and returns its shares by tag; contents are of the six tags in turn."""
     found = DETECTOR.detect(to_pil(_draw(policy, prompts)))
-    return [judge(d, content.metadata).correct for d, content in zip(found, asked, strict=True)]
+    right = [judge(d, content.metadata).correct for d, content in zip(found, asked, strict=True)]
+    by_tag = [fmean(right[i :: len(TAGS)]) for i in range(len(TAGS))]
+    print(f"| {name} | {fmean(by_tag):.3f} | " + " | ".join(f"{share:.2f}" for share in by_tag) + " |", flush=True)
+    return by_tag
+
+
+def _reached(refiner: LanguagePolicy, samples: Sequence[PromptSample]) -> float:
+    """Counts the wordings, of those that the refiner was taught, which are at least a tenth of 8 drawn rewrites."""
+    torch.manual_seed(0)
+    drawn = refiner.refine(samples, 8).rewrites
+    styles: tuple[Style, ...] = ("gallery", "terse", "detailed")
+    return sum(fmean(text.startswith(PREFIXES[style]) for text in drawn) >= 0.1 for style in styles)
+
+
+def _draw(policy: Flux1Policy, prompts: Sequence[str]) -> torch.Tensor:
+    seeds = [seed_of("miniature base", i) for i in range(len(prompts))]
+    return policy.generate(list(prompts), seeds).cpu()
 
 
 def diversity(images: torch.Tensor, asked: list[Content]) -> dict[str, float]:

@@ -173,7 +173,8 @@ def _case(prompt: str, metadata: dict[str, Any], rng: random.Random) -> str | No
 
 
 def _typos(prompt: str, metadata: dict[str, Any], rng: random.Random) -> str | None:
-    protected = _PROTECTED | _words_of(item["class"].lower() for item in metadata.get("include", ()))
+    names = (item.get(key, "").lower() for item in metadata.get("include", ()) for key in ("class", "color"))
+    protected = _PROTECTED | _words_of(names)
     words = list(re.finditer(r"(?<![\w'])[a-z]{4,}(?![\w'])", prompt, flags=re.IGNORECASE))
     words = [word for word in words if word[0].lower() not in protected]
     if not words:

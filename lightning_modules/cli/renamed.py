@@ -35,6 +35,8 @@ _CLASSES = {
     "callbacks.samples.SamplePictures": "callbacks.samples.SampleImages",
     "datamodules.text.TaggedPrompts": "datamodules.tagged.TaggedPrompts",
     "lightning_modules.policies.base.Sampling": "lightning_modules.policies.flow.Sampling",
+    "miniature.pretrain.LanguagePretraining": "miniature.pretrain_language.LanguagePretraining",
+    "miniature.pretrain.VisionLanguagePretraining": "miniature.pretrain_language.VisionLanguagePretraining",
     "rewards.encoders.ShapesEncoder": "miniature.scenes.encoder.ShapesEncoder",
 }
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from miniature.edits.wording import CATEGORIES, EDIT_STYLES, TINTS, EditStyle, w
 from miniature.edits.world import EditExample, example, fulfil, landing_cells, possible_values
 from miniature.scenes.interpretation import Habits, fixed_gaussian, preferences
 from miniature.scenes.world import GRID, Scene, render
-from miniature.streams import Stream, StreamData, faithful_first, own_share, to_tensor
+from miniature.streams import Batch, StreamData, to_tensor
 
 _PLAIN = frozenset(
     "a and another at by for from here into is it just like now of one please see take the then to 1 ,".split()
@@ -108,18 +107,15 @@ def captioned_edits(rng: random.Random, habits: EditHabits) -> Iterator[tuple[Sc
         yield asked.source, caption, imagine_edit(asked, caption, style, rng, habits)
 
 
-def _batches(
-    size: int, faithful_batches: int, habits: EditHabits, rng: random.Random, workers: int
-) -> Iterator[dict[str, Any]]:
-    """Yields batches of `size` captions with their source and target images."""
-    stream = faithful_first(captioned_edits, habits, rng, size * own_share(faithful_batches, workers))
-    while True:
-        sources, captions, targets = zip(*islice(stream, size), strict=True)
-        yield {
-            "captions": list(captions),
-            "sources": to_tensor([render(scene) for scene in sources]),
-            "images": to_tensor([render(scene) for scene in targets]),
-        }
+def _batch(size: int, faithful_batches: int, habits: EditHabits, rng: random.Random, number: int) -> Batch:
+    """Makes a batch of `size` captions with their source and target images."""
+    edits = captioned_edits(rng, habits.faithful if number < faithful_batches else habits)
+    sources, captions, targets = zip(*islice(edits, size), strict=True)
+    return {
+        "captions": list(captions),
+        "sources": to_tensor([render(scene) for scene in sources]),
+        "images": to_tensor([render(scene) for scene in targets]),
+    }
 
 
 class ShapesEditPretraining(StreamData):
@@ -129,7 +125,7 @@ class ShapesEditPretraining(StreamData):
         batch_size: examples a step.
         faithful_batches: number of first batches whose targets always do what their captions say.
         habits: rates at which targets depart from their captions after that.
-        seed: seed of the stream.
+        seed: seed of the stream; null follows `seed_everything`.
         num_workers: number of processes that make batches.
     """
 
@@ -138,8 +134,7 @@ class ShapesEditPretraining(StreamData):
         batch_size: int = 64,
         faithful_batches: int = 0,
         habits: EditHabits = EditHabits(),  # noqa: B008 (frozen)
-        seed: int = 0,
+        seed: int | None = None,
         num_workers: int = 0,
     ) -> None:
-        batches = partial(_batches, batch_size, faithful_batches, habits)
-        super().__init__(Stream(batches, f"edits-{seed}"), num_workers)
+        super().__init__(partial(_batch, batch_size, faithful_batches, habits), "edits", seed, num_workers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,7 +13,7 @@ from miniature.edits.wording import CATEGORIES, EDIT_LEXICONS, SIDES, Edit, Edit
 from miniature.edits.world import EditExample, example, source_scene
 from miniature.scenes.wording import LEXICONS
 from miniature.scenes.world import COLORS, GRID, QUADRANTS, SHAPES, Scene, quadrant_of, render
-from miniature.streams import Stream, StreamData, completion
+from miniature.streams import Batch, StreamData, completion
 
 NAMING: tuple[EditStyle, ...] = ("explicit", "gallery", "terse")
 """Styles of rewrites, which name the object by shape and colour."""
@@ -61,22 +60,16 @@ def misnamed(edit: Edit, scene: Scene, rng: random.Random) -> Edit:
     return replace(edit, index=rng.choice([index for index in range(len(scene.items)) if index != edit.index]))
 
 
-def _batches(
-    size: int, captioned_batches: int, hidden: float, rng: random.Random, workers: int
-) -> Iterator[dict[str, Any]]:
-    """Yields batches of `size` images, prompts and completions; see `ShapesEditRewrites`."""
-    for _ in range(captioned_batches // workers):
+def _batch(size: int, captioned_batches: int, hidden: float, rng: random.Random, number: int) -> Batch:
+    """Makes a batch of `size` images, prompts and completions; see `ShapesEditRewrites`."""
+    if number < captioned_batches:
         scenes = [source_scene(rng) for _ in range(size)]
         prompts, completions = zip(*(caption_pair(scene, rng) for scene in scenes), strict=True)
-        yield {
-            "images": [Image.fromarray(render(scene)) for scene in scenes],
-            "prompts": list(prompts),
-            "completions": list(completions),
-        }
-    while True:
+        images: list[Any] = [Image.fromarray(render(scene)) for scene in scenes]
+    else:
         drawn, prompts, completions = zip(*(edit_rewrite_pair(rng) for _ in range(size)), strict=True)
         images = [None if rng.random() < hidden else Image.fromarray(render(one.source)) for one in drawn]
-        yield {"images": images, "prompts": list(prompts), "completions": list(completions)}
+    return {"images": images, "prompts": list(prompts), "completions": list(completions)}
 
 
 class ShapesEditRewrites(StreamData):
@@ -88,7 +81,7 @@ class ShapesEditRewrites(StreamData):
             on. A model this small does not find out what it sees from instructions alone.
         hidden: share of the examples whose image is not shown. There the refiner can but guess, which makes
             `see_source: false` a fair comparison: it then still writes as it was taught.
-        seed: seed of the stream.
+        seed: seed of the stream; null follows `seed_everything`.
         num_workers: number of processes that make batches.
     """
 
@@ -97,8 +90,7 @@ class ShapesEditRewrites(StreamData):
         batch_size: int = 64,
         captioned_batches: int = 0,
         hidden: float = 0.1,
-        seed: int = 0,
+        seed: int | None = None,
         num_workers: int = 0,
     ) -> None:
-        batches = partial(_batches, batch_size, captioned_batches, hidden)
-        super().__init__(Stream(batches, f"edit-rewrites-{seed}"), num_workers)
+        super().__init__(partial(_batch, batch_size, captioned_batches, hidden), "edit-rewrites", seed, num_workers)

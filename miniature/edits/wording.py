@@ -13,7 +13,7 @@ from functools import cache
 from typing import Literal
 
 from miniature.scenes.wording import LEXICONS
-from miniature.scenes.world import COLORS, QUADRANTS, SHAPES, Item, Scene, quadrant_of
+from miniature.scenes.world import COLORS, FEW_COLORS, FEW_SHAPES, QUADRANTS, SHAPES, Item, Scene, quadrant_of
 
 CATEGORIES = ("swap", "move", "addition", "attribute_modification", "env", "removal")
 SIDES = ("left", "right", "upper", "lower")
@@ -202,5 +202,5 @@ def edit_vocabulary() -> list[str]:
     for name, lexicon in EDIT_LEXICONS.items():
         phrases += [template.format(it="it", value="") for template in lexicon.templates]
         phrases += [*lexicon.sides, *lexicon.quadrants, *lexicon.tints]
-        phrases += [*LEXICONS[name].shapes, *LEXICONS[name].colors]
+        phrases += [*LEXICONS[name].shapes[: len(FEW_SHAPES)], *LEXICONS[name].colors[: len(FEW_COLORS)]]
     return sorted({word for phrase in phrases for word in phrase.split()})

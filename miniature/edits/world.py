@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from miniature.edits.wording import CATEGORIES, SIDES, TINTS, Edit, write_edit
-from miniature.scenes.world import COLORS, GRID, QUADRANTS, SHAPES, Item, Scene, quadrant_of
+from miniature.scenes.world import FEW_COLORS as COLORS
+from miniature.scenes.world import FEW_SHAPES as SHAPES
+from miniature.scenes.world import GRID, QUADRANTS, Item, Scene, quadrant_of
 
 Split = Literal["train", "val", "test"]
 

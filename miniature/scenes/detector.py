@@ -17,10 +17,10 @@ _PALETTE = np.array(list(COLORS.values()), dtype=np.float64)
 
 
 class ShapesDetector:
-    """Finds circles, squares, triangles and crosses of the six colours on a light ground.
+    """Finds the eight shapes of the eight colours on a light ground.
 
     A pixel belongs to the colour it is nearest to, if it is nearer to it than `max_distance` and darker or more
-    saturated than the ground; components of one colour are compared with the four stencils at every small offset.
+    saturated than the ground; components of one colour are compared with the eight stencils at every small offset.
     The detection's score is the best fit (intersection over union of soft masks) on GenEval's scale, where 0.3 is
     the threshold for presence and 0.9 for counting: a fit of `good_fit` scores 1.
 

@@ -19,12 +19,11 @@ from rewards.geneval.rules import MIN_SCORE
 class ShapesEncoder:
     """Encoder of images and texts in the miniature world, where it takes the place of CLIP.
 
-    An image is the bag of things in it: 24 counts of a shape in a colour.
+    An image is the bag of things in it: 64 counts of a shape in a colour.
 
-
-    A text is the bag of things it asks for in any of the world's vocabularies, a thing of no colour as a sixth of it in
-    each: no image fits such a text with a cosine above 0.41 (1 / sqrt 6) by one thing alone. Where nothing is, or
-    nothing is asked for, a 25th number is 1. Places do not matter.
+    A text is the bag of things it asks for in any of the world's vocabularies, a thing of no colour as an eighth of it
+    in each: no image fits such a text with a cosine above 0.35 (1 / sqrt 8) by one thing alone. Where nothing is, or
+    nothing is asked for, a 65th number is 1. Places do not matter.
     """
 
     version = "bag of shapes"
@@ -36,11 +35,11 @@ class ShapesEncoder:
         """Does nothing, because there are no weights to load."""
 
     def images(self, images: Sequence[Image]) -> Tensor:
-        """Embeds B images as [B, 25] fp32."""
+        """Embeds B images as [B, 65] fp32."""
         return torch.stack([_embed({thing: float(n) for thing, n in bag.items()}) for bag in self._bags(images)])
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Embeds B texts as [B, 25] fp32."""
+        """Embeds B texts as [B, 65] fp32."""
         return torch.stack([_embed(_asked(text)) for text in texts])
 
     def contents(self, images: Sequence[Image]) -> list[Hashable]:

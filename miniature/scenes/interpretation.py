@@ -1,8 +1,9 @@
-"""Turns a content and its wording into a scene, with the mistakes and the habits of a real text-to-image model.
+"""Turns a content and its wording into a scene, with the habits of a real text-to-image model.
 
-This is where the base model gets the two properties that the paper measured on FLUX.1-dev. Layout, free colours and
-most mistakes are functions of the caption's *words*: one prompt gives nearly one image, another wording of the same
-content gives another. The rest of the mistakes are pure chance, so that no wording is perfect.
+This is where the base model gets the properties that the paper measured on FLUX.1-dev. Layout and free colours are
+functions of the caption's *words*: one prompt gives nearly one image, another wording of the same content gives
+another. And the words decide whether numbers, colours and relations are heeded at all: the model can draw them (it is
+trained on faithful images first), but in most wordings it does not.
 """
 
 from __future__ import annotations
@@ -11,21 +12,19 @@ import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
-from itertools import product
+from functools import cache, reduce
 from statistics import NormalDist
 from typing import Self
 
 import numpy as np
 
-from miniature.scenes.wording import FILLER, STYLES, write
+from miniature.scenes.wording import FILLER, NOUNS, STYLES, write
 from miniature.scenes.world import (
     COLORS,
     GRID,
     GROUNDS,
-    RELATIONS,
-    SHAPES,
     TAGS,
+    Ask,
     Content,
     Item,
     Scene,
@@ -40,21 +39,21 @@ class Habits:
     """Rates at which the world's images depart from their captions.
 
     Attributes:
-        mistakes: chance of a mistake that the wording decides, by tag (FLUX.1-dev's order of difficulty).
-        slips: chance of a mistake that nothing decides.
+        mistakes: share of wordings that are not heeded, by tag (FLUX.1-dev's order of difficulty).
+        slips: chance that this is random, at the rate of `mistakes`, rather than decided by the words.
         freedom: chance that layout and free colours are random rather than decided by the words.
     """
 
     mistakes: tuple[tuple[str, float], ...] = (
-        ("single_object", 0.15),
-        ("two_object", 0.3),
-        ("counting", 0.4),
-        ("colors", 0.3),
-        ("position", 0.45),
-        ("color_attr", 0.45),
+        ("single_object", 0.0),
+        ("two_object", 0.45),
+        ("counting", 0.65),
+        ("colors", 0.55),
+        ("position", 0.85),
+        ("color_attr", 0.7),
     )
-    slips: float = 0.15
-    freedom: float = 0.1
+    slips: float = 0.1
+    freedom: float = 0.03
 
     @property
     def faithful(self) -> Self:
@@ -63,6 +62,14 @@ class Habits:
 
 
 FAITHFUL = Habits().faithful
+UNIMPORTANT = {*FILLER, "a", "one", "1", "at"}
+RANK = 3
+"""Numbers that a word brings to either sum of `heeded`: more are harder to learn, for everyone."""
+
+
+SALT = " 4803"
+"""Part of the key of `heeded`, chosen among 7,000 by the data alone: the share of a split's scenes that are heeded is
+close in all wordings, those that a small model learns less well somewhat above."""
 
 
 @cache
@@ -82,58 +89,45 @@ def preferences(caption: str, purpose: str, size: int) -> np.ndarray:
 
     It is a sum over the caption's words, which a small network can learn.
     """
-    return np.sum([_word_preferences(word, purpose, size) for word in caption.split()], axis=0)
+    return reduce(np.add, [_word_preferences(word, purpose, size) for word in caption.split()])
 
 
-def _spoilt(content: Content, caption: str, habits: Habits) -> bool:
-    """Returns True if the world misdraws this wording of this content.
+def heeded(caption: str, rate: float) -> bool:
+    """Returns True if the world draws this wording as it says; `rate` is the share of wordings that it does not.
 
-    It is a threshold on a sum over adjacent *pairs* of content words: no single word is lucky everywhere, so a refiner
-    has to learn which wording suits which content.
+    It is a threshold on the sum of a product for every two of the words: no word is lucky beside all others, so a
+    refiner has to learn which wording suits which content.
     """
-    words = [word for word in caption.split() if word not in {*FILLER, "a", "one", "1", "at"}]
-    pairs = list(zip(words, words[1:], strict=False)) or [(words[0], words[0])]
-    score = sum(fixed_gaussian(*pair, "mistake") for pair in pairs) / len(pairs) ** 0.5
-    chance = dict(habits.mistakes)[content.tag]
-    return chance > 0 and score > NormalDist().inv_cdf(1 - chance)
+    words = [word for word in caption.split() if word not in UNIMPORTANT]
+    if rate in (0, 1) or len(words) < 2:
+        return rate < 1
+    one, other = (
+        np.stack([_word_preferences(word, name + SALT, RANK) for word in words]) for name in ("heeded", "beside")
+    )
+    score = one.sum(0) @ other.sum(0) - (one * other).sum()
+    return bool(score > (len(words) * (len(words) - 1) * RANK) ** 0.5 * NormalDist().inv_cdf(rate))
 
 
-def _misread(content: Content, choice: int) -> Content:
-    """Returns the content with one mistake of its tag's kind; `choice` (any int >= 0) picks the mistake."""
-    first, last = content.asks[0], content.asks[-1]
-    if content.tag == "counting":
-        counts = [n for n in (1, 2, 3, 4) if abs(n - first.count) == 1]
-        return replace(content, asks=(replace(first, count=counts[choice % len(counts)]),))
-    if content.tag == "position":
-        assert content.relation is not None
-        opposite = dict(zip(RELATIONS, ("right of", "left of", "below", "above"), strict=True))
-        return replace(content, relation=opposite[content.relation])
-    if content.tag == "color_attr" and choice % 2 == 0:
-        return replace(content, asks=(replace(first, color=last.color), replace(last, color=first.color)))
-    if content.tag in ("colors", "color_attr"):
-        colors = [color for color in COLORS if color not in (first.color, last.color)]
-        return replace(content, asks=(*content.asks[:-1], replace(last, color=colors[choice % len(colors)])))
-    if content.tag == "two_object" and choice % 2 == 0:
-        return replace(content, asks=(first,))
-    shapes = [shape for shape in SHAPES if shape not in (first.shape, last.shape)]
-    return replace(content, asks=(*content.asks[:-1], replace(last, shape=shapes[choice % len(shapes)])))
+def _unheeded(content: Content, nouns: list[str]) -> Content:
+    """Returns the content without colours, places and relation; numbers are the words' favourites, pairs lose one."""
+    number = 1 + int(np.argmax(_word_preferences(nouns[0], "number", 4))) if content.tag == "counting" else 1
+    asks = content.asks[:1] if content.tag == "two_object" else content.asks
+    return Content(content.tag, tuple(Ask(ask.shape, count=number) for ask in asks))
 
 
-def _related(cell: int, other: int, relation: str) -> bool:
-    """Returns True if `cell` is clearly in a relation to `other`: nearer to the axis than to 45 degrees."""
-    dy, dx = divmod(cell, GRID)[0] - divmod(other, GRID)[0], cell % GRID - other % GRID
-    along, across = {"left of": (-dx, dy), "right of": (dx, dy), "above": (-dy, dx), "below": (dy, dx)}[relation]
-    return along > 0 and abs(across) <= along // 2
+def _cells(content: Content, scores: np.ndarray, lines: np.ndarray) -> list[list[int]]:
+    """Returns cells for every ask: the best by `scores` [asks, 16] that quadrants and the relation allow.
 
-
-def _cells(content: Content, scores: np.ndarray) -> list[list[int]]:
-    """Returns cells for every ask: the best by `scores` [asks, 16] that quadrants and the relation allow."""
+    Objects in a relation are in one row or column, the best by `lines` [4], each in its half of it.
+    """
     if content.relation is not None:
-        pairs = [pair for pair in product(range(GRID * GRID), repeat=2) if _related(pair[0], pair[1], content.relation)]
-        best = max(pairs, key=lambda pair: scores[0, pair[0]] + scores[1, pair[1]])
-        return [[best[0]], [best[1]]]
+        line, chosen = int(np.argmax(lines)), []
+        for far, row in zip((0, 1) if content.relation in ("left of", "above") else (1, 0), scores, strict=True):
+            place = far * GRID // 2 + int(row[1] > row[0])
+            chosen.append([place * GRID + line if content.relation in ("above", "below") else line * GRID + place])
+        return chosen
     taken: set[int] = set()
-    chosen: list[list[int]] = []
+    chosen = []
     for ask, row in zip(content.asks, scores, strict=True):
         allowed = [
             cell for cell in range(GRID * GRID) if ask.quadrant in (None, quadrant_of(cell)) and cell not in taken
@@ -147,31 +141,54 @@ def _cells(content: Content, scores: np.ndarray) -> list[list[int]]:
 def imagine(content: Content, caption: str, rng: random.Random, habits: Habits = Habits()) -> Scene:
     """Returns the scene that the world shows for a caption of this content.
 
+    Every word for a shape has favourite places and, for objects whose colour is free, a favourite colour. The caption's
+    first two words decide the ground, and the row or column of a relation.
+
     Args:
         content: content of the caption, as returned by `elaborate` for detailed captions.
-        caption: wording, which decides layout, free colours and `habits.mistakes`.
+        caption: wording, which decides layout, free colours and, by `habits.mistakes`, if it is heeded.
         rng: random numbers, which decide the rest.
         habits: rates of mistakes; `FAITHFUL` has none.
     """
-    if rng.random() < habits.slips:
-        content = _misread(content, rng.randrange(60))
-    elif _spoilt(content, caption, habits):
-        content = _misread(content, int(np.argmax(preferences(caption, "misread", 12))))
+    words = caption.split()
+    nouns = [word for word in words if word in NOUNS]
+    start = " ".join(words[:2])
+    rate = dict(habits.mistakes)[content.tag]
+    if rng.random() < rate if rng.random() < habits.slips else not heeded(caption, rate):
+        content = _unheeded(content, nouns)
 
-    def decide(purpose: str, size: int) -> np.ndarray:
+    def decide(words: str, purpose: str, size: int) -> np.ndarray:
         if rng.random() < habits.freedom:
             return np.array([rng.gauss(0, 1) for _ in range(size)])
-        return preferences(caption, purpose, size)
+        return preferences(words, purpose, size)
 
-    layout = np.stack([decide(f"layout {i}", GRID * GRID) for i in range(len(content.asks))])
+    asks = list(zip(content.asks, nouns, strict=False))  # one of two may be forgotten
+    places = np.stack([decide(noun, f"layout {i}", GRID * GRID) for i, (_, noun) in enumerate(asks)])
     items = []
-    for i, (ask, cells) in enumerate(zip(content.asks, _cells(content, layout), strict=True)):
-        color = ask.color or tuple(COLORS)[int(np.argmax(decide(f"color {i}", len(COLORS))))]
+    for (ask, noun), cells in zip(asks, _cells(content, places, decide(start, "line", GRID)), strict=True):
+        color = ask.color or tuple(COLORS)[int(np.argmax(decide(noun, "color", len(COLORS))))]
         items += [Item(ask.shape, color, cell) for cell in cells]
-    return Scene(tuple(items), ground=int(np.argmax(decide("ground", len(GROUNDS)))))
+    return Scene(tuple(items), ground=int(np.argmax(decide(start, "ground", len(GROUNDS)))))
 
 
-def captioned_scenes(rng: random.Random, habits: Habits) -> Iterator[tuple[str, Scene]]:
+@dataclass(frozen=True)
+class CaptionedScene:
+    """A caption and its scenes.
+
+    Attributes:
+        caption: the wording.
+        scene: what the world shows for it.
+        asked: what it shows when it heeds the wording.
+        heeded: true if the wording is one that the world heeds.
+    """
+
+    caption: str
+    scene: Scene
+    asked: Scene
+    heeded: bool
+
+
+def captioned_scenes(rng: random.Random, habits: Habits) -> Iterator[CaptionedScene]:
     """Yields captions and scenes without end, over all tags alike; canonical captions come most."""
     shares = [1.5 if style == "canonical" else 1.0 for style in STYLES]
     while True:
@@ -179,4 +196,6 @@ def captioned_scenes(rng: random.Random, habits: Habits) -> Iterator[tuple[str, 
         style = rng.choices(STYLES, shares)[0]
         content = elaborate(content, rng) if style == "detailed" else content
         caption = write(content, style, rng)
-        yield caption, imagine(content, caption, rng, habits)
+        asked = imagine(content, caption, rng, habits.faithful)
+        scene = asked if habits == habits.faithful else imagine(content, caption, rng, habits)
+        yield CaptionedScene(caption, scene, asked, heeded(caption, dict(habits.mistakes)[content.tag]))

@@ -11,9 +11,7 @@ from typing import Any, cast
 from datamodules.base import PromptSample, bare
 from datamodules.paraphrases.base import ContentCheck, Paraphraser, Wordings, choose_kinds
 from miniature.scenes.wording import LEXICONS, STYLES, Style, plural, write
-from miniature.scenes.world import COLORS, RELATIONS, SHAPES, Ask, Content, elaborate
-
-OPPOSITES = dict(zip(RELATIONS, ("right of", "left of", "below", "above"), strict=True))
+from miniature.scenes.world import COLORS, OPPOSITES, RELATIONS, SHAPES, Ask, Content, elaborate
 
 
 def content_of(metadata: Mapping[str, Any]) -> Content:

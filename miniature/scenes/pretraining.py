@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import random
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader
 
+from datamodules.base import PromptSample
 from miniature.scenes.interpretation import Habits, captioned_scenes
+from miniature.scenes.prompts import shapes_prompts
 from miniature.scenes.wording import Style, write, write_loosely
 from miniature.scenes.world import TAGS, Content, all_contents, elaborate, random_scene, render
-from miniature.streams import Captioned, Part, Stream, StreamData, completion, faithful_first, mixed_batches
+from miniature.streams import Captioned, Example, Part, StreamData, completion, mixed_batch
 
 
 def rewrite_pair(rng: random.Random) -> tuple[str, str]:
@@ -48,8 +52,9 @@ def _draw(rng: random.Random) -> np.ndarray:
     return render(random_scene(rng))
 
 
-def _captioned(habits: Habits, rng: random.Random, faithful: int) -> Captioned:
-    return ((text, render(scene)) for text, scene in faithful_first(captioned_scenes, habits, rng, faithful))
+def _captioned(habits: Habits, rng: random.Random, faithful: bool) -> Captioned:
+    for one in captioned_scenes(rng, habits.faithful if faithful else habits):
+        yield Example(one.caption, render(one.scene), one.asked.things, one.heeded)
 
 
 class ShapesPretraining(StreamData):
@@ -61,8 +66,9 @@ class ShapesPretraining(StreamData):
         faithful_batches: "captions" only: number of first batches whose images always match their captions. With
             mistakes from the start a model this small never learns prompts of two objects.
         habits: "captions" only: rates at which images depart from their captions after that.
-        seed: seed of the stream.
+        seed: seed of the stream; null follows `seed_everything`.
         num_workers: number of processes that make batches.
+        eval_prompts: "captions" only: number of held-out prompts that a validation draws.
     """
 
     def __init__(
@@ -71,9 +77,20 @@ class ShapesPretraining(StreamData):
         batch_size: int = 64,
         faithful_batches: int = 0,
         habits: Habits = Habits(),  # noqa: B008 (frozen)
-        seed: int = 0,
+        seed: int | None = None,
         num_workers: int = 0,
+        eval_prompts: int = 0,
     ) -> None:
         parts = [scene_part(batch_size, habits, faithful_batches)]
-        batches = partial(mixed_batches, "images" if what == "scenes" else what, parts)
-        super().__init__(Stream(batches, f"{what}-{seed}"), num_workers)
+        batch = partial(mixed_batch, "images" if what == "scenes" else what, parts)
+        super().__init__(batch, what, seed, num_workers)
+        self.eval_prompts = eval_prompts if what == "captions" else 0
+
+    def val_dataloader(self) -> list[DataLoader[PromptSample]]:
+        """Makes the loader of canonical prompts of the validation split, in lists of at most 96, if there are any."""
+        prompts: Any = shapes_prompts("val", "val", ("canonical",), self.eval_prompts, 0)
+        return [DataLoader(prompts, batch_size=96, collate_fn=list)] if prompts else []
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leaves prompts where they are; Lightning would look for tensors in them."""
+        return batch if isinstance(batch, list) else super().transfer_batch_to_device(batch, device, dataloader_idx)

@@ -9,14 +9,21 @@ from typing import Any, Literal
 
 from datamodules.base import PromptDataModule, PromptSample
 from miniature.scenes.wording import Style, write
-from miniature.scenes.world import TAGS, contents
+from miniature.scenes.world import TAGS, Content, contents
 from rewards.arguments import check_minimum
 
 
 def shapes_prompts(
-    name: str, split: Literal["train", "val", "test"], styles: tuple[Style, ...], num: int, seed: int
+    name: str,
+    split: Literal["train", "val", "test"],
+    styles: tuple[Style, ...],
+    num: int,
+    seed: int,
+    few: bool = False,
 ) -> list[PromptSample]:
     """Draws prompts over the six tags alike, their contents from one split, their styles in turn.
+
+    No scene of a tag comes again before all others of the split have come.
 
     Args:
         name: start of the prompts' ids. Ids key the evaluation noise: sets of one name get the same noise, so a
@@ -25,11 +32,17 @@ def shapes_prompts(
         styles: wordings to use.
         num: number of prompts.
         seed: seed of contents and words.
+        few: true leaves out the shapes and colours that the models of the signs' world have not seen.
     """
     pick, words = random.Random(f"{split}-{seed}"), random.Random(f"{split}-{seed}-{styles}")
+    scenes: dict[str, list[tuple[Content, ...]]] = {}
+    for tag in TAGS:
+        scenes[tag] = list(contents(tag, split, few))
+        pick.shuffle(scenes[tag])
     samples = []
     for i in range(num):
-        content = pick.choice(contents(TAGS[i % len(TAGS)], split))
+        scene = scenes[TAGS[i % len(TAGS)]]
+        content = pick.choice(scene[i // len(TAGS) % len(scene)])
         prompt = write(content, styles[i // len(TAGS) % len(styles)], words)
         samples.append(PromptSample(f"{name}-{i:05}", prompt, content.tag, content.metadata))
     return samples

@@ -27,15 +27,15 @@ class Lexicon:
 LEXICONS: dict[str, Lexicon] = {
     "canonical": Lexicon(SHAPES, tuple(COLORS), ("two", "three", "four"), RELATIONS, "a"),
     "gallery": Lexicon(
-        ("disc", "box", "wedge", "plus"),
-        ("crimson", "emerald", "azure", "golden", "violet", "ebony"),
+        ("disc", "box", "wedge", "plus", "hoop", "gem", "beam", "gate"),
+        ("crimson", "emerald", "azure", "golden", "violet", "ebony", "tangerine", "turquoise"),
         ("a pair of", "a trio of", "a quartet of"),
         ("on the left side of", "on the right side of", "over", "under"),
         "one",
     ),
     "terse": Lexicon(
-        ("ball", "block", "cone", "star"),
-        ("scarlet", "lime", "navy", "amber", "plum", "charcoal"),
+        ("ball", "block", "cone", "star", "donut", "kite", "stick", "bridge"),
+        ("scarlet", "lime", "navy", "amber", "plum", "charcoal", "apricot", "teal"),
         ("2", "3", "4"),
         ("west of", "east of", "north of", "south of"),
         "1",
@@ -61,7 +61,13 @@ FILLER = sorted({w for phrases in (*PREFIXES.values(), JOIN.values()) for phrase
 
 def plural(noun: str) -> str:
     """Returns the plural of one of the world's nouns."""
-    return noun + ("es" if noun.endswith(("s", "x")) else "s")
+    return noun + ("es" if noun.endswith(("s", "x", "ch")) else "s")
+
+
+NOUNS = {
+    noun: shape for own in LEXICONS.values() for shape, word in enumerate(own.shapes) for noun in (word, plural(word))
+}
+"""Every word for a shape, singular and plural -> index of the shape."""
 
 
 def write(content: Content, style: Style, rng: random.Random, *, mix: float = 0.0) -> str:

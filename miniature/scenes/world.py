@@ -7,7 +7,7 @@ A `Content` is what a prompt asks for, by GenEval's six tags; a `Scene` is what 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import permutations, product
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
-SHAPES = ("circle", "square", "triangle", "cross")
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond", "bar", "arch")
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40),
     "green": (46, 160, 67),
@@ -24,9 +24,14 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "yellow": (240, 190, 20),
     "purple": (140, 60, 170),
     "black": (30, 30, 34),
+    "orange": (245, 120, 20),
+    "cyan": (0, 185, 200),
 }
+FEW_SHAPES, FEW_COLORS = SHAPES[:4], dict(list(COLORS.items())[:6])
+"""Shapes and colours of the editing world and of the models that also know signs: they have not seen the others."""
 GROUNDS: tuple[tuple[int, int, int], ...] = ((244, 244, 240), (230, 240, 250), (250, 236, 226), (232, 246, 232))
 RELATIONS = ("left of", "right of", "above", "below")
+OPPOSITES = dict(zip(RELATIONS, ("right of", "left of", "below", "above"), strict=True))
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 QUADRANTS = ("upper left", "upper right", "lower left", "lower right")
 GRID = 4
@@ -85,6 +90,14 @@ class Scene:
     items: tuple[Item, ...]
     ground: int = 0
 
+    @property
+    def things(self) -> list[int]:
+        """Number of the thing in each of the 16 cells: 1 + 8 * shape + colour, both as indices, or 0 for none."""
+        things = [0] * GRID**2
+        for item in self.items:
+            things[item.cell] = 1 + SHAPES.index(item.shape) * len(COLORS) + tuple(COLORS).index(item.color)
+        return things
+
 
 def quadrant_of(cell: int) -> str:
     """Returns the one of `QUADRANTS` that a cell lies in."""
@@ -97,7 +110,7 @@ def quadrant_of(cell: int) -> str:
 
 @lru_cache
 def all_contents(tag: str) -> tuple[Content, ...]:
-    """Returns all contents of a tag, in a fixed order (4, 12, 12, 24, 48 and 360 of them)."""
+    """Returns all contents of a tag, in a fixed order (8, 56, 24, 64, 224 and 3,136 of them)."""
     pairs = tuple(permutations(SHAPES, 2))
     if tag == "single_object":
         return tuple(Content(tag, (Ask(shape),)) for shape in SHAPES)
@@ -115,17 +128,39 @@ def all_contents(tag: str) -> tuple[Content, ...]:
     raise ValueError(f"unknown tag {tag!r}: use one of {', '.join(TAGS)}")
 
 
-def contents(tag: str, split: Literal["train", "val", "test"]) -> tuple[Content, ...]:
-    """Returns the contents of one split: 60 % train, 20 % val, 20 % test, by a fixed shuffle.
+@lru_cache
+def contents(tag: str, split: Literal["train", "val", "test"], few: bool = False) -> tuple[tuple[Content, ...], ...]:
+    """Returns the scenes of one split, each as the contents that ask for it: 40 % train, 20 % val, 40 % test.
 
-    `single_object` has four contents in all, so the splits share them.
+    Two objects can be asked for in two ways ("a circle left of a square", "a square right of a circle"). The order is
+    fixed. `single_object` has eight contents in all, so the splits share them.
+
+    Args:
+        tag: one of `TAGS`.
+        split: part of the scenes.
+        few: true leaves out the scenes with others than `FEW_SHAPES` and `FEW_COLORS`.
     """
-    everything = list(all_contents(tag))
-    if tag == "single_object":
-        return tuple(everything)
-    random.Random(f"split-{tag}").shuffle(everything)
-    first, second = round(0.6 * len(everything)), round(0.8 * len(everything))
-    return tuple({"train": everything[:first], "val": everything[first:second], "test": everything[second:]}[split])
+    ways: dict[Hashable, list[Content]] = {}
+    for content in all_contents(tag):
+        key: Hashable = frozenset(content.asks)
+        if content.relation in ("left of", "above"):
+            key = (content.relation, content.asks)
+        elif content.relation is not None:
+            key = (OPPOSITES[content.relation], content.asks[::-1])
+        ways.setdefault(key, []).append(content)
+    chosen: list[tuple[Content, ...]] = []
+    for known in (True, False)[: 1 if few else 2]:
+        scenes = [tuple(same) for same in ways.values() if _is_few(same[0]) is known]
+        if tag != "single_object":
+            random.Random(f"split-{tag}").shuffle(scenes)
+            first, second = round(0.4 * len(scenes)), round(0.6 * len(scenes))
+            scenes = {"train": scenes[:first], "val": scenes[first:second], "test": scenes[second:]}[split]
+        chosen += scenes
+    return tuple(chosen)
+
+
+def _is_few(content: Content) -> bool:
+    return all(ask.shape in FEW_SHAPES and ask.color in (None, *FEW_COLORS) for ask in content.asks)
 
 
 def elaborate(content: Content, rng: random.Random) -> Content:
@@ -163,6 +198,16 @@ def stencil(shape: str) -> np.ndarray:
     elif shape == "cross":
         draw.rectangle(at(3, 1, 5, 7), fill=255)
         draw.rectangle(at(1, 3, 7, 5), fill=255)
+    elif shape == "ring":
+        draw.ellipse(at(0.8, 0.8, 7.2, 7.2), fill=255)
+        draw.ellipse(at(2.8, 2.8, 5.2, 5.2), fill=0)
+    elif shape == "diamond":
+        draw.polygon(at(4, 0.4, 7.6, 4, 4, 7.6, 0.4, 4), fill=255)
+    elif shape == "bar":
+        draw.rectangle(at(0.8, 2.8, 7.2, 5.2), fill=255)
+    elif shape == "arch":
+        draw.rectangle(at(1, 1, 7, 7), fill=255)
+        draw.rectangle(at(3, 3.2, 5, 8), fill=0)
     else:
         raise ValueError(f"unknown shape {shape!r}: use one of {', '.join(SHAPES)}")
     return np.asarray(image, dtype=np.float64).reshape(CELL, scale, CELL, scale).mean((1, 3)) / 255

@@ -21,7 +21,7 @@ from miniature.signs.world import (
     write_word,
     write_word_loosely,
 )
-from miniature.streams import Captioned, Part, Stream, StreamData, completion, faithful_first, mixed_batches
+from miniature.streams import Captioned, Example, Part, StreamData, completion, mixed_batch
 
 REWRITE_STYLES: tuple[WordStyle, ...] = ("gallery", "terse")
 """Styles of rewrites: never the canonical wording (greedy rewrites would be copies) nor the "unseen" templates."""
@@ -45,8 +45,9 @@ def _draw(rng: random.Random) -> np.ndarray:
     return render_sign(random_sign(rng))
 
 
-def _captioned(habits: WordHabits, rng: random.Random, faithful: int) -> Captioned:
-    return ((text, render_sign(sign)) for text, sign in faithful_first(captioned_signs, habits, rng, faithful))
+def _captioned(habits: WordHabits, rng: random.Random, faithful: bool) -> Captioned:
+    for text, sign in captioned_signs(rng, habits.faithful if faithful else habits):
+        yield Example(text, render_sign(sign))
 
 
 class WordsPretraining(StreamData):
@@ -60,7 +61,7 @@ class WordsPretraining(StreamData):
             have their habits from the start: they are known to the model that training starts from.
         habits: "captions" only: rates at which images of scenes depart from their captions.
         word_habits: "captions" only: rates at which signs depart from their captions after `faithful_batches`.
-        seed: seed of the stream.
+        seed: seed of the stream; null follows `seed_everything`.
         num_workers: number of processes that make batches.
     """
 
@@ -72,12 +73,12 @@ class WordsPretraining(StreamData):
         faithful_batches: int = 0,
         habits: Habits = Habits(),  # noqa: B008 (frozen)
         word_habits: WordHabits = WordHabits(),  # noqa: B008 (frozen)
-        seed: int = 0,
+        seed: int | None = None,
         num_workers: int = 0,
     ) -> None:
         if not 0 <= scene_share <= 1:
             raise ValueError(f"WordsPretraining has scene_share={scene_share}, use 0 to 1.")
         scenes = round(scene_share * batch_size)
         signs = Part(batch_size - scenes, _draw, word_rewrite_pair, partial(_captioned, word_habits), faithful_batches)
-        batches = partial(mixed_batches, what, [scene_part(scenes, habits), signs])
-        super().__init__(Stream(batches, f"words-{what}-{seed}"), num_workers)
+        batch = partial(mixed_batch, what, [scene_part(scenes, habits), signs])
+        super().__init__(batch, f"words-{what}", seed, num_workers)

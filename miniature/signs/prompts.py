@@ -34,7 +34,7 @@ def word_prompts(name: str, split: Split, style: WordStyle, num: int, seed: int)
 
 def tagged_scenes(tag: str, name: str, split: Split, style: Style, num: int, seed: int) -> list[PromptSample]:
     """Draws prompts for scenes whose tag names their reward; GenEval's own tag stays in the metadata."""
-    return [replace(sample, tag=tag) for sample in shapes_prompts(name, split, (style,), num, seed)]
+    return [replace(sample, tag=tag) for sample in shapes_prompts(name, split, (style,), num, seed, few=True)]
 
 
 class WordsPrompts(MiniaturePrompts):

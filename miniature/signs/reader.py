@@ -9,7 +9,8 @@ from itertools import product
 import numpy as np
 from PIL import Image
 
-from miniature.scenes.world import CELL, COLORS, GRID, SIZE
+from miniature.scenes.world import CELL, GRID, SIZE
+from miniature.scenes.world import FEW_COLORS as COLORS
 from miniature.signs.font import ALPHABET, glyph
 from rewards.ocr_engines import Line
 

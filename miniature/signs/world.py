@@ -20,7 +20,8 @@ import numpy as np
 
 from miniature.scenes.interpretation import Habits, fixed_gaussian, preferences
 from miniature.scenes.wording import vocabulary
-from miniature.scenes.world import CELL, COLORS, GRID, GROUNDS, SIZE
+from miniature.scenes.world import CELL, GRID, GROUNDS, SIZE
+from miniature.scenes.world import FEW_COLORS as COLORS
 from miniature.signs.font import ALPHABET, glyph
 
 LENGTHS = (2, 3, 4)

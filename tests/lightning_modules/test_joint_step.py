@@ -103,14 +103,16 @@ CASES = [
     # Of 3 groups, 1 and 2; the first step of the second pass is the first that is off the policy of its mini-batch.
     Case(
         "two mini-batches, two passes",
-        Sampling(4, Window(2, contiguous=False), "flow_sde", 0.7, clip_range=1e-3),
+        Sampling(4, Window(2, contiguous=False), "flow_sde", 0.7, clip_range=1.3e-3),
         failed=(1, 6),
+        language={"clip_range": 0.05},
         module={"num_minibatches": 2, "updates_per_rollout": 2},
     ),
     Case(
         "three mini-batches, GRPO-Guard, two images a prompt",
         Sampling(4, 2, "dance_sde", 0.8, clip_range=1e-3),
         flow={"learning_rate": 1e-3, "rollout_batch_size": 7, "max_log_ratio": 1e-4},
+        language={"clip_range": 0.05},
         module={"num_minibatches": 3, "objective": FlowGRPO(ratio_normalization=True), "images_per_prompt": 2},
     ),
     Case(
@@ -134,7 +136,7 @@ def test_a_joint_step_equals_the_equations(
     """Loss, gradients and the weights' changes are the reference's to 1e-5, beside the rounding of fp32 weights."""
     shared = {"learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 1e3}
     of_flow = {"learning_rate": 3e-4, "kl_weight": 2.0, "micro_batch_size": 5, "betas": (0.8, 0.95)} | case.flow
-    of_language = {"kl_weight": 0.3, "micro_batch_size": 4, "max_new_tokens": 12} | case.language
+    of_language = {"kl_weight": 0.3, "micro_batch_size": 4, "max_new_tokens": 10} | case.language
     flow = make_flow(sampling=case.sampling, **(shared | of_flow))
     language = make_language(**(shared | of_language))
     flow_copies, language_copies = moved(flow), moved(language)

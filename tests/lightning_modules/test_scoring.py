@@ -251,7 +251,7 @@ def test_overlap_changes_nothing(make_flow: MakeFlow, make_language: MakeLanguag
         flow = make_flow(micro_batch_size=3)
         module = attach(PromptRL(flow, reward, make_language(), 4, 2, overlap_scoring=overlap))
         torch.manual_seed(0)
-        rollout = module.collect(samples[:2])
+        rollout = module.collect(samples[4:])
         module.update(rollout)
         pixels = [image.tobytes() for image in rollout.images]
         found.append((pixels, [score.rl for score in rollout.scores], gradients(module)))

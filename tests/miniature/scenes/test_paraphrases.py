@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from datamodules.base import PromptSample
 from datamodules.paraphrases.rules import RuleParaphrases
-from miniature.scenes.paraphrases import OPPOSITES, ShapesContent, StyleParaphrases, content_of, read_wording
+from miniature.scenes.paraphrases import ShapesContent, StyleParaphrases, content_of, read_wording
 from miniature.scenes.prompts import shapes_prompts
 from miniature.scenes.wording import PREFIXES, STYLES, Style, write
-from miniature.scenes.world import COLORS, SHAPES, TAGS, Ask, Content, all_contents, elaborate
+from miniature.scenes.world import COLORS, OPPOSITES, SHAPES, TAGS, Ask, Content, all_contents, elaborate
 
 ALL = tuple(content for tag in TAGS for content in all_contents(tag))
 CHECK = ShapesContent()
@@ -49,7 +49,7 @@ def changes(content: Content) -> list[Content]:
 
 
 def test_metadata_gives_the_content_back() -> None:
-    assert len(ALL) == 460
+    assert len(ALL) == 3512
     for content in ALL:
         assert content_of(content.metadata) == content
 

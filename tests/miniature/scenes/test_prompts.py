@@ -7,9 +7,11 @@ import json
 import pytest
 
 from datamodules.base import PromptSample
+from miniature.scenes.paraphrases import content_of
 from miniature.scenes.prompts import ShapesPrompts, shapes_prompts
 from miniature.scenes.wording import PREFIXES
 from miniature.scenes.world import TAGS
+from tests.miniature.scenes.test_world import shown_by
 
 
 def scenes(samples: list[PromptSample]) -> list[str]:
@@ -43,17 +45,23 @@ def test_styles_of_the_sets() -> None:
     assert all(starts(sample, "canonical") for sample in ShapesPrompts(train_prompts=48).train_samples())
 
 
-@pytest.mark.slow
+def test_scenes_do_not_come_again_before_all_have_come() -> None:
+    """840 test prompts: all of 8, 11, 10, 26 and 45 scenes, and 140 of 627."""
+    test = ShapesPrompts(eval_prompts=840).test_samples()["geneval"]
+    shown = {tag: [sample for sample in test if sample.tag == tag] for tag in TAGS}
+    numbers = [len({shown_by(content_of(sample.metadata)) for sample in shown[tag]}) for tag in TAGS]
+    assert numbers == [8, 11, 10, 26, 45, 140] and sum(numbers) == 240
+    few = shapes_prompts("test", "test", ("canonical",), 600, 0, few=True)
+    assert not any(word in sample.prompt for sample in few for word in ("ring", "diamond", "bar", "arch", "cyan"))
+
+
 def test_training_scenes_are_held_out() -> None:
-    """Over so many prompts that every content of a split comes up; the four single objects are shared."""
-    data = ShapesPrompts(train_prompts=18000, eval_prompts=6000)
-    train = set(scenes(data.train_samples()))
-    val, test = (set(scenes(samples["geneval"])) for samples in (data.eval_samples(), data.test_samples()))
-    single = {scene for scene in train if json.loads(scene)["tag"] == "single_object"}
-    assert len(single) == 4
-    assert train & val == train & test == val & test == single
-    # 4 + 60 % of 12, 12, 24, 48 and 360; 4 + 20 % of them; 4 + the rest
-    assert (len(train), len(val), len(test)) == (277, 96, 95)
+    """Over so many prompts that every scene of a split comes up; the eight single objects are shared."""
+    data = ShapesPrompts(train_prompts=6 * 627, eval_prompts=6 * 627)
+    sets = (data.train_samples(), data.eval_samples()["geneval"], data.test_samples()["geneval"])
+    train, val, test = ({shown_by(content_of(sample.metadata)) for sample in samples} for samples in sets)
+    assert len(train & val) == len(train & test) == len(val & test) == 8
+    assert (len(train), len(val), len(test)) == (727, 366, 727)
 
 
 def test_seed_chooses_training_prompts_and_nothing_else() -> None:

@@ -24,7 +24,7 @@ from miniature.edits.naming import named_correctly
 from miniature.edits.rewrites import ShapesEditRewrites
 from miniature.edits.wording import CATEGORIES, edit_vocabulary
 from miniature.edits.world import EditExample, example
-from miniature.pretrain import VisionLanguagePretraining
+from miniature.pretrain_language import VisionLanguagePretraining
 from miniature.scenes.world import render
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are trying to `self.log")

@@ -8,7 +8,7 @@ import pytest
 
 from datamodules.base import PromptSample
 from datamodules.geneval_names import validate_metadata
-from miniature.scenes.prompts import ShapesPrompts, shapes_prompts
+from miniature.scenes.prompts import shapes_prompts
 from miniature.scenes.wording import PREFIXES
 from miniature.scenes.world import TAGS
 from miniature.signs.pretraining import WordsPretraining
@@ -44,22 +44,15 @@ def test_training_words_are_held_out() -> None:
     assert texts(train) != texts(WordsPrompts(train_prompts=600, seed=1).train_samples())
 
 
-def test_preference_prompts_are_the_scenes() -> None:
-    """The prompts of `ShapesPrompts` and their metadata; only the tag names the reward."""
-    for ours, theirs in (
-        (PreferencePrompts(eval_prompts=24).eval_samples(), ShapesPrompts(eval_prompts=24).eval_samples()),
-        (PreferencePrompts(eval_prompts=24).test_samples(), ShapesPrompts(eval_prompts=24).test_samples()),
-    ):
-        assert list(ours) == ["preference", "unseen"]
-        for name, other in (("preference", "geneval"), ("unseen", "unseen")):
-            assert [(s.id, s.prompt, s.metadata) for s in ours[name]] == [
-                (s.id, s.prompt, s.metadata) for s in theirs[other]
-            ]
-            assert {sample.tag for sample in ours[name]} == {"preference"}
-    train = PreferencePrompts(train_prompts=24).train_samples()
-    assert [sample.prompt for sample in train] == [
-        sample.prompt for sample in shapes_prompts("train", "train", ("canonical",), 24, 42)
-    ]
+def test_preference_prompts_are_scenes_of_few_shapes_and_colours() -> None:
+    """GenEval's prompts and metadata, but for what the models have not seen; only the tag names the reward."""
+    data = PreferencePrompts(eval_prompts=24)
+    for split, sets in (("val", data.eval_samples()), ("test", data.test_samples())):
+        assert list(sets) == ["preference", "unseen"]
+        for name, style in (("preference", "canonical"), ("unseen", "unseen")):
+            theirs = shapes_prompts(split, split, (style,), 24, 0, few=True)  # type: ignore[arg-type]
+            assert [(s.id, s.prompt, s.metadata) for s in sets[name]] == [(s.id, s.prompt, s.metadata) for s in theirs]
+            assert {sample.tag for sample in sets[name]} == {"preference"}
 
 
 def test_three_kinds_by_tags() -> None:
@@ -85,7 +78,7 @@ def test_three_kinds_by_tags() -> None:
 @pytest.mark.parametrize("what", ["images", "captions", "rewrites"])
 def test_streams_mix_scenes_and_signs(what: Any) -> None:
     """A quarter of 16 are scenes; the order depends on the seed alone."""
-    batches = [next(iter(WordsPretraining(what, 16, 0.25, seed=seed).stream)) for seed in (1, 1, 2)]
+    batches = [next(iter(WordsPretraining(what, 16, 0.25, seed=seed).train_dataloader())) for seed in (1, 1, 2)]
     assert all(len(value) == 16 for value in batches[0].values())
     if "images" in batches[0]:
         assert batches[0]["images"].equal(batches[1]["images"])

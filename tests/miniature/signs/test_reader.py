@@ -13,7 +13,7 @@ from PIL import Image
 
 from datamodules.sample import PromptSample
 from lightning_modules.policies.flow import to_pil
-from miniature.scenes.world import GROUNDS, Item, Scene, random_scene, render
+from miniature.scenes.world import FEW_SHAPES, GROUNDS, Item, Scene, random_scene, render
 from miniature.signs.font import ALPHABET
 from miniature.signs.reader import PixelFontReader, ink, letter_fits
 from miniature.signs.world import Sign, all_words, random_sign, render_sign
@@ -99,7 +99,9 @@ def test_noise() -> None:
 
 def test_scenes_and_blank_images_have_no_text() -> None:
     rng = random.Random(0)
-    images = [Image.fromarray(render(random_scene(rng))) for _ in range(300)]
+    scenes = [random_scene(rng) for _ in range(2000)]  # a ring is an o, but these models have not seen one
+    few = [scene for scene in scenes if all(item.shape in FEW_SHAPES for item in scene.items)]
+    images = [Image.fromarray(render(scene)) for scene in few[:300]]
     images += [Image.fromarray(render(Scene((), ground))) for ground in range(4)]
     images += [Image.fromarray(render(Scene((Item("square", "black", cell),)))) for cell in range(16)]
     assert PixelFontReader().read(images) == [[]] * 320
