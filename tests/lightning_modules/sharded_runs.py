@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,6 +51,8 @@ class Case:
         minibatches: optimizer steps of a pass.
         checkpointing: gradient checkpointing.
         precision: the trainer's.
+        flow: further settings of the image model.
+        module: further settings of `PromptRL`.
     """
 
     strategy: str | dict[str, Any]
@@ -64,6 +66,8 @@ class Case:
     minibatches: int = 1
     checkpointing: bool = False
     precision: str = "32-true"
+    flow: dict[str, Any] = field(default_factory=dict)
+    module: dict[str, Any] = field(default_factory=dict)
 
 
 class Shared(PromptRL):
@@ -114,10 +118,9 @@ def build(case: Case, rank: int) -> Shared:
         width=32,
         max_sequence_length=18,
         learning_rate=None if case.mode == "prompt" else 1e-3,
-        kl_weight=0.01,
         micro_batch_size=case.micro[rank % len(case.micro)],
         max_log_ratio=1.0,
-        **common,
+        **{"kl_weight": 0.01} | common | case.flow,
     )
     language = LanguagePolicy(
         "miniature/language",
@@ -139,6 +142,7 @@ def build(case: Case, rank: int) -> Shared:
         updates_per_rollout=case.updates,
         num_minibatches=case.minibatches,
         optimizer=adamw,
+        **case.module,
     )
     module.unscored = case.unscored
     return module
