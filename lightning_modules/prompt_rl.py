@@ -120,7 +120,7 @@ class PromptRL(UpdatedAgents):
         compares = self.objective.needs_whole_groups and flow.trained
         check_split(processes_per_group, group_size, num_retained, reward.groupwise, compares)
         baseline = self.language_objective.baseline
-        if baseline != "group" and (normalize != "sum" or group_size - num_retained < 2):
+        if language is not None and baseline != "group" and (normalize != "sum" or group_size - num_retained < 2):
             raise ValueError(
                 f"`model.language_objective` has baseline: {baseline}, which compares a group's "
                 "rewrites by the sum of their rewards: use `normalize: sum`, and two rewrites or more."

@@ -63,11 +63,10 @@ class UpdatedAgents(EvaluatedAgents):
         self.num_minibatches = num_minibatches
         self.objective = objective or FlowGRPO()
         self.language_objective = language_objective or RefinerGRPO()
-        self.objective.check(flow)
         if flow.trained:
+            self.objective.check(flow)
             flow.needs_reference |= self.objective.needs_reference
-            if self.objective.old_policy is not None:
-                flow.decays["old"] = self.objective.old_policy
+            flow.old_decay = self.objective.old_policy
         self.bad_steps = BadSteps(max_bad_steps)
         self._seconds: dict[str, float] = {}
 
@@ -226,7 +225,8 @@ class UpdatedAgents(EvaluatedAgents):
         there is no KL: their gradient is 0.
         """
         every = list(chunks(len(rollout.trajectory), self.flow.micro_batch_size))
-        batch = self.objective.prepare(self.flow, self._flow_batch(rollout), every, old)
+        same = every + [every[0]] * (max(gather_lists([len(every)])) - len(every)) if self.flow.sharded else every
+        batch = self.objective.prepare(self.flow, self._flow_batch(rollout), same, old)
         counts, terms = batch.counted, self.objective.num_terms(batch.trajectory)
         finite = torch.ones_like(counts)
         speaks = counts if self.flow.kl_weight_now > 0 else counts & self.objective.speaks(batch)

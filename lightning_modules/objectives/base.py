@@ -99,8 +99,8 @@ class FlowObjective(ABC):
     """How the old policy, which draws the rollouts, follows the one that learns; None: it is the one that learns."""
 
     def check(self, policy: FlowPolicy) -> None:
-        """Raises ValueError if the policy's settings do not fit; called before weights are loaded."""
-        if self.needs_sde_steps and policy.trained and not policy.sampling.sde_steps:
+        """Raises ValueError if the settings of a policy that learns do not fit; called before weights are loaded."""
+        if self.needs_sde_steps and not policy.sampling.sde_steps:
             raise ValueError(
                 f"`model.objective` {type(self).__name__} learns from SDE steps, but `flow.sampling.sde_steps` is "
                 f"{policy.sampling.sde_steps}, so the flow model has nothing to learn from; add some."
@@ -127,7 +127,7 @@ class FlowObjective(ABC):
         Args:
             policy: the current policy.
             batch: all samples of the optimizer step.
-            every: rows of each micro-batch.
+            every: rows of each micro-batch; where the policy is sharded, as many on all processes, so some come again.
             old: results of the policy that drew the samples; empty is strictly on-policy.
         """
         del policy, every, old

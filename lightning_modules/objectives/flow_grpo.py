@@ -127,17 +127,15 @@ class FlowGRPO(FlowObjective):
         """Finds the mean log ratios of whole trajectories, see `FlowObjective.prepare`."""
         if self.ratio == "step" or not old:
             return batch
-        log_ratios, steps = [], range(len(batch.trajectory.sde_steps))
+        log_ratio, steps = torch.zeros_like(batch.advantages), range(len(batch.trajectory.sde_steps))
         for rows in every:
-            if ("flow", rows.start, 0) not in old:  # without an advantage, and so left out of the first pass
-                log_ratios.append(batch.trajectory.log_probs[rows] * 0)
-                continue
-            part = batch.trajectory.rows(rows)
-            now = [policy.replay(part, step).log_prob(part.next_latents[:, step]) for step in steps]
-            log_ratios.append(
-                torch.stack(now, 1) - torch.stack([old["flow", rows.start, s].log_probs for s in steps], 1)
-            )
-        return replace(batch, weights=torch.cat(log_ratios).mean(1, keepdim=True).expand(-1, len(steps)))
+            drawn = [old["flow", rows.start, step] for step in steps if ("flow", rows.start, step) in old]
+            if drawn or policy.sharded:  # a micro-batch that taught nothing has no old results
+                part = batch.trajectory.rows(rows)
+                now = [policy.replay(part, step).log_prob(part.next_latents[:, step]) for step in steps]
+                changes = [after - before.log_probs for before, after in zip(drawn, now, strict=False)]
+                log_ratio[rows] = torch.stack(changes).mean(0) if drawn else 0.0
+        return replace(batch, weights=log_ratio[:, None].expand(-1, len(steps)))
 
     @torch.no_grad()
     def before_update(self, policy: FlowPolicy, batch: FlowBatch, term: int) -> ObjectiveResult:

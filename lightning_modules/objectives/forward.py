@@ -49,7 +49,7 @@ class ForwardObjective(FlowObjective):
         self.levels = levels
 
     def check(self, policy: FlowPolicy) -> None:
-        """Raises ValueError if the policy's settings do not fit; called before weights are loaded."""
+        """Raises ValueError if the settings of a policy that learns do not fit; called before weights are loaded."""
         super().check(policy)
         name, steps = f"`model.objective` {type(self).__name__}", policy.sampling.num_steps
         if policy.kl_weight > 0 and policy.kl_units != "velocity":

@@ -140,12 +140,11 @@ class Policy(nn.Module, ABC):
         self.network: Any = None
         self._frozen_copy: nn.Module | None = None
         self._use_frozen_copy = False
-        self.needs_reference = kl_weight > 0
-        """True if something compares with `reference`."""
-        self.decays: dict[str, Decay] = {}
-        """Name of each copy of the trained weights that follows them -> how."""
-        if reference_decay is not None:
-            self.decays["reference"] = reference_decay
+        self.needs_reference = False
+        """True if an objective compares with `reference`, whatever the KL's weight is."""
+        self.reference_decay = reference_decay
+        self.old_decay: Decay | None = None
+        """How an objective's old policy follows the weights; None if there is none."""
         self._copies: dict[str, KeptWeights] = {}
 
     @property
@@ -211,8 +210,16 @@ class Policy(nn.Module, ABC):
             )
 
     @property
+    def decays(self) -> dict[str, Decay]:
+        """Name of each copy of the trained weights that follows them -> how."""
+        compares = self.kl_weight > 0 or self.needs_reference
+        found = {"reference": self.reference_decay if compares else None, "old": self.old_decay}
+        return {name: decay for name, decay in found.items() if decay is not None and self.trained}
+
+    @property
     def _keeps_reference(self) -> bool:
-        return self.trained and self.needs_reference and "reference" not in self.decays
+        compares = self.kl_weight > 0 or self.needs_reference
+        return self.trained and compares and self.reference_decay is None
 
     @property
     def _adapters(self) -> list[str]:
@@ -313,7 +320,7 @@ class Policy(nn.Module, ABC):
         Raises:
             ValueError: if the agent was loaded without a KL, and so kept no copy.
         """
-        if self.trained and "reference" in self.decays:
+        if "reference" in self.decays:
             with self.kept("reference"):
                 yield
             return
@@ -347,7 +354,7 @@ class Policy(nn.Module, ABC):
     @property
     def copies(self) -> dict[str, KeptWeights]:
         """Copies of the trained weights that follow them, by name; made at the first call, before training."""
-        if self.trained and self._copies.keys() != self.decays.keys():
+        if self._copies.keys() != self.decays.keys():
             learned = {name: p for name, p in self.named_parameters() if p.requires_grad}
             self._copies = {name: KeptWeights(learned, decay) for name, decay in self.decays.items()}
         return self._copies

@@ -89,6 +89,13 @@ class KeptWeights:
 
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor]) -> None:
-        """Takes over saved values."""
+        """Takes over saved values; raises ValueError if they are of another network, and does nothing without any."""
+        if values and {name: value.shape for name, value in values.items()} != {
+            name: parameter.shape for name, parameter in self.parameters.items()
+        }:
+            raise ValueError(
+                "the checkpoint's copies of the weights (an old policy's, or a reference's) are of another network: "
+                "use the agents and LoRA settings that it was trained with."
+            )
         for name, value in values.items():
             copy_part(self.values[name], value)

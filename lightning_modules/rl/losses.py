@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_modules.rl.sde import mean_per_sample
+from lightning_modules.rl.transition import mean_per_sample
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_modules.rl.sde import mean_per_sample
+from lightning_modules.rl.transition import mean_per_sample
 
 
 def noised(images: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

@@ -9,59 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lightning_modules.rl.transition import Transition, at_least_fp32
 
-@dataclass(frozen=True)
-class Transition:
-    """The Gaussian `N(mean, std^2)` from which a step draws the next latents.
-
-    Args:
-        mean: [B, ...] expected next latents.
-        std: broadcastable to `mean`, standard deviation, in the units of the latents.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def sample(self, noise: Tensor) -> Tensor:
-        """Returns `mean + std * noise`, [B, ...], for standard normal `noise` [B, ...]."""
-        assert noise.shape == self.mean.shape
-        return self.mean + self.std * noise
-
-    def log_prob(self, next_latents: Tensor) -> Tensor:
-        """Computes the log-density of a step.
-
-            log p = mean_d [ -(x'_d - mean_d)^2 / (2 std^2) - log(std) - log(2 pi) / 2 ]
-
-        Args:
-            next_latents: [B, ...] the x' that the next step consumes (exactly that tensor, or the ratio will not be 1).
-
-        Returns:
-            [B] log-density in nats, averaged over the non-batch dims (Flow-GRPO, arXiv 2505.05470, released code).
-        """
-        assert next_latents.shape == self.mean.shape
-        mean, std = _at_least_fp32(self.mean), _nonzero(_at_least_fp32(self.std))
-        deviation = (_at_least_fp32(next_latents) - mean) / std
-        return mean_per_sample(-0.5 * deviation.square() - std.log() - 0.5 * math.log(2 * math.pi))
-
-    def kl(self, other: Transition) -> Tensor:
-        """KL divergence to a step of the same noise level, `mean_d [ (mean_d - mean_other_d)^2 / (2 std^2) ]`.
-
-        Args:
-            other: the reference policy's step from the same latents; its std is taken to be equal to this one's.
-
-        Returns:
-            [B] KL in nats, averaged over the non-batch dims (Flow-GRPO, arXiv 2505.05470).
-        """
-        assert other.mean.shape == self.mean.shape
-        std = _nonzero(_at_least_fp32(self.std))
-        return mean_per_sample(0.5 * ((_at_least_fp32(self.mean) - _at_least_fp32(other.mean)) / std).square())
-
+__all__ = ["SDE", "SDEType", "Transition", "cps", "dance_sde", "euler", "flow_sde", "sde_by_name"]
 
 SDE = Callable[..., Transition]
 """`(latents, velocity, sigma, sigma_next, *, noise_level, sigma_max) -> Transition`, as `flow_sde` documents it."""
@@ -72,7 +27,7 @@ SDEType = Literal["flow_sde", "dance_sde", "cps"]
 def euler(latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
     """Takes the ODE step `x' = x + v dt` to the next latents [B, ...]; arguments as in `flow_sde`."""
     assert latents.shape == velocity.shape
-    x, v = _at_least_fp32(latents), _at_least_fp32(velocity)
+    x, v = at_least_fp32(latents), at_least_fp32(velocity)
     return x + v * (_expand(sigma_next, x) - _expand(sigma, x))
 
 
@@ -169,7 +124,7 @@ def cps(
     """
     assert latents.shape == velocity.shape
     del sigma_max
-    x, v, angle = _at_least_fp32(latents), _at_least_fp32(velocity), noise_level * math.pi / 2
+    x, v, angle = at_least_fp32(latents), at_least_fp32(velocity), noise_level * math.pi / 2
     sigma_x, sigma_next_x = _expand(sigma, x), _expand(sigma_next, x)
     # sqrt(sigma_next^2 - std^2) = sigma_next cos(angle), written as a correction of the Euler step, so that it is 0
     # bit for bit at angle 0.
@@ -185,11 +140,6 @@ def sde_by_name(name: SDEType) -> SDE:
     raise ValueError(f"`sde_type` is {name!r}; choose one of 'flow_sde', 'dance_sde' and 'cps'.")
 
 
-def mean_per_sample(values: Tensor) -> Tensor:
-    """Returns the mean over all dims but the first of `values` [B, ...], [B]."""
-    return values.reshape(values.shape[0], -1).mean(dim=1)
-
-
 def _score_sde(latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, diffusion: Tensor) -> Transition:
     """Euler-Maruyama step of the reverse SDE `dx = (v - g^2 / 2 score) dt + g dw`, with the marginals of `dx = v dt`.
 
@@ -197,7 +147,7 @@ def _score_sde(latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Ten
     noise needs as a balance. The score is `-x1 / sigma` with the noise estimate `x1 = x + (1 - sigma) v`. `diffusion`
     is g, expanded to the latents' rank.
     """
-    x, v = _at_least_fp32(latents), _at_least_fp32(velocity)
+    x, v = at_least_fp32(latents), at_least_fp32(velocity)
     sigma_x = _expand(sigma, x)
     dt = _expand(sigma_next, x) - sigma_x
     score = -(x + (1 - sigma_x) * v) / sigma_x
@@ -210,16 +160,3 @@ def _expand(sigma: Tensor, latents: Tensor) -> Tensor:
     assert sigma.ndim <= 1 and sigma.numel() in (1, latents.shape[0])
     dtype = torch.promote_types(latents.dtype, torch.float32)
     return sigma.to(device=latents.device, dtype=dtype).reshape(-1, *[1] * (latents.ndim - 1))
-
-
-def _at_least_fp32(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _nonzero(std: Tensor) -> Tensor:
-    if bool((std == 0).any()):
-        raise ValueError(
-            "A step without noise (`noise_level` 0, or the last step of cps) has no log-prob and no KL; "
-            "leave it out of `sde_steps`."
-        )
-    return std

@@ -24,7 +24,10 @@ ROOT = Path(__file__).parents[2]
 EVERY = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
 SERVED = [config for config in EVERY if config.startswith("configs/rewards/")]
 SWEEPS = [config for config in EVERY if config.startswith("configs/sweeps/")]
-OVERLAYS = [config for config in EVERY if config.startswith(("configs/gpu/", "configs/recipes/"))]
+OVERLAYS = [
+    config for config in EVERY if config.startswith(("configs/gpu/", "configs/objectives/", "configs/recipes/"))
+]
+OBJECTIVES = [config for config in OVERLAYS if config.startswith("configs/objectives/")]
 MODELS = ["FLUX.1-dev", "FLUX.2-klein-base-4B", "SD3.5-medium", "Qwen-Image", "Z-Image", "Sana-1600M"]
 GPUS = [80, 48, 24]
 TASKS = ["geneval", "ocr", "pickscore", "multi_reward", "own"]
@@ -90,6 +93,24 @@ def test_sweep(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(set(folders)) == len(folders) and plan.root.startswith("runs/")
     text = (ROOT / config).read_text()
     assert re.search(rf"^#   python -m lightning_modules\.sweep --config {re.escape(config)}$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("overlay", OBJECTIVES)
+def test_objective(overlay: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes over an experiment of ours, of each mode in turn, and sets the objectives that it names."""
+    mode = MODES[OBJECTIVES.index(overlay) % len(MODES)]
+    config = "configs/geneval/flux1_flow_only.yaml" if mode == "flow_only" else f"configs/miniature/{mode}.yaml"
+    built: list[command.PromptRLCLI] = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(command.PromptRLCLI, "_run_subcommand", lambda self, _: built.append(self))
+    cli.main(["fit", "--config", config, "--config", overlay, "--trainer.accelerator=cpu", "--trainer.strategy=auto"])
+    text = (ROOT / overlay).read_text()
+    for name, asked in yaml.safe_load(text)["model"]["init_args"].items():
+        if name.endswith("objective"):
+            made = getattr(built[0].model, name)
+            assert f"{type(made).__module__}.{type(made).__qualname__}".startswith("lightning_modules.objectives.")
+            assert type(made).__qualname__ == asked["class_path"].rsplit(".", 1)[1]
+    assert f"--config {overlay}" in text
 
 
 def test_there_are_configs() -> None:

@@ -19,9 +19,11 @@ from callbacks.benchmark import Benchmark
 from datamodules.base import PromptSample
 from lightning_modules.checkpoints import CheckpointIO
 from lightning_modules.distributed import whole
+from lightning_modules.objectives import FlowGRPO, FlowObjective, RefinerGRPO
 from lightning_modules.policies.base import LoRA
 from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.flux1 import Flux1Policy
+from lightning_modules.policies.kept import Decay
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.prompt_rl import PromptRL
 from lightning_modules.rollout import Rollout
@@ -51,8 +53,9 @@ class Case:
         minibatches: optimizer steps of a pass.
         checkpointing: gradient checkpointing.
         precision: the trainer's.
-        flow: further settings of the image model.
-        module: further settings of `PromptRL`.
+        objective: how the flow model learns.
+        reference: how both references follow the weights.
+        language_objective: how the refiner learns.
     """
 
     strategy: str | dict[str, Any]
@@ -66,8 +69,9 @@ class Case:
     minibatches: int = 1
     checkpointing: bool = False
     precision: str = "32-true"
-    flow: dict[str, Any] = field(default_factory=dict)
-    module: dict[str, Any] = field(default_factory=dict)
+    objective: FlowObjective = field(default_factory=FlowGRPO)
+    reference: Decay | None = None
+    language_objective: RefinerGRPO = field(default_factory=RefinerGRPO)
 
 
 class Shared(PromptRL):
@@ -111,6 +115,7 @@ def adamw(groups: list[dict[str, Any]]) -> torch.optim.AdamW:
 def build(case: Case, rank: int) -> Shared:
     lora = LoRA(rank=4, alpha=8) if case.lora else None
     common: dict[str, Any] = {"dtype": "float32", "lora": lora, "gradient_checkpointing": case.checkpointing}
+    common["reference_decay"] = case.reference
     flow = Flux1Policy(
         "miniature/flow",
         Sampling(4, 2),
@@ -118,9 +123,11 @@ def build(case: Case, rank: int) -> Shared:
         width=32,
         max_sequence_length=18,
         learning_rate=None if case.mode == "prompt" else 1e-3,
+        kl_weight=0.01,
         micro_batch_size=case.micro[rank % len(case.micro)],
         max_log_ratio=1.0,
-        **{"kl_weight": 0.01} | common | case.flow,
+        kl_units="step" if case.objective.needs_sde_steps else "velocity",
+        **common,
     )
     language = LanguagePolicy(
         "miniature/language",
@@ -140,9 +147,10 @@ def build(case: Case, rank: int) -> Shared:
         4,
         4 if flow_only else 2,
         updates_per_rollout=case.updates,
+        objective=case.objective,
+        language_objective=case.language_objective,
         num_minibatches=case.minibatches,
         optimizer=adamw,
-        **case.module,
     )
     module.unscored = case.unscored
     return module

@@ -20,7 +20,9 @@ from callbacks.geneval import GenEvalBenchmark
 from lightning_modules.agents import check_strategy
 from lightning_modules.checkpoints import is_checkpoint, read
 from lightning_modules.cli.checkpoint import Checkpoint
+from lightning_modules.objectives import DGPO, DiffusionNFT
 from lightning_modules.policies.flow import FlowPolicy
+from lightning_modules.policies.kept import Decay
 from lightning_modules.sharded import Sharded
 from miniature.scenes.detector import ShapesDetector
 from tests.forked import run as run_command
@@ -34,6 +36,12 @@ CASES = {
     "all weights, uneven micro-batches, groups without scores": Case("sharded", unscored=((0,), (1,))),
     "two copies of two shards, adapters, recomputed activations": Case(
         {"shard_size": 2}, processes=4, lora=True, checkpointing=True, updates=2, steps=2
+    ),
+    "an old policy and references that follow": Case(
+        "sharded", objective=DiffusionNFT(0.5, old_policy=Decay(0.5)), reference=Decay(0.9), unscored=((1,), ())
+    ),
+    "preferences of groups, two updates": Case(
+        "sharded", objective=DGPO(10.0, levels=2), updates=2, steps=2, lora=True
     ),
 }
 

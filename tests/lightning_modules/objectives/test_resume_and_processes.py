@@ -20,8 +20,8 @@ pytestmark = pytest.mark.slow
 
 NFT: dict[str, Any] = {
     "mode": "flow",
-    "module": {"objective": DiffusionNFT(old_policy=Decay(0.5))},
-    "flow": {"kl_units": "velocity", "reference_decay": Decay(0.8, every=2)},
+    "objective": DiffusionNFT(old_policy=Decay(0.5)),
+    "reference": Decay(0.8, every=2),
 }
 PROCESSES = {
     "NFT, old policy and moving reference, ddp": Case("ddp", **NFT),
@@ -29,15 +29,15 @@ PROCESSES = {
     "DGPO, mean of tokens, groups without scores, ddp": Case(
         "ddp",
         unscored=((0,), (1,)),
-        module={"objective": DGPO(), "language_objective": RefinerGRPO(mean="token", ratio="sequence")},
-        flow={"kl_weight": 0.0},
+        objective=DGPO(),
+        language_objective=RefinerGRPO(mean="token", ratio="sequence"),
     ),
     "DGPO, mean of tokens, adapters, sharded": Case(
         "sharded",
         lora=True,
         micro=(4,),
-        module={"objective": DGPO(levels=2), "language_objective": RefinerGRPO("leave_one_out", mean="token")},
-        flow={"kl_weight": 0.0},
+        objective=DGPO(levels=2),
+        language_objective=RefinerGRPO("leave_one_out", mean="token"),
     ),
 }
 
