@@ -115,7 +115,7 @@ def test_nft_with_beta_one_on_the_best_is_flow_matching() -> None:
 @pytest.mark.parametrize("advantage", [1.0, -0.5])
 def test_awm_with_equal_advantages_is_flow_matching(advantage: float) -> None:
     policy, batch = drawn([advantage] * 4)
-    weights = torch.full((4,), advantage)
+    weights = torch.full((4,), advantage, dtype=torch.float64)
     equal(objective_gradient(AWM(), policy, batch), matching_gradient(AWM(), policy, batch, weights))
     sigma = float(AWM().noised(batch, 1).sigma)
     weighted = matching_gradient(AWM(), policy, batch, sigma * weights)
@@ -179,7 +179,7 @@ def test_a_wide_trust_region_clips_nothing_and_one_of_zero_holds() -> None:
     assert same_updates(held[:1], free[:1]) and not same_updates(held[1:], free[1:])
 
 
-@pytest.mark.parametrize("clip_range", [1e-4, 1e6])
+@pytest.mark.parametrize("clip_range", [3e-3, 1e6])
 def test_a_trajectory_of_one_step_is_the_step(clip_range: float) -> None:
     whole = FlowGRPO(ratio="trajectory")
     assert same_updates(three_updates(whole, clip_range, [1]), three_updates(FlowGRPO(), clip_range, [1]))
