@@ -51,7 +51,7 @@ def test_terms_by_hand() -> None:
 
 
 def test_one_std_for_all_groups_and_a_clip() -> None:
-    """Deviations +-1 and +-3, whose std over both groups is sqrt(5), whatever the tags; 3 / sqrt(5) = 1.342 is clipped."""
+    """Deviations +-1 and +-3, whose std over both groups is sqrt(5) whatever the tags; 3 / sqrt(5) is clipped."""
     rewards, valid = torch.tensor([[0.0, 2.0], [7.0, 1.0]]), torch.ones(2, 2, dtype=torch.bool)
     found = compared(["a", "b"], rewards, valid, "batch", 1.3)
     torch.testing.assert_close(found, torch.tensor([[-0.4472, 0.4472], [1.3, -1.3]]), atol=1e-4, rtol=0)
