@@ -152,6 +152,9 @@ class Agents(L.LightningModule):
             for parameter in self.parameters():
                 if parameter.requires_grad:  # adapters begin at random
                     dist.broadcast(parameter.data, 0)
+
+    def on_train_start(self) -> None:
+        """Makes copies of the weights, or takes over saved ones; `sharded` restores weights after `on_fit_start`."""
         for agent in self._learners():
             for name, copy in agent.copies.items():
                 copy.load(self._saved_copies.get(f"{agent.agent}.{name}", {}))

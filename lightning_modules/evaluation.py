@@ -213,6 +213,7 @@ class EvaluatedAgents(Agents):
 
     def on_train_start(self) -> None:
         """Warns of long prompts, and evaluates the agents before training, in a resumed run only if that is due."""
+        super().on_train_start()
         warn_of_long_prompts(self.flow, {"training": self._data.training_set} | self._data.eval_samples())
         if self.global_step == 0 or self._validation_due:
             validate_now(self.trainer)

@@ -36,6 +36,8 @@ class Sampling:
         clip_range: the flow policy's ratio is clipped to 1 - clip_range, 1 + clip_range.
         eval_steps: sampler steps in evaluation (no noise is added there); null is `num_steps`.
         val_steps: sampler steps in validations within a fit, which may be lighter than tests; null is `eval_steps`.
+        solver: how a rollout takes the steps without noise: by `euler` steps, as stock pipelines and evaluations do, or
+            `multistep`, of second order with as many network calls (two-step Adams-Bashforth).
         share_start: samples of a group that have one prompt start from the same noise, and share the Euler steps before
             the first SDE step, which then cost one sample's network calls (branches as in TempFlow-GRPO, arXiv
             2508.04324). Their images differ by the noise of the SDE steps alone, so that a group compares fewer
@@ -49,6 +51,7 @@ class Sampling:
     clip_range: float = 1e-4
     eval_steps: int | None = None
     val_steps: int | None = None
+    solver: Literal["euler", "multistep"] = "euler"
     share_start: bool = False
 
     def __post_init__(self) -> None:
@@ -65,6 +68,10 @@ class Sampling:
             raise ValueError(
                 f"{own} has share_start, but `sde_steps` is {self.sde_steps}: give it SDE steps without step 0, or "
                 "there are no Euler steps to share."
+            )
+        if self.share_start and self.solver != "euler":
+            raise ValueError(
+                f"{own} has share_start and solver: {self.solver}; the shared steps are Euler steps: use euler."
             )
         last = isinstance(self.sde_steps, Window) and (self.sde_steps.stop or self.num_steps) == self.num_steps
         if self.sde_type == "cps" and (last or self.num_steps - 1 in steps):
@@ -189,7 +196,8 @@ class FlowPolicy(Policy):
             sampling.sde_steps, sampling.num_steps, generator=generator, optimizer_step=optimizer_step
         )
         conditioning, sigmas = self.encode(prompts, images), self.sigmas(sampling.num_steps)
-        return self._sample(conditioning, seeds, sigmas, steps, on_drawn, start_seeds=start_seeds)
+        second = sampling.solver == "multistep"
+        return self._sample(conditioning, seeds, sigmas, steps, on_drawn, start_seeds=start_seeds, second_order=second)
 
     @torch.no_grad()
     def generate(
@@ -257,6 +265,7 @@ class FlowPolicy(Policy):
         on_drawn: Callable[[slice, Tensor], None] | None = None,
         on_sampled: Callable[[int], None] | None = None,
         start_seeds: Sequence[int] | None = None,
+        second_order: bool = False,
     ) -> Trajectory:
         sigmas = sigmas.to(self.device)
         first, starts, own_start = 0, None, []
@@ -279,6 +288,7 @@ class FlowPolicy(Policy):
                 noise_level=self.sampling.noise_level,
                 draw_noise=draw_noise,
                 first=first,
+                second_order=second_order,
                 out=path.rows(rows),
             )
             if on_drawn is not None:

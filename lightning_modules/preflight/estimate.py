@@ -290,7 +290,7 @@ def _persistent(module: PromptRL, policy: Policy, meta: Policy, setting: Setting
             found.persistent["reference"] = weight_bytes(meta._frozen_copy) // shards
         for copy in policy.decays:
             learned = sum(parameter.nbytes for parameter in meta.parameters() if parameter.requires_grad)
-            found.persistent[f"{copy}, which follows the weights"] = learned // shards
+            found.persistent[{"old": "old policy"}.get(copy, copy)] = learned // shards
         averaging = min(gradients, 4 * CHUNK) if setting.num_devices > setting.shards else 0
         stepping = gradients if state.foreach and setting.cuda else 0
         if averaging or stepping:

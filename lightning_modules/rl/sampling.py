@@ -66,6 +66,7 @@ def sample(
     noise_level: float,
     draw_noise: Callable[[], Tensor],
     first: int = 0,
+    second_order: bool = False,
     out: SampledPath | None = None,
 ) -> SampledPath:
     """Walks down a sigma table by SDE steps where they are asked for, and by Euler steps elsewhere.
@@ -85,12 +86,17 @@ def sample(
         noise_level: noise of the SDE steps, as `sde` takes it; 0 gives the Euler step, which has no log-prob.
         draw_noise: gives standard normal noise [B, ...], called once per SDE step, in their order.
         first: number of the first step.
+        second_order: takes the other steps by the two-step Adams-Bashforth rule, with the velocity of the step before
+            in place of a second call: `x + dt (v + dt / (2 dt') (v - v'))`; the first, and one after an SDE step, is
+            an Euler step.
         out: room for the paths, which is returned; None makes it.
     """
     path = SampledPath.empty(latents[0], len(latents), sde_steps) if out is None else out
     places = {step: place for place, step in enumerate(sorted(sde_steps))}
+    before: tuple[Tensor, Tensor] | None = None  # velocity and length of the last step, if that was not an SDE step
     for step in range(first, len(sigmas) - 1):
         if step in places:
+            before = None
             place = places[step]
             transition = sde_transition(velocity, latents, sigmas, step, sde=sde, noise_level=noise_level)
             path.latents[:, place] = latents
@@ -98,7 +104,10 @@ def sample(
             path.next_latents[:, place] = latents
             path.log_probs[:, place] = transition.log_prob(latents)
         else:
-            latents = euler(latents, velocity(latents, sigmas[step]), sigmas[step], sigmas[step + 1])
+            drift, dt = velocity(latents, sigmas[step]), sigmas[step + 1] - sigmas[step]
+            bent = drift if before is None else drift + dt / (2 * before[1]) * (drift - before[0])
+            latents = euler(latents, bent, sigmas[step], sigmas[step + 1])
+            before = (drift, dt) if second_order else None
     path.final.copy_(latents)
     return path
 

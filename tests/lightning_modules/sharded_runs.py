@@ -19,7 +19,7 @@ from callbacks.benchmark import Benchmark
 from datamodules.base import PromptSample
 from lightning_modules.checkpoints import CheckpointIO
 from lightning_modules.distributed import whole
-from lightning_modules.objectives import FlowGRPO, FlowObjective
+from lightning_modules.objectives import FlowGRPO, FlowObjective, RefinerGRPO
 from lightning_modules.policies.base import LoRA
 from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.flux1 import Flux1Policy
@@ -55,6 +55,7 @@ class Case:
         precision: the trainer's.
         objective: how the flow model learns.
         reference: how both references follow the weights.
+        language_objective: how the refiner learns.
     """
 
     strategy: str | dict[str, Any]
@@ -70,6 +71,7 @@ class Case:
     precision: str = "32-true"
     objective: FlowObjective = field(default_factory=FlowGRPO)
     reference: Decay | None = None
+    language_objective: RefinerGRPO = field(default_factory=RefinerGRPO)
 
 
 class Shared(PromptRL):
@@ -146,6 +148,7 @@ def build(case: Case, rank: int) -> Shared:
         4 if flow_only else 2,
         updates_per_rollout=case.updates,
         objective=case.objective,
+        language_objective=case.language_objective,
         num_minibatches=case.minibatches,
         optimizer=adamw,
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from datamodules.base import PromptSample
-from lightning_modules.comparison import compared, compared_apart, task_terms
+from lightning_modules.comparison import compared, compared_apart, compared_rewrites, task_terms
 from lightning_modules.prompt_rl import PromptRL
 from rewards.base import Reward, RewardBatch, Score
 from rewards.tagged import WeightedSum
@@ -48,6 +48,28 @@ def test_terms_by_hand() -> None:
     torch.testing.assert_close(one, torch.tensor([[-1.0, 1.0]]), atol=1e-3, rtol=0)
     both = compared_apart(["a", "b"], terms, valid, "group", eps=0) * math.sqrt(5)
     torch.testing.assert_close(both, torch.tensor([[-3.0, 3.0], [1.0, -1.0]]), atol=2e-3, rtol=0)
+
+
+def test_one_std_for_all_groups_and_a_clip() -> None:
+    """Deviations +-1 and +-3, whose std over both groups is sqrt(5) whatever the tags; 3 / sqrt(5) is clipped."""
+    rewards, valid = torch.tensor([[0.0, 2.0], [7.0, 1.0]]), torch.ones(2, 2, dtype=torch.bool)
+    found = compared(["a", "b"], rewards, valid, "batch", 1.3)
+    torch.testing.assert_close(found, torch.tensor([[-0.4472, 0.4472], [1.3, -1.3]]), atol=1e-4, rtol=0)
+
+
+def test_rewrites_compared_with_one_another() -> None:
+    """Two images of each of three rewrites: means 1, 3 and 8, of which one image failed; then a group of ties.
+
+    To the mean of the others: 1 - 5.5, 3 - 4.5, 8 - 2. Within the three: deviations -3, -1, 4 over sqrt(26 / 3).
+    """
+    rewards = torch.tensor([[[0.0, 2.0], [3.0, 9.0], [8.0, 8.0]], [[1.0, 1.0]] * 3])
+    valid = torch.ones(2, 3, 2, dtype=torch.bool)
+    valid[0, 1, 1] = False
+    apart = compared_rewrites(["a", "b"], rewards, valid, "leave_one_out", 5.5)
+    torch.testing.assert_close(apart, torch.tensor([[-4.5, -1.5, 5.5], [0.0, 0.0, 0.0]]))
+    normed = compared_rewrites(["a", "b"], rewards, valid, "group", 5.0)
+    expected = torch.tensor([[-1.0190, -0.3397, 1.3587], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(normed, expected, atol=1e-4, rtol=0)
 
 
 def test_task_terms_of_sums_other_rewards_and_failures() -> None:

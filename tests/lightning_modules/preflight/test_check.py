@@ -20,10 +20,11 @@ from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.system.step.__main__ import measured_peak
 from datamodules.sample import PromptSample
-from lightning_modules.objectives import FlowGRPO, RefinerGRPO
+from lightning_modules.objectives import DiffusionNFT, FlowGRPO, RefinerGRPO
 from lightning_modules.policies.base import LoRA, Policy
 from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.flux1 import Flux1Policy
+from lightning_modules.policies.kept import Decay
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.policies.memory import quantize_linears
 from lightning_modules.policies.vision_language import VisionLanguagePolicy
@@ -576,6 +577,20 @@ def test_shards_divide_what_learns() -> None:
         "`trainer.strategy: sharded`",
         whole.persistent_total - half.persistent_total,
     )
+
+
+def test_copies_that_follow_the_weights_are_counted() -> None:
+    """An old policy is as large as what is trained; a moving reference takes the place of the fixed one."""
+    plain = estimate(agents({"kl_weight": 0.1, "kl_units": "velocity"}), Setting(4))
+    moving = agents({"kl_weight": 0.1, "kl_units": "velocity", "reference_decay": Decay(0.9)})
+    nft = PromptRL(moving.flow, moving.reward, moving.language, objective=DiffusionNFT(old_policy=Decay(0.5)))
+    found = estimate(nft, Setting(4))
+    (trained,) = (one.trained for one in found.networks if one.name == "flow.transformer")
+    assert found.persistent["old policy"] == 4 * trained
+    assert found.persistent["reference"] == plain.persistent["reference"] > 4 * trained, "the refiner's too"
+    small = agents({"lora": LORA})
+    nft = PromptRL(small.flow, small.reward, small.language, objective=DiffusionNFT(old_policy=Decay(0.5)))
+    assert 0 < estimate(nft, Setting(4)).persistent["old policy"] < 4 * trained / 10
 
 
 def test_suggestions_save_what_they_say() -> None:

@@ -58,6 +58,14 @@ def test_scattered_steps_are_uniform_over_their_sets() -> None:
     assert sde_step_indices(Window(5, contiguous=False), 5) == (0, 1, 2, 3, 4)
 
 
+def test_a_window_that_moves_on() -> None:
+    """Two steps of 1..5, every 10 optimizer steps by two, then from the beginning (MixGRPO)."""
+    window = Window(2, 1, 6, every=10, stride=2)
+    found = [sde_step_indices(window, 8, optimizer_step=step) for step in (0, 9, 10, 20, 29, 30)]
+    assert found == [(1, 2), (1, 2), (3, 4), (1, 2), (1, 2), (3, 4)]
+    assert sde_step_indices(Window(2, 1, 6, every=1), 8, optimizer_step=3) == (4, 5)
+
+
 def test_window_reaches_the_last_step_and_is_the_generators_alone() -> None:
     draws = [
         [sde_step_indices(Window(2), 8, generator=generator) for _ in range(100)]
@@ -82,6 +90,8 @@ def test_window_reaches_the_last_step_and_is_the_generators_alone() -> None:
         (Window(2, 4), r"does not fit into \[4, 5\)"),
         (Window(6), r"does not fit into \[0, 5\)"),
         (Window(6, contiguous=False), r"does not fit into \[0, 5\)"),
+        (Window(2, every=0), r"every 0 and stride 1; use at least 1 of both"),
+        (Window(2, every=5, contiguous=False), r"and `contiguous: true`"),
     ],
 )
 def test_sde_steps_that_cannot_be(spec: int | list[int] | Window, message: str) -> None:
