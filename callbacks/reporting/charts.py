@@ -48,7 +48,7 @@ def line_chart(curves: Mapping[str, pd.Series], order: Sequence[str], *, noisy: 
         figure = Figure(figsize=(_WIDTH, height))
         FigureCanvasSVG(figure)
         # Fixed margins: a layout engine would draw every chart twice to measure its letters.
-        axes = figure.add_axes((0.17, (_BELOW + legend) / height, 0.8, 1 - (_BELOW + legend + 0.1) / height))
+        axes = figure.add_axes((0.17, (_BELOW + legend) / height, 0.75, 1 - (_BELOW + legend + 0.1) / height))
         for label, curve in curves.items():
             number, curve = list(order).index(label), _short(curve)
             color, dash = COLORS[number % len(COLORS)], _DASHES[number % len(_DASHES)]  # equal curves both show
