@@ -181,6 +181,7 @@ class UpdatedAgents(EvaluatedAgents):
         return FlowBatch(
             trajectory=rollout.trajectory,
             advantages=rollout.advantages.flatten(),
+            rewards=rollout.rewards.flatten(),
             counted=rollout.counted.flatten(),
             groups=torch.arange(len(rollout.samples), device=rollout.advantages.device).repeat_interleave(per_group),
             seeds=[seed_of("forward", seed) for seed in rollout.seeds],
@@ -240,6 +241,7 @@ class UpdatedAgents(EvaluatedAgents):
                 finite[rows] &= result.loss.isfinite()
                 self.manual_backward((result.loss * weights).sum() / (len(batch) * terms))
                 stats.add_all("train/flow", result.stats, weight=len(weights) * float(weights.any()))
+        stats.add_all("train/flow", batch.stats, weight=len(batch))
         stats.add("train/flow/silent", (counts & ~speaks).float().mean(), len(counts))
         if counts.any() and not speaks.any():
             for parameter in self.flow.parameters():

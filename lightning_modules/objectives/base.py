@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -47,22 +47,26 @@ class FlowBatch:
     Attributes:
         trajectory: the paths of the sampler.
         advantages: [B].
+        rewards: [B], which rank samples whose advantages are clipped.
         counted: [B] bool, False for samples without a score.
         groups: [B] long, number of each sample's group.
         seeds: B seeds of the noise that an objective adds, other ones for each sample and rollout.
         group_seeds: B seeds, equal for the samples of a group.
         levels_seed: one seed for the whole rollout, on all processes.
         weights: [B, terms] of an objective that compares whole groups; None before `FlowObjective.prepare`.
+        stats: name -> scalar of the whole batch, for the log.
     """
 
     trajectory: Trajectory
     advantages: Tensor
+    rewards: Tensor
     counted: Tensor
     groups: Tensor
     seeds: Sequence[int]
     group_seeds: Sequence[int]
     levels_seed: int
     weights: Tensor | None = None
+    stats: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.advantages)
@@ -72,6 +76,7 @@ class FlowBatch:
         return FlowBatch(
             self.trajectory.rows(rows),
             self.advantages[rows],
+            self.rewards[rows],
             self.counted[rows],
             self.groups[rows],
             self.seeds[rows],
@@ -79,6 +84,12 @@ class FlowBatch:
             self.levels_seed,
             None if self.weights is None else self.weights[rows],
         )
+
+    def best_first(self, group: int) -> Tensor:
+        """Returns the rows of a group's scored samples, the best first: by advantage, then by reward."""
+        rows = ((self.groups == group) & self.counted).nonzero()[:, 0]
+        rows = rows[self.rewards[rows].argsort(descending=True, stable=True)]
+        return rows[self.advantages[rows].argsort(descending=True, stable=True)]
 
 
 class FlowObjective(ABC):

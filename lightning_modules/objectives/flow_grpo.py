@@ -52,11 +52,13 @@ class FlowGRPO(FlowObjective):
         clip_high: float | None = None,
     ) -> None:
         check_minimum("model.objective", 0, trust_region=trust_region, clip_high=clip_high)
-        if ratio == "trajectory" and (ratio_normalization or trust_region is not None):
+        if ratio == "trajectory" and (ratio_normalization or trust_region is not None or step_weights != "equal"):
             raise ValueError(
-                "`model.objective` has ratio: trajectory, which goes with neither ratio_normalization nor "
-                "trust_region: leave these out, or use ratio: step."
+                "`model.objective` has ratio: trajectory, which goes with none of ratio_normalization, "
+                "trust_region and step_weights: leave these out, or use ratio: step."
             )
+        if trust_region is not None and clip_high is not None:
+            raise ValueError("`model.objective` has trust_region, which clips nothing: leave clip_high out.")
         self.ratio_normalization = ratio_normalization
         self.ratio = ratio
         self.trust_region = trust_region

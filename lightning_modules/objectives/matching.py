@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
@@ -43,9 +44,10 @@ class DiffusionNFT(ForwardObjective):
         levels: int | None = None,
     ) -> None:
         super().__init__(levels)
-        if not (beta > 0 and advantage_range > 0):
+        if not (0 < beta < math.inf and 0 < advantage_range < math.inf):
             raise ValueError(
-                f"`model.objective` DiffusionNFT has beta={beta}, advantage_range={advantage_range}: use more than 0."
+                f"`model.objective` DiffusionNFT has beta={beta}, advantage_range={advantage_range}: "
+                "use numbers above 0."
             )
         self.beta = beta
         self.advantage_range = advantage_range
@@ -127,8 +129,7 @@ class RewardWeighted(ForwardObjective):
     """Flow matching on the best images of each group, the baseline that every other objective should beat.
 
     Args:
-        best: number of images of a group that are learned from; ties go to the first. None of a group whose rewards are
-            all equal.
+        best: largest number of images of a group that are learned from, of those above its mean; ties go to the first.
         levels: as for `ForwardObjective`.
     """
 
@@ -144,11 +145,9 @@ class RewardWeighted(ForwardObjective):
         del policy, every, old
         weights = torch.zeros_like(batch.advantages)
         for group in batch.groups.unique():
-            rows = (batch.groups == group).nonzero()[:, 0]
-            values = torch.where(batch.counted[rows], batch.advantages[rows], -torch.inf)
-            order = values.argsort(descending=True, stable=True)[: self.best]
-            chosen = rows[order][values[order] > 0]
-            weights[chosen] = len(rows) / max(1, len(chosen))
+            rows = batch.best_first(int(group))[: self.best]
+            chosen = rows[batch.advantages[rows] > 0]
+            weights[chosen] = int((batch.groups == group).sum()) / max(1, len(chosen))
         return replace(batch, weights=weights[:, None])
 
     def speaks(self, batch: FlowBatch) -> Tensor:

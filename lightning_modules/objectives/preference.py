@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,8 +33,8 @@ class PreferenceObjective(ForwardObjective):
 
     def __init__(self, beta: float, levels: int | None = None) -> None:
         super().__init__(levels)
-        if not beta > 0:
-            raise ValueError(f"`model.objective` {type(self).__name__} has beta={beta}: use more than 0.")
+        if not 0 < beta < math.inf:
+            raise ValueError(f"`model.objective` {type(self).__name__} has beta={beta}: use a number above 0.")
         self.beta = beta
 
     @abstractmethod
@@ -43,17 +44,19 @@ class PreferenceObjective(ForwardObjective):
     def prepare(self, policy: FlowPolicy, batch: FlowBatch, every: Sequence[slice], old: Old) -> FlowBatch:
         """Finds the weights of the images' matching errors, see `FlowObjective.prepare`."""
         del old
-        sides, weights = self.sides(batch), []
+        sides, weights, losses = self.sides(batch), [], []
         for term in range(self.num_terms(batch.trajectory)):
             errors, reference = torch.zeros_like(sides), torch.zeros_like(sides)
             for rows in every:
                 if policy.sharded or sides[rows].any():
                     errors[rows] = self.errors(policy, batch.rows(rows), term)
                     reference[rows] = self.errors(policy, batch.rows(rows), term, reference=True)
-            weights.append(preference_weights(errors, reference, sides, batch.groups, beta=self.beta)[0])
+            found, loss = preference_weights(errors, reference, sides, batch.groups, beta=self.beta)
+            weights.append(found)
+            losses.append(loss.mean())
         # The mean over images times their number in a group is the mean over groups.
         size = len(batch) / max(1, len(batch.groups.unique()))
-        return replace(batch, weights=size * torch.stack(weights, 1))
+        return replace(batch, weights=size * torch.stack(weights, 1), stats={"preference": torch.stack(losses).mean()})
 
     def speaks(self, batch: FlowBatch) -> Tensor:
         """Returns [B] bool, True for images that take part."""
@@ -91,11 +94,9 @@ class DPO(PreferenceObjective):
         """Returns [B] 1 for the best image of a group, -1 for the worst, else 0; nothing of a group without spread."""
         sides = torch.zeros_like(batch.advantages)
         for group in batch.groups.unique():
-            rows = (batch.groups == group).nonzero()[:, 0]
-            rows = rows[batch.counted[rows]]
-            values = batch.advantages[rows]
-            if len(rows) and values.max() > values.min():
-                sides[rows[values.argmax()]], sides[rows[values.argmin()]] = 1.0, -1.0
+            rows = batch.best_first(int(group))
+            if len(rows) and batch.advantages[rows[0]] > batch.advantages[rows[-1]]:
+                sides[rows[0]], sides[rows[-1]] = 1.0, -1.0
         return sides
 
 

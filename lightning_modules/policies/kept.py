@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_modules.distributed import whole
 from lightning_modules.policies.sharding import copy_part
+from lightning_modules.rl.transition import at_least_fp32
 from rewards.arguments import check_minimum
 
 
@@ -31,10 +32,11 @@ class Decay:
     every: int = 1
 
     def __post_init__(self) -> None:
-        check_minimum("decay", 0, limit=self.limit, slope=self.slope, start=self.start)
-        check_minimum("decay", 1, every=self.every)
+        own = "`old_policy` or `reference_decay`"
+        check_minimum(own, 0, limit=self.limit, slope=self.slope, start=self.start)
+        check_minimum(own, 1, every=self.every)
         if self.limit > 1:
-            raise ValueError(f"decay has limit={self.limit}, use at most 1: a copy that does not move.")
+            raise ValueError(f"{own} has limit={self.limit}, use at most 1: a copy that does not move.")
 
     def at(self, step: int) -> float:
         """Returns d after optimizer step number `step`, from 1."""
@@ -46,7 +48,7 @@ class Decay:
 
 
 class KeptWeights:
-    """A copy of the weights that a network learns.
+    """A copy of the weights that a network learns, in fp32 at least: in bf16 a slow one would not move.
 
     Args:
         parameters: name -> trained parameter.
@@ -56,24 +58,28 @@ class KeptWeights:
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: Decay) -> None:
         self.parameters = parameters
         self.decay = decay
-        self.values = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        self.values = {name: at_least_fp32(parameter.detach()).clone() for name, parameter in parameters.items()}
+        self._aside: dict[str, Tensor] = {}
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Context manager: the network computes with the copy; no gradient may be taken of it."""
-        self._swap()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
+        with torch.no_grad():
             self._swap()
+            try:
+                yield
+            finally:
+                self._swap()
 
-    @torch.no_grad()
     def _swap(self) -> None:
+        """Changes places with the weights; a copy in another dtype stays, and the weights are put aside."""
         for name, parameter in self.parameters.items():
-            now = parameter.detach().clone()
-            parameter.copy_(self.values[name])
-            self.values[name].copy_(now)
+            now, value = parameter.detach().clone(), self._aside.pop(name, None)
+            parameter.copy_(self.values[name] if value is None else value)
+            if now.dtype == self.values[name].dtype:
+                self.values[name].copy_(now)
+            elif value is None:
+                self._aside[name] = now
         torch.clear_autocast_cache()
 
     @torch.no_grad()
@@ -81,7 +87,7 @@ class KeptWeights:
         """Lets the copy follow the weights after optimizer step number `step`, from 1."""
         share = 1 - self.decay.at(step)
         for name, parameter in self.parameters.items() if share else ():
-            self.values[name].lerp_(parameter.detach(), share)
+            self.values[name].lerp_(parameter.detach().to(self.values[name].dtype), share)
 
     def whole(self) -> dict[str, Tensor]:
         """Returns the values on the CPU; if they are shared out over processes, this is a collective."""

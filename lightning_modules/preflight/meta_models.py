@@ -103,6 +103,7 @@ def meta_batch(objective: FlowObjective, trajectory: Trajectory) -> FlowBatch:
     return FlowBatch(
         trajectory=trajectory,
         advantages=advantages,
+        rewards=advantages,
         counted=advantages.bool(),
         groups=advantages.long(),
         seeds=range(rows),

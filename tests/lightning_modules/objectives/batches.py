@@ -17,6 +17,7 @@ def batch_of(trajectory: Trajectory, advantages: Tensor, groups: Sequence[int] |
     return FlowBatch(
         trajectory=trajectory,
         advantages=advantages,
+        rewards=advantages,
         counted=torch.ones_like(advantages, dtype=torch.bool),
         groups=numbers,
         seeds=range(len(trajectory)),

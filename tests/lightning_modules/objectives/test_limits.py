@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -223,3 +224,15 @@ def test_noise_is_fixed_by_sample_and_rollout(make: Callable[..., Any]) -> None:
         torch.testing.assert_close(at.latents, (1 - sigmas[term]) * batch.trajectory.final + sigmas[term] * noise)
         assert bool((noise - noise[:1]).abs().max() < 1e-6) == objective.shared_noise
     assert (every[0].target - every[1].target).abs().max() > 0.1
+
+
+def test_clipped_advantages_are_ranked_by_reward() -> None:
+    """Rewards 0, 20, 8, 30 less their mean, clipped to 5, are ties; the fifth image has no score."""
+    _, batch = drawn([-5.0, 5.0, -5.0, 5.0, 0.0])
+    counted = torch.tensor([True] * 4 + [False])
+    batch = replace(batch, rewards=torch.tensor([0.0, 20.0, 8.0, 30.0, 99.0]).to(batch.advantages), counted=counted)
+    assert batch.best_first(0).tolist() == [3, 1, 2, 0]
+    assert DPO().sides(batch).tolist() == [-1, 0, 0, 1, 0]
+    policy, _ = drawn(ADVANTAGES)
+    assert RewardWeighted(best=1).prepare(policy, batch, [], {}).weights.flatten().tolist() == [0, 0, 0, 5, 0]
+    assert RewardWeighted(best=3).prepare(policy, batch, [], {}).weights.flatten().tolist() == [0, 2.5, 0, 2.5, 0]

@@ -20,19 +20,21 @@ from tests.lightning_modules.test_joint_step import Listed
 ARGUMENTS: dict[str, tuple[Callable[[], Any], str]] = {
     "levels": (lambda: AWM(levels=0), "model.objective has levels=0, use at least 1."),
     "best": (lambda: RewardWeighted(best=0), "model.objective has best=0, use at least 1."),
-    "NFT's beta": (lambda: DiffusionNFT(beta=0), "DiffusionNFT has beta=0, advantage_range=5.0: use more than 0."),
-    "NFT's range": (lambda: DiffusionNFT(advantage_range=-1), "advantage_range=-1: use more than 0."),
-    "DPO's beta": (lambda: DPO(beta=0), "`model.objective` DPO has beta=0: use more than 0."),
-    "DGPO's beta": (lambda: DGPO(beta=-2), "`model.objective` DGPO has beta=-2: use more than 0."),
+    "NFT's beta": (lambda: DiffusionNFT(beta=0), "DiffusionNFT has beta=0, advantage_range=5.0: use numbers above 0."),
+    "NFT's range": (lambda: DiffusionNFT(advantage_range=-1), "advantage_range=-1: use numbers above 0."),
+    "DPO's beta": (lambda: DPO(beta=0), "`model.objective` DPO has beta=0: use a number above 0."),
+    "DGPO's beta": (lambda: DGPO(beta=-2), "`model.objective` DGPO has beta=-2: use a number above 0."),
     "trust region": (lambda: FlowGRPO(trust_region=-1), "model.objective has trust_region=-1, use at least 0."),
     "no number": (lambda: FlowGRPO(trust_region=float("nan")), "has trust_region=nan, use a finite number."),
     "clip_high": (lambda: FlowGRPO(clip_high=-0.1), "model.objective has clip_high=-0.1, use at least 0."),
     "trajectories, normalised": (lambda: FlowGRPO(True, ratio="trajectory"), "has ratio: trajectory, which goes with"),
     "trajectories, trusted": (lambda: FlowGRPO(ratio="trajectory", trust_region=1), "or use ratio: step."),
+    "trajectories, weighed": (lambda: FlowGRPO(ratio="trajectory", step_weights="noise"), "or use ratio: step."),
+    "trust that clips": (lambda: FlowGRPO(trust_region=1, clip_high=0.2), "leave clip_high out"),
     "entropy": (lambda: RefinerGRPO(entropy_weight=-1), "model.language_objective has entropy_weight=-1, use at least"),
-    "limit": (lambda: Decay(1.5), "decay has limit=1.5, use at most 1: a copy that does not move."),
-    "slope": (lambda: Decay(0.5, slope=-1), "decay has slope=-1, use at least 0."),
-    "every": (lambda: Decay(0.5, every=0), "decay has every=0, use at least 1."),
+    "limit": (lambda: Decay(1.5), "has limit=1.5, use at most 1: a copy that does not move."),
+    "slope": (lambda: Decay(0.5, slope=-1), "has slope=-1, use at least 0."),
+    "every": (lambda: Decay(0.5, every=0), "has every=0, use at least 1."),
 }
 
 
@@ -121,11 +123,11 @@ ONE = "--model.init_args.flow.init_args.{}"
         ("FlowGRPO", [ONE.format("sampling.sde_steps=0")], "`model.objective` FlowGRPO learns from SDE steps, but"),
         ("DPO", ["--model.init_args.processes_per_group=2"], "the objective compares all images of a group in one"),
         ("AWM", ["--model.init_args.objective.init_args.levels=99"], "`model.objective` AWM has levels=99, but the"),
-        ("DGPO", ["--model.init_args.objective.init_args.beta=0"], "DGPO has beta=0.0: use more than 0."),
+        ("DGPO", ["--model.init_args.objective.init_args.beta=0"], "DGPO has beta=0.0: use a number above 0."),
         (
             "DiffusionNFT",
             ["--model.init_args.objective.init_args.old_policy={limit: 2}"],
-            "decay has limit=2.0, use at most 1",
+            "has limit=2.0, use at most 1",
         ),
     ],
 )
