@@ -103,11 +103,12 @@ def sample(
             latents = transition.sample(draw_noise())
             path.next_latents[:, place] = latents
             path.log_probs[:, place] = transition.log_prob(latents)
-        else:
+        elif second_order:
             drift, dt = velocity(latents, sigmas[step]), sigmas[step + 1] - sigmas[step]
             bent = drift if before is None else drift + dt / (2 * before[1]) * (drift - before[0])
-            latents = euler(latents, bent, sigmas[step], sigmas[step + 1])
-            before = (drift, dt) if second_order else None
+            latents, before = euler(latents, bent, sigmas[step], sigmas[step + 1]), (drift, dt)
+        else:
+            latents = euler(latents, velocity(latents, sigmas[step]), sigmas[step], sigmas[step + 1])
     path.final.copy_(latents)
     return path
 

@@ -108,12 +108,12 @@ def flow_only_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param([f"--{LANGUAGE}.model=miniature/lang"], r"miniature/lang\b.*give an existing", id="no refiner"),
         pytest.param(
             [f"--{FLOW}.sampling.sde_steps=9"],
-            r"`sde_steps` is 9, but there are 8 sampler steps; set it from 0 to 8",
+            r"`sde_steps` is 9, but there are 6 sampler steps; set it from 0 to 6",
             id="too many SDE steps",
         ),
         pytest.param(
             [f"--{FLOW}.sampling.sde_steps=[7,8]"],
-            r"`sde_steps` is \[7, 8\], but there are 8 sampler steps; list steps from 0 to 7",
+            r"`sde_steps` is \[7, 8\], but there are 6 sampler steps; list steps from 0 to 5",
             id="SDE step beyond the schedule",
         ),
         pytest.param(
