@@ -43,8 +43,8 @@ OBJECTIVES: dict[str, Callable[[], FlowObjective]] = {
     "NFT": lambda: DiffusionNFT(beta=0.1, advantage_range=1.0, old_policy=Decay(0.3)),
     "AWM": lambda: AWM("sigma"),
     "the best": lambda: RewardWeighted(best=2),
-    "DPO": DPO,
-    "DGPO": DGPO,
+    "DPO": lambda: DPO(100.0, levels=3),
+    "DGPO": lambda: DGPO(levels=3),
 }
 
 both_ways = pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
@@ -67,7 +67,7 @@ def learner(
 @both_ways
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_images_become_redder(folders: dict[str, Path], name: str, lora: LoRA | None) -> None:  # noqa: F811
-    rate = FLUX1.learning_rates[lora is not None]
+    rate = FLUX1.learning_rate if lora else 1e-3
     module, samples = learner(FLUX1, folders["flux1"], OBJECTIVES[name](), rate, lora)
     before = mean_red(module, samples)
     for step in range(8):
