@@ -67,7 +67,7 @@ def test_an_empty_folder_is_enough(installed: Path, tmp_path: Path) -> None:
         "Draw:        promptrl predict \\",
         f"    --config {run}/config.yaml \\",
         f"    --ckpt_path {run}/checkpoints/last.ckpt \\",
-        "    --prompt 'a photo of a square'",
+        "    --prompt 'a photo of a ring'",
     ]
     assert (tmp_path / run / "checkpoints/last.ckpt").is_file()
     assert f"model: {installed}/miniature/flow\n" in (tmp_path / run / "config.yaml").read_text()
