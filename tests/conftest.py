@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parent.parent
 LONGEST = (
+    "tests/lightning_modules/test_sharded.py",
     "tests/notebooks/",
     "tests/lightning_modules/policies/test_families.py",
     "tests/configs/",
