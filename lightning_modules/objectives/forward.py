@@ -33,6 +33,27 @@ class Noised:
     sigma: Tensor
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """Velocities of B noised images, and what else their loss is computed from.
+
+    Attributes:
+        velocity: [B, ...] of the current policy.
+        old_velocity: [B, ...] of the old policy, without gradient; None if the objective keeps none.
+        at: the noised images.
+        term: number of the level of noise.
+        clip_range: the policy's.
+        old: result of the policy that drew the samples; None is strictly on-policy.
+    """
+
+    velocity: Tensor
+    old_velocity: Tensor | None
+    at: Noised
+    term: int = 0
+    clip_range: float = 0.0
+    old: ObjectiveResult | None = None
+
+
 class ForwardObjective(FlowObjective):
     """Learns from final images alone: each is noised again at levels of the sampler's own schedule.
 
@@ -66,26 +87,12 @@ class ForwardObjective(FlowObjective):
         return steps if self.levels is None else min(self.levels, steps)
 
     @abstractmethod
-    def of_velocity(
-        self,
-        velocity: Tensor,
-        old_velocity: Tensor | None,
-        at: Noised,
-        batch: FlowBatch,
-        term: int,
-        policy: FlowPolicy,
-        old: ObjectiveResult | None,
-    ) -> ObjectiveResult:
-        """Computes the loss [B] of a velocity, without the KL.
+    def of_velocity(self, found: Prediction, batch: FlowBatch) -> ObjectiveResult:
+        """Computes the loss [B] of velocities, without the KL.
 
         Args:
-            velocity: [B, ...] of the current policy.
-            old_velocity: [B, ...] of the old policy, without gradient; None if the objective keeps none.
-            at: the noised images.
+            found: the velocities.
             batch: B samples.
-            term: number of the level.
-            policy: the current policy.
-            old: as for `FlowObjective.loss`.
         """
 
     def loss(self, policy: FlowPolicy, batch: FlowBatch, term: int, old: ObjectiveResult | None) -> ObjectiveResult:
@@ -99,7 +106,7 @@ class ForwardObjective(FlowObjective):
             with torch.no_grad(), policy.reference():
                 reference = policy.velocity(at.latents, at.sigma, conditioning)
         velocity = policy.velocity(at.latents, at.sigma, conditioning)
-        result = self.of_velocity(velocity, before, at, batch, term, policy, old)
+        result = self.of_velocity(Prediction(velocity, before, at, term, policy.clip_range, old), batch)
         if reference is None:
             return result
         kl = matching_error(velocity, reference)

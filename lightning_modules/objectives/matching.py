@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.objectives.base import FlowBatch, ObjectiveResult, Old
-from lightning_modules.objectives.forward import ForwardObjective, Noised
+from lightning_modules.objectives.forward import ForwardObjective, Prediction
 from lightning_modules.policies.flow import FlowPolicy
 from lightning_modules.policies.kept import Decay
 from lightning_modules.rl.losses import clipped_surrogate
@@ -54,25 +54,16 @@ class DiffusionNFT(ForwardObjective):
         self.adaptive = adaptive
         self.old_policy = old_policy
 
-    def of_velocity(
-        self,
-        velocity: Tensor,
-        old_velocity: Tensor | None,
-        at: Noised,
-        batch: FlowBatch,
-        term: int,
-        policy: FlowPolicy,
-        old: ObjectiveResult | None,
-    ) -> ObjectiveResult:
+    def of_velocity(self, found: Prediction, batch: FlowBatch) -> ObjectiveResult:
         """Computes the loss [B] of a velocity, see `ForwardObjective.of_velocity`."""
-        del term, policy, old
-        before = velocity.detach() if old_velocity is None else old_velocity
+        velocity, target = found.velocity, found.at.target
+        before = velocity.detach() if found.old_velocity is None else found.old_velocity
         goodness = 0.5 + 0.5 * (batch.advantages / self.advantage_range).clamp(-1, 1)
-        sigma = at.sigma if self.adaptive else None
+        sigma = found.at.sigma if self.adaptive else None
         loss = self.advantage_range * negative_aware_loss(
-            velocity, before, at.target, goodness, beta=self.beta, sigma=sigma
+            velocity, before, target, goodness, beta=self.beta, sigma=sigma
         )
-        error = matching_error(velocity, at.target).detach()
+        error = matching_error(velocity, target).detach()
         stats = {"matching": error.mean(), "moved": matching_error(velocity.detach(), before).mean()}
         return ObjectiveResult(loss, stats, -error)
 
@@ -101,24 +92,14 @@ class AWM(ForwardObjective):
         super().__init__(levels)
         self.weighting = weighting
 
-    def of_velocity(
-        self,
-        velocity: Tensor,
-        old_velocity: Tensor | None,
-        at: Noised,
-        batch: FlowBatch,
-        term: int,
-        policy: FlowPolicy,
-        old: ObjectiveResult | None,
-    ) -> ObjectiveResult:
+    def of_velocity(self, found: Prediction, batch: FlowBatch) -> ObjectiveResult:
         """Computes the loss [B] of a velocity, see `ForwardObjective.of_velocity`."""
-        del old_velocity, term
-        error = matching_error(velocity, at.target)
-        weight = at.sigma.to(error) ** {"uniform": 0, "sigma": 1, "sigma_squared": 2}[self.weighting]
+        error = matching_error(found.velocity, found.at.target)
+        weight = found.at.sigma.to(error) ** {"uniform": 0, "sigma": 1, "sigma_squared": 2}[self.weighting]
         log_probs = -weight * error
-        old_log_probs = None if old is None else old.log_probs
+        old_log_probs = None if found.old is None else found.old.log_probs
         surrogate = clipped_surrogate(
-            log_probs, batch.advantages, clip_range=policy.clip_range, old_log_probs=old_log_probs
+            log_probs, batch.advantages, clip_range=found.clip_range, old_log_probs=old_log_probs
         )
         return ObjectiveResult(
             surrogate.loss, surrogate.stats | {"matching": error.detach().mean()}, log_probs.detach()
@@ -155,18 +136,8 @@ class RewardWeighted(ForwardObjective):
         assert batch.weights is not None
         return batch.weights[:, 0] != 0
 
-    def of_velocity(
-        self,
-        velocity: Tensor,
-        old_velocity: Tensor | None,
-        at: Noised,
-        batch: FlowBatch,
-        term: int,
-        policy: FlowPolicy,
-        old: ObjectiveResult | None,
-    ) -> ObjectiveResult:
+    def of_velocity(self, found: Prediction, batch: FlowBatch) -> ObjectiveResult:
         """Computes the loss [B] of a velocity, see `ForwardObjective.of_velocity`."""
-        del old_velocity, term, policy, old
         assert batch.weights is not None
-        error = matching_error(velocity, at.target)
+        error = matching_error(found.velocity, found.at.target)
         return ObjectiveResult(batch.weights[:, 0] * error, {"matching": error.detach().mean()}, -error.detach())

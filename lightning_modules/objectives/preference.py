@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.objectives.base import FlowBatch, ObjectiveResult, Old
-from lightning_modules.objectives.forward import ForwardObjective, Noised
+from lightning_modules.objectives.forward import ForwardObjective, Prediction
 from lightning_modules.policies.flow import FlowPolicy
 from lightning_modules.rl.matching import matching_error, preference_weights
 
@@ -62,21 +62,13 @@ class PreferenceObjective(ForwardObjective):
         """Returns [B] bool, True for images that take part."""
         return self.sides(batch) != 0
 
-    def of_velocity(
-        self,
-        velocity: Tensor,
-        old_velocity: Tensor | None,
-        at: Noised,
-        batch: FlowBatch,
-        term: int,
-        policy: FlowPolicy,
-        old: ObjectiveResult | None,
-    ) -> ObjectiveResult:
+    def of_velocity(self, found: Prediction, batch: FlowBatch) -> ObjectiveResult:
         """Computes a loss [B] with the preference's gradient, see `ForwardObjective.of_velocity`."""
-        del old_velocity, policy, old
         assert batch.weights is not None
-        error = matching_error(velocity, at.target)
-        return ObjectiveResult(batch.weights[:, term] * error, {"matching": error.detach().mean()}, -error.detach())
+        error = matching_error(found.velocity, found.at.target)
+        return ObjectiveResult(
+            batch.weights[:, found.term] * error, {"matching": error.detach().mean()}, -error.detach()
+        )
 
 
 class DPO(PreferenceObjective):

@@ -23,7 +23,7 @@ from lightning_modules.objectives import (
     RefinerGRPO,
     RewardWeighted,
 )
-from lightning_modules.objectives.forward import Noised
+from lightning_modules.objectives.forward import Noised, Prediction
 from lightning_modules.policies.flow import Sampling
 from lightning_modules.prompt_rl import PromptRL
 from lightning_modules.rl.matching import matching_error, preference_weights
@@ -86,7 +86,7 @@ def nft_losses(beta: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     target, before, now = (torch.randn(4, 2, 3, dtype=torch.float64, generator=generator) for _ in range(3))
     objective = DiffusionNFT(beta=beta, advantage_range=2.0, adaptive=False)
     at = Noised(target, target, torch.tensor(0.5))
-    loss = objective.of_velocity(now, before, at, batch, 0, policy, None).loss / 2
+    loss = objective.of_velocity(Prediction(now, before, at), batch).loss / 2
     product = batch.advantages / 2 * ((before - target) * (now - before)).mean((1, 2))
     return loss, matching_error(before, target), product, matching_error(now, before)
 
