@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -127,9 +126,3 @@ class ForwardObjective(FlowObjective):
         }
         mixed = torch.stack([noise[seed] for seed in seeds]).to(images)
         return Noised(noised(images, mixed, sigma), mixed - images, sigma)
-
-    def errors(self, policy: FlowPolicy, batch: FlowBatch, term: int, *, reference: bool = False) -> Tensor:
-        """Computes matching errors [B] of the policy, or of its reference, without gradient."""
-        at = self.noised(batch, term)
-        with torch.no_grad(), policy.reference() if reference else nullcontext():
-            return matching_error(policy.velocity(at.latents, at.sigma, batch.trajectory.conditioning), at.target)

@@ -49,14 +49,21 @@ class PreferenceObjective(ForwardObjective):
             errors, reference = torch.zeros_like(sides), torch.zeros_like(sides)
             for rows in every:
                 if policy.sharded or sides[rows].any():
-                    errors[rows] = self.errors(policy, batch.rows(rows), term)
-                    reference[rows] = self.errors(policy, batch.rows(rows), term, reference=True)
+                    errors[rows], reference[rows] = self.errors(policy, batch.rows(rows), term)
             found, loss = preference_weights(errors, reference, sides, batch.groups, beta=self.beta)
             weights.append(found)
             losses.append(loss.mean())
         # The mean over images times their number in a group is the mean over groups.
         size = len(batch) / max(1, len(batch.groups.unique()))
         return replace(batch, weights=size * torch.stack(weights, 1), stats={"preference": torch.stack(losses).mean()})
+
+    @torch.no_grad()
+    def errors(self, policy: FlowPolicy, batch: FlowBatch, term: int) -> tuple[Tensor, Tensor]:
+        """Computes the matching errors [B] of the policy, and those of its reference at the same noise."""
+        at, conditioning = self.noised(batch, term), batch.trajectory.conditioning
+        errors = matching_error(policy.velocity(at.latents, at.sigma, conditioning), at.target)
+        with policy.reference():
+            return errors, matching_error(policy.velocity(at.latents, at.sigma, conditioning), at.target)
 
     def speaks(self, batch: FlowBatch) -> Tensor:
         """Returns [B] bool, True for images that take part."""

@@ -212,14 +212,16 @@ class Policy(nn.Module, ABC):
     @property
     def decays(self) -> dict[str, Decay]:
         """Name of each copy of the trained weights that follows them -> how."""
-        compares = self.kl_weight > 0 or self.needs_reference
-        found = {"reference": self.reference_decay if compares else None, "old": self.old_decay}
+        found = {"reference": self.reference_decay if self._compares else None, "old": self.old_decay}
         return {name: decay for name, decay in found.items() if decay is not None and self.trained}
 
     @property
     def _keeps_reference(self) -> bool:
-        compares = self.kl_weight > 0 or self.needs_reference
-        return self.trained and compares and self.reference_decay is None
+        return self.trained and self._compares and self.reference_decay is None
+
+    @property
+    def _compares(self) -> bool:
+        return self.kl_weight > 0 or self.needs_reference
 
     @property
     def _adapters(self) -> list[str]:

@@ -288,11 +288,11 @@ def _persistent(module: PromptRL, policy: Policy, meta: Policy, setting: Setting
         (found.per_step if state.paged else found.persistent)[name] = state.bytes // shards
         if meta._frozen_copy is not None:
             found.persistent["reference"] = weight_bytes(meta._frozen_copy) // shards
-        for copy in policy.decays:
-            # In fp32; weights of another dtype are put aside while the copy is in use.
-            sizes = [(p.numel(), p.itemsize) for p in meta.parameters() if p.requires_grad]
-            learned = sum(number * (size if size >= 4 else 4 + size) for number, size in sizes)
-            found.persistent[{"old": "old policy"}.get(copy, copy)] = learned // shards
+        # In fp32; weights of another dtype are put aside while a copy is in use.
+        sizes = [(p.numel(), p.itemsize) for p in meta.parameters() if p.requires_grad]
+        learned = sum(number * (size if size >= 4 else 4 + size) for number, size in sizes)
+        names = {"old": "old policy", "reference": "reference"}
+        found.persistent.update({names[copy]: learned // shards for copy in policy.decays})
         averaging = min(gradients, 4 * CHUNK) if setting.num_devices > setting.shards else 0
         stepping = gradients if state.foreach and setting.cuda else 0
         if averaging or stepping:

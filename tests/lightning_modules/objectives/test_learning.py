@@ -112,7 +112,7 @@ def loss_of(module: PromptRL, rollout: Rollout, old: dict[Any, Any]) -> float:
     losses = []
     for term in range(objective.num_terms(batch.trajectory)):
         if isinstance(objective, PreferenceObjective):
-            errors = [objective.errors(flow, batch, term, reference=reference) for reference in (False, True)]
+            errors = objective.errors(flow, batch, term)
             sides = objective.sides(batch)
             losses.append(preference_weights(*errors, sides, batch.groups, beta=objective.beta)[1].mean())
             continue

@@ -139,7 +139,7 @@ def test_dpo_at_the_reference() -> None:
     assert prepared.weights is not None
     torch.testing.assert_close(prepared.weights, expected[:, None].expand(-1, 4))
     equal(objective_gradient(objective, policy, batch), matching_gradient(objective, policy, batch, expected))
-    errors = objective.errors(policy, batch, 0)
+    errors, _ = objective.errors(policy, batch, 0)
     _, losses = preference_weights(errors, errors, objective.sides(batch), batch.groups, beta=6.0)
     assert losses.tolist() == pytest.approx([math.log(2)])
 
