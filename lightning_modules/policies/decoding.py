@@ -1,12 +1,14 @@
-"""Writing by a language model, token by token: a plain loop that rows leave once they have ended."""
+"""Writing by a language model, token by token: a plain loop that rows leave once they have ended, and CUDA graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 LEAVE = 0.25
 """Share of the rows in the batch that have ended when they leave it: to select keys and values costs about a step."""
@@ -15,11 +17,11 @@ LEAVE = 0.25
 @torch.no_grad()
 def write(
     logits: Callable[[Tensor, Tensor, Tensor], Tensor],
-    cache: DynamicCache,
     ids: Tensor,
     mask: Tensor,
     positions: Tensor,
     *,
+    keep: Callable[[Tensor], None] | None,
     max_new_tokens: int,
     eos_token_ids: Sequence[int],
     pad_token_id: int,
@@ -33,10 +35,10 @@ def write(
     Args:
         logits: maps token ids [b, 1], mask [b, L] and positions [..., b, 1] to the next token's logits [b, V], and adds
             to the cache.
-        cache: keys and values of all prompt tokens but the last; changed.
         ids: [B] the last token of each prompt.
         mask: [B, P] 1 for the prompts' tokens, 0 for padding.
         positions: [..., B, 1] position of the last token.
+        keep: leaves only the rows with these numbers in the cache; null keeps all rows in the batch.
         max_new_tokens: longest completion.
         eos_token_ids: ids that end a completion.
         pad_token_id: id that fills the rows which have ended.
@@ -65,9 +67,9 @@ def write(
         if not left:
             return tokens[:, : step + 1], log_probs[:, : step + 1]
         mask, positions = torch.cat([mask, torch.ones_like(mask[:, :1])], 1), positions + 1
-        if left <= (1 - LEAVE) * len(rows):
+        if keep is not None and left <= (1 - LEAVE) * len(rows):
             kept = alive.nonzero()[:, 0]
-            cache.batch_select_indices(kept)
+            keep(kept)
             ids, mask, rows, alive = ids[kept], mask[kept], rows[kept], alive[kept]
             positions = positions.index_select(-2, kept)
     return tokens, log_probs
@@ -82,3 +84,73 @@ def _draw(scores: Tensor, rows: Tensor, total: int) -> tuple[Tensor, Tensor]:
         probs = probs.new_ones(total, probs.shape[1]).index_copy_(0, rows, probs)
     ids = torch.multinomial(probs, 1)[rows]
     return ids[:, 0], log_probs.gather(1, ids)[:, 0]
+
+
+class FixedStep:
+    """A decoding step whose tensors keep their sizes and places, so that a GPU captures it once as a CUDA graph.
+
+    A small batch keeps a GPU busy for a fraction of the time that it takes to launch a step's kernels one by one; a
+    graph launches all of them at once. Capturing takes as long as about three steps.
+
+    Args:
+        step: maps token ids [B, 1], mask [B, 1, 1, L] bool, positions [..., B, 1] and a cache to the next token's
+            logits [B, V], and adds to the cache.
+        cache: keys and values of the prompts' tokens, `plain` ones; taken out of it.
+        length: tokens of prompts and completions together.
+    """
+
+    def __init__(self, step: Callable[[Tensor, Tensor, Tensor, Cache], Tensor], cache: DynamicCache, length: int):
+        self._step = step
+        self._layers = [StaticLayer(length) for _ in cache.layers]
+        self._start = cache.get_seq_length()
+        for fixed, layer in zip(self._layers, cache.layers, strict=True):
+            fixed.update(layer.keys, layer.values)
+            layer.keys = layer.values = None
+        self._cache = Cache(layers=self._layers)
+        self._length = length
+        self._inputs: tuple[Tensor, Tensor, Tensor] | None = None
+        self._graph: Any = None
+        self._logits: Tensor | None = None
+
+    @staticmethod
+    def plain(cache: DynamicCache) -> bool:
+        """True if all layers keep keys and values of all tokens: no sliding windows, no recurrent states."""
+        return all(type(layer) is DynamicLayer for layer in cache.layers)
+
+    def __call__(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """Returns the next token's logits [B, V], which the next call overwrites.
+
+        Args:
+            ids: [B, 1] token ids.
+            mask: [B, l] 1 for the tokens so far, this one included.
+            positions: [..., B, 1] their positions.
+        """
+        if self._inputs is None:
+            wide = mask.new_zeros(len(mask), 1, 1, self._length, dtype=torch.bool)
+            self._inputs = ids.clone(), wide, positions.clone()
+            self._inputs[1][:, 0, 0, : mask.shape[1]] = mask
+            if ids.device.type == "cuda":
+                self._capture()
+        own_ids, own_mask, own_positions = self._inputs
+        own_ids.copy_(ids)
+        own_mask[:, 0, 0, mask.shape[1] - 1] = mask[:, -1]
+        own_positions.copy_(positions)
+        if self._graph is None:
+            return self._step(*self._inputs, self._cache)
+        self._graph.replay()
+        assert self._logits is not None
+        return self._logits
+
+    def _capture(self) -> None:
+        assert self._inputs is not None
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # kernels are chosen, and workspaces made, before the capture
+            for _ in range(2):
+                self._step(*self._inputs, self._cache)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._logits = self._step(*self._inputs, self._cache)
+        for layer in self._layers:  # what these steps wrote is written again
+            layer.cumulative_length.fill_(self._start)

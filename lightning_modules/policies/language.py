@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    Cache,
     DynamicCache,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -24,7 +25,7 @@ from datamodules.base import PromptSample
 from datamodules.chunks import chunks
 from lightning_modules.policies.adapters import DEFAULT, load_language_lora
 from lightning_modules.policies.base import LoRA, Policy
-from lightning_modules.policies.decoding import write
+from lightning_modules.policies.decoding import FixedStep, write
 from lightning_modules.policies.heads import output_head
 from lightning_modules.policies.loading import check_language_model, lora_config
 from lightning_modules.policies.memory import gradient_checkpointing_enabled
@@ -59,6 +60,8 @@ class LanguagePolicy(Policy):
         clip_range: the ratio is clipped to 1 - clip_range, 1 + clip_range (with several updates per rollout only).
         max_log_ratio: a run stops where replayed log-probs of tokens differ from sampled ones by more on average, in
             nats.
+        cuda_graphs: on a GPU, launches each token's kernels all at once (`FixedStep`), where the model has plain
+            attention, no int8 weights and no shards.
         **kwargs: as for `Policy`.
     """
 
@@ -77,6 +80,7 @@ class LanguagePolicy(Policy):
         kl_weight: float = 0.01,
         clip_range: float = 0.2,
         max_log_ratio: float = 0.02,
+        cuda_graphs: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, learning_rate, weight_decay, kl_weight, clip_range, max_log_ratio, **kwargs)
@@ -90,6 +94,7 @@ class LanguagePolicy(Policy):
         self.max_new_tokens = max_new_tokens
         self.eval_max_new_tokens = eval_max_new_tokens
         self.chat_template_kwargs = chat_template_kwargs or {}
+        self.cuda_graphs = cuda_graphs
         self.tokenizer: Any = None
 
     def load(self, *, weights: bool = True) -> None:
@@ -207,23 +212,30 @@ class LanguagePolicy(Policy):
         seen = None if seen is None else seen.repeat(num)
         decoder, head = self.causal_lm.get_decoder(), output_head(self.causal_lm)
 
-        def logits(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        def logits(ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache = cache) -> Tensor:
             inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
             found: Tensor = head(decoder(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1])
             return found
 
+        fixed = self._captures(cache)
         tokens, log_probs = write(
-            logits,
-            cache,
+            FixedStep(logits, cache, ids.shape[1] + max_new_tokens) if fixed else logits,
             ids[:, -1],
             mask,
             self._positions(mask, seen)[..., -1:],
+            keep=None if fixed else cache.batch_select_indices,
             max_new_tokens=max_new_tokens,
             eos_token_ids=self.eos_token_ids,
             pad_token_id=self._pad_token_id,
             temperature=None if greedy else self.temperature,
         )
         return self.completed(samples, ids, mask, tokens, log_probs, seen)
+
+    def _captures(self, cache: DynamicCache) -> bool:
+        """True if a decoding step is captured as a CUDA graph."""
+        plain = FixedStep.plain(cache) and self.causal_lm.config._attn_implementation == "sdpa"
+        wanted = self.cuda_graphs and self.device.type == "cuda"
+        return wanted and plain and not self.sharded and self.quantization != "int8"
 
     def completed(
         self,

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from datamodules.sample import PromptSample
 from lightning_modules.cli import main
 from lightning_modules.policies.base import LoRA
 from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.flux1 import Flux1Policy
+from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.rl.sde import SDEType
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -69,3 +71,27 @@ def test_weights_quantized_on_the_cpu_are_the_same_on_the_gpu(
     replayed.sum().backward()
     gradients = [weight.grad for weight in policy.parameters() if weight.requires_grad]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_captured_decoding_writes_the_same_rewrites(make_language: Callable[..., LanguagePolicy], dtype: str) -> None:
+    """Sizes of batch and prompt change between calls, weights too: each is captured anew."""
+    samples = [PromptSample(str(number), "a photo of a red circle " * number, "none", {}) for number in (1, 2, 3)]
+    policy = make_language(dtype=dtype).to("cuda")
+    for count, num in ((3, 4), (1, 2), (3, 1)):
+        written = []
+        for graphs in (True, False):
+            policy.cuda_graphs = graphs
+            torch.manual_seed(5)
+            written.append(policy._write(samples[:count], num, 24, greedy=num == 1))
+        captured, usual = written
+        near = 1e-5 if dtype == "float32" else 0.05
+        if dtype == "float32":
+            assert torch.equal(captured.tokens, usual.tokens)
+            assert (captured.log_probs - usual.log_probs).abs().max() < near
+        replayed = policy.log_probs(captured)
+        if num > 1:
+            assert ((replayed - captured.log_probs)[captured.mask]).abs().mean() < near
+        with torch.no_grad():
+            for weight in policy.parameters():
+                weight.add_(0.01 * torch.randn_like(weight))

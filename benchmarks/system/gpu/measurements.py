@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -51,13 +50,12 @@ def steps(case: Case, options: Options) -> Iterator[Row]:
     case.variants[0].apply(running.module)
     counter = FlopCounterMode(display=False)
     # What is first called under the counter is never compiled.
-    with nullcontext() if running.module.flow.compile_blocks else counter:
-        running.step()
+    running.step(None if running.module.flow.compile_blocks else counter)
     for variant in case.variants:
         variant.apply(running.module)
         row = running.step()
         if flops := counter.get_total_flops():
-            row["flops"] = flops / row["seconds"]["step"]
+            row["flops"] = flops / row["seconds"]["flow_update"]
         yield {"setting": variant.name, **row}
 
 

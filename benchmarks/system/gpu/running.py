@@ -5,12 +5,17 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.system.gpu.cases import PROMPT, Case, Options, Row, agents
 from benchmarks.system.published import random_weights
@@ -62,7 +67,7 @@ class Running:
     @classmethod
     def of_case(cls, case: Case, options: Options, strategy: str = "auto") -> Running:
         """Draws the agents of a case at random."""
-        if options.tiny:
+        if options.tiny and options.device.type == "cpu":
             torch.compiler.set_default_backend("eager")  # traced alone: C++ takes a minute and a half
         module, precision = agents(case, options)
         side = min(case.source, 64) if options.tiny else case.source
@@ -70,12 +75,25 @@ class Running:
         with random_weights(options.device):
             return cls(module, precision, options.device, [PromptSample("0", PROMPT, "none", {}, image)], strategy)
 
-    def step(self) -> Row:
-        """Takes one joint step, the guard on: seconds of its parts, log-ratios, and the peak of memory."""
-        module = self.module
+    def step(self, counter: FlopCounterMode | None = None) -> Row:
+        """Takes one joint step, the guard on: seconds of its parts, log-ratios, and the peak of memory.
+
+        Args:
+            counter: counts the operations of the flow model's update; PyTorch 2.11 cannot count those of a refiner
+                whose queries share keys.
+        """
+        module, backward = self.module, self.module._flow_backward
+
+        def counted(*args: Any) -> Tensor:
+            with counter or nullcontext():
+                return backward(*args)
+
         module._seconds = {}
         forget_peak(self.device)
-        with self.trainer.precision_plugin.train_step_context():
+        with (
+            self.trainer.precision_plugin.train_step_context(),
+            patch.object(module, "_flow_backward", counted),
+        ):
             start = self.now()
             rollout = module.collect(self.samples)
             guarded = self.now()

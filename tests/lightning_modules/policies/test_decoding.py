@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig
+from transformers import GenerationConfig
 
 from datamodules.base import PromptSample
-from lightning_modules.policies.decoding import write
+from lightning_modules.policies.decoding import FixedStep, write
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.policies.vision_language import VisionLanguagePolicy
 from lightning_modules.rollout import Completions
@@ -122,15 +122,17 @@ class Counting(nn.Module):
 def test_ends_masks_and_positions_by_hand(temperature: float | None) -> None:
     """Token 7 ends: after 2, 5 and (cut off) 6 tokens; the first of three leaves at once, being a third of them."""
     model, mask = Counting(), torch.tensor([[1, 1], [0, 1], [1, 1]])
+    kept: list[list[int]] = []
     settings: dict[str, Any] = {"eos_token_ids": [7], "pad_token_id": 9, "temperature": temperature}
+    settings["keep"] = lambda rows: kept.append(rows.tolist())
     inputs = (torch.tensor([5, 2, 0]), mask, torch.tensor([[1], [0], [1]]))
-    tokens, log_probs = write(model, DynamicCache(), *inputs, max_new_tokens=6, **settings)
+    tokens, log_probs = write(model, *inputs, max_new_tokens=6, **settings)
     assert tokens.tolist() == [[6, 7, 9, 9, 9, 9], [3, 4, 5, 6, 7, 9], [1, 2, 3, 4, 5, 6]]
-    assert not log_probs.any()
+    assert not log_probs.any() and kept == [[1, 2], [1]]
     assert model.calls[1] == ([6, 3, 1], [[1, 1, 1], [0, 1, 1], [1, 1, 1]], [2, 1, 2])
     assert model.calls[2] == ([4, 2], [[0, 1, 1, 1], [1, 1, 1, 1]], [2, 3])
     assert model.calls[5] == ([5], [[1] * 7], [6])
-    tokens, _ = write(model, DynamicCache(), *inputs, max_new_tokens=20, **(settings | {"eos_token_ids": [7, 3]}))
+    tokens, _ = write(model, *inputs, max_new_tokens=20, **(settings | {"eos_token_ids": [7, 3]}))
     assert tokens.tolist() == [[6, 7, 9], [3, 9, 9], [1, 2, 3]], "it stops where the last one has ended"
 
 
@@ -141,7 +143,42 @@ def test_any_token_is_drawn_where_logits_are_not_numbers() -> None:
         return logits
 
     inputs = (torch.zeros(2, dtype=torch.long), torch.ones(2, 1, dtype=torch.long), torch.zeros(2, 1))
-    settings: dict[str, Any] = {"eos_token_ids": [], "pad_token_id": 0, "temperature": 1.0}
-    tokens, log_probs = write(broken, DynamicCache(), *inputs, max_new_tokens=50, **settings)
+    settings: dict[str, Any] = {"keep": None, "eos_token_ids": [], "pad_token_id": 0, "temperature": 1.0}
+    tokens, log_probs = write(broken, *inputs, max_new_tokens=50, **settings)
     assert tokens[0].unique().numel() > 5 and log_probs[0].isnan().all()
     torch.testing.assert_close(log_probs[1], torch.full((50,), -torch.tensor(10.0).log()))
+
+
+def in_fixed_places(policy: LanguagePolicy, samples: Sequence[PromptSample], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes with and without keys and values of fixed length, which a GPU's graphs need; same tokens."""
+    for greedy, num in ((False, 8), (True, 1)):
+        written = []
+        for fixed in (True, False):
+            monkeypatch.setattr(policy, "_captures", lambda _, fixed=fixed: fixed)
+            torch.manual_seed(5)
+            written.append(policy._write(samples, num, policy.max_new_tokens, greedy=greedy))
+        ours, usual = written
+        assert torch.equal(ours.tokens, usual.tokens)
+        torch.testing.assert_close(ours.log_probs, usual.log_probs, rtol=0, atol=1e-5)
+
+
+def test_keys_and_values_of_fixed_length_give_the_same_rewrites(
+    make_language: Callable[..., LanguagePolicy], samples: list[PromptSample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_fixed_places(make_language(), samples, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_and_values_of_fixed_length_give_the_same_rewrites_of_edits(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_fixed_places(load(build(kind, tmp_path), VisionLanguagePolicy, temperature=0.8), SAMPLES, monkeypatch)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
+def test_only_plain_keys_and_values_have_a_fixed_length(config: Any, samples: list[PromptSample], tmp_path: Path) -> None:
+    policy = random_refiner(config, tmp_path / "model", max_new_tokens=4)
+    ids, mask, seen = policy._encode(samples)
+    windows = {"sliding_attention", "linear_attention"} & set(getattr(policy.causal_lm.config, "layer_types", None) or ())
+    assert FixedStep.plain(policy._prefill(ids, mask, seen, 1)) == (not windows)
+    assert not policy._captures(policy._prefill(ids, mask, seen, 1)), "on a CPU there is nothing to capture"
