@@ -68,7 +68,8 @@ class Policy(nn.Module, ABC):
         rollout_batch_size: samples of a rollout that are drawn together; null is `micro_batch_size` for a flow model,
             and all completions for a refiner. Other batches may round otherwise, so that `max_log_ratio` has to be
             higher in half precision.
-        gradient_checkpointing: computes activations again in the backward pass instead of keeping them.
+        gradient_checkpointing: computes activations again in the backward pass instead of keeping them; `selective`
+            keeps those of attention and of every second matrix product.
         quantization: keeps the frozen weights in 4 or 8 bits (bitsandbytes); an agent that learns needs `lora` then.
         reference_decay: how the reference follows the weights: null keeps it as it was before training,
             `{limit: 0, every: 100}` sets it to the weights every 100 optimizer steps, `{limit: 0.999}` is their moving
@@ -97,7 +98,7 @@ class Policy(nn.Module, ABC):
         frozen_dtype: DType | None = None,
         micro_batch_size: int | None = None,
         rollout_batch_size: int | None = None,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | Literal["selective"] = False,
         quantization: Quantization | None = None,
         kl_every: int = 1,
         reference_decay: Decay | None = None,

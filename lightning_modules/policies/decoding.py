@@ -103,10 +103,11 @@ class FixedStep:
         self._step = step
         self._layers = [StaticLayer(length) for _ in cache.layers]
         self._start = cache.get_seq_length()
-        for fixed, layer in zip(self._layers, cache.layers, strict=True):
+        taken: list[Any] = list(cache.layers)
+        for fixed, layer in zip(self._layers, taken, strict=True):
             fixed.update(layer.keys, layer.values)
             layer.keys = layer.values = None
-        self._cache = Cache(layers=self._layers)
+        self._cache = Cache(layers=[*self._layers])
         self._length = length
         self._inputs: tuple[Tensor, Tensor, Tensor] | None = None
         self._graph: Any = None

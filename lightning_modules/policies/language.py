@@ -28,7 +28,7 @@ from lightning_modules.policies.base import LoRA, Policy
 from lightning_modules.policies.decoding import FixedStep, write
 from lightning_modules.policies.heads import output_head
 from lightning_modules.policies.loading import check_language_model, lora_config
-from lightning_modules.policies.memory import gradient_checkpointing_enabled
+from lightning_modules.policies.memory import gradient_checkpointing_enabled, selective_contexts
 from lightning_modules.policies.sharding import run_inside
 from lightning_modules.policies.templates import GENERAL, fill, parse_answer
 from lightning_modules.rl.log_probs import completion_mask, position_ids, token_log_probs
@@ -128,7 +128,8 @@ class LanguagePolicy(Policy):
             if id(parameter) not in learning:
                 parameter.requires_grad_(False)
         if self.gradient_checkpointing:
-            self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+            selective = {"context_fn": selective_contexts} if self.gradient_checkpointing == "selective" else {}
+            self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False, **selective})
 
     def _add_adapters(self, lora: LoRA) -> None:
         if lora.path is not None:
@@ -189,7 +190,7 @@ class LanguagePolicy(Policy):
         start, head = completions.prompt_ids.shape[1] - 1, output_head(self.causal_lm)
 
         def read() -> Tensor:
-            checkpoints = self.gradient_checkpointing and torch.is_grad_enabled()
+            checkpoints = bool(self.gradient_checkpointing) and torch.is_grad_enabled()
             with gradient_checkpointing_enabled(self.active, on=checkpoints):
                 hidden = self._hidden(ids, attention, completions.seen, use_cache=False)
             return token_log_probs(hidden[:, start:-1], head, completions.tokens, temperature=self.temperature)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 import torch._dynamo
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 Quantization = Literal["nf4", "int8"]
@@ -84,6 +85,44 @@ def compile_blocks(network: nn.Module) -> None:
     for blocks in [module for module in network.children() if isinstance(module, nn.ModuleList)]:
         for block in blocks:
             block.compile()
+
+
+SMALL = 256
+"""Matrix products with a side of a weight below this, which are adapters', are always made again."""
+_ATTENTION = [
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default
+    for kernel in (
+        "flash_attention",
+        "efficient_attention",
+        "cudnn_attention",
+        "flash_attention_for_cpu",
+        "fused_attention_overrideable",
+    )
+]
+
+
+def selective_contexts() -> Any:
+    """`context_fn` of `torch.utils.checkpoint`: keeps the results of attention and of every second matrix product.
+
+    The first are long to compute for what they take; of the second half the time is saved for half the memory.
+    """
+    products = {False: 0, True: 0}
+
+    def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if operation in _ATTENTION:
+            return CheckpointPolicy.MUST_SAVE
+        if operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) and min(args[-1].shape) >= SMALL:
+            products[context.is_recompute] += 1
+            if products[context.is_recompute] % 2:
+                return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def checkpoint_selectively(module: nn.Module, *args: Any) -> Any:
+    """Runs a block of a diffusers network, and keeps a part of its activations (`selective_contexts`)."""
+    return checkpoint(module.__call__, *args, use_reentrant=False, context_fn=selective_contexts)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from lightning_modules.policies.base import LoRA
 from lightning_modules.policies.conditioning import ConditionedPolicy
 from lightning_modules.policies.flow import Sampling
 from lightning_modules.policies.loading import absent_parts, check_pipeline, lora_config, read_config
-from lightning_modules.policies.memory import compile_blocks, on_device
+from lightning_modules.policies.memory import checkpoint_selectively, compile_blocks, on_device
 from lightning_modules.rl.schedule import dynamic_mu
 from rewards.pretrained import one_line_errors
 
@@ -146,7 +146,8 @@ class PipelinePolicy(ConditionedPolicy):
     def _prepare(self) -> None:
         super()._prepare()
         if self.gradient_checkpointing:
-            self.network.enable_gradient_checkpointing()
+            selective = self.gradient_checkpointing == "selective"
+            self.network.enable_gradient_checkpointing(checkpoint_selectively if selective else None)
         # The reference too: with other kernels its KL to an untrained policy would not be 0.
         for network in (self.network, self._frozen_copy):
             if network is not None and self.attention_backend is not None:

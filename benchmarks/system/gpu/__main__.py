@@ -50,6 +50,7 @@ CASES = (
     Case("card", 10, measurements.card),
     step("klein", 45, KLEIN, refiner="Qwen3-4B", variants=SIZES),
     step("flux1", 60, FLUX, refiner=QWEN_VL, variants=SIZES),
+    Case("decoding", 60, measurements.decoding, KLEIN, "Qwen3-4B", changes={"language.init_args.max_new_tokens": 256}),
     step("sd3", 40, SD3, refiner=QWEN_VL, variants=SIZES),
     Case(
         "attention",
@@ -59,6 +60,7 @@ CASES = (
         variants=(Variant(), *(Variant(backend=name) for name in BACKENDS)),
     ),
     step("compiled blocks", 90, FLUX, changes={"flow.init_args.compile": True}),
+    step("selective recomputation", 40, FLUX, changes={"flow.init_args.gradient_checkpointing": "selective"}),
     Case("precision", 30, measurements.precision, KLEIN),
     step("nf4", 40, FLUX, changes={"flow.init_args.quantization": "nf4"}),
     step("int8", 40, FLUX, changes={"flow.init_args.quantization": "int8"}),
@@ -68,7 +70,6 @@ CASES = (
         for name, model in (("flux1", FLUX), ("klein", KLEIN), ("sd3", SD3))
         for memory in (48, 24)
     ),
-    Case("decoding", 60, measurements.decoding, KLEIN, "Qwen3-4B", changes={"language.init_args.max_new_tokens": 256}),
     step("qwen-image, nf4", 60, "Qwen-Image"),
     step("z-image", 30, "Z-Image"),
     step("sana", 20, "Sana-1600M"),

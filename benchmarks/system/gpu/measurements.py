@@ -134,7 +134,7 @@ def _distances(one: dict[str, Tensor], other: dict[str, Tensor]) -> Iterator[flo
 
 
 def decoding(case: Case, options: Options) -> Iterator[Row]:
-    """Writes 6 rewrites of each of 8 prompts: as training does, and by transformers' compiled decoding."""
+    """Writes 6 rewrites of each of 8 prompts: as training does, kernel by kernel, and compiled by transformers."""
     running = Running.of_case(case, options)
     language = running.module.language
     assert language is not None
@@ -149,7 +149,9 @@ def decoding(case: Case, options: Options) -> Iterator[Row]:
             seconds = running.now() - start
         return {"seconds": {"refine": seconds}, "figures": {"tokens/s": 48 * length / seconds}, **peak(options.device)}
 
-    yield {"setting": "as training decodes", **timed(lambda: language.refine(samples, 6))}
+    for graphs, name in ((True, "as training decodes, a CUDA graph"), (False, "cuda_graphs: false")):
+        language.cuda_graphs = graphs
+        yield {"setting": name, **timed(lambda: language.refine(samples, 6))}
     ids, mask, _ = language._encode([sample for sample in samples for _ in range(6)])
     static = GenerationConfig(
         max_new_tokens=length, do_sample=True, top_k=0, cache_implementation="static", pad_token_id=0, eos_token_id=None

@@ -176,9 +176,13 @@ def test_keys_and_values_of_fixed_length_give_the_same_rewrites_of_edits(
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
-def test_only_plain_keys_and_values_have_a_fixed_length(config: Any, samples: list[PromptSample], tmp_path: Path) -> None:
+def test_only_plain_keys_and_values_have_a_fixed_length(
+    config: Any, samples: list[PromptSample], tmp_path: Path
+) -> None:
     policy = random_refiner(config, tmp_path / "model", max_new_tokens=4)
     ids, mask, seen = policy._encode(samples)
-    windows = {"sliding_attention", "linear_attention"} & set(getattr(policy.causal_lm.config, "layer_types", None) or ())
+    windows = {"sliding_attention", "linear_attention"} & set(
+        getattr(policy.causal_lm.config, "layer_types", None) or ()
+    )
     assert FixedStep.plain(policy._prefill(ids, mask, seen, 1)) == (not windows)
     assert not policy._captures(policy._prefill(ids, mask, seen, 1)), "on a CPU there is nothing to capture"

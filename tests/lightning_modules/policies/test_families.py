@@ -196,7 +196,15 @@ def test_an_export_draws_the_same_in_the_stock_pipeline(
 
 
 @every_family
-@pytest.mark.parametrize("more", [{"gradient_checkpointing": True}, {"quantization": "int8"}, {"quantization": "nf4"}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": "selective"},
+        {"quantization": "int8"},
+        {"quantization": "nf4"},
+    ],
+)
 def test_savings_keep_the_ratio_at_one(family: Family, folders: dict[str, Path], more: dict[str, object]) -> None:
     """With adapters, offloaded encoders and other frozen types, in bf16 as on a GPU; gradients reach the adapters."""
     options = {"lora": LORA, "offload": True, "dtype": "bfloat16", "frozen_dtype": "float32"} | more

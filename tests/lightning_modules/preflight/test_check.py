@@ -354,7 +354,13 @@ def compare(
         assert kept == pytest.approx(saved, rel=within)
 
 
-SETTINGS: list[dict[str, Any]] = [{}, {"lora": LORA}, {"dtype": "bfloat16"}, {"gradient_checkpointing": True}]
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"lora": LORA},
+    {"dtype": "bfloat16"},
+    {"gradient_checkpointing": True},
+    {"gradient_checkpointing": "selective"},
+]
 AUTOCAST = pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["full", "mixed"])
 
 
