@@ -86,6 +86,15 @@ def _draw(scores: Tensor, rows: Tensor, total: int) -> tuple[Tensor, Tensor]:
     return ids[:, 0], log_probs.gather(1, ids)[:, 0]
 
 
+class FixedLayer(StaticLayer):
+    """Keys and values of a layer in tensors of fixed length, of the first keys' type: under autocast later ones vary."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Adds keys and values [B, heads, n, d]; returns all of them."""
+        dtype = self.dtype if self.is_initialized else key_states.dtype
+        return super().update(key_states.to(dtype), value_states.to(dtype), *args, **kwargs)
+
+
 class FixedStep:
     """A decoding step whose tensors keep their sizes and places, so that a GPU captures it once as a CUDA graph.
 
@@ -101,7 +110,7 @@ class FixedStep:
 
     def __init__(self, step: Callable[[Tensor, Tensor, Tensor, Cache], Tensor], cache: DynamicCache, length: int):
         self._step = step
-        self._layers = [StaticLayer(length) for _ in cache.layers]
+        self._layers = [FixedLayer(length) for _ in cache.layers]
         self._start = cache.get_seq_length()
         taken: list[Any] = list(cache.layers)
         for fixed, layer in zip(self._layers, taken, strict=True):

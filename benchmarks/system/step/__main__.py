@@ -134,6 +134,8 @@ def built(case: Case, device: torch.device, folder: Path) -> Running:
         running = Running.of_case(
             cases.Case(case.flow, 0, _none, case.flow, case.refiner, changes=case.changes), options
         )
+    if running.module.language is not None:
+        running.module.language.cuda_graphs = False  # the floor makes recorded calls again, of which a graph has none
     for key, value in case.settings.items() if options.tiny else ():
         *path, name = key.split(".")
         if path == ["flow", "sampling"]:

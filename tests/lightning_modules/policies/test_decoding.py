@@ -168,6 +168,19 @@ def test_keys_and_values_of_fixed_length_give_the_same_rewrites(
     in_fixed_places(make_language(), samples, monkeypatch)
 
 
+def test_keys_and_values_of_fixed_length_under_autocast(
+    make_language: Callable[..., LanguagePolicy], samples: list[PromptSample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their types vary, and rounding with the length: sampled and replayed log-probs are as near as without."""
+    policy, apart = make_language(), {}
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        for fixed in (True, False):
+            monkeypatch.setattr(policy, "_captures", lambda _, fixed=fixed: fixed)
+            written = policy.refine(samples, 8)
+            apart[fixed] = (policy.log_probs(written) - written.log_probs)[written.mask].abs().mean()
+    assert apart[True] < 1.5 * apart[False] < 0.02
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_keys_and_values_of_fixed_length_give_the_same_rewrites_of_edits(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
