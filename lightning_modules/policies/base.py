@@ -232,6 +232,9 @@ class Policy(nn.Module, ABC):
 
     def _prepare(self) -> None:
         """Freezes everything but what this agent learns, and keeps a reference if the KL needs one."""
+        # Its backward pass fails for FLUX.1 and gives NaN behind masks (H100 and H200, PyTorch 2.11 to 2.13; PyTorch's
+        # issue 196678). `flow.attention_backend: _native_cudnn` still takes it.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self.requires_grad_(False)
         self.eval()
         if self.quantization is not None:

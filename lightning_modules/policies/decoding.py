@@ -87,7 +87,7 @@ def _draw(scores: Tensor, rows: Tensor, total: int) -> tuple[Tensor, Tensor]:
 
 
 class FixedLayer(StaticLayer):
-    """Keys and values of a layer in tensors of fixed length, of the first keys' type: under autocast later ones vary."""
+    """Keys and values in tensors of fixed length, of the first keys' type: under autocast later ones have others."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Adds keys and values [B, heads, n, d]; returns all of them."""

@@ -79,7 +79,7 @@ class LanguagePolicy(Policy):
         weight_decay: float = 0.0,
         kl_weight: float = 0.01,
         clip_range: float = 0.2,
-        max_log_ratio: float = 0.02,
+        max_log_ratio: float = 0.05,
         cuda_graphs: bool = True,
         **kwargs: Any,
     ) -> None:

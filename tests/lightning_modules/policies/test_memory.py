@@ -317,3 +317,15 @@ def test_eight_bit_adamw_keeps_an_agent_a_group(
     used = module.optimizers().optimizer  # type: ignore[union-attr]
     assert [(group["name"], group["lr"]) for group in used.param_groups] == [("flow", 1e-3), ("language", 2e-3)]
     assert any(state["state1"].dtype == torch.uint8 for state in used.state.values())
+
+
+def test_attention_that_fails_in_the_backward_pass_is_off(make_language: MakeLanguage) -> None:
+    """Of all kernels that PyTorch may choose: cuDNN's gives NaN or crashes on H100 and H200."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        make_language()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
