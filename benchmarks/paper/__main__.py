@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.paper import curves as paper_curves
-from benchmarks.paper import properties as paper_properties
 from benchmarks.paper import tables as paper_tables
 from benchmarks.paper.claims import verdicts
 from benchmarks.paper.runs import Studies
@@ -28,34 +27,27 @@ from lightning_modules.sweep.run import endable, read, sweep
 PLANS = Path("configs/sweeps/paper")
 ORDER = (
     "base",
+    "search_flow_only",
+    "search_prompt_only",
+    "search_promptrl",
     "geneval",
-    "geneval_more_seeds",
-    "base_words",
-    "ocr",
     "preference",
-    "base_words_geneval",
-    "words_geneval",
-    "words_geneval_flow_only",
-    "base_crossed",
-    "crossed",
-    "base_crossed_words",
-    "crossed_words",
-    "multi_reward",
+    "ocr",
     "retention",
-    "long",
     "swap",
+    "probes_base",
+    "probes_flow_only",
+    "probes_promptrl",
     "transfer",
-    "search_geneval",
-    "search_ocr",
-    "search_preference",
+    "multi_reward",
+    "long",
 )
-"""Order in which the studies run: those of swaps need earlier ones; studies that are not named come last."""
+"""Order in which the studies run: those of swaps and probes need GenEval's; studies not named come last."""
 ABOUT = (
     "GenEval starts from `miniature/flow` and `miniature/language`; OCR, preference and training by tags from "
     "`miniature/words_flow` (the second flow model, a descendant of the first that also knows signs) and "
-    "`miniature/words_language` (the second refiner). Where only one of the two is named, the other is the first. "
-    "Validation scores are of the scenes that learning rates were chosen on, tests of others. Editing is in "
-    "`RESULTS_EDIT.md`."
+    "`miniature/words_language` (the second refiner). Validation scores are of the scenes that learning rates were "
+    "chosen on, tests of others. Editing is in `RESULTS_EDIT.md`."
 )
 TABLES: tuple[Callable[[Studies], Table], ...] = (
     paper_tables.geneval_table,
@@ -69,8 +61,6 @@ TABLES: tuple[Callable[[Studies], Table], ...] = (
     paper_tables.long_table,
     paper_tables.similarity_table,
     paper_curves.search_table,
-    paper_properties.properties_table,
-    paper_curves.sensitivity_table,
     paper_tables.settings_table,
 )
 

@@ -14,8 +14,8 @@ from benchmarks.paper.modes import FLOW, JOINT, PLAIN, PROMPT, Comparison, compa
 from benchmarks.paper.runs import (
     GENEVAL,
     LEAST_SEEDS,
-    PROBED,
     REWARDS,
+    VARIED,
     Score,
     Setting,
     Studies,
@@ -47,9 +47,8 @@ EXPLANATION = (
     "than five scenes); it **does not hold** if the latter lies on the other side. The brackets are of both kinds, "
     "other scenes last; what other seeds would give is taken from Student's distribution. Shares of rollouts are of "
     "validation scores, with an interval for other seeds alone; C3's is the widest of the seeds' own. A claim is as "
-    "good as its worst part; fewer than three seeds (C1: five) or a part that is not measured decide nothing. C1, C2 "
-    "and C4 compare each mode at its best learning rates of the search, and nothing is decided where one may be at "
-    "worse ones. What stands beside a claim does not count."
+    "good as its worst part; fewer than three seeds (C1: five) or a part that is not measured decide nothing. What "
+    "stands beside a claim does not count."
 )
 
 
@@ -74,27 +73,23 @@ class Claim:
 
     Attributes:
         parts: conditions, all of which must hold; None is one that was not measured.
-        rates: condition that each compared mode is at its best learning rates; None where these were not searched.
         beside: numbers that explain the claim and do not count.
-        own_rates: True if `rates` counts.
+        rates: learning rates at which the modes are compared.
     """
 
     parts: Sequence[Condition | None]
-    rates: Condition | None = None
     beside: Sequence[Condition | None] = field(default_factory=list)
-    own_rates: bool = True
+    rates: str = ""
 
     @property
     def verdict(self) -> str:
-        """Verdict of the worst part; `OPEN` where a mode may do better at other learning rates."""
-        if self.own_rates and (self.rates is None or self.rates.verdict != HOLDS):
-            return OPEN
+        """Verdict of the worst part."""
         return verdict_of(self.parts)
 
     def __str__(self) -> str:
-        counted = [*self.parts, *([self.rates] if self.own_rates else [])]
-        text = "; ".join(f"{one.what}: {one.number} ({one.verdict})" for one in counted if one is not None)
-        text += "; the rest is not measured yet" if None in counted else ""
+        text = "; ".join(f"{one.what}: {one.number} ({one.verdict})" for one in self.parts if one is not None)
+        text += "; the rest is not measured yet" if None in self.parts else ""
+        text += f". Learning rates: {self.rates}" if self.rates else ""
         beside = "; ".join(f"{one.what}: {one.number}" for one in self.beside if one is not None)
         return f"{text}. Beside it: {beside}" if beside else text
 
@@ -168,17 +163,16 @@ def claims(studies: Studies) -> dict[str, Claim]:
                 above("PromptRL with PE - flow-only", (1, best), (-1, alone), least=C1_SEEDS),
                 above("PromptRL with PE - prompt-only with PE", (1, best), (-1, refiner), least=C1_SEEDS),
             ],
-            searched(one, JOINT, FLOW, PROMPT),
+            rates=one.rates((JOINT, FLOW, PROMPT)),
         )
     for one in every:
         lost, plain, refined = (_cost(partial(one.score, label)) for label in (FLOW, PLAIN, JOINT))
-        base, enhanced = (_cost(partial(one.untrained, mode)) for mode in ("without_pe", "with_pe"))
+        base = _cost(partial(one.untrained, "without_pe"))
         found[f"C2, {one.name}: flow-only collapses on other wordings, joint training does not"] = Claim(
             [
                 above("what an unseen wording costs flow-only, more than the base", *lost, *_less(base)),
                 above("what it costs flow-only, more than PromptRL without PE", *lost, *_less(plain)),
             ],
-            searched(one, FLOW, PLAIN),
             [
                 above(
                     "in the unseen wording PromptRL with PE - flow-only",
@@ -187,77 +181,75 @@ def claims(studies: Studies) -> dict[str, Claim]:
                 ),
                 above("what it costs PromptRL with PE", *refined),
                 above("what it costs flow-only, more than that", *lost, *_less(refined)),
-                above("what it costs the base with the untrained PE, more than that", *enhanced, *_less(refined)),
             ],
         )
-    joint, flow = (studies["geneval"][stem].only(PROBED) for stem in ("promptrl", "flow_only"))
-    found["C3: rewrites lower the similarity within a group"] = Claim(
-        [_similarity(studies["geneval"]["promptrl"])], own_rates=False
-    )
+    probes = probed(studies)
+    found["C3: rewrites lower the similarity within a group"] = Claim([_similarity(probes[JOINT])])
     for one in every:
         found[f"C4, {one.name}: the jointly trained flow model is better even without PE"] = Claim(
-            [above("PromptRL without PE - flow-only", (1, one.score(PLAIN)), (-1, one.score(FLOW)))],
-            searched(one, FLOW, PLAIN),
+            [above("PromptRL without PE - flow-only", (1, one.score(PLAIN)), (-1, one.score(FLOW)))]
         )
-    without = Score(joint, "geneval", "without_pe")
+    without = Score(studies["geneval"]["promptrl"].only(VARIED), "geneval", "without_pe")
     retained = {m: studies["retention"][f"promptrl-num_retained{m}"] for m in (0, 1)}
     found["C5: m = 2 retained prompts beat 0 and 1, without PE"] = Claim(
         [
             above(f"m = 2 - m = {m}", (1, without), (-1, Score(setting, "geneval", "without_pe")))
             for m, setting in retained.items()
-        ],
-        own_rates=False,
+        ]
     )
     found["C6: tags train several rewards at once, each nearly as well as alone"] = Claim(
-        [part for name, title in {"geneval": GENEVAL, **REWARDS}.items() for part in _tagged(studies, name, title)],
-        own_rates=False,
+        [part for name, title in {"geneval": GENEVAL, **REWARDS}.items() for part in _tagged(studies, name, title)]
     )
-    own, static = Score(joint, "geneval", "with_pe"), "geneval.static_pe"
-    alone, behind = Score(flow, "geneval", "without_pe"), Score(flow, static, "without_pe")
+    own, alone = Score(probes[JOINT], "geneval", "with_pe"), Score(probes[FLOW], "geneval", "without_pe")
     swapped = merged(studies["swap"].settings.values())
+    static = {label: Score(probes[label], "geneval.static_pe", "without_pe") for label in (JOINT, FLOW)}
     found["C7: an untrained PE does not help an RL-tuned flow model; swapping the LM costs"] = Claim(
         [
             above(
                 f"flow-only - flow-only behind the untrained PE, at least -{MARGIN}",
                 (1, alone),
-                (-1, behind),
+                (-1, static[FLOW]),
                 margin=MARGIN,
             ),
-            above(
-                "PromptRL with its own refiner - with the untrained one",
-                (1, own),
-                (-1, Score(joint, static, "without_pe")),
-            ),
+            above("PromptRL with its own refiner - with the untrained one", (1, own), (-1, static[JOINT])),
         ],
-        beside=[
+        [
             above(
                 "PromptRL with its own refiner - with another seed's",
                 (1, own),
                 (-1, Score(swapped, "geneval", "with_pe")),
             )
         ],
-        own_rates=False,
     )
     return found
 
 
+def probed(studies: Studies) -> dict[str, Setting]:
+    """Returns mode -> all tests of the exported agents in other wordings and behind other refiners."""
+    found: dict[str, list[Setting]] = {FLOW: [], JOINT: []}
+    for name, setting in studies["probes_promptrl"].settings.items():
+        found[FLOW if name.startswith("flow_only") else JOINT].append(setting)
+    return {label: merged(settings) for label, settings in found.items()}
+
+
 def _tagged(studies: Studies, reward: str, benchmark: str) -> list[Condition | None]:
-    """Makes the conditions that training by tags raises a reward, and by most of what training by it alone does."""
-    singles, base = {"geneval": ("words_geneval", "promptrl", "base_words_geneval")}, f"{reward}_promptrl"
-    study, config, untrained = singles.get(reward, (reward, base, "base_words"))
-    tagged, single = (
-        [
-            (1, Score(studies[trained][name], reward, "with_pe", benchmark)),
-            (-1, Score(studies[before][name], reward, "without_pe", benchmark)),
-        ]
-        for trained, before, name in (
-            ("multi_reward", "base_words", "multi_reward_promptrl"),
-            (study, untrained, config),
-        )
-    )
+    """Makes the conditions that training by tags raises a reward, and by most of what training by it alone does.
+
+    GenEval alone was trained from other base models, so that it has the first condition only.
+    """
+    base = studies["base"]
+    tagged = [
+        (1, Score(studies["multi_reward"]["multi_reward_promptrl"], reward, "with_pe", benchmark)),
+        (-1, Score(base["multi_reward_promptrl"], reward, "without_pe", benchmark)),
+    ]
     gain = above(f"{reward}, with PE, above the untrained models without PE", *tagged)
-    alone = above("", *single)
-    if gain is None or alone is None:
+    if benchmark == GENEVAL:
+        return [gain]
+    single = [
+        (1, Score(studies[reward][f"{reward}_promptrl"], reward, "with_pe", benchmark)),
+        (-1, Score(base[f"{reward}_promptrl"], reward, "without_pe", benchmark)),
+    ]
+    if gain is None or above("", *single) is None:
         return [gain, None]
     # Other prompts and noise, so the two gains are not paired.
     here, elsewhere = (
@@ -286,18 +278,9 @@ def _less(terms: Sequence[tuple[float, Score]]) -> list[tuple[float, Score]]:
     return [(-sign, score) for sign, score in terms]
 
 
-def searched(one: Comparison, *labels: str) -> Condition | None:
-    """Makes the condition that each mode runs at the best of the learning rates tried; None if too few were."""
-    arms = [one.arms[label] for label in labels]
-    if not all(arm.complete for arm in arms):
-        return None
-    doubts = "; ".join(filter(None, (arm.doubt for arm in arms)))
-    return Condition("learning rates", doubts or f"{one.rates(labels)}, each one's best", OPEN if doubts else HOLDS)
-
-
 def ratio(one: Comparison) -> Condition | None:
     """Makes the condition on PromptRL's share of flow-only's rollouts, by mean curves of the seeds that both have."""
-    flow, joint = (one.arms[label].setting.curves(one.arms[label].column) for label in (FLOW, JOINT))
+    flow, joint = one.curves(FLOW), one.curves(JOINT)
     seeds = [seed for seed in flow if seed in joint]
     if not seeds:
         return None

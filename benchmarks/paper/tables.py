@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from benchmarks.paper.modes import ARMS, FLOW, JOINT, PLAIN, PROMPT, comparisons
+from benchmarks.paper.claims import probed
+from benchmarks.paper.modes import FLOW, JOINT, MODES, PLAIN, PROMPT, comparisons
 from benchmarks.paper.runs import (
     GENEVAL,
-    PROBED,
     REWARDS,
+    VARIED,
     Score,
     Setting,
     Studies,
@@ -33,14 +34,16 @@ BRACKETS = (
 )
 
 
-def arms(settings: Mapping[str, Setting], base: Setting) -> dict[str, tuple[Setting, str]]:
-    """Returns label -> setting and mode, in the order of the tables, of the arms that have tests."""
-    named = {
-        "base": (base, "without_pe"),
-        "base with the untrained PE": (base, "with_pe"),
-        **{label: (settings.get(stem), mode) for label, (stem, mode) in ARMS.items()},
-    }
-    return {label: (setting, mode) for label, (setting, mode) in named.items() if setting and setting.tests}
+def tested(settings: Mapping[str, Setting], base: Setting) -> dict[str, tuple[Setting, str]]:
+    """Returns label -> setting and mode, in the order of the tables, of those that have tests.
+
+    Args:
+        settings: mode of training -> its runs.
+        base: tests of the untrained models.
+    """
+    named = {"base": (base, "without_pe"), "base with the untrained PE": (base, "with_pe")}
+    named |= {label: (settings[label], mode) for label, (_, mode) in MODES.items() if label in settings}
+    return {label: (setting, mode) for label, (setting, mode) in named.items() if setting.tests}
 
 
 def _score_row(label: str, scores: Mapping[str, Score]) -> Row:
@@ -58,8 +61,8 @@ def _score_row(label: str, scores: Mapping[str, Score]) -> Row:
 
 def geneval_table(studies: Studies) -> Table:
     """Makes the table of the main results: GenEval by tag."""
-    rows = []
-    for label, (setting, mode) in arms(studies["geneval"].settings, studies["base"]["promptrl"]).items():
+    one, rows = comparisons(studies)[0], []
+    for label, (setting, mode) in tested(one.settings, one.base).items():
         score = Score(setting, "geneval", mode)
         if score.there:
             row = _score_row(label, {"overall": score})
@@ -74,12 +77,8 @@ def geneval_table(studies: Studies) -> Table:
 
 def wording_table(studies: Studies) -> Table:
     """Makes the paper's Table 1: differences by other wordings, and by an untrained refiner in front."""
-    rows = []
-    shown = arms(studies["geneval"].settings, studies["base"]["promptrl"])
-    second = arms({}, studies["base_crossed_words"]["promptrl"])
-    shown |= {label.replace("base", "second flow model"): found for label, found in second.items()}
-    for label, (tested, mode) in shown.items():
-        setting = tested.having("geneval.static_pe", "without_pe")
+    rows, probes, base = [], probed(studies), studies["probes_base"]["promptrl"]
+    for label, (setting, mode) in tested(probes | {PLAIN: probes[JOINT]}, base).items():
         original = Score(setting, "geneval", mode)
         gaps = {}
         # The untrained refiner replaces a run's own, so it has no other mode.
@@ -108,17 +107,10 @@ def rewards_table(studies: Studies) -> Table:
     for one in comparisons(studies):
         if one.benchmark == GENEVAL:
             continue
-        settings = {ARMS[label][0]: arm.runs["1"] for label, arm in one.arms.items()}
-        shown = arms(settings, one.base)
-        for label, arm in one.arms.items():  # with other learning rates, where these are better
-            if arm.factor != "1":
-                shown[f"{label}, {arm.factor}x rates"] = arm.setting, ARMS[label][1]
-        for label, (setting, scored) in shown.items():
-            own = {name: Score(setting, name, scored, one.benchmark) for name in ("unseen", one.reward)}
-            correct = Score(setting, one.reward, scored, CORRECT)
-            row = _score_row(
-                f"{one.name}: {label}", {"canonical": own[one.reward], "unseen": own["unseen"], "correct": correct}
-            )
+        for label, (setting, mode) in tested(one.settings, one.base).items():
+            own = {name: Score(setting, name, mode, one.benchmark) for name in ("unseen", one.reward)}
+            scores = {"canonical": own[one.reward], "unseen": own["unseen"]}
+            row = _score_row(f"{one.name}: {label}", scores | {"correct": Score(setting, one.reward, mode, CORRECT)})
             rows += [row] if row.scores else []
     return Table(
         "The other rewards, single",
@@ -143,8 +135,7 @@ def gain_table(studies: Studies) -> Table:
                 values = {column: gap.value for column, gap in gaps.items()}
                 ends = {column: (gap.low, gap.high) for column, gap in gaps.items()}
                 share = {"share": values["unseen"] / values["canonical"] if ends["canonical"][0] > 0 else None}
-                rate = f", {one.arms[label].factor}x rates" if one.arms[label].factor != "1" else ""
-                rows.append(Row(f"{one.name}: {label}{rate}", values | share, intervals=ends))
+                rows.append(Row(f"{one.name}: {label}", values | share, intervals=ends))
     return Table(
         "Gain over the base without PE, canonical and unseen wording",
         ("canonical", "unseen", "share"),
@@ -159,15 +150,12 @@ def gain_table(studies: Studies) -> Table:
 def multi_reward_table(studies: Studies) -> Table:
     """Makes the table of three rewards by tags against one each, from the same base models and as many rollouts."""
     columns = {"geneval": GENEVAL, **REWARDS}
-    base = studies["base_words"]["multi_reward_promptrl"]
+    base = studies["base"]["multi_reward_promptrl"]
     rows = []
     for label, mode in (("base", "without_pe"), ("base with the untrained PE", "with_pe")):
         rows.append(_score_row(label, {name: Score(base, name, mode, title) for name, title in columns.items()}))
-    for label, (stem, mode) in ARMS.items():
-        single = {
-            "geneval": Score(studies["words_geneval"][stem], "geneval", mode),
-            **{name: Score(studies[name][f"{name}_{stem}"], name, mode, title) for name, title in REWARDS.items()},
-        }
+    for label, (stem, mode) in MODES.items():
+        single = {name: Score(studies[name][f"{name}_{stem}"], name, mode, title) for name, title in REWARDS.items()}
         setting = studies["multi_reward"][f"multi_reward_{stem}"]
         tagged = {name: Score(setting, name, mode, title) for name, title in columns.items()}
         rows.append(_score_row(f"{label}, one reward each", single))
@@ -181,7 +169,7 @@ def multi_reward_table(studies: Studies) -> Table:
 def retention_table(studies: Studies) -> Table:
     """Makes the table of GenEval by the number of retained prompts."""
     found = {m: studies["retention"][f"promptrl-num_retained{m}"] for m in (0, 1, 4)}
-    found[2] = studies["geneval"]["promptrl"].only(PROBED)
+    found[2] = studies["geneval"]["promptrl"].only(VARIED)
     rows = []
     for m in sorted(found):
         scores = {mode: Score(found[m], "geneval", mode) for mode in ("with_pe", "without_pe")}
@@ -194,23 +182,20 @@ def retention_table(studies: Studies) -> Table:
 
 def swap_table(studies: Studies) -> Table:
     """Makes the table of other refiners in front of the trained flow models, and of a second one."""
-    joint, flow = (studies["geneval"][name].only(PROBED) for name in ("promptrl", "flow_only"))
-    swapped = merged(studies["swap"].settings.values())
+    probes = probed(studies)
+    transfers = studies["transfer"].settings
+    untrained = {name: one for name, one in transfers.items() if "runs" not in name}
+    second = merged(untrained.values())
+    trained = merged(one for name, one in transfers.items() if name not in untrained)
     shown = {
-        "PromptRL with its refiner": Score(joint, "geneval", "with_pe"),
-        "PromptRL with another seed's refiner": Score(swapped, "geneval", "with_pe"),
-        "PromptRL with the untrained refiner": Score(joint, "geneval.static_pe", "without_pe"),
-        "flow-only": Score(flow, "geneval", "without_pe"),
-        "flow-only with the untrained refiner": Score(flow, "geneval.static_pe", "without_pe"),
-    }
-    fresh, trained = studies["base_crossed_words"]["promptrl"], merged(studies["transfer"].settings.values())
-    shown |= {
-        "second flow model": Score(fresh, "geneval", "without_pe"),
-        "second flow model with the untrained refiner": Score(fresh, "geneval", "with_pe"),
+        "PromptRL with its refiner": Score(probes[JOINT], "geneval", "with_pe"),
+        "PromptRL with another seed's refiner": Score(merged(studies["swap"].settings.values()), "geneval", "with_pe"),
+        "PromptRL with the untrained refiner": Score(probes[JOINT], "geneval.static_pe", "without_pe"),
+        "flow-only": Score(probes[FLOW], "geneval", "without_pe"),
+        "flow-only with the untrained refiner": Score(probes[FLOW], "geneval.static_pe", "without_pe"),
+        "second flow model": Score(second, "geneval", "without_pe"),
+        "second flow model with the untrained refiner": Score(second, "geneval", "with_pe"),
         "second flow model with PromptRL's refiner": Score(trained, "geneval", "with_pe"),
-        "second flow model with a refiner trained for it": Score(
-            studies["crossed_words"]["prompt_only"], "geneval", "with_pe"
-        ),
     }
     rows = [_score_row(label, {"overall": score}) for label, score in shown.items() if score.there]
     title = "Swapped and transferred refiners, GenEval (the paper's Table 8)"
@@ -220,17 +205,12 @@ def swap_table(studies: Studies) -> Table:
 def long_table(studies: Studies) -> Table:
     """Makes the table of runs with three times the usual rollouts (the paper's Table 9: twice, of flow-only)."""
     rows = []
-    base = studies["base"]["promptrl"]
-    for name, settings in (
-        ("7,680", {stem: studies["geneval"][stem].only(PROBED) for stem, _ in ARMS.values()}),
-        ("23,040", studies["long"].settings),
-    ):
-        alone = Score(settings.get("flow_only", Setting({}, {})), "unseen", "without_pe")
-        for label, (setting, mode) in arms(settings, base).items():
-            if label.startswith("base"):
-                continue
-            own = {kind: Score(setting, kind, mode) for kind in ("unseen", "geneval.synonyms", "geneval")}
-            row = _score_row(f"{label}, {name} rollouts", own)
+    for study, rollouts in (("geneval", "7,680"), ("long", "23,040")):
+        settings = {label: studies[study][stem].only(VARIED) for label, (stem, _) in MODES.items()}
+        alone = Score(settings[FLOW], "unseen", "without_pe")
+        for label, (setting, mode) in tested(settings, Setting({}, {})).items():
+            own = {kind: Score(setting, kind, mode) for kind in ("unseen", "geneval")}
+            row = _score_row(f"{label}, {rollouts} rollouts", own)
             pairs = {"cost": (own["geneval"], own["unseen"])}
             pairs |= {} if label == FLOW else {"lead": (own["unseen"], alone)}
             gaps = {
@@ -243,14 +223,9 @@ def long_table(studies: Studies) -> Table:
             rows += [replace(row, scores=values, intervals=ends)] if values else []
     return Table(
         "Longer training, GenEval",
-        ("geneval", "unseen", "geneval.synonyms", "cost", "lead"),
+        ("geneval", "unseen", "cost", "lead"),
         rows,
-        headings={
-            "geneval": "canonical",
-            "geneval.synonyms": "synonyms",
-            "cost": "canonical - unseen",
-            "lead": "unseen: minus flow-only",
-        },
+        headings={"geneval": "canonical", "cost": "canonical - unseen", "lead": "unseen: minus flow-only"},
         signed=("cost", "lead"),
         note=BRACKETS,
     )
@@ -259,8 +234,8 @@ def long_table(studies: Studies) -> Table:
 def similarity_table(studies: Studies) -> Table:
     """Makes the table of the cosine of two images of a group, by pixels (the paper's Figure 2)."""
     rows, columns = [], ("same_prompt", "rewrites", "rewrites_shared_noise")
-    for label, (setting, _) in arms(studies["geneval"].settings, studies["base"]["promptrl"]).items():
-        if label in ("base with the untrained PE", "PromptRL without PE"):
+    for label, (setting, _) in tested(probed(studies), studies["probes_base"]["promptrl"]).items():
+        if label == "base with the untrained PE":
             continue
         found = [test.run.results for test in setting.tests.values() if "diversity_pixels" in test.run.results]
         means, ends = {}, {}
@@ -297,7 +272,7 @@ def settings_table(studies: Studies) -> Table:
         "KL LM": "language.init_args.kl_weight",
     }
     rows = []
-    found = {f"{one.name}, {one.arms[JOINT].factor}x rates": one.arms[JOINT].setting for one in comparisons(studies)}
+    found = {one.name: one.settings[JOINT] for one in comparisons(studies)}
     for name, setting in (found | {"by tags": studies["multi_reward"]["multi_reward_promptrl"]}).items():
         for run in list(setting.fits.values())[:1]:
             values = {column: run.get(f"model.init_args.{key}") for column, key in keys.items()}

@@ -8,13 +8,15 @@ from typing import Any
 
 import yaml
 
-from benchmarks.paper.runs import Studies
+from benchmarks.paper.runs import GENEVAL, Studies
 from lightning_modules.sweep.plan import Sweep
 
 MODES = {"promptrl": (1e-4, 1e-4), "flow_only": (1e-4, None), "prompt_only": (None, 1e-4)}
 
 
-def fitted(folder: Path, stem: str, seed: int, curve: list[float], enhancer: float = 0.0) -> Path:
+def fitted(
+    folder: Path, stem: str, seed: int, curve: list[float], enhancer: float = 0.0, reward: str = "geneval"
+) -> Path:
     """A finished fit; validations every 64 rollouts, with PE, and `enhancer` less without."""
     run = folder / f"{stem}-s{seed}" / "x" / "version_0"
     run.mkdir(parents=True)
@@ -22,7 +24,7 @@ def fitted(folder: Path, stem: str, seed: int, curve: list[float], enhancer: flo
     agents = {"flow": flow, "language": None if stem == "flow_only" else language}
     model = {"class_path": "lightning_modules.prompt_rl.PromptRL", "init_args": agents | {"seed": seed}}
     (run / "config.yaml").write_text(yaml.safe_dump({"model": model, "trainer": {"max_steps": len(curve) - 1}}))
-    sets = {"geneval": 1.0, "unseen": 0.5}
+    sets = {reward: 1.0, "unseen": 0.5}
     modes = {"without_pe": enhancer, "with_pe": 0.0}
     scores = [
         {name: {mode: {"overall": x * (v - less)} for mode, less in modes.items()} for name, x in sets.items()}
@@ -36,30 +38,28 @@ def fitted(folder: Path, stem: str, seed: int, curve: list[float], enhancer: flo
     return run
 
 
-def score_test(run: Path, ratings: dict[tuple[str, str], str]) -> None:
+def score_test(run: Path, ratings: dict[tuple[str, str], str], benchmark: str = GENEVAL) -> None:
     """A finished test of a fit; `ratings` has a digit for every tenth of 40 prompts: 1 is right."""
     about = {"ckpt_path": str(run / "checkpoints" / "last.ckpt"), "images": {}}
-    write_scores(run.parents[1] / "test" / "x" / "version_0", about, ratings)
+    write_scores(run.parents[1] / "test" / "x" / "version_0", about, ratings, benchmark)
 
 
-def write_scores(folder: Path, config: dict[str, Any], ratings: dict[tuple[str, str], str]) -> None:
+def write_scores(
+    folder: Path, config: dict[str, Any], ratings: dict[tuple[str, str], str], benchmark: str = GENEVAL
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     for name in ("results.json", "results.md"):
         (folder / name).write_text("{}")
+    kind, _, by = benchmark.partition(" by ")
+    title = f"{kind} of geneval" + (f" by {by}" if by else "")
     lines = [
-        {"benchmark": "GenEvalBenchmark of geneval", "set": name, "mode": mode, "id": f"test-{i:05}", "tag": "colors"}
-        | {"correct": float(rating), "images": 1}
+        {"benchmark": title, "set": name, "mode": mode, "id": f"test-{i:05}", "tag": "colors"}
+        | {"correct" if benchmark == GENEVAL else "table": float(rating), "images": 1}
         for (name, mode), digits in ratings.items()
         for i, rating in enumerate(digits * 4)
     ]
     (folder / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def log_similarity(version: Path, alike: float) -> None:
-    """Rows that a fit logs of its groups: 10 steps, then two that do not count."""
-    rows = [f"{step},{64 * step},{alike if step <= 10 else 9.0}" for step in range(1, 13)]
-    (version / "metrics.csv").write_text("\n".join(["step,rollouts,group/image_similarity", *rows, ""]))
 
 
 def tenths(right: int) -> str:

@@ -64,7 +64,7 @@ def test_nothing_is_there_yet(tmp_path: Path) -> None:
 def test_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--only", "genevil"])
-    assert "has no study genevil: choose from base, geneval, " in capsys.readouterr().err
+    assert "has no study genevil: choose from base, search_flow_only, " in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--plans", str(tmp_path)])
     assert "choose from none" in capsys.readouterr().err
