@@ -1,4 +1,4 @@
-"""`Sweep`: experiments x values x seeds as commands, each with a folder of its own; starts no process."""
+"""`Sweep`: experiments x overlays x values x seeds as commands, each with a folder of its own; starts no process."""
 
 from __future__ import annotations
 
@@ -99,7 +99,8 @@ class Sweep:
     Args:
         configs: experiments.
         seeds: each S sets `seed_everything`, `model.init_args.seed` and `data.init_args.seed`.
-        root: every run gets a folder below, named after its experiment, values and seed, with its log in it.
+        root: every run gets a folder below, named after its experiment, overlay, values and seed, with its log in it.
+        overlays: files of which each run lays one over its experiment; null in the list is a run with none.
         grid: options that vary. `<option>: [values]`; or `<name>: {<option>: [values], <option>: [values]}` for options
             that change together; or `<name>: {multiply: [options], by: [factors]}`, which multiplies what each
             experiment has, and leaves alone what is null there (the learning rate of a frozen agent).
@@ -115,6 +116,7 @@ class Sweep:
     configs: list[str]
     seeds: list[int] = field(default_factory=lambda: [42])
     root: str = "runs/sweep"
+    overlays: list[str | None] = field(default_factory=lambda: [None])
     grid: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
     test_configs: list[str] | None = None
@@ -127,7 +129,7 @@ class Sweep:
         local_path(self.root, "the sweep's `root`")
         if self.processes < 1:
             raise ValueError(f"the sweep's `processes` is {self.processes}, use at least 1.")
-        for name in ("configs", "seeds"):
+        for name in ("configs", "seeds", "overlays"):
             values = getattr(self, name)
             twice = [str(value) for value, times in Counter(values).items() if times > 1]
             if not values or twice:
@@ -139,7 +141,7 @@ class Sweep:
                 "the sweep has `fit: false`: give `test_configs` (which may be []) and one seed; without training, "
                 "another seed would be the same test."
             )
-        for path in (*self.configs, *(self.test_configs or ())):
+        for path in (*self.configs, *filter(None, self.overlays), *(self.test_configs or ())):
             if not Path(path).is_file():
                 raise ValueError(f"the sweep names {path}, but there is no such file; give an existing configuration.")
 
@@ -150,35 +152,38 @@ class Sweep:
             ValueError: if the grid is not as described, or two runs would have one name.
         """
         jobs = []
-        for seed in self.seeds:
-            for config, stem in zip(self.configs, _stems(self.configs), strict=True):
-                given = parse_yaml(read_text(config, "a configuration"), config)
-                for points in itertools.product(*(self._axis(name, config, given) for name in self.grid)):
-                    name = "-".join([stem, *(label for label, _ in points), *([f"s{seed}"] if self.fit else [])])
-                    values = self.overrides | {key: value for _, point in points for key, value in point.items()}
-                    jobs.append(self._job(name, config, seed, values))
+        experiments = zip(self.configs, _stems(self.configs), strict=True)
+        for seed, (config, stem), overlay in itertools.product(self.seeds, experiments, self.overlays):
+            files = [config] if overlay is None else [config, overlay]
+            stems = [stem] if overlay is None else [stem, Path(overlay).stem]
+            given = [parse_yaml(read_text(path, "a configuration"), path) for path in files]
+            for points in itertools.product(*(self._axis(name, config, given) for name in self.grid)):
+                name = "-".join([*stems, *(label for label, _ in points), *([f"s{seed}"] if self.fit else [])])
+                values = self.overrides | {key: value for _, point in points for key, value in point.items()}
+                jobs.append(self._job(name, files, seed, values))
         twice = [name for name, times in Counter(job.name for job in jobs).items() if times > 1]
         if twice:
             raise ValueError(f"two runs of the sweep would be called {twice[0]}: make their values differ.")
         return jobs
 
-    def _job(self, name: str, config: str, seed: int, values: dict[str, Any]) -> Job:
+    def _job(self, name: str, files: list[str], seed: int, values: dict[str, Any]) -> Job:
         folder = Path(self.root) / name
         seeds: dict[str, Any] = {
             key: seed for key in ("seed_everything", "model.init_args.seed", "data.init_args.seed")
         }
-        fit = ["fit", f"--config={config}", *_options(seeds | values | {"trainer.default_root_dir": str(folder)})]
-        commands = [Command("fit", fit, [config], folder)] if self.fit else []
+        configs = [f"--config={path}" for path in files]
+        fit = ["fit", *configs, *_options(seeds | values | {"trainer.default_root_dir": str(folder)})]
+        commands = [Command("fit", fit, files, folder)] if self.fit else []
         if self.test_configs is not None:
             below = folder / "test" if self.fit else folder
             # A file that stands later wins, also over options before it.
             overlays = [f"--config={path}" for path in self.test_configs]
             own = self.test_overrides | {"trainer.default_root_dir": str(below)}
-            test = ["test", f"--config={config}", *_options(values), *overlays, *_options(own)]
-            commands.append(Command("test", test, [config, *self.test_configs], below))
+            test = ["test", *configs, *_options(values), *overlays, *_options(own)]
+            commands.append(Command("test", test, [*files, *self.test_configs], below))
         return Job(name, commands)
 
-    def _axis(self, name: str, config: str, given: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    def _axis(self, name: str, config: str, given: Sequence[Any]) -> list[tuple[str, dict[str, Any]]]:
         """Lists label and options of each point along one dimension of the grid."""
         axis = self.grid[name]
         wrong = (
@@ -219,10 +224,15 @@ def _label(value: Any) -> str:
     return re.sub(r"[^\w.+-]+", "_", text).strip("_")
 
 
-def _look_up(tree: Any, key: str) -> Any:
-    for part in key.split("."):
-        tree = tree.get(part) if isinstance(tree, Mapping) else None
-    return tree
+def _look_up(trees: Sequence[Any], key: str) -> Any:
+    """Returns what the last of some files that has an option says; None if none has it."""
+    for tree in reversed(trees):
+        parts = key.split(".")
+        while parts and isinstance(tree, Mapping) and parts[0] in tree:
+            tree = tree[parts.pop(0)]
+        if not parts:
+            return tree
+    return None
 
 
 def _stems(configs: Sequence[str]) -> list[str]:

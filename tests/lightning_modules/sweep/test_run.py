@@ -86,13 +86,28 @@ def test_no_name_leaves_the_root() -> None:
 
 
 def test_factors_leave_frozen_agents_alone() -> None:
-    """1.5e-4 and 3e-4 in the files; flow-only has no refiner, prompt-only a frozen flow model."""
+    """1.5e-4, 6e-4 and 3e-4 in the files; flow-only has no refiner, prompt-only a frozen flow model."""
     jobs = plan(configs=MODES, grid={"lr": {"multiply": [FLOW, LANGUAGE], "by": [1, 2.5]}})
     assert [job.name for job in jobs[:2]] == ["flow_only-lr1-s42", "flow_only-lr2.5-s42"]
     rates = [{key: float(value) for key, value in varied(job).items()} for job in jobs]
     assert rates[1] == pytest.approx({FLOW: 3.75e-4})
-    assert rates[3] == pytest.approx({LANGUAGE: 7.5e-4})
+    assert rates[3] == pytest.approx({LANGUAGE: 1.5e-3})
     assert rates[5] == pytest.approx({FLOW: 3.75e-4, LANGUAGE: 7.5e-4})
+
+
+def test_overlays_are_laid_over_every_experiment(tmp_path: Path) -> None:
+    """One a run, null for none; what a grid multiplies is what the files say together."""
+    slow = tmp_path / "slow.yaml"
+    slow.write_text("model: {init_args: {flow: {init_args: {learning_rate: 1.0e-5}}}}\n")
+    grid = {"lr": {"multiply": [FLOW], "by": [2]}}
+    jobs = plan(configs=MODES[:1], overlays=[None, str(slow)], grid=grid, test_configs=[])
+    assert [job.name for job in jobs] == ["flow_only-lr2-s42", "flow_only-slow-lr2-s42"]
+    assert [float(varied(job)[FLOW]) for job in jobs] == pytest.approx([3e-4, 2e-5])
+    for command in jobs[1].commands:
+        assert command.options[1:3] == [f"--config={MODES[0]}", f"--config={slow}"]
+        assert command.configs == [MODES[0], str(slow)]
+    with pytest.raises(ValueError, match=r"names .*missing\.yaml, but there is no such file"):
+        plan(overlays=[str(tmp_path / "missing.yaml")])
 
 
 def test_a_test_follows_with_overlays_after_the_fits_options() -> None:
