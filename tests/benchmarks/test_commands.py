@@ -18,7 +18,7 @@ COMMANDS = [
 
 
 def test_commands_are_found() -> None:
-    assert len(COMMANDS) == 16 and "benchmarks.paper.__main__" in COMMANDS
+    assert len(COMMANDS) == 17 and "benchmarks.paper.__main__" in COMMANDS
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
