@@ -4,24 +4,29 @@
 
 Every study is a sweep in `configs/sweeps/paper/` (`python -m lightning_modules.sweep --config ...` runs one alone). The
 same command goes on where it was cut off; what is finished is skipped. `--report-only` writes the report of what is
-there.
+there. `--pack FILE` also writes what it rests on, without weights and images: unpacked with `tar xJf FILE`, these runs
+count as done.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+import tarfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+from tqdm import tqdm
 
 from benchmarks.paper import curves as paper_curves
 from benchmarks.paper import tables as paper_tables
 from benchmarks.paper.claims import verdicts
 from benchmarks.paper.runs import Studies
 from callbacks.reporting.tables import Table, markdown
-from datamodules.atomic_write import write_atomically
+from datamodules.atomic_write import replaced_file, write_atomically
 from datamodules.local_path import local_path
+from lightning_modules.sweep.plan import Sweep
 from lightning_modules.sweep.run import endable, read, sweep
 
 PLANS = Path("configs/sweeps/paper")
@@ -84,6 +89,22 @@ def report(studies: Studies, figure: Path, folder: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+RECORDS = ("config.yaml", "metrics.csv", "results.json", "results.md", "scores.jsonl")
+"""Files of a run that the report rests on."""
+
+
+def pack(plans: Iterable[Sweep], path: Path) -> None:
+    """Writes the records of all finished runs into a compressed archive, by their paths from here."""
+    commands = [command for plan in plans for job in plan.jobs() for command in job.commands]
+    with replaced_file(path) as file, tarfile.open(fileobj=file, mode="w:xz", preset=9) as archive:
+        for command in tqdm(commands, desc="packing", disable=None):
+            if command.finished() and command.record_path.is_file():
+                archive.add(command.record_path)
+                for run in command.runs():
+                    for record in filter(Path.is_file, (run.folder / name for name in RECORDS)):
+                        archive.add(record)
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command.
 
@@ -96,9 +117,11 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="*", help="names of studies to run; all by default")
     parser.add_argument("--processes", type=int, help="runs side by side, in place of the plans' own number")
     parser.add_argument("--report-only", action="store_true", help="run nothing")
+    parser.add_argument("--pack", type=Path, metavar="FILE", help="archive of the runs' records, such as study.tar.xz")
     options = parser.parse_args(args)
     try:
         local_path(options.out, "--out")
+        local_path(options.pack or "", "--pack")
     except ValueError as error:
         parser.error(str(error))
     names = sorted(path.stem for path in options.plans.glob("*.yaml"))
@@ -124,6 +147,9 @@ def main(args: Sequence[str] | None = None) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(options.out, report(studies, figure, options.out.parent))
     print(f"{options.out} is written.")
+    if options.pack is not None:
+        pack(plans.values(), options.pack)
+        print(f"{options.pack} is written.")
     if failed:
         sys.exit(f"not all runs of {', '.join(failed)} are done; the same command tries again.")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +108,11 @@ def test_from_a_plan_to_the_report(
     assert "| base | " in table and "| base with the untrained PE | " in table
     assert "| GenEval: flow-only | 1 | " in text
     assert not list((tmp_path / "runs" / "base").rglob("*.ckpt"))
+
+    # What is packed says the same after everything else is gone.
+    main([*options, "--pack", str(tmp_path / "study.tar.xz")])
+    shutil.rmtree(tmp_path / "runs")
+    with tarfile.open(tmp_path / "study.tar.xz") as archive:
+        archive.extractall("/", filter=lambda member, _: member)
+    main([*options, "--report-only"])
+    assert (tmp_path / "PAPER.md").read_text().splitlines()[2:] == text.splitlines()[2:]
