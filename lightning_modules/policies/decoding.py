@@ -160,7 +160,8 @@ class FixedStep:
                 self._step(*self._inputs, self._cache)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # Other threads, such as those of rewards and of NCCL, may use the GPU meanwhile.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._logits = self._step(*self._inputs, self._cache)
         for layer in self._layers:  # what these steps wrote is written again
             layer.cumulative_length.fill_(self._start)
