@@ -78,8 +78,8 @@ def write(
 def _draw(scores: Tensor, rows: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """Draws a token for each row of scores [b, V], the `rows` of a batch of `total`; returns them and log-probs [b]."""
     log_probs = scores.log_softmax(-1)
-    # Any token will do where the model says none: its log-prob is NaN, and the update that it spoils is skipped.
-    probs = torch.where(log_probs.isnan().any(-1, keepdim=True), 0.0, scores).softmax(-1)
+    # Any token will do where the model says none: all its log-probs are NaN, and the update that they spoil is skipped.
+    probs = scores.softmax(-1).masked_fill_(log_probs[:, :1].isnan(), 1.0)
     if len(rows) < total:
         probs = probs.new_ones(total, probs.shape[1]).index_copy_(0, rows, probs)
     ids = torch.multinomial(probs, 1)[rows]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import LogLocator
 from tqdm import tqdm
 
 from benchmarks.system.step.__main__ import FLUX, Case, Measured, measure
@@ -68,11 +69,15 @@ def plot(found: dict[str, list[tuple[float, Measured]]], path: Path) -> None:
         axis.plot(sizes, [one.floor for _, one in rows], "s--", color="#D55E00", label="its network calls alone")
         axis.set(xscale="log", yscale="log", xlabel=name, xticks=sizes)
         axis.set_xticklabels([f"{size:g}" for size in sizes])
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
+        axis.grid(axis="y", alpha=0.3)
     for axis in axes[:, 0]:
         axis.set_ylabel("CPU seconds a step")
-    axes.flat[0].legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path, dpi=90)
 
 
 def main() -> None:
