@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -90,6 +90,21 @@ class ResumableLoader(DataLoader[PromptSample]):
     def first_batch(self) -> list[PromptSample]:
         """Returns the epoch's first batch, which counts as not yet handed out."""
         return [self.dataset[row] for row in islice(self._epoch_sampler(), self.batch_size)]
+
+    def batch_after(self, samples: Sequence[PromptSample]) -> list[PromptSample]:
+        """Returns the epoch's batch behind the current one, which counts as not yet handed out; [] at the epoch's end.
+
+        Args:
+            samples: the current batch: the last one handed out or, before an epoch's first one is, that one.
+        """
+        assert self.batch_size is not None
+        rows = list(self._epoch_sampler())
+        for number in (self._batches, self._batches + 1):
+            found = rows[number * self.batch_size : (number + 1) * self.batch_size]
+            batch = [] if self.drop_last and len(found) < self.batch_size else [self.dataset[row] for row in found]
+            if [one.id for one in batch] != [one.id for one in samples]:
+                return batch
+        return []
 
     def put_back(self) -> None:
         """Counts the last batch as not yet handed out, because its step was never finished."""

@@ -21,7 +21,7 @@ def check_ratio(flow: FlowPolicy | None, language: LanguagePolicy | None, rollou
     Args:
         flow: the flow policy; None if it does not learn from SDE steps.
         language: the refiner, or None.
-        rollout: what they drew.
+        rollout: what they drew; rewrites that were written ahead are off-policy, and not checked.
 
     Returns:
         Agent that learns -> max |log ratio| over the micro-batch, the largest of all processes.
@@ -40,9 +40,10 @@ def check_ratio(flow: FlowPolicy | None, language: LanguagePolicy | None, rollou
         replayed = [one.log_prob(part.next_latents[:, step]) for step, one in enumerate(transitions)]
         largest = (torch.stack(replayed, 1) - part.log_probs).abs().max().item()
         found["flow"] = (largest, largest)
-    if language is not None and language.trained and rollout.completions is not None:
-        rows = next(chunks(len(rollout.completions), language.micro_batch_size))
-        completions = rollout.completions.rows(rows).trimmed()
+    written = None if rollout.written_ahead else rollout.completions
+    if language is not None and language.trained and written is not None:
+        rows = next(chunks(len(written), language.micro_batch_size))
+        completions = written.rows(rows).trimmed()
         with language.gathered():
             difference = (language.log_probs(completions) - completions.log_probs)[completions.mask].abs()
         found["language"] = (difference.max().item(), difference.mean().item())

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from datamodules.base import PromptSample, run_seed
 from datamodules.resumable import ResumableLoader
+from lightning_modules.ahead import RewritesAhead
 from lightning_modules.comparison import Scale, compared, compared_apart, compared_rewrites, task_terms
 from lightning_modules.distributed import gather_lists, sum_over_ranks
 from lightning_modules.groups import check_group, check_split, group_formats, group_prompts, source_images
@@ -74,6 +75,9 @@ class PromptRL(UpdatedAgents):
         max_bad_steps: stop after this many steps in a row in which an agent's loss or gradient was not finite; its
             update is skipped in each of them.
         overlap_scoring: scores a micro-batch of images while the flow model draws the next one; same results.
+        rewrite_ahead: writes the next step's rewrites while the last images are scored, for slow rewards. The refiner
+            is then one update off the policy that wrote, clipped by its `clip_range`, and a resumed run writes anew
+            what an unbroken one had written ahead.
         seed: seed of all rollout noise; null follows `seed_everything`.
     """
 
@@ -102,6 +106,7 @@ class PromptRL(UpdatedAgents):
         max_invalid_steps: int = 5,
         max_bad_steps: int = 5,
         overlap_scoring: bool = True,
+        rewrite_ahead: bool = False,
         seed: int | None = None,
     ) -> None:
         super().__init__(
@@ -146,6 +151,7 @@ class PromptRL(UpdatedAgents):
         self.latest: Rollout | None = None
         """Last rollout, for callbacks to show; None while the next one is collected."""
         self._ahead: Rollout | None = None
+        self.rewrites_ahead = RewritesAhead() if rewrite_ahead and language is not None else None
         self._checked = False
         self._first = True
         self._invalid_steps = 0
@@ -212,9 +218,10 @@ class PromptRL(UpdatedAgents):
                 score for too long; `cli.checkpoint.Checkpoint` saves this state.
         """
         refined = self.group_size - self.num_retained
-        completions = None
+        completions = None if self.rewrites_ahead is None else self.rewrites_ahead.take(samples)
+        written_ahead = completions is not None
         with self._timed("refine"):
-            if self.language is not None:
+            if self.language is not None and completions is None:
                 with self.language.gathered():
                     completions = self.language.refine(samples, refined)
         rewrites = None if completions is None else completions.rewrites
@@ -253,6 +260,10 @@ class PromptRL(UpdatedAgents):
                         images=source_images(judged),
                         start_seeds=start_seeds,
                     )
+            if self.rewrites_ahead is not None and self.language is not None:
+                seed = seed_of("ahead", self.seed, self.global_step, self.global_rank // self.processes_per_group)
+                with self._timed("refine"):
+                    self.rewrites_ahead.write(self.language, self.trainer.train_dataloader, samples, refined, seed)
             with self._timed("reward"):  # what the overlap did not hide
                 own_scores = self._scores_on_all_ranks(scoring, finite)
         scores = self._scores_of_whole_groups(own_scores, len(samples))
@@ -288,6 +299,7 @@ class PromptRL(UpdatedAgents):
             whole=None if self.processes_per_group == 1 else (rewards, valid),
             seeds=seeds,
             step=self.global_step,
+            written_ahead=written_ahead,
         )
 
     def compare(

@@ -245,6 +245,7 @@ class Rollout:
         whole: rewards and `valid` of whole groups, if processes share them.
         seeds: G * N seeds of the samples' noise.
         step: number of the optimizer step before which it was collected.
+        written_ahead: True if the rewrites are older than the last update (`RewritesAhead`).
     """
 
     samples: Sequence[PromptSample]
@@ -261,6 +262,7 @@ class Rollout:
     whole: tuple[Tensor, Tensor] | None = None
     seeds: Sequence[int] = ()
     step: int = 0
+    written_ahead: bool = False
 
     def groups(self, rows: slice) -> Rollout:
         """Selects some of the G groups; those of a whole rollout in parts are its mini-batches."""

@@ -161,10 +161,11 @@ class UpdatedAgents(EvaluatedAgents):
         """
         old: dict[Any, ObjectiveResult] = {}
         loss = torch.zeros((), device=self.device)
-        if self.language is not None and self.language.trained and rollout.completions is not None:
+        written = None if rollout.written_ahead else rollout.completions
+        if self.language is not None and self.language.trained and written is not None:
             with self._timed("language_update"):
-                for texts in rollout.completions.micro_batches(self.language.micro_batch_size):
-                    log_probs = self.language.log_probs(rollout.completions.rows(texts).trimmed())
+                for texts in written.micro_batches(self.language.micro_batch_size):
+                    log_probs = self.language.log_probs(written.rows(texts).trimmed())
                     old["language", texts[0]] = ObjectiveResult(loss, {}, log_probs)
         flow, batch = self.flow, self._flow_batch(rollout)
         with self._timed("flow_update"):
@@ -207,10 +208,12 @@ class UpdatedAgents(EvaluatedAgents):
             key = ("language", rows[0])
             completions = rollout.completions.rows(rows).trimmed()
             advantages = rollout.language_advantages[rows]
+            if rollout.written_ahead:  # by older weights, whose log-probs are those of the sampling
+                old[key] = ObjectiveResult(torch.zeros_like(advantages), {}, completions.log_probs)
             result = self.language_objective.loss(
                 policy, completions, advantages, old=old.get(key), mean_length=mean_length
             )
-            if drew_it and self.updates_per_rollout > 1:
+            if drew_it and self.updates_per_rollout > 1 and not rollout.written_ahead:
                 old[key] = result.detach()
             finite[rows] = result.loss.isfinite()
             self.manual_backward((result.loss * weights).sum() / total)
