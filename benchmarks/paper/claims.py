@@ -112,8 +112,9 @@ def above(what: str, *terms: tuple[float, Score], least: int = LEAST_SEEDS, marg
     if not all(score.there for score in scores) or (trained and not seeds):
         return None
     here, elsewhere = contrast(*terms), contrast(*terms, scenes=True)
-    number = _number(here, elsewhere, len(seeds))
-    return Condition(what, number, _supported(verdict(here, elsewhere, -margin), len(seeds), least, scores[0]))
+    count = len(seeds) if trained else min(len(score.tests) for score in scores)  # tests of exports, one of each seed
+    number = _number(here, elsewhere, count)
+    return Condition(what, number, _supported(verdict(here, elsewhere, -margin), count, least, scores[0]))
 
 
 def verdict(here: Gap, elsewhere: Gap, least: float = 0.0) -> str:

@@ -24,6 +24,7 @@ from benchmarks.paper.curves import search_table
 from benchmarks.paper.modes import FLOW, JOINT, PROMPT, comparisons
 from benchmarks.paper.runs import REWARDS, Studies
 from callbacks.runs.comparison import Gap
+from lightning_modules.sweep.run import read
 from tests.benchmarks.paper.folders import fitted, score_test, studies_in, write_scores
 
 pytestmark = pytest.mark.slow
@@ -119,6 +120,29 @@ def test_the_search_is_told_in_the_order_of_its_rates(tmp_path: Path) -> None:
     assert one.rates((JOINT, FLOW)) == "PromptRL with PE 1.5e-4, 3e-4, flow-only 3e-4 (the highest tried)"
     rows = {row.label: row.scores for row in search_table(studies).rows}
     assert rows["GenEval: flow-only (7.5e-5; 1.5e-4; 3e-4)"] == pytest.approx({"1": 0.3, "2": 0.4, "3": 0.45})
+
+
+def test_exports_count_as_seeds(tmp_path: Path) -> None:
+    """Behind the untrained refiner flow-only loses .2, PromptRL .1; another seed's refiner costs nothing."""
+    ratings = {
+        "probes_flow_only": {
+            ("geneval", "without_pe"): "1111111000",
+            ("geneval.static_pe", "without_pe"): "1111100000",
+        },
+        "probes_promptrl": {("geneval", "with_pe"): "1111111100", ("geneval.static_pe", "without_pe"): "1111111000"},
+        "swap": {("geneval", "with_pe"): "1111111100"},
+    }
+    for plan, scores in ratings.items():
+        for job in read(["--config", f"configs/sweeps/paper/{plan}.yaml"]).jobs():
+            study = "swap" if plan == "swap" else "probes_promptrl"
+            write_scores(tmp_path / study / job.name / "x" / "version_0", {"images": {}}, scores)
+    claim = next(
+        one for name, one in claims(studies_in(tmp_path, "probes_promptrl", "swap")).items() if name.startswith("C7")
+    )
+    numbers = [part.number.split(" ")[0] for part in (*claim.parts, *claim.beside) if part is not None]
+    assert numbers == ["+0.200", "+0.100", "+0.000"]
+    assert all(part is not None and part.number.endswith(", 5 seeds") for part in claim.parts)
+    assert claim.verdict in (HOLDS, HERE)
 
 
 def test_tags_are_to_bring_most_of_what_one_reward_brings(tmp_path: Path) -> None:
