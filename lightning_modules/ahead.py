@@ -22,7 +22,7 @@ class RewritesAhead:
     def write(
         self, language: LanguagePolicy, loader: Any, samples: Sequence[PromptSample], num: int, seed: int
     ) -> None:
-        """Writes `num` rewrites of each prompt of the next batch; nothing where an epoch ends.
+        """Writes `num` rewrites of each prompt of the next batch; nothing where the loader's epoch ends.
 
         Args:
             language: the refiner.

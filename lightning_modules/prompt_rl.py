@@ -76,8 +76,8 @@ class PromptRL(UpdatedAgents):
             update is skipped in each of them.
         overlap_scoring: scores a micro-batch of images while the flow model draws the next one; same results.
         rewrite_ahead: writes the next step's rewrites while the last images are scored, for slow rewards. The refiner
-            is then one update off the policy that wrote, clipped by its `clip_range`, and a resumed run writes anew
-            what an unbroken one had written ahead.
+            is then one step's updates off the policy that wrote, clipped by its `clip_range`; its guard checks only
+            what was not written ahead, and a resumed run writes anew what an unbroken one had written ahead.
         seed: seed of all rollout noise; null follows `seed_everything`.
     """
 
@@ -151,7 +151,8 @@ class PromptRL(UpdatedAgents):
         self.latest: Rollout | None = None
         """Last rollout, for callbacks to show; None while the next one is collected."""
         self._ahead: Rollout | None = None
-        self.rewrites_ahead = RewritesAhead() if rewrite_ahead and language is not None else None
+        if rewrite_ahead and language is not None:
+            self.rewrites_ahead = RewritesAhead()
         self._checked = False
         self._first = True
         self._invalid_steps = 0
@@ -179,6 +180,12 @@ class PromptRL(UpdatedAgents):
             with self.trainer.precision_plugin.train_step_context():
                 self._ahead = self._begin_step(loader.first_batch())
         super().on_train_start()
+
+    @property
+    def _is_last_step(self) -> bool:
+        """True if no step follows in this epoch, or in this fit."""
+        after = self.global_step + self.updates_per_rollout * self.num_minibatches
+        return self.trainer.is_last_batch or 0 <= self.trainer.max_steps <= after
 
     @property
     def own_slots(self) -> range:
@@ -260,7 +267,7 @@ class PromptRL(UpdatedAgents):
                         images=source_images(judged),
                         start_seeds=start_seeds,
                     )
-            if self.rewrites_ahead is not None and self.language is not None:
+            if self.rewrites_ahead is not None and self.language is not None and not self._is_last_step:
                 seed = seed_of("ahead", self.seed, self.global_step, self.global_rank // self.processes_per_group)
                 with self._timed("refine"):
                     self.rewrites_ahead.write(self.language, self.trainer.train_dataloader, samples, refined, seed)

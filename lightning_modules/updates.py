@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from datamodules.chunks import chunks
+from lightning_modules.ahead import RewritesAhead
 from lightning_modules.bad_steps import BadSteps
 from lightning_modules.distributed import clip, gather_lists, no_backward_sync, several_processes, sum_over_ranks
 from lightning_modules.evaluation import EvaluatedAgents
@@ -68,6 +69,7 @@ class UpdatedAgents(EvaluatedAgents):
             flow.needs_reference |= self.objective.needs_reference
             flow.old_decay = self.objective.old_policy
         self.bad_steps = BadSteps(max_bad_steps)
+        self.rewrites_ahead: RewritesAhead | None = None
         self._seconds: dict[str, float] = {}
 
     def on_fit_start(self) -> None:
@@ -79,7 +81,7 @@ class UpdatedAgents(EvaluatedAgents):
                 f"`model.num_minibatches` is {self.num_minibatches}, but a rollout has {prompts} prompts a process "
                 "(`data.batch_size`), which are not split: use at most as many."
             )
-        if self.updates_per_rollout == self.num_minibatches == 1:
+        if self.updates_per_rollout == self.num_minibatches == 1 and self.rewrites_ahead is None:
             rank_zero_info(
                 "Clipping is idle: with one update per rollout the policies' ratio is 1, and\n`clip_range` does nothing"
                 " (`updates_per_rollout`, `num_minibatches`)."

@@ -98,11 +98,14 @@ def pack(plans: Iterable[Sweep], path: Path) -> None:
     commands = [command for plan in plans for job in plan.jobs() for command in job.commands]
     with replaced_file(path) as file, tarfile.open(fileobj=file, mode="w:xz", preset=9) as archive:
         for command in tqdm(commands, desc="packing", disable=None):
-            if command.finished() and command.record_path.is_file():
-                archive.add(command.record_path)
-                for run in command.runs():
-                    for record in filter(Path.is_file, (run.folder / name for name in RECORDS)):
-                        archive.add(record)
+            try:
+                runs = command.runs() if command.record_path.is_file() and command.finished() else []
+            except ValueError as error:  # a damaged run, which the report leaves out as well
+                print(f"not packed: {error}", file=sys.stderr)
+                continue
+            for record in [command.record_path] * bool(runs) + [run.folder / name for run in runs for name in RECORDS]:
+                if record.is_file():
+                    archive.add(record)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -152,6 +153,19 @@ class FixedStep:
         return self._logits
 
     def _capture(self) -> None:
+        try:
+            self._record()
+        except RuntimeError as error:  # an operation that waits for the CPU, say
+            self._graph = None
+            warnings.warn(
+                f"a decoding step of the refiner is no CUDA graph ({str(error).splitlines()[0]}), and decoding goes on "
+                "kernel by kernel; `language.cuda_graphs: false` does not try.",
+                stacklevel=2,
+            )
+        for layer in self._layers:  # what these steps wrote is written again
+            layer.cumulative_length.fill_(self._start)
+
+    def _record(self) -> None:
         assert self._inputs is not None
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -163,5 +177,3 @@ class FixedStep:
         # Other threads, such as those of rewards and of NCCL, may use the GPU meanwhile.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._logits = self._step(*self._inputs, self._cache)
-        for layer in self._layers:  # what these steps wrote is written again
-            layer.cumulative_length.fill_(self._start)

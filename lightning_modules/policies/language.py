@@ -57,11 +57,12 @@ class LanguagePolicy(Policy):
         learning_rate: null freezes the refiner.
         weight_decay: AdamW's weight decay.
         kl_weight: weight of the k3 KL per token to the model before training; 0 keeps no reference.
-        clip_range: the ratio is clipped to 1 - clip_range, 1 + clip_range (with several updates per rollout only).
+        clip_range: the ratio is clipped to 1 - clip_range, 1 + clip_range; with one update per rollout it is 1, unless
+            rewrites are written ahead (`model.rewrite_ahead`).
         max_log_ratio: a run stops where replayed log-probs of tokens differ from sampled ones by more on average, in
             nats.
         cuda_graphs: on a GPU, launches each token's kernels all at once (`FixedStep`), where the model has plain
-            attention, no int8 weights and no shards.
+            attention, no int8 weights and no shards. Rewrites that have ended then stay in the batch until all have.
         **kwargs: as for `Policy`.
     """
 
@@ -234,7 +235,10 @@ class LanguagePolicy(Policy):
 
     def _captures(self, cache: DynamicCache) -> bool:
         """True if a decoding step is captured as a CUDA graph."""
-        plain = FixedStep.plain(cache) and self.causal_lm.config._attn_implementation == "sdpa"
+        config = self.causal_lm.config
+        # These positions' frequencies hang on the longest sequence so far, which is asked for in every step.
+        moving = any(kind in repr(getattr(config, "rope_parameters", "")) for kind in ("'dynamic'", "'longrope'"))
+        plain = FixedStep.plain(cache) and config._attn_implementation == "sdpa" and not moving
         wanted = self.cuda_graphs and self.device.type == "cuda"
         return wanted and plain and not self.sharded and self.quantization != "int8"
 

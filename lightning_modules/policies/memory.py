@@ -89,6 +89,8 @@ def compile_blocks(network: nn.Module) -> None:
 
 SMALL = 256
 """Matrix products with a side of a weight below this, which are adapters', are always made again."""
+_PRODUCTS = {"aten.mm.default", "aten.addmm.default"}
+_QUANTIZED = {"bitsandbytes.gemm_4bit.default", "bitsandbytes.int8_scaled_mm.default"}
 _ATTENTION = [
     getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default
     for kernel in (
@@ -104,14 +106,16 @@ _ATTENTION = [
 def selective_contexts() -> Any:
     """`context_fn` of `torch.utils.checkpoint`: keeps the results of attention and of every second matrix product.
 
-    The first are long to compute for what they take; of the second half the time is saved for half the memory.
+    The first are long to compute for what they take; of the second half the time is saved for half the memory. In
+    compiled blocks the products have no names of their own, and attention alone is kept.
     """
     products = {False: 0, True: 0}
 
     def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if operation in _ATTENTION:
             return CheckpointPolicy.MUST_SAVE
-        if operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) and min(args[-1].shape) >= SMALL:
+        name = str(operation)
+        if name in _QUANTIZED or (name in _PRODUCTS and min(args[-1].shape) >= SMALL):
             products[context.is_recompute] += 1
             if products[context.is_recompute] % 2:
                 return CheckpointPolicy.MUST_SAVE

@@ -109,7 +109,7 @@ def suggestions(module: PromptRL, setting: Setting, found: Estimate) -> list[tup
     eight_bit = int(EIGHT_BIT_ADAM * sum(network.trained for network in found.networks))
     saved.append(("`optimizer: bitsandbytes.optim.AdamW8bit`", state - eight_bit))
     for name, policy in learners.items():
-        if not policy.gradient_checkpointing:
+        if policy.gradient_checkpointing is not True:
             saved.append((f"`{name}.gradient_checkpointing: true`", saved_at_peak(name, gradient_checkpointing=True)))
     for name, policy in learners.items():
         if policy.micro_batch_size != 1:

@@ -90,7 +90,11 @@ class Keeping(PromptRL):
 
 
 def trained(
-    make_flow: Callable[..., Flux1Policy], make_language: Callable[..., LanguagePolicy], reward: Reward, **more: Any
+    make_flow: Callable[..., Flux1Policy],
+    make_language: Callable[..., LanguagePolicy],
+    reward: Reward,
+    epochs: int = 1,
+    **more: Any,
 ) -> Keeping:
     torch.manual_seed(0)
     language = make_language(learning_rate=1e-2, kl_weight=0.0)
@@ -101,7 +105,7 @@ def trained(
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
-        max_epochs=1,
+        max_epochs=epochs,
         limit_val_batches=0,
         use_distributed_sampler=False,
     )
@@ -162,6 +166,24 @@ def test_the_refiner_learns_by_the_ratio_to_the_weights_that_wrote(
     for name, weight in learning.items():
         torch.testing.assert_close(ours[name], weight.grad, rtol=1e-3, atol=1e-6)
     assert (ratio - 1)[mask].abs().max() > 1e-3
+
+
+def test_several_optimizer_steps_and_epochs(
+    make_flow: Callable[..., Flux1Policy], make_language: Callable[..., LanguagePolicy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An epoch's first rewrites are not written ahead, nor are any for a step that does not come."""
+    calls = []
+    refine = LanguagePolicy.refine
+
+    def counted(self: LanguagePolicy, samples: Any, num: int) -> Any:
+        calls.append(ids(samples))
+        return refine(self, samples, num)
+
+    monkeypatch.setattr(LanguagePolicy, "refine", counted)
+    steps: dict[str, Any] = {"num_minibatches": 2, "updates_per_rollout": 2}
+    module = trained(make_flow, make_language, Waiting(), epochs=2, rewrite_ahead=True, **steps)
+    assert [one.written_ahead for one in module.rollouts] == [False, True, True] * 2
+    assert calls == [ids(one.samples) for one in module.rollouts] and module.global_step == 6 * 4
 
 
 def test_without_it_every_step_is_on_policy(

@@ -6,7 +6,7 @@ Builds models of random weights from published configurations (nothing is downlo
 settings of `configs/`, and writes `rows.jsonl` as it goes, `table.md` at the end and what was printed into `log.txt`.
 Every case has a process of its own: one that fails or hangs is a row with its error. The most important come first, and
 what no longer fits the time is skipped. `--tiny` runs all cases with stand-ins of few weights, on a CPU or, with
-`--device cuda`, on a GPU: in a minute or two it shows what would fail there.
+`--device cuda`, on a GPU: it shows in minutes what would fail there.
 """
 
 from __future__ import annotations

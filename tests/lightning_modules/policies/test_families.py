@@ -201,6 +201,7 @@ def test_an_export_draws_the_same_in_the_stock_pipeline(
     [
         {"gradient_checkpointing": True},
         {"gradient_checkpointing": "selective"},
+        {"gradient_checkpointing": "selective", "quantization": "nf4"},
         {"quantization": "int8"},
         {"quantization": "nf4"},
     ],

@@ -7,11 +7,13 @@ import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
+from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import FlopCounterMode
 
 from datamodules.sample import PromptSample
@@ -72,6 +74,22 @@ def test_recomputed_activations_give_the_same_gradients(
     assert plain.keys() == recomputed.keys() and sum(g.abs().sum() for g in plain.values()) > 0
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
     assert kept[1][0] < kept[0][0] and kept[1][1] < kept[0][1]
+
+
+def test_quantized_products_are_kept_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of bitsandbytes' products every second one, of others' by their size; what adapters multiply is made again."""
+    policies: list[Any] = []
+    monkeypatch.setattr(memory, "create_selective_checkpoint_contexts", policies.append)
+    memory.selective_contexts()
+    (policy,) = policies
+    large, small = torch.empty(512, 512, device="meta"), torch.empty(512, 16, device="meta")
+    for recompute in (False, True):
+        context = SimpleNamespace(is_recompute=recompute)
+        for name in ("bitsandbytes.gemm_4bit.default", "bitsandbytes.int8_scaled_mm.default", "aten.mm.default"):
+            kept = [policy(context, name, large, matrix) for matrix in (large, large)]
+            assert kept == [CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE], name
+        assert policy(context, "aten.mm.default", large, small) == CheckpointPolicy.PREFER_RECOMPUTE
+        assert policy(context, "aten.gelu.default", large) == CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
