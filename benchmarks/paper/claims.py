@@ -228,7 +228,7 @@ def claims(studies: Studies) -> dict[str, Claim]:
 def probed(studies: Studies) -> dict[str, Setting]:
     """Returns mode -> all tests of the exported agents in other wordings and behind other refiners."""
     found: dict[str, list[Setting]] = {FLOW: [], JOINT: []}
-    for name, setting in studies["probes_promptrl"].settings.items():
+    for name, setting in studies["probes_promptrl"].settings.items():  # both plans of exports share its folder
         found[FLOW if name.startswith("flow_only") else JOINT].append(setting)
     return {label: merged(settings) for label, settings in found.items()}
 

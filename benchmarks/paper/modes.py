@@ -80,10 +80,11 @@ class Comparison:
 def comparisons(studies: Studies) -> list[Comparison]:
     """Returns the comparison by each reward."""
     found = []
+    search = studies["search_flow_only"]  # the three plans of the search share its folder
     for reward, benchmark in {"geneval": GENEVAL, **REWARDS}.items():
         settings = {label: studies[reward][config_of(reward, stem)] for label, (stem, _) in MODES.items()}
         tried = {
-            label: searched(studies["search_flow_only"], config_of(reward, stem), f"val/{reward}/{mode}")
+            label: searched(search, config_of(reward, stem), f"val/{reward}/{mode}")
             for label, (stem, mode) in MODES.items()
         }
         base = studies["base"][config_of(reward, "promptrl")]

@@ -39,7 +39,7 @@ def write(
         ids: [B] the last token of each prompt.
         mask: [B, P] 1 for the prompts' tokens, 0 for padding.
         positions: [..., B, 1] position of the last token.
-        keep: leaves only the rows with these numbers in the cache; null keeps all rows in the batch.
+        keep: leaves only the rows with these numbers in the cache; None keeps all rows in the batch.
         max_new_tokens: longest completion.
         eos_token_ids: ids that end a completion.
         pad_token_id: id that fills the rows which have ended.
@@ -100,7 +100,7 @@ class FixedStep:
     """A decoding step whose tensors keep their sizes and places, so that a GPU captures it once as a CUDA graph.
 
     A small batch keeps a GPU busy for a fraction of the time that it takes to launch a step's kernels one by one; a
-    graph launches all of them at once. Capturing takes as long as about three steps.
+    graph launches all of them at once. Two steps run before the capture, and their results are written over.
 
     Args:
         step: maps token ids [B, 1], mask [B, 1, 1, L] bool, positions [..., B, 1] and a cache to the next token's

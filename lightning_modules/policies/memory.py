@@ -91,16 +91,6 @@ SMALL = 256
 """Matrix products with a side of a weight below this, which are adapters', are always made again."""
 _PRODUCTS = {"aten.mm.default", "aten.addmm.default"}
 _QUANTIZED = {"bitsandbytes.gemm_4bit.default", "bitsandbytes.int8_scaled_mm.default"}
-_ATTENTION = [
-    getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default
-    for kernel in (
-        "flash_attention",
-        "efficient_attention",
-        "cudnn_attention",
-        "flash_attention_for_cpu",
-        "fused_attention_overrideable",
-    )
-]
 
 
 def selective_contexts() -> Any:
@@ -112,9 +102,9 @@ def selective_contexts() -> Any:
     products = {False: 0, True: 0}
 
     def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if operation in _ATTENTION:
-            return CheckpointPolicy.MUST_SAVE
         name = str(operation)
+        if name.startswith("aten._scaled_dot_product_"):
+            return CheckpointPolicy.MUST_SAVE
         if name in _QUANTIZED or (name in _PRODUCTS and min(args[-1].shape) >= SMALL):
             products[context.is_recompute] += 1
             if products[context.is_recompute] % 2:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import lightning as L
 import pytest
 import torch
 
@@ -17,8 +17,8 @@ from lightning_modules.policies.flux1 import Flux1Policy
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.prompt_rl import PromptRL
 from lightning_modules.rollout import Rollout
-from miniature.scenes.prompts import ShapesPrompts
 from rewards.base import Reward, RewardBatch, Score
+from tests.lightning_modules.test_prompt_rl import fit
 
 PROMPTS = [PromptSample(str(number), f"a photo of a red circle {number}", "none", {}) for number in range(6)]
 
@@ -93,28 +93,23 @@ def trained(
     make_flow: Callable[..., Flux1Policy],
     make_language: Callable[..., LanguagePolicy],
     reward: Reward,
-    epochs: int = 1,
+    tmp_path: Path,
+    steps: int = 3,
     **more: Any,
 ) -> Keeping:
     torch.manual_seed(0)
     language = make_language(learning_rate=1e-2, kl_weight=0.0)
     flow = make_flow(learning_rate=None, micro_batch_size=None)
     module = Keeping(flow, reward, language, group_size=4, num_retained=1, check_ratio_every=1, seed=1, **more)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        max_epochs=epochs,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-    )
-    trainer.fit(module, ShapesPrompts(train_prompts=6, batch_size=2))
+    fit(module, tmp_path, steps, train_prompts=6)
     return module
 
 
 def test_the_next_rewrites_are_those_of_the_weights_before_the_update(
-    make_flow: Callable[..., Flux1Policy], make_language: Callable[..., LanguagePolicy], monkeypatch: pytest.MonkeyPatch
+    make_flow: Callable[..., Flux1Policy],
+    make_language: Callable[..., LanguagePolicy],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """While a score is waited for; the first step is on-policy, the others learn by the ratio to what was sampled."""
     written, calls = threading.Event(), []
@@ -128,7 +123,7 @@ def test_the_next_rewrites_are_those_of_the_weights_before_the_update(
         return found
 
     monkeypatch.setattr(LanguagePolicy, "refine", told)
-    module = trained(make_flow, make_language, Waiting(written), rewrite_ahead=True)
+    module = trained(make_flow, make_language, Waiting(written), tmp_path, rewrite_ahead=True)
     assert [one.written_ahead for one in module.rollouts] == [False, True, True]
     assert calls == [ids(one.samples) for one in module.rollouts], "nothing is written twice"
     language = module.language
@@ -145,10 +140,10 @@ def test_the_next_rewrites_are_those_of_the_weights_before_the_update(
 
 
 def test_the_refiner_learns_by_the_ratio_to_the_weights_that_wrote(
-    make_flow: Callable[..., Flux1Policy], make_language: Callable[..., LanguagePolicy]
+    make_flow: Callable[..., Flux1Policy], make_language: Callable[..., LanguagePolicy], tmp_path: Path
 ) -> None:
     """Gradient of an update against -A * ratio by hand, token by token, averaged as the paper does."""
-    module = trained(make_flow, make_language, Waiting(), rewrite_ahead=True)
+    module = trained(make_flow, make_language, Waiting(), tmp_path, rewrite_ahead=True)
     rollout, language = module.rollouts[1], module.language
     assert language is not None and rollout.completions is not None and rollout.language_advantages is not None
     language.network.load_state_dict(module.weights[1])
@@ -169,7 +164,10 @@ def test_the_refiner_learns_by_the_ratio_to_the_weights_that_wrote(
 
 
 def test_several_optimizer_steps_and_epochs(
-    make_flow: Callable[..., Flux1Policy], make_language: Callable[..., LanguagePolicy], monkeypatch: pytest.MonkeyPatch
+    make_flow: Callable[..., Flux1Policy],
+    make_language: Callable[..., LanguagePolicy],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """An epoch's first rewrites are not written ahead, nor are any for a step that does not come."""
     calls = []
@@ -181,13 +179,13 @@ def test_several_optimizer_steps_and_epochs(
 
     monkeypatch.setattr(LanguagePolicy, "refine", counted)
     steps: dict[str, Any] = {"num_minibatches": 2, "updates_per_rollout": 2}
-    module = trained(make_flow, make_language, Waiting(), epochs=2, rewrite_ahead=True, **steps)
+    module = trained(make_flow, make_language, Waiting(), tmp_path, 6 * 4, rewrite_ahead=True, **steps)
     assert [one.written_ahead for one in module.rollouts] == [False, True, True] * 2
     assert calls == [ids(one.samples) for one in module.rollouts] and module.global_step == 6 * 4
 
 
 def test_without_it_every_step_is_on_policy(
-    make_flow: Callable[..., Flux1Policy], make_language: Callable[..., LanguagePolicy]
+    make_flow: Callable[..., Flux1Policy], make_language: Callable[..., LanguagePolicy], tmp_path: Path
 ) -> None:
-    module = trained(make_flow, make_language, Waiting())
+    module = trained(make_flow, make_language, Waiting(), tmp_path)
     assert not any(one.written_ahead for one in module.rollouts) and len(module.rollouts) == 3

@@ -90,7 +90,7 @@ def fit(module: PromptRL, tmp_path: Path, steps: int, *callbacks: L.Callback, **
         callbacks=[*callbacks, collector],
         use_distributed_sampler=False,
     )
-    trainer.fit(module, ShapesPrompts(train_prompts=24, **({"batch_size": 2} | data)))
+    trainer.fit(module, ShapesPrompts(**({"train_prompts": 24, "batch_size": 2} | data)))
     return collector.steps
 
 
