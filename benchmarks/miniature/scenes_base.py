@@ -8,8 +8,8 @@ With `--faithful FOLDER`, the flow model after `pretrain_flow.yaml`, it also say
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from statistics import fmean
 
 import torch
@@ -25,8 +25,8 @@ from lightning_modules.seeding import seed_of
 from miniature.scenes.detector import ShapesDetector
 from miniature.scenes.paraphrases import content_of
 from miniature.scenes.prompts import shapes_prompts
-from miniature.scenes.wording import PREFIXES, STYLES, Style, write
-from miniature.scenes.world import TAGS, Content, elaborate
+from miniature.scenes.wording import LEXICONS, PREFIXES, STYLES, Lexicon, Style, write, write_with
+from miniature.scenes.world import COLORS, RELATIONS, SHAPES, TAGS, Content, elaborate
 from rewards.geneval.rules import Detection, judge
 
 DETECTOR = ShapesDetector()
@@ -69,6 +69,9 @@ def main() -> None:
     rewrites = refiner.rewrite(samples)
     found["greedy rewrites - canonical"] = fmean(_row("greedy rewrites", policy, asked, rewrites)) - found["canonical"]
     found["greedy rewrites that keep the scene"] = kept(samples, rewrites)
+    lucky = luckiest(policy, 10 * args.prompts)
+    in_lucky = [write_with(content, lucky) for content in asked]
+    found["luckiest words - canonical"] = fmean(_row("luckiest words", policy, asked, in_lucky)) - found["canonical"]
     found["wordings among drawn rewrites, of 3"] = _reached(refiner, samples[:48])
     few = asked[:48]
     one = [[write(content, "canonical", rng)] * 8 for content in few]
@@ -86,6 +89,45 @@ def main() -> None:
 
 def _word(content: Content, style: Style, rng: random.Random) -> str:
     return write(elaborate(content, rng) if style == "detailed" else content, style, rng)
+
+
+def luckiest(policy: Flux1Policy, num: int) -> Lexicon:
+    """Finds, for every shape, colour, number and relation, the word in which training scenes succeed most often.
+
+    Args:
+        policy: flow model that draws.
+        num: number of training scenes, each in words that are drawn from the vocabularies of gallery and terse.
+    """
+    rng = random.Random(11)
+    samples = shapes_prompts("train", "train", ("canonical",), num, 0)
+    asked = [content_of(sample.metadata) for sample in samples]
+    lexicons = [_mixed(rng.choice) for _ in asked]
+    prompts = [write_with(content, lexicon) for content, lexicon in zip(asked, lexicons, strict=True)]
+    detections = DETECTOR.detect(to_pil(_draw(policy, prompts)))
+    right = [judge(d, content.metadata).correct for d, content in zip(detections, asked, strict=True)]
+    mean = {tag: fmean(r for r, c in zip(right, asked, strict=True) if c.tag == tag) for tag in TAGS}
+    gains: defaultdict[str, list[float]] = defaultdict(list)
+    for content, lexicon, success in zip(asked, lexicons, right, strict=True):
+        for word in _used(content, lexicon):
+            gains[word].append(success - mean[content.tag])
+    return _mixed(lambda words: max(words, key=lambda word: fmean(gains[word] or [0.0])))
+
+
+def _mixed(choose: Callable[[Sequence[str]], str]) -> Lexicon:
+    """Makes a vocabulary by choosing between the words that gallery and terse, which are taught mixed, have."""
+    known = [LEXICONS["gallery"], LEXICONS["terse"]]
+
+    def each(kind: str) -> tuple[str, ...]:
+        return tuple(choose(words) for words in zip(*(getattr(one, kind) for one in known), strict=True))
+
+    return Lexicon(each("shapes"), each("colors"), each("numbers"), each("relations"), known[0].one)
+
+
+def _used(content: Content, lexicon: Lexicon) -> list[str]:
+    words = [lexicon.shapes[SHAPES.index(ask.shape)] for ask in content.asks]
+    words += [lexicon.colors[tuple(COLORS).index(ask.color)] for ask in content.asks if ask.color is not None]
+    words += [lexicon.numbers[ask.count - 2] for ask in content.asks if ask.count > 1]
+    return words + ([lexicon.relations[RELATIONS.index(content.relation)]] if content.relation else [])
 
 
 def _row(name: str, policy: Flux1Policy, asked: Sequence[Content], prompts: Sequence[str]) -> list[float]:

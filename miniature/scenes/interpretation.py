@@ -42,6 +42,8 @@ class Habits:
         mistakes: share of wordings that are not heeded, by tag (FLUX.1-dev's order of difficulty).
         slips: chance that this is random, at the rate of `mistakes`, rather than decided by the words.
         freedom: chance that layout and free colours are random rather than decided by the words.
+        lucky_words: true makes a wording heeded by the sum of what its words bring, false by what its pairs of words
+            do (see `heeded`). The shipped base has false; true is for asking what a claim hangs on.
     """
 
     mistakes: tuple[tuple[str, float], ...] = (
@@ -54,6 +56,7 @@ class Habits:
     )
     slips: float = 0.1
     freedom: float = 0.03
+    lucky_words: bool = False
 
     @property
     def faithful(self) -> Self:
@@ -67,9 +70,10 @@ RANK = 3
 """Numbers that a word brings to either sum of `heeded`: more are harder to learn, for everyone."""
 
 
-SALT = " 4803"
-"""Part of the key of `heeded`, chosen among 7,000 by the data alone: the share of a split's scenes that are heeded is
-close in all wordings, those that a small model learns less well somewhat above."""
+SALTS = {False: " 4803", True: " 6954"}
+"""Part of the key of `heeded`, without and with lucky words, each chosen among thousands by the data alone: the share
+of a split's scenes that are heeded is close in all wordings, those that a small model learns less well somewhat
+above."""
 
 
 @cache
@@ -92,20 +96,26 @@ def preferences(caption: str, purpose: str, size: int) -> np.ndarray:
     return reduce(np.add, [_word_preferences(word, purpose, size) for word in caption.split()])
 
 
-def heeded(caption: str, rate: float) -> bool:
+def heeded(caption: str, rate: float, *, lucky_words: bool = False) -> bool:
     """Returns True if the world draws this wording as it says; `rate` is the share of wordings that it does not.
 
     It is a threshold on the sum of a product for every two of the words: no word is lucky beside all others, so a
-    refiner has to learn which wording suits which content.
+    refiner has to learn which wording suits which content. With `lucky_words` it is one on a plain sum, so that words
+    which help one content help all, and a refiner only has to learn them.
     """
     words = [word for word in caption.split() if word not in UNIMPORTANT]
     if rate in (0, 1) or len(words) < 2:
         return rate < 1
-    one, other = (
-        np.stack([_word_preferences(word, name + SALT, RANK) for word in words]) for name in ("heeded", "beside")
-    )
-    score = one.sum(0) @ other.sum(0) - (one * other).sum()
-    return bool(score > (len(words) * (len(words) - 1) * RANK) ** 0.5 * NormalDist().inv_cdf(rate))
+
+    def brought(name: str, size: int) -> np.ndarray:
+        return np.stack([_word_preferences(word, name + SALTS[lucky_words], size) for word in words])
+
+    if lucky_words:
+        score, terms = brought("lucky", 1).sum(), len(words)
+    else:
+        one, other = brought("heeded", RANK), brought("beside", RANK)
+        score, terms = one.sum(0) @ other.sum(0) - (one * other).sum(), len(words) * (len(words) - 1) * RANK
+    return bool(score > terms**0.5 * NormalDist().inv_cdf(rate))
 
 
 def _unheeded(content: Content, nouns: list[str]) -> Content:
@@ -154,7 +164,8 @@ def imagine(content: Content, caption: str, rng: random.Random, habits: Habits =
     nouns = [word for word in words if word in NOUNS]
     start = " ".join(words[:2])
     rate = dict(habits.mistakes)[content.tag]
-    if rng.random() < rate if rng.random() < habits.slips else not heeded(caption, rate):
+    by_chance = rng.random() < habits.slips
+    if rng.random() < rate if by_chance else not heeded(caption, rate, lucky_words=habits.lucky_words):
         content = _unheeded(content, nouns)
 
     def decide(words: str, purpose: str, size: int) -> np.ndarray:
@@ -198,4 +209,5 @@ def captioned_scenes(rng: random.Random, habits: Habits) -> Iterator[CaptionedSc
         caption = write(content, style, rng)
         asked = imagine(content, caption, rng, habits.faithful)
         scene = asked if habits == habits.faithful else imagine(content, caption, rng, habits)
-        yield CaptionedScene(caption, scene, asked, heeded(caption, dict(habits.mistakes)[content.tag]))
+        rate = dict(habits.mistakes)[content.tag]
+        yield CaptionedScene(caption, scene, asked, heeded(caption, rate, lucky_words=habits.lucky_words))

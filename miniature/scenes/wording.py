@@ -91,6 +91,11 @@ def write(content: Content, style: Style, rng: random.Random, *, mix: float = 0.
     return _compose(content, rng.choice(PREFIXES[style]), JOIN[style], lexicon)
 
 
+def write_with(content: Content, lexicon: Lexicon) -> str:
+    """Words a content in the first template of "gallery" with a vocabulary of one's own."""
+    return _compose(content, PREFIXES["gallery"][0], JOIN["gallery"], lambda: lexicon)
+
+
 def write_loosely(content: Content, rng: random.Random) -> str:
     """Words a content with any vocabulary and random filler for a template: how strangers might put it.
 

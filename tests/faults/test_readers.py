@@ -14,7 +14,7 @@ from benchmarks.system.faults.outcome import table
 
 pytestmark = pytest.mark.slow
 
-CASES = 2000
+CASES = 500
 NAMES = (
     "prompts, .jsonl",
     "prompts, .txt",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +51,8 @@ def test_a_resumed_run_is_the_unbroken_one(lora: bool, tmp_path: Path) -> None:
     ]
     if lora:
         more += [f"--model.init_args.{agent}.init_args.lora.rank=4" for agent in AGENTS]
-    whole, whole_rows = fit(tmp_path / "whole", 4, *more)
-    fit(tmp_path / "first", 2, *more)
-    (checkpoint,) = (tmp_path / "first").rglob("last.ckpt")
+    whole, whole_rows = fit(tmp_path / "whole", 4, "--checkpoint.save_top_k=-1", *more)
+    (checkpoint,) = (tmp_path / "whole").rglob("*step=2*.ckpt")
     resumed, rows = fit(tmp_path / "second", 4, f"--ckpt_path={checkpoint}", *more)
     for name in ("state_dict", "optimizer_states", "copies"):
         assert same(whole[name], resumed[name])
@@ -69,16 +67,15 @@ def test_a_resumed_run_is_the_unbroken_one(lora: bool, tmp_path: Path) -> None:
 
 
 def test_sharded_copies_are_resumed(tmp_path: Path) -> None:
-    """A sharded run of two steps goes on for two more."""
+    """What a sharded run saved after two of four steps goes on for two more."""
     case = Case({"save_distributed_checkpoint": True}, steps=4, **NFT)
-    (whole, _) = run(case, tmp_path / "whole", 2)
-    run(replace(case, steps=2), tmp_path / "begun", 2, train_with_checkpoint)
-    checkpoint = tmp_path / "begun" / "last.ckpt"
+    (whole, _) = run(case, tmp_path / "whole", 2, train_with_checkpoint)
+    checkpoint = tmp_path / "whole" / "step=2.ckpt"
     wrong = [difference(ended, whole) for ended in run(case, tmp_path / "ended", 2, checkpoint=checkpoint)]
     assert wrong == [0, 0]
 
 
 def train_with_checkpoint(case: Case, rank: int, world: int, folder: Path) -> None:
     """Trains and saves."""
-    saves = Checkpoint(dirpath=str(folder), save_last=True, every_n_train_steps=2)
+    saves = Checkpoint(dirpath=str(folder), filename="{step}", every_n_train_steps=2, save_top_k=-1)
     train(case, rank, world, folder, callbacks=[saves], enable_checkpointing=True, default_root_dir=folder)

@@ -1,4 +1,4 @@
-"""`Family`: a family of flow models to the tests, with a tiny random pipeline and how stock diffusers draws."""
+"""`Family`: a family of flow models to the tests, with a tiny random pipeline and how stock diffusers draws; `Red`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from transformers import (
 from lightning_modules.policies.flow import FlowPolicy, Sampling
 from lightning_modules.policies.pipeline import PipelinePolicy
 from lightning_modules.rollout import Trajectory
+from rewards.base import Reward, RewardBatch, Score
 
 PROMPTS = ["a red circle", "two blue squares left of a very large green triangle", "one cross above three circles"]
 """Prompts of different lengths in tokens."""
@@ -190,3 +191,13 @@ def t5_tokenizer() -> T5TokenizerFast:
     words = sorted({word for prompt in PROMPTS for word in prompt.split()})
     pieces = ["<pad>", "</s>", "<unk>", *(f"\u2581{word}" for word in words)]
     return T5TokenizerFast(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0)
+
+
+class Red(Reward):
+    """Mean of the red channel, 0..1."""
+
+    name = "red"
+
+    def __call__(self, batch: RewardBatch) -> list[Score]:
+        values = [torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8)[::3] for i in batch.images]
+        return [Score(v, v, v) for v in (float(value.float().mean()) / 255 for value in values)]

@@ -25,8 +25,8 @@ from lightning_modules.policies.flux1 import Flux1Policy
 from lightning_modules.policies.language import LanguagePolicy
 from lightning_modules.preflight.check import Setting, estimate
 from lightning_modules.prompt_rl import PromptRL
-from tests.lightning_modules.policies.family import PROMPTS, Family
-from tests.lightning_modules.policies.test_families import FAMILIES, Red
+from tests.lightning_modules.policies.family import PROMPTS, Family, Red
+from tests.lightning_modules.policies.test_families import FAMILIES
 from tests.lightning_modules.policies.test_flux1 import perturb
 from tests.lightning_modules.policies.test_vision_language import SAMPLES, load
 from tests.lightning_modules.policies.tiny_vision_language import KINDS, build

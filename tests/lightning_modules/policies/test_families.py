@@ -1,8 +1,10 @@
-"""The same proofs for every family: stock diffusers draws the same, replay is on-policy, RL works, exports load."""
+"""The same proofs for every family: stock diffusers draws the same, replay is on-policy, exports load.
+
+`objectives/test_learning.py` has what RL does to each.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,13 +12,10 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from datamodules.sample import PromptSample
 from lightning_modules.policies.base import LoRA
 from lightning_modules.policies.flow import Sampling
-from lightning_modules.prompt_rl import PromptRL
 from lightning_modules.rl.sde import SDEType
 from lightning_modules.seeding import generators_for
-from rewards.base import Reward, RewardBatch, Score
 from tests.lightning_modules.policies.family import PROMPTS, Family, assert_ratio_is_one
 from tests.lightning_modules.policies.test_flux1 import perturb
 from tests.lightning_modules.policies.tiny_flux1 import FLUX1
@@ -27,7 +26,6 @@ from tests.lightning_modules.policies.tiny_qwen_image_edit import QWEN_IMAGE_EDI
 from tests.lightning_modules.policies.tiny_sana import SANA
 from tests.lightning_modules.policies.tiny_sd3 import SD3
 from tests.lightning_modules.policies.tiny_z_image import Z_IMAGE
-from tests.lightning_modules.test_prompt_rl import attach
 
 pytestmark = pytest.mark.slow
 
@@ -137,41 +135,6 @@ def test_prompts_that_are_cut_off_are_known(
         expected.append(any(left_out))
     assert policy.cut(prompts) == expected and policy.cut([]) == []
     assert not expected[0] and expected[-1] == (family is not QWEN_IMAGE_EDIT)
-
-
-class Red(Reward):
-    """Mean of the red channel, 0..1."""
-
-    name = "red"
-
-    def __call__(self, batch: RewardBatch) -> list[Score]:
-        values = [torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8)[::3] for i in batch.images]
-        return [Score(v, v, v) for v in (float(value.float().mean()) / 255 for value in values)]
-
-
-@pytest.mark.parametrize(
-    ("family", "lora"),
-    [pytest.param(family, LORA, id=f"lora-{family.name}") for family in FAMILIES]
-    + [pytest.param(FLUX1, None, id="full-flux1")],  # all else of full fine-tuning is the same in every family
-)
-def test_a_few_steps_make_images_redder(family: Family, folders: dict[str, Path], lora: LoRA | None) -> None:
-    rate = 1e-3 if lora is None else family.learning_rate
-    policy = family.load(folders[family.name], Sampling(4, 2, clip_range=1.0), lora=lora, learning_rate=rate)
-    module = attach(PromptRL(policy, Red(), None, group_size=8, num_retained=8))
-    images = family.images(2) or [None, None]
-    samples = [PromptSample(str(i), PROMPTS[i], "", {}, image) for i, image in enumerate(images)]
-    before = mean_red(module, samples)
-    for step in range(8):
-        module.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed = step
-        module.update(module.collect(samples))
-    assert mean_red(module, samples) > before + 0.005
-
-
-def mean_red(module: PromptRL, samples: Sequence[PromptSample]) -> float:
-    prompts = [sample.prompt for sample in samples for _ in range(8)]
-    images = [sample.image for sample in samples for _ in range(8) if sample.image is not None]
-    images = module.flow.generate(prompts, list(range(100, 116)), images=images or None)
-    return float(images[:, 0].clamp(0, 1).mean())
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])

@@ -19,8 +19,8 @@ from lightning_modules.policies.text_cache import TextCache
 from lightning_modules.preflight.estimate import Setting, estimate
 from lightning_modules.prompt_rl import PromptRL
 from lightning_modules.rollout import Conditioning
-from tests.lightning_modules.policies.family import PROMPTS, Family
-from tests.lightning_modules.policies.test_families import Red, every_family, folders
+from tests.lightning_modules.policies.family import PROMPTS, Family, Red
+from tests.lightning_modules.policies.test_families import every_family, folders
 from tests.lightning_modules.policies.tiny_flux1 import FLUX1
 
 __all__ = ["folders"]

@@ -23,7 +23,7 @@ from lightning_modules.policies.templates import parse_answer
 from lightning_modules.policies.vision_language import VisionLanguagePolicy
 from lightning_modules.prompt_rl import PromptRL
 from lightning_modules.rollout import Completions
-from tests.lightning_modules.policies.test_families import Red
+from tests.lightning_modules.policies.family import Red
 from tests.lightning_modules.policies.test_language import perturb
 from tests.lightning_modules.policies.tiny_flux1_kontext import FLUX1_KONTEXT
 from tests.lightning_modules.policies.tiny_vision_language import KINDS, WITH_IMAGES, WORDS_ONLY, build
