@@ -34,8 +34,12 @@ LIMIT = 30
 LOST = "it ended without a message (was it killed, or out of memory?); its own output may say more."
 
 
-class PeerFailed(ValueError):
-    """Raised in the other processes of a run when one has failed; says which, and its sentence."""
+class PeerFailed(BaseException):
+    """Raised in the other processes of a run when one has failed; says which, and its sentence.
+
+    It is raised wherever the main thread is. Libraries catch what is an `Exception` to make an error of their own of
+    it, or to try something else.
+    """
 
 
 class Peers(L.Callback):
@@ -125,7 +129,8 @@ class Peers(L.Callback):
                     return
         gloo = dist.is_initialized() and dist.get_backend() == "gloo"
         leave_group()
-        if self._rank > 0 and isinstance(exception, Exception) and not gloo:  # others wait in gloo until it has ended
+        broken_off = isinstance(exception, KeyboardInterrupt | SystemExit)
+        if self._rank > 0 and not broken_off and not gloo:  # others wait in gloo until it has ended
             self._hub_gone.wait(LIMIT)
 
     def _listen(self, link: Connection) -> None:

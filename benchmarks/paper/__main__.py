@@ -44,10 +44,13 @@ ORDER = (
     "probes_flow_only",
     "probes_promptrl",
     "transfer",
+    "base_lucky",
+    "lucky",
     "multi_reward",
     "long",
 )
-"""Order in which the studies run: those of swaps and probes need GenEval's; studies not named come last."""
+"""Order in which the studies run: those of swaps and probes need GenEval's, that of
+lucky words the base that its file says how to make; studies not named come last."""
 ABOUT = (
     "GenEval starts from `miniature/flow` and `miniature/language`; OCR, preference and training by tags from "
     "`miniature/words_flow` (the second flow model, a descendant of the first that also knows signs) and "
@@ -64,6 +67,7 @@ TABLES: tuple[Callable[[Studies], Table], ...] = (
     paper_tables.retention_table,
     paper_tables.swap_table,
     paper_tables.long_table,
+    paper_tables.base_table,
     paper_tables.similarity_table,
     paper_curves.search_table,
     paper_tables.settings_table,

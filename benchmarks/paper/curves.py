@@ -26,10 +26,11 @@ def curves_of(comparison: Comparison) -> dict[str, Curves]:
 
 
 def curve_sets(studies: Studies) -> dict[str, dict[str, Curves]]:
-    """Returns title -> mode -> curves, for every comparison that has flow-only's; longer training comes last."""
+    """Returns title -> mode -> curves, for every comparison that has flow-only's; variants come last."""
     every = {one.name: one for one in comparisons(studies)}
-    long: Mapping[str, Setting] = {label: studies["long"][stem] for label, (stem, _) in MODES.items()}
-    every["GenEval, three times as long"] = Comparison("geneval", "", long, {}, Setting({}, {}))
+    for study, title in (("long", "GenEval, three times as long"), ("lucky", "GenEval, lucky words")):
+        settings: Mapping[str, Setting] = {label: studies[study][stem] for label, (stem, _) in MODES.items()}
+        every[title] = Comparison("geneval", "", settings, {}, Setting({}, {}))
     sets = {title: curves_of(one) for title, one in every.items()}
     return {title: curves for title, curves in sets.items() if curves.get(FLOW)}
 

@@ -231,6 +231,32 @@ def long_table(studies: Studies) -> Table:
     )
 
 
+def base_table(studies: Studies) -> Table:
+    """Makes the table of two bases that differ in whether single words decide which wordings they heed."""
+    rows: list[Row] = []
+    bases = (("pairs", "geneval", "base"), ("words", "lucky", "base_lucky"))
+    for name, study, base in bases if studies["lucky"].settings else ():
+        settings = {label: studies[study][stem].only(VARIED) for label, (stem, _) in MODES.items()}
+        untrained = studies[base]["promptrl"]
+        for label, (setting, mode) in tested(settings, untrained).items():
+            canonical, unseen = (Score(setting, kind, mode) for kind in ("geneval", "unseen"))
+            row = _score_row(f"{name}: {label}", {"geneval": canonical, "unseen": unseen})
+            alone = Score(settings[FLOW], "geneval", "without_pe")
+            gap = contrast((1, canonical), (-1, alone)) if setting.fits and label != FLOW and alone.there else None
+            lead = {} if gap is None else {"lead": gap}
+            values = {**row.scores, **{column: one.value for column, one in lead.items()}}
+            ends = {**row.intervals, **{column: (one.low, one.high) for column, one in lead.items()}}
+            rows += [replace(row, scores=values, intervals=ends)] if row.scores else []
+    return Table(
+        "Two bases: pairs of words or single words decide which wordings are heeded, GenEval",
+        ("geneval", "unseen", "lead"),
+        rows,
+        headings={"geneval": "canonical", "lead": "canonical: minus flow-only"},
+        signed=("lead",),
+        note=f"Both at the rates that were searched from the first. {BRACKETS}",
+    )
+
+
 def similarity_table(studies: Studies) -> Table:
     """Makes the table of the cosine of two images of a group, by pixels (the paper's Figure 2)."""
     rows, columns = [], ("same_prompt", "rewrites", "rewrites_shared_noise")

@@ -182,7 +182,8 @@ class Checkpoint(ModelCheckpoint):
             return
         try:
             self._save_due(trainer, pl_module)
-            if self.save_last and isinstance(exception, Exception) and not self._should_skip_saving_checkpoint(trainer):
+            by_the_user = isinstance(exception, KeyboardInterrupt | SystemExit)
+            if self.save_last and not by_the_user and not self._should_skip_saving_checkpoint(trainer):
                 self._place_in_epoch(trainer)
                 self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         except (NotFinite, OSError) as error:

@@ -23,8 +23,11 @@ from lightning_modules.agents import Agents
 from lightning_modules.distributed import several_processes
 
 
-class Preempted(Exception):
+class Preempted(BaseException):
     """Raised where a run stops for a signal.
+
+    That may be anywhere in a library, which would catch an `Exception` to make an error of its own of it, or to try
+    something else.
 
     Args:
         signum: number of the signal.
@@ -81,6 +84,13 @@ class Preemption(L.Callback):
     ) -> None:
         """Stops before a step."""
         self.on_validation_start(trainer, pl_module)
+
+    def on_validation_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        """Stops an evaluation in which a library has swallowed what the signal's handler raised."""
+        if (noted := _signals(trainer).noted) and not several_processes():
+            raise Preempted(noted)
+
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Asks all processes, which are at the same step here."""

@@ -73,6 +73,8 @@ def run(args: Sequence[str] | None = None, cli_class: type[PromptRLCLI] = Prompt
     except Preempted as stop:
         print(f"lightning: {stop}", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)  # as shells say it, so that a stopped run is no finished one
+    except PeerFailed as error:
+        sys.exit(complain(str(error)))
     except OmegaConfBaseException as error:
         sys.exit(complain(no_such_key(error)))
     except RewardUnavailable as error:

@@ -39,7 +39,10 @@ class Sends(L.Callback):
         work = getattr(owner, name)
 
         def sends(*args: Any, **kwargs: Any) -> Any:
-            os.kill(os.getpid(), self.number)
+            try:
+                os.kill(os.getpid(), self.number)
+            except Exception as error:  # as tokenizers do
+                raise ValueError("a library's own words for whatever is raised in it") from error
             return work(*args, **kwargs)
 
         setattr(owner, name, sends)
