@@ -32,13 +32,17 @@ from tests.short_runs import quick
 pytestmark = pytest.mark.slow
 
 CASES = {
-    "ddp, all weights, uneven micro-batches": Case("ddp"),
+    "ddp, all weights, uneven micro-batches": Case("ddp", steps=2),
     "all weights, uneven micro-batches, groups without scores": Case("sharded", unscored=((0,), (1,))),
     "two copies of two shards, adapters, recomputed activations": Case(
         {"shard_size": 2}, processes=4, lora=True, checkpointing=True, updates=2, steps=2
     ),
     "an old policy and references that follow": Case(
-        "sharded", objective=DiffusionNFT(0.5, old_policy=Decay(0.5)), reference=Decay(0.9), unscored=((1,), ())
+        "sharded",
+        objective=DiffusionNFT(0.5, old_policy=Decay(0.5)),
+        reference=Decay(0.9),
+        unscored=((1,), ()),
+        steps=2,
     ),
     "preferences of groups, two updates": Case(
         "sharded", objective=DGPO(10.0, levels=2), updates=2, steps=2, lora=True
@@ -70,7 +74,7 @@ def test_processes_that_share_groups_equal_one(strategy: str, tmp_path: Path) ->
 
 def test_half_precision_is_on_policy(tmp_path: Path) -> None:
     """Weights in fp32, computed in bf16: what is updated is what has drawn, to the last bit."""
-    for one in run(Case("sharded", precision="bf16-mixed", steps=2), tmp_path, 2):
+    for one in run(Case("sharded", precision="bf16-mixed", steps=1), tmp_path, 2):
         assert one["max_log_ratio"]["flow"] == 0 and one["max_log_ratio"]["language"] < 0.1
 
 
@@ -94,7 +98,7 @@ def train_with_checkpoints(case: Case, rank: int, world: int, folder: Path, chec
         callbacks=callbacks,
         enable_checkpointing=True,
         default_root_dir=folder,
-        limit_val_batches=1.0 if checkpoint is None else 0,
+        limit_val_batches=1 if checkpoint is None else 0,
         val_check_interval=case.steps,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
