@@ -283,7 +283,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def endable() -> Iterator[None]:
-    """Context manager: Ctrl-C, SIGTERM and a closed terminal end the children too, with exit status 130."""
+    """Context manager: Ctrl-C, SIGTERM and a closed terminal end the children too, with exit status 130.
+
+    A closed pipe, such as that of `| head`, ends all with status 141 and without a traceback.
+    """
     # Ctrl-C is set as well, since jobs in the background begin with it ignored.
     for end in (signal.SIGINT, signal.SIGTERM):
         signal.signal(end, signal.default_int_handler)
@@ -294,6 +297,9 @@ def endable() -> Iterator[None]:
     except KeyboardInterrupt:
         print("sweep: stopped; the same command goes on.", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # who reads the output has enough of it, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def _stop(message: str) -> NoReturn:

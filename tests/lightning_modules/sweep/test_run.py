@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import signal
 import sys
@@ -162,6 +163,19 @@ def test_files_with_one_name() -> None:
 def test_refused_plans(more: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         plan(**more)
+
+
+def test_output_that_nobody_reads_ends_it_silently(tmp_path: Path) -> None:
+    """As in `... --dry_run true | head -1`."""
+
+    def unread() -> None:
+        ours, theirs = os.pipe()
+        os.close(ours)
+        sys.stdout = os.fdopen(theirs, "w", buffering=1)
+        main(["--configs", json.dumps(MODES), "--root", str(tmp_path / "runs"), "--dry_run", "true"])
+
+    process = Forked(unread, tmp_path / "log")
+    assert (process.wait(), process.text) == (128 + signal.SIGPIPE, "")
 
 
 def test_a_file_says_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
