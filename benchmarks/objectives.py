@@ -5,7 +5,8 @@
 In the small world each objective gets the same search: four learning rates of the flow model, one seed and 3,840
 rollouts. At the one with the best last validation two more seeds are trained, and all three tested on scenes that no
 rate was chosen on. The same command goes on where it was cut off, and writes the table and the figure of what is there
-(`--report-only` runs nothing).
+(`--report-only` runs nothing). `--pack FILE` also writes what they rest on, without weights and images: unpacked with
+`tar xJf FILE`, these runs count as done.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import matplotlib.pyplot as plt
 
 from benchmarks.paper.modes import NAMES, config_of
 from benchmarks.paper.runs import GENEVAL, REWARDS, Score, Setting, Study, contrast
+from benchmarks.records import pack
 from callbacks.reporting.tables import Row, Table, markdown
 from callbacks.runs.curves import band
 from datamodules.atomic_write import write_atomically
@@ -160,9 +162,19 @@ def train(processes: int) -> bool:
         outcomes = run_all(jobs, processes, lambda one: print(f"{one.name}: {one.state} {one.note}", flush=True))
         return all(one.state in ("done", "was done") for one in outcomes)
 
-    searched = run([cell.plan(RATES, SEARCHED, test=False) for cell in CELLS])
-    best = {cell: rate for cell in CELLS if (rate := cell.best(Study(ROOT))) is not None}
-    return run([cell.plan([rate], SEEDS, test=True) for cell, rate in best.items()]) and searched
+    searched = run(searches())
+    return run(compared()) and searched
+
+
+def searches() -> list[Sweep]:
+    """Returns the runs of the search."""
+    return [cell.plan(RATES, SEARCHED, test=False) for cell in CELLS]
+
+
+def compared() -> list[Sweep]:
+    """Returns the runs at the best rates, of what has been searched."""
+    study = Study(ROOT)
+    return [cell.plan([rate], SEEDS, test=True) for cell in CELLS if (rate := cell.best(study)) is not None]
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -171,9 +183,11 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("miniature/OBJECTIVES.md"), help="the report")
     parser.add_argument("--processes", type=int, default=2, help="runs side by side")
     parser.add_argument("--report-only", action="store_true", help="run nothing")
+    parser.add_argument("--pack", type=Path, metavar="FILE", help="archive of the runs' records, such as study.tar.xz")
     options = parser.parse_args(args)
     try:
         local_path(options.out, "--out")
+        local_path(options.pack or "", "--pack")
     except ValueError as error:
         parser.error(str(error))
     with endable():
@@ -186,6 +200,9 @@ def main(args: Sequence[str] | None = None) -> None:
         text = f"# {report.title}\n{markdown(report)}\n\n![validation scores by rollouts]({figure.name})\n"
         write_atomically(options.out, text)
         print(f"{options.out} is written.")
+    if options.pack is not None:
+        pack([*searches(), *compared()], options.pack)
+        print(f"{options.pack} is written.")
     if not done:
         sys.exit("not all runs are done; the same command tries again.")
 

@@ -12,21 +12,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tarfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-
-from tqdm import tqdm
 
 from benchmarks.paper import curves as paper_curves
 from benchmarks.paper import tables as paper_tables
 from benchmarks.paper.claims import verdicts
 from benchmarks.paper.runs import Studies
+from benchmarks.records import pack
 from callbacks.reporting.tables import Table, markdown
-from datamodules.atomic_write import replaced_file, write_atomically
+from datamodules.atomic_write import write_atomically
 from datamodules.local_path import local_path
-from lightning_modules.sweep.plan import Sweep
 from lightning_modules.sweep.run import endable, read, sweep
 
 PLANS = Path("configs/sweeps/paper")
@@ -91,25 +88,6 @@ def report(studies: Studies, figure: Path, folder: Path) -> str:
     tables = [table(studies) for table in TABLES]
     parts += [f"## {table.title}\n{markdown(table)}" for table in tables if any(not row.source for row in table.rows)]
     return "\n\n".join(parts) + "\n"
-
-
-RECORDS = ("config.yaml", "metrics.csv", "results.json", "results.md", "scores.jsonl")
-"""Files of a run that the report rests on."""
-
-
-def pack(plans: Iterable[Sweep], path: Path) -> None:
-    """Writes the records of all finished runs into a compressed archive, by their paths from here."""
-    commands = [command for plan in plans for job in plan.jobs() for command in job.commands]
-    with replaced_file(path) as file, tarfile.open(fileobj=file, mode="w:xz", preset=9) as archive:
-        for command in tqdm(commands, desc="packing", disable=None):
-            try:
-                runs = command.runs() if command.record_path.is_file() and command.finished() else []
-            except ValueError as error:  # a damaged run, which the report leaves out as well
-                print(f"not packed: {error}", file=sys.stderr)
-                continue
-            for record in [command.record_path] * bool(runs) + [run.folder / name for run in runs for name in RECORDS]:
-                if record.is_file():
-                    archive.add(record)
 
 
 def main(args: Sequence[str] | None = None) -> None:

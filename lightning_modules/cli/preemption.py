@@ -85,7 +85,7 @@ class Preemption(L.Callback):
         """Stops before a step."""
         self.on_validation_start(trainer, pl_module)
 
-    def on_validation_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+    def on_validation_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         """Stops an evaluation in which a library has swallowed what the signal's handler raised."""
         if (noted := _signals(trainer).noted) and not several_processes():
             raise Preempted(noted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,6 +117,22 @@ def test_a_signal_stops_with_the_last_finished_step(
         resumed = torch.load(last(tmp_path / "second"), weights_only=True)
         for name in ("global_step", "state_dict", "optimizer_states", "num_rollouts"):
             assert same(resumed[name], unbroken[name]), name
+
+
+class Swallows(L.Callback):
+    """Sends a signal where what its handler raises is lost, as in an object's `__del__`."""
+
+    def on_test_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """Sends it once a batch."""
+        with suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_an_evaluation_whose_signal_was_swallowed_stops_before_the_next_batch(tmp_path: Path) -> None:
+    callback = "--trainer.callbacks+=tests.lightning_modules.cli.test_preemption.Swallows"
+    (one,) = command(tmp_path / "output", *quick("test", tmp_path, callback))
+    assert one.wait() == 143 and "Traceback" not in one.text, one.text
+    assert "lightning: stopped by SIGTERM" in one.text and not list(tmp_path.rglob("results.json"))
 
 
 def test_a_signal_in_an_update_comes_before_the_validation(tmp_path: Path) -> None:
