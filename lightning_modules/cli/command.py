@@ -155,7 +155,8 @@ class PromptRLCLI(LightningCLI):
         if [type(bar) for bar in bars] in ([TQDMProgressBar], [RichProgressBar]):  # Lightning's default, not a choice
             trainer.callbacks[trainer.callbacks.index(bars[0])] = RunProgressBar()
         if self.subcommand == "fit":
-            trainer.callbacks += [Dashboard(), Preemption()]
+            trainer.callbacks.append(Dashboard())
+        trainer.callbacks.append(Preemption())
         if self.subcommand != "predict":
             trainer.callbacks += [Record(), Report()]
         if not options["fast_dev_run"]:

@@ -77,7 +77,7 @@ class Signals(_SignalConnector):
 
 
 class Preemption(L.Callback):
-    """Stops a fit before a step or a validation if one of its processes was sent a signal; the last callback."""
+    """Stops a fit before a step or a validation, and any command before a batch, if it was sent a signal."""
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
