@@ -284,8 +284,8 @@ class Studies:
             f"{datetime.date.today():%d %B %Y}: {fits} finished fits and their tests, "
             f"{sum(end - begin for begin, end in processes) / 3600:.1f} hours of processes of one thread each in "
             f"{covered(processes) / 3600:.1f} hours of wall time, on {os.cpu_count()} cores ({processor()}), torch "
-            f"{torch.__version__}. `python -m benchmarks.paper` makes all of it and goes on where it was "
-            "cut off.",
+            f"{torch.__version__}. `python -m benchmarks.paper` makes all of it but the base of lucky words, "
+            "and goes on where it was cut off.",
         ]
         missing = []
         for name, plan in self._plans.items():

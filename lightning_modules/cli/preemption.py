@@ -87,7 +87,8 @@ class Preemption(L.Callback):
 
     def on_validation_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         """Stops an evaluation in which a library has swallowed what the signal's handler raised."""
-        if (noted := _signals(trainer).noted) and not several_processes():
+        alone = trainer.state.fn != TrainerFn.FITTING or not several_processes()  # as in `Signals`
+        if (noted := _signals(trainer).noted) and alone:
             raise Preempted(noted)
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start

@@ -285,7 +285,7 @@ def main(args: Sequence[str] | None = None) -> None:
 def endable() -> Iterator[None]:
     """Context manager: Ctrl-C, SIGTERM and a closed terminal end the children too, with exit status 130.
 
-    A closed pipe, such as that of `| head`, ends all with status 141 and without a traceback.
+    A closed pipe, such as that of `| head`, ends all without a traceback.
     """
     # Ctrl-C is set as well, since jobs in the background begin with it ignored.
     for end in (signal.SIGINT, signal.SIGTERM):
@@ -294,6 +294,7 @@ def endable() -> Iterator[None]:
         signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         yield
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("sweep: stopped; the same command goes on.", file=sys.stderr)
         sys.exit(130)

@@ -71,9 +71,9 @@ RANK = 3
 
 
 SALTS = {False: " 4803", True: " 6954"}
-"""Part of the key of `heeded`, without and with lucky words, each chosen among thousands by the data alone: the share
-of a split's scenes that are heeded is close in all wordings, those that a small model learns less well somewhat
-above."""
+"""Part of the key of `heeded`, without and with lucky words, each chosen among thousands so that the share of a
+split's scenes that are heeded is close in all wordings, as a model draws them: by the rule, those that a small model
+learns less well are somewhat above."""
 
 
 @cache

@@ -82,7 +82,7 @@ FOLDER = {"save_distributed_checkpoint": True}
 
 
 def train_with_checkpoints(case: Case, rank: int, world: int, folder: Path, checkpoint: Path | None = None) -> None:
-    """Trains with a moving average, checkpoints, an export and, from the start on, validations before and after."""
+    """Trains with a moving average, checkpoints, an export and, from the start on, validations before, between and after."""
     callbacks = [
         GenEvalBenchmark(ShapesDetector()),
         EMA(decay=0.5),
@@ -98,8 +98,8 @@ def train_with_checkpoints(case: Case, rank: int, world: int, folder: Path, chec
         callbacks=callbacks,
         enable_checkpointing=True,
         default_root_dir=folder,
-        limit_val_batches=1 if checkpoint is None else 0,
-        val_check_interval=case.steps,
+        limit_val_batches=1.0 if checkpoint is None else 0,
+        val_check_interval=2,  # a step follows in which the average has been swapped out again
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
     )
@@ -112,7 +112,7 @@ def test_checkpoints_load_into_any_strategy(tmp_path: Path) -> None:
     whole = {name: run(Case(strategy), tmp_path / f"{name}", **work)[0] for name, strategy in how.items()}
     assert difference(whole["file"], whole["folder"]) == 0 and difference(whole["file"], whole["ddp"]) < 1e-6
     for name in ("file", "folder"):
-        assert whole[name]["history"] == whole["ddp"]["history"] and len(whole["ddp"]["history"]) == 2
+        assert whole[name]["history"] == whole["ddp"]["history"] and len(whole["ddp"]["history"]) == 3
         checkpoint = tmp_path / name / "last.ckpt"
         assert is_checkpoint(checkpoint) and checkpoint.is_dir() == (name == "folder")
         exported = FluxPipeline.from_pretrained(tmp_path / name / "export" / "flow").transformer

@@ -23,7 +23,7 @@ NFT: dict[str, Any] = {
     "reference": Decay(0.8, every=2),
 }
 PROCESSES = {
-    "NFT, old policy and moving reference": Case("ddp", steps=2, **NFT),
+    "NFT, old policy and moving reference": Case("ddp", steps=2, **(NFT | {"reference": Decay(0.8)})),
     "DGPO, mean of tokens, groups without scores": Case(
         "ddp",
         unscored=((0,), (1,)),

@@ -171,7 +171,7 @@ def test_output_that_nobody_reads_ends_it_silently(tmp_path: Path) -> None:
     def unread() -> None:
         ours, theirs = os.pipe()
         os.close(ours)
-        sys.stdout = os.fdopen(theirs, "w", buffering=1)
+        sys.stdout = os.fdopen(theirs, "w")  # a line at a time, or what is left at the end
         main(["--configs", json.dumps(MODES), "--root", str(tmp_path / "runs"), "--dry_run", "true"])
 
     process = Forked(unread, tmp_path / "log")
