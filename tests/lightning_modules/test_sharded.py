@@ -82,7 +82,7 @@ FOLDER = {"save_distributed_checkpoint": True}
 
 
 def train_with_checkpoints(case: Case, rank: int, world: int, folder: Path, checkpoint: Path | None = None) -> None:
-    """Trains with a moving average, checkpoints, an export and, from the start on, validations before, between and after."""
+    """Trains with a moving average, checkpoints and an export; from the start on with validations on the way."""
     callbacks = [
         GenEvalBenchmark(ShapesDetector()),
         EMA(decay=0.5),
