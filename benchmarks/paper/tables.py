@@ -59,6 +59,18 @@ def _score_row(label: str, scores: Mapping[str, Score]) -> Row:
     )
 
 
+def _with_gaps(row: Row, pairs: Mapping[str, tuple[Score, Score]]) -> Row:
+    """Adds columns with the difference of two scores each, where these have seeds in common."""
+    gaps = {
+        column: contrast((1, score), (-1, other))
+        for column, (score, other) in pairs.items()
+        if score.there and other.there and shared_seeds(score, other) and score.setting.fits
+    }
+    values = {**row.scores, **{column: gap.value for column, gap in gaps.items()}}
+    ends = {**row.intervals, **{column: (gap.low, gap.high) for column, gap in gaps.items()}}
+    return replace(row, scores=values, intervals=ends)
+
+
 def geneval_table(studies: Studies) -> Table:
     """Makes the table of the main results: GenEval by tag."""
     one, rows = comparisons(studies)[0], []
@@ -213,14 +225,8 @@ def long_table(studies: Studies) -> Table:
             row = _score_row(f"{label}, {rollouts} rollouts", own)
             pairs = {"cost": (own["geneval"], own["unseen"])}
             pairs |= {} if label == FLOW else {"lead": (own["unseen"], alone)}
-            gaps = {
-                column: contrast((1, score), (-1, other))
-                for column, (score, other) in pairs.items()
-                if score.there and other.there and shared_seeds(score, other)
-            }
-            values = {**row.scores, **{column: gap.value for column, gap in gaps.items()}}
-            ends = {**row.intervals, **{column: (gap.low, gap.high) for column, gap in gaps.items()}}
-            rows += [replace(row, scores=values, intervals=ends)] if values else []
+            rows.append(_with_gaps(row, pairs))
+    rows = [row for row in rows if row.scores]
     return Table(
         "Longer training, GenEval",
         ("geneval", "unseen", "cost", "lead"),
@@ -242,14 +248,11 @@ def base_table(studies: Studies) -> Table:
         settings = {label: studies[study][stem].only(VARIED) for label, (stem, _) in MODES.items()}
         untrained = studies[base]["promptrl"]
         for label, (setting, mode) in tested(settings, untrained).items():
-            canonical, unseen = (Score(setting, kind, mode) for kind in ("geneval", "unseen"))
-            row = _score_row(f"{name}: {label}", {"geneval": canonical, "unseen": unseen})
+            own = {kind: Score(setting, kind, mode) for kind in ("geneval", "unseen")}
             alone = Score(settings[FLOW], "geneval", "without_pe")
-            there = label != FLOW and canonical.there and alone.there and shared_seeds(canonical, alone)
-            lead = {"lead": contrast((1, canonical), (-1, alone))} if setting.fits and there else {}
-            values = {**row.scores, **{column: one.value for column, one in lead.items()}}
-            ends = {**row.intervals, **{column: (one.low, one.high) for column, one in lead.items()}}
-            rows += [replace(row, scores=values, intervals=ends)] if row.scores else []
+            pairs = {} if label == FLOW else {"lead": (own["geneval"], alone)}
+            rows.append(_with_gaps(_score_row(f"{name}: {label}", own), pairs))
+    rows = [row for row in rows if row.scores]
     return Table(
         "Two bases: pairs of words or single words decide which wordings are heeded, GenEval",
         ("geneval", "unseen", "lead"),

@@ -63,6 +63,10 @@ class Habits:
         """Habits of a faithful model: these without mistakes and slips."""
         return replace(self, mistakes=tuple((name, 0.0) for name, _ in self.mistakes), slips=0.0)
 
+    def heed(self, caption: str, tag: str) -> bool:
+        """Returns True if a wording of this tag is heeded, slips aside."""
+        return heeded(caption, dict(self.mistakes)[tag], lucky_words=self.lucky_words)
+
 
 FAITHFUL = Habits().faithful
 UNIMPORTANT = {*FILLER, "a", "one", "1", "at"}
@@ -164,8 +168,7 @@ def imagine(content: Content, caption: str, rng: random.Random, habits: Habits =
     nouns = [word for word in words if word in NOUNS]
     start = " ".join(words[:2])
     rate = dict(habits.mistakes)[content.tag]
-    by_chance = rng.random() < habits.slips
-    if rng.random() < rate if by_chance else not heeded(caption, rate, lucky_words=habits.lucky_words):
+    if rng.random() < rate if rng.random() < habits.slips else not habits.heed(caption, content.tag):
         content = _unheeded(content, nouns)
 
     def decide(words: str, purpose: str, size: int) -> np.ndarray:
@@ -209,5 +212,4 @@ def captioned_scenes(rng: random.Random, habits: Habits) -> Iterator[CaptionedSc
         caption = write(content, style, rng)
         asked = imagine(content, caption, rng, habits.faithful)
         scene = asked if habits == habits.faithful else imagine(content, caption, rng, habits)
-        rate = dict(habits.mistakes)[content.tag]
-        yield CaptionedScene(caption, scene, asked, heeded(caption, rate, lucky_words=habits.lucky_words))
+        yield CaptionedScene(caption, scene, asked, habits.heed(caption, content.tag))

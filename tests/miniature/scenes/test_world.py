@@ -275,6 +275,20 @@ def test_slips_are_chance_at_the_rate_of_mistakes() -> None:
     assert abs(lone - 600) < 102
 
 
+def test_lucky_words_help_beside_all_others() -> None:
+    """Of two shapes one is heeded with all colours that the other is heeded with; of pairs that is not so."""
+
+    def nested(*, lucky_words: bool) -> bool:
+        found = [
+            {color for color in COLORS if heeded(f"a photo of a {color} {shape}", 0.5, lucky_words=lucky_words)}
+            for shape in SHAPES
+        ]
+        assert len(set(map(len, found))) > 2
+        return all(one <= other or other <= one for one in found for other in found)
+
+    assert nested(lucky_words=True) and not nested(lucky_words=False)
+
+
 def test_the_wording_decides_if_it_is_heeded() -> None:
     """At every seed alike; over many contents about as often as `mistakes` says, in every style."""
     habits = Habits(mistakes=(("two_object", 0.5),), slips=0.0)
